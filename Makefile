@@ -1,0 +1,47 @@
+# Every target does its own set-up on a fresh Debian 12 or 13, as root. What it builds lies in .build/.
+PYTHON ?= /usr/bin/python3
+PREFIX ?= /opt/partitiond
+B := .build
+ENV := $(B)$(PREFIX)
+RUN := $(ENV)/bin/python3 -I -m partitiond.sandbox --bind $(CURDIR):$(CURDIR) --
+ARGS ?=
+
+.PHONY: help demo test test-full lint bench install clean
+
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
+
+demo: $(B)/demo.stamp ## the whole way through in private namespaces, with a real master (ARGS=--keep leaves it up)
+	$(ENV)/bin/python3 -I -m partitiond demo $(ARGS)
+
+test: $(B)/test.stamp lint ## linters and tests, in private namespaces
+	$(RUN) sh -c 'cd $(CURDIR) && exec $(PREFIX)/bin/python3 -m pytest -m "not full" $(ARGS)'
+
+test-full: $(B)/test.stamp lint ## the whole matrices
+	$(RUN) sh -c 'cd $(CURDIR) && exec $(PREFIX)/bin/python3 -m pytest $(ARGS)'
+
+lint: $(B)/test.stamp ## ruff, mypy --strict, import-linter
+	$(ENV)/bin/ruff check .
+	$(ENV)/bin/ruff format --check .
+	$(ENV)/bin/mypy
+	PATH=$(CURDIR)/$(ENV)/bin:$$PATH $(ENV)/bin/lint-imports
+
+bench: $(B)/test.stamp ## figures beside the floor, in private namespaces
+	$(RUN) $(PREFIX)/bin/python3 -m bench $(ARGS)
+
+install: ## an environment at PREFIX that partition users can execute, with all that builds need offline
+	tools/environment --prefix $(PREFIX) --python $(PYTHON) --with master
+
+SOURCES := pyproject.toml setup.py tools/environment $(wildcard requirements/*.txt) \
+	$(shell find partitiond netplan stunnel_mgr accounting slap_client -type f ! -name '*.pyc')
+
+$(B)/demo.stamp: $(SOURCES)
+	tools/environment --prefix $(PREFIX) --python $(PYTHON) --below $(B) --with master
+	touch $@
+
+$(B)/test.stamp: $(SOURCES)
+	tools/environment --prefix $(PREFIX) --python $(PYTHON) --below $(B) --with master --with test
+	touch $@ $(B)/demo.stamp
+
+clean: ## remove what was built here
+	rm -rf $(B)

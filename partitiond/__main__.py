@@ -1,0 +1,7 @@
+"""``python -I -m partitiond``."""
+
+import sys
+
+from partitiond.cli import main
+
+sys.exit(main())

@@ -1,0 +1,313 @@
+"""Buildout: software releases as the software user, instances as the partition's user.
+
+The contract is that of slapgrid (slapos.core 1.26): same directories, same appended sections, ``offline = true`` in
+instances. What a published zc.buildout needs beyond it (links to eggs without metadata, no index) is in
+``docs/design/software-releases.md``.
+"""
+
+from __future__ import annotations
+
+import email
+import logging
+import os
+import stat
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from partitiond import certificates, execute, files
+from partitiond.errors import PartitiondError
+from partitiond.state import software_name
+
+if TYPE_CHECKING:
+    from partitiond.config import Config
+    from partitiond.context import Context
+    from partitiond.node import Partition
+    from slap_client.documents import PartitionDocument
+
+logger = logging.getLogger(__name__)
+
+COMPLETED = ".completed"
+_TAIL = 4000
+_PROFILE_LIMIT = 4 * 1024 * 1024
+_NO_INDEX = "file:///nonexistent/"
+# slapgrid copies the user's .netrc into each software; ours reads the one of the software user's home itself
+_COMPILE = "import compileall, sys; compileall.compile_dir(sys.argv[1], quiet=2, workers=1)"
+
+
+def wheels() -> Path:
+    """The directory of wheels that our environment ships, for builds without a network."""
+    return Path(sys.prefix) / "share" / "wheels"
+
+
+def software_directory(config: Config, url: str) -> Path:
+    """Where a release is built."""
+    return config.software_root / software_name(url)
+
+
+def software_log(config: Config, url: str) -> Path:
+    """The log of the builds of a release."""
+    return config.log_dir / "software" / f"{software_name(url)}.log"
+
+
+def completed(config: Config, url: str) -> bool:
+    """Whether a release was built to its end (also by slapos.core before us)."""
+    try:
+        return stat.S_ISREG(os.lstat(software_directory(config, url) / COMPLETED).st_mode)
+    except OSError:
+        return False
+
+
+def software_profile(config: Config, url: str) -> str:
+    """The ``buildout.cfg`` of a release: the release's own URL first, then what this node adds."""
+    lines = ["[buildout]", f"extends = {url}"]
+    if wheels().is_dir():
+        lines.append(f"find-links += {wheels()}")
+    if config.offline_builds:
+        lines += [f"index = {_NO_INDEX}", "allow-hosts ="]
+    if config.shared_part_list:
+        lines.append("shared-part-list =\n  " + "\n  ".join(config.shared_part_list.split()))
+    return "\n".join(lines) + "\n"
+
+
+def build_software(context: Context, url: str) -> None:
+    """Build a release in place, as the software user.
+
+    Raises PartitiondError ``software.build`` with the end of the log, or OSError.
+    """
+    config = context.config
+    directory = software_directory(config, url)
+    directory.mkdir(mode=0o755, exist_ok=True)
+    import pwd  # noqa: PLC0415 - only builds ask for it
+
+    owner = pwd.getpwnam(config.software_user)
+    os.chown(directory, owner.pw_uid, owner.pw_gid)
+    with files.directory(directory) as descriptor:
+        profile = software_profile(config, url).encode()
+        files.write(
+            "buildout.cfg", profile, dir_fd=descriptor, mode=0o644, owner=(owner.pw_uid, owner.pw_gid)
+        )
+    options = ["-U", "-N", "-c", "buildout.cfg", f"buildout:directory={directory}"]
+    start = "import sys; from zc.buildout.buildout import main; sys.argv[0] = 'buildout'; main()"
+    steps = (
+        [sys.executable, "-I", "-W", "ignore", "-c", start, *options, "bootstrap"],
+        [str(directory / "bin" / "buildout"), *options],
+    )
+    with _log(software_log(config, url), f"building {url}") as log:
+        for command in steps:
+            _software_step(context, directory, url, command, log)
+        _link_eggs(directory, owner.pw_uid, owner.pw_gid)
+        # eggs come without bytecode and partition users cannot write it: a third of each instance's time (measured).
+        # Some eggs hold files of other Pythons, which do not compile: no failure.
+        compile_all = [sys.executable, "-I", "-c", _COMPILE, str(directory / "eggs")]
+        execute.as_user(
+            config.software_user,
+            config.software_user,
+            compile_all,
+            cwd=directory,
+            env=_environment(config, directory),
+            log=log,
+            stop=context.stop,
+        )
+    files.write_path(
+        directory / COMPLETED, time.asctime().encode() + b"\n", owner=(owner.pw_uid, owner.pw_gid)
+    )
+
+
+def _software_step(context: Context, directory: Path, url: str, command: list[str], log: int) -> None:
+    config = context.config
+    outcome = execute.as_user(
+        config.software_user,
+        config.software_user,
+        command,
+        cwd=directory,
+        env=_environment(config, directory),
+        log=log,
+        stop=context.stop,
+    )
+    if not outcome.ok:
+        raise _build_error("software.build", url, outcome, software_log(config, url))
+
+
+def _environment(config: Config, directory: Path) -> dict[str, str]:
+    env = execute.environment(str(directory), config.software_user)
+    if config.offline_builds:
+        # buildout starts pip for what is no wheel, and pip would ask the network for build requirements
+        env |= {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(wheels())}
+    return env
+
+
+class _log:  # noqa: N801 - reads as the function that it stands for
+    """A log file of ours, opened for appending, with a line that says what follows."""
+
+    def __init__(self, path: Path, title: str) -> None:
+        self._path, self._title = path, title
+
+    def __enter__(self) -> int:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
+        self._descriptor = os.open(self._path, flags, 0o644)
+        os.write(
+            self._descriptor,
+            f"--- {time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())} {self._title}\n".encode(),
+        )
+        return self._descriptor
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._descriptor)
+
+
+def _build_error(code: str, what: str, outcome: execute.Outcome, log: Path) -> PartitiondError:
+    ended = outcome.cut_short or (
+        f"exit status {outcome.status}" if outcome.status >= 0 else f"signal {-outcome.status}"
+    )
+    return PartitiondError(
+        code, f"buildout failed ({ended}):\n{tail(log)}", resource=what, hint=f"read {log}", retryable=True
+    )
+
+
+def tail(log: Path, size: int = _TAIL) -> str:
+    """The last lines of a log, at most ``size`` bytes."""
+    try:
+        with log.open("rb") as stream:
+            stream.seek(max(0, log.stat().st_size - size))
+            text = stream.read().decode("utf-8", "replace")
+    except OSError:
+        return ""
+    return text.partition("--- ")[2].partition("\n")[2] if text.count("--- ") == 1 else text[-size:]
+
+
+def _link_eggs(directory: Path, uid: int, gid: int) -> None:
+    """Make eggs that were installed without ``EGG-INFO`` visible to offline instances.
+
+    Offline, a published zc.buildout looks only at ``EGG-INFO`` in ``eggs/``; an egg link is another way in (measured with
+    4.2, 5.2 and 6.0). A link of the release's own develop part is left alone.
+    """
+    eggs = directory / "eggs"
+    if not eggs.is_dir():
+        return
+    with files.directory(directory, "develop-eggs") as links:
+        for egg in sorted(eggs.glob("*.egg")):
+            name = _project_of(egg)
+            if name is None or (directory / "develop-eggs" / f"{name}.egg-link").exists():
+                continue
+            link = egg.name.removesuffix(".egg") + ".egg-link"
+            files.write(link, f"{egg}\n.\n".encode(), dir_fd=links, mode=0o640, owner=(uid, gid))
+
+
+def _project_of(egg: Path) -> str | None:
+    """The project's name of an egg directory that has wheel metadata only, else None."""
+    found = list(egg.glob("*.dist-info/METADATA"))
+    if (egg / "EGG-INFO").exists() or len(found) != 1:
+        return None
+    with files.directory(found[0].parent) as descriptor:
+        metadata = files.read("METADATA", dir_fd=descriptor, limit=_PROFILE_LIMIT)
+    name = email.message_from_bytes(metadata)["Name"]
+    return name if name and "/" not in name else None
+
+
+def remove_software(config: Config, url: str) -> None:
+    """Remove a release from the disk."""
+    directory = software_directory(config, url)
+    if directory.is_symlink():
+        directory.unlink()
+    elif directory.is_dir():
+        # the mark goes first: half a release must not look whole
+        (directory / COMPLETED).unlink(missing_ok=True)
+        with files.directory(directory) as descriptor:
+            files.empty(descriptor)
+        directory.rmdir()
+
+
+# --- instances --------------------------------------------------------------------------------------------------------
+
+
+def instance_profile(context: Context, partition: Partition, entry: PartitionDocument) -> bytes:
+    """The ``buildout.cfg`` of an instance: the release's template and the sections of slapgrid."""
+    config = context.config
+    url = entry.software_release or ""
+    key, certificate = certificates.paths(context, partition) or ("", "")
+    directory = software_directory(config, url)
+    appended = f"""
+[buildout]
+bin-directory = ${{buildout:directory}}/sbin
+offline = true
+index = {_NO_INDEX}
+
+[slap-connection]
+computer-id = {config.computer_id}
+partition-id = {partition.id}
+server-url = {config.master_url}
+software-release-url = {url}
+key-file = {key}
+cert-file = {certificate}
+shared-part-list = {" ".join(config.shared_part_list.split())}
+build-time-part-list = {" ".join(config.shared_part_list.split())}
+requested-state = {entry.requested_state}
+
+[slap_connection]
+computer_id = {config.computer_id}
+partition_id = {partition.id}
+server_url = {config.master_url}
+software_release_url = {url}
+key_file = {key}
+cert_file = {certificate}
+
+[storage-configuration]
+storage-home =
+
+[network-information]
+global-ipv4-network = {config.ipv4_network}
+"""
+    with files.directory(directory) as descriptor:
+        for name in ("instance.cfg", "template.cfg"):
+            try:
+                return files.read(name, dir_fd=descriptor, limit=_PROFILE_LIMIT) + appended.encode()
+            except FileNotFoundError:
+                continue
+    raise PartitiondError(
+        "instance.no_profile",
+        "the software release has neither instance.cfg nor template.cfg",
+        resource=partition.id,
+        hint=f"look into {directory}",
+    )
+
+
+def configure_instance(context: Context, partition: Partition, entry: PartitionDocument) -> None:
+    """Write an instance's profile and run buildout on it as its user.
+
+    Raises PartitiondError ``instance.build`` with the end of the log, ``instance.no_profile``, or OSError.
+    """
+    config = context.config
+    directory = software_directory(config, entry.software_release or "")
+    profile = instance_profile(context, partition, entry)
+    with files.directory(partition.path) as descriptor:
+        files.write("buildout.cfg", profile, dir_fd=descriptor, mode=0o640, owner=(0, partition.gid))
+        _link_software(descriptor, directory)
+    env = execute.environment(str(partition.path), partition.user)
+    env["SLAPGRID_INSTANCE_ROOT"] = str(config.instance_root)
+    path = config.log_dir / partition.id / "buildout.log"
+    with _log(path, f"configuring {partition.id}") as log:
+        outcome = execute.as_user(
+            partition.user,
+            partition.user,
+            [str(directory / "bin" / "buildout"), "-U"],
+            cwd=partition.path,
+            env=env,
+            log=log,
+            stop=context.stop,
+        )
+    if not outcome.ok:
+        raise _build_error("instance.build", partition.id, outcome, path)
+
+
+def _link_software(descriptor: int, directory: Path) -> None:
+    name = "software_release"
+    try:
+        if os.readlink(name, dir_fd=descriptor) == str(directory):
+            return
+    except OSError:
+        pass  # no link yet, or something else in its place
+    temporary = f".{name}.{os.getpid()}"
+    os.symlink(directory, temporary, dir_fd=descriptor)
+    os.rename(temporary, name, src_dir_fd=descriptor, dst_dir_fd=descriptor)

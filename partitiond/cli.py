@@ -1,0 +1,317 @@
+"""The command line: verbs, options before or after them, human text or one JSON object, and the exit codes.
+
+0 fine, 1 error, 2 ``plan`` has changes, 3 degraded, 64 wrong use.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from partitiond import __version__
+from partitiond.errors import FAMILY, PartitiondError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from partitiond.config import Config
+    from partitiond.context import Context
+
+OK, ERROR, CHANGES, DEGRADED, WRONG_USE = 0, 1, 2, 3, 64
+_WAIT_FOR_OTHERS = 30.0
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.print_usage(sys.stderr)
+        self.exit(WRONG_USE, f"{self.prog}: {message}\nnext: {self.prog} --help\n")
+
+
+def _common() -> _Parser:
+    """Options that stand before or after the verb; absent ones leave no trace, so that neither place hides the other."""
+    common = _Parser(add_help=False, argument_default=argparse.SUPPRESS)
+    common.add_argument("-c", "--cfg", metavar="FILE", help="configuration [/etc/opt/slapos/slapos.cfg]")
+    common.add_argument("-v", "--verbose", action="count", help="say more; twice: with tracebacks")
+    common.add_argument("-q", "--quiet", action="store_true", help="say only what went wrong")
+    common.add_argument("--json", action="store_true", help="print one JSON object")
+    return common
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the whole command line."""
+    common = _common()
+    top = _Parser(prog="partitiond", description="The node daemon of SlapOS.", parents=[common])
+    top.add_argument("--version", action="version", version=f"partitiond {__version__}")
+    verbs = top.add_subparsers(dest="verb", metavar="VERB", parser_class=_Parser)
+
+    def verb(name: str, text: str) -> argparse.ArgumentParser:
+        return verbs.add_parser(name, help=text, description=text, parents=[common])
+
+    verb("run", "the daemon, in the foreground")
+    verb("plan", "show what apply would do, and why; touches nothing")
+    apply = verb("apply", "converge the node once, then look again")
+    apply.add_argument("--partition", action="append", default=[], metavar="ID", help="only this partition")
+    sync = verb("sync", "one pass of a lane")
+    sync.add_argument("lane", choices=("capacity", "software", "instances", "usage", "report"))
+    sync.add_argument("--force", action="store_true", help="also what is not due")
+    verb("status", "the node and its partitions")
+    show = verb("show", "one partition")
+    show.add_argument("partition", metavar="PARTITION")
+    usage = verb("usage", "metered usage per partition and address")
+    usage.add_argument(
+        "--from", dest="start", metavar="T", help="ISO 8601 time; without it: since the beginning"
+    )
+    usage.add_argument("--to", dest="end", metavar="T", help="ISO 8601 time")
+    usage.add_argument("--partition", metavar="ID", help="only this partition")
+    tunnel = verb("tunnel", "the encrypted tunnels")
+    tunnel_verbs = tunnel.add_subparsers(dest="tunnel_verb", metavar="list", parser_class=_Parser)
+    tunnel_verbs.add_parser("list", help="tunnels with state, peers, expiry, sessions", parents=[common])
+    teardown = verb("teardown", "remove all that partitiond made from the system")
+    teardown.add_argument("--purge", action="store_true", help="data, too")
+    demo = verb("demo", "the whole way through, in private namespaces")
+    demo.add_argument("--keep", action="store_true", help="leave it up until Enter is pressed")
+    demo.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
+    return top
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return the exit status."""
+    options = parser().parse_args(arguments)
+    for name, value in (
+        ("cfg", "/etc/opt/slapos/slapos.cfg"),
+        ("verbose", 0),
+        ("quiet", False),
+        ("json", False),
+    ):
+        if not hasattr(options, name):
+            setattr(options, name, value)
+    _log_to_stderr(options)
+    if options.verb is None:
+        parser().print_help(sys.stderr)
+        return WRONG_USE
+    try:
+        return _VERBS[options.verb](options)
+    except FAMILY as error:
+        return _complain(options, error.code, str(error), error.resource, error.hint, error)
+    except OSError as error:
+        where = str(error.filename or "")
+        return _complain(
+            options, "system", error.strerror or str(error), where, "look at the resource named", error
+        )
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:  # noqa: BLE001 - the last resort: a mistake of ours is reported like any error
+        return _complain(
+            options, "internal", f"{type(error).__name__}: {error}", options.verb, "repeat with -vv and report it", error
+        )
+
+
+def _log_to_stderr(options: argparse.Namespace) -> None:
+    running = options.verb in ("run", "demo")
+    level = logging.INFO if running or options.verbose else logging.WARNING
+    if options.quiet:
+        level = logging.ERROR
+    if options.verbose > 1:
+        level = logging.DEBUG
+    form = "%(asctime)s %(levelname)s %(message)s" if running else "%(levelname)s: %(message)s"
+    logging.basicConfig(level=level, format=form, datefmt="%Y-%m-%dT%H:%M:%S%z", stream=sys.stderr)
+    logging.getLogger("urllib3").setLevel(logging.WARNING)
+
+
+def _complain(
+    options: argparse.Namespace, code: str, message: str, resource: str, hint: str, error: BaseException
+) -> int:
+    if options.json:
+        value = {"code": code, "message": message, "resource": resource, "hint": hint}
+        print(json.dumps({"schema": "partitiond/error/1", "error": value}))  # noqa: T201 - the output of the program
+    about = f"{resource}: " if resource else ""
+    sys.stderr.write(f"partitiond: [{code}] {about}{message}\n")
+    if hint:
+        sys.stderr.write(f"next: {hint}\n")
+    if options.verbose > 1:
+        logging.getLogger(__name__).error("traceback", exc_info=error)
+    return ERROR
+
+
+def _print(
+    options: argparse.Namespace, name: str, value: dict[str, Any], text: Callable[[dict[str, Any]], str]
+) -> None:
+    if options.json:
+        print(json.dumps({"schema": f"partitiond/{name}/1", **value}))  # noqa: T201 - the output of the program
+    elif not options.quiet:
+        print(text(value))  # noqa: T201 - the output of the program
+
+
+def _config(options: argparse.Namespace) -> Config:
+    from partitiond import config  # noqa: PLC0415 - only what a verb needs is imported: start-up time counts
+
+    if os.geteuid() != 0:
+        raise PartitiondError(
+            "cli.root", "this verb needs root", resource=options.verb, hint="run it with sudo"
+        )
+    found = config.load(Path(options.cfg))
+    log = logging.getLogger(__name__)
+    for warning in found.warnings:
+        log.warning("%s", warning)
+    return found
+
+
+def _context(options: argparse.Namespace) -> Context:
+    from partitiond.context import Context  # noqa: PLC0415 - as above
+
+    return Context.of(_config(options))
+
+
+def _changing(
+    options: argparse.Namespace, path: str, body: dict[str, Any], alone: Callable[[Context], dict[str, Any]]
+) -> dict[str, Any]:
+    """Let the daemon do a change, or do it alone under the lock where none runs."""
+    from partitiond import control, lock  # noqa: PLC0415 - as above
+
+    context = _context(options)
+    answer = control.call(context.config.run_dir / "control.sock", "POST", path, body)
+    if answer is not None:
+        return answer
+    with lock.exclusive(context.config.state_dir, options.verb, wait=_WAIT_FOR_OTHERS):
+        try:
+            return alone(context)
+        finally:
+            context.meters.close()
+
+
+def _run(options: argparse.Namespace) -> int:
+    from partitiond.daemon import Daemon  # noqa: PLC0415 - as above
+
+    return Daemon(_config(options)).run()
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from partitiond import present, verbs  # noqa: PLC0415 - as above
+
+    value = verbs.plan(_context(options))
+    _print(options, "plan", value, present.plan)
+    return CHANGES if value["operations"] else OK
+
+
+def _exit(value: dict[str, Any]) -> int:
+    return DEGRADED if value["failures"] or value.get("left") or value.get("refused") else OK
+
+
+def _apply(options: argparse.Namespace) -> int:
+    from partitiond import present, verbs  # noqa: PLC0415 - as above
+
+    names = list(options.partition)
+    value = _changing(options, "/1/apply", {"partitions": names}, lambda context: verbs.apply(context, names))
+    _print(options, "apply", value, present.applied)
+    return _exit(value)
+
+
+def _sync(options: argparse.Namespace) -> int:
+    from partitiond import present, verbs  # noqa: PLC0415 - as above
+
+    lane, force = options.lane, options.force
+    body = {"lane": lane, "force": force}
+    value = _changing(options, "/1/sync", body, lambda context: verbs.sync(context, lane, force=force))
+    _print(options, "sync", value, present.synced)
+    return _exit(value)
+
+
+def _teardown(options: argparse.Namespace) -> int:
+    from partitiond import present, verbs  # noqa: PLC0415 - as above
+
+    purge = options.purge
+    value = _changing(
+        options, "/1/teardown", {"purge": purge}, lambda context: verbs.tear_down(context, purge=purge)
+    )
+    _print(options, "teardown", value, present.applied)
+    return _exit(value)
+
+
+def _status(options: argparse.Namespace) -> int:
+    from partitiond import control, present, status  # noqa: PLC0415 - as above
+
+    context = _context(options)
+    # the daemon knows when the master last answered
+    value = control.call(context.config.run_dir / "control.sock", "GET", "/1/status") or status.node(context)
+    _print(options, "status", value, present.status)
+    return OK
+
+
+def _show(options: argparse.Namespace) -> int:
+    from partitiond import present, status  # noqa: PLC0415 - as above
+
+    value = status.partition(_context(options), options.partition)
+    if value is None:
+        raise PartitiondError(
+            "show.unknown_partition",
+            "there is no such partition",
+            resource=options.partition,
+            hint="partitiond status lists them",
+        )
+    _print(options, "show", value, present.show)
+    return OK
+
+
+def _usage(options: argparse.Namespace) -> int:
+    from accounting.ledger import Ledger  # noqa: PLC0415 - as above
+    from partitiond import present  # noqa: PLC0415 - as above
+    from partitiond.metering import ledger_path  # noqa: PLC0415 - as above
+
+    start, end = (_time(text) for text in (options.start, options.end))
+    with Ledger.open_readonly(ledger_path(_config(options).state_dir)) as ledger:
+        value = ledger.usage(start, end, options.partition).as_json()
+    _print(options, "usage", dict(value), present.usage)
+    return OK
+
+
+def _time(text: str | None) -> float | None:
+    if text is None:
+        return None
+    try:
+        found = datetime.datetime.fromisoformat(text)
+    except ValueError as error:
+        raise PartitiondError(
+            "usage.time",
+            f"{text!r} is no ISO 8601 time",
+            resource="--from, --to",
+            hint="write it as 2026-11-22T15:00:00Z",
+        ) from error
+    return (found if found.tzinfo else found.replace(tzinfo=datetime.UTC)).timestamp()
+
+
+def _tunnel(options: argparse.Namespace) -> int:
+    from partitiond import present, status  # noqa: PLC0415 - as above
+
+    if options.tunnel_verb is None:
+        sys.stderr.write("partitiond tunnel: name a verb: list\n")
+        return WRONG_USE
+    _print(options, "tunnel-list", status.tunnel_list(_context(options)), present.tunnels)
+    return OK
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from partitiond.demo import run  # noqa: PLC0415 - as above
+
+    if os.geteuid() != 0:
+        raise PartitiondError("cli.root", "namespaces need root", resource="demo", hint="run it with sudo")
+    return run.inside(keep=options.keep) if options.inside else run.outside(keep=options.keep)
+
+
+_VERBS: dict[str, Callable[[argparse.Namespace], int]] = {
+    "run": _run,
+    "plan": _plan,
+    "apply": _apply,
+    "sync": _sync,
+    "status": _status,
+    "show": _show,
+    "usage": _usage,
+    "tunnel": _tunnel,
+    "teardown": _teardown,
+    "demo": _demo,
+}

@@ -1,0 +1,415 @@
+"""``slapos.cfg`` as a typed, validated value, with the place of every mistake.
+
+Promises: an existing configuration of slapos.core 1.26 is read with the same meaning; every bad value is reported at once,
+with file, line, key, what was read and what is allowed; an unknown key is a warning with a suggestion, never an error.
+"""
+
+from __future__ import annotations
+
+import configparser
+import difflib
+import ipaddress
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from partitiond.errors import PartitiondError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+DEFAULT_FILE = Path("/etc/opt/slapos/slapos.cfg")
+
+_SLAPOS_KEYS = frozenset(
+    (
+        "computer_id master_url master_rest_url software_root instance_root shared_part_list key_file cert_file"
+        " certificate_repository_path master_ca_file partition_amount environment pidfile_software pidfile_instance"
+        " pidfile_report software_min_free_space instance_min_free_space maximum_periodicity promise_timeout"
+        " partition_timeout manager_list root_check force_stop forbid_supervisord_automatic_launch buildout_debug"
+        " firewall ipv6_prefixshift"
+    ).split()
+)
+_FORMAT_KEYS = frozenset(
+    (
+        "interface_name ipv6_interface create_tap tap_ipv6 create_tun tun_ipv6 partition_has_ipv6_range"
+        " ipv6_prefixshift ipv4_local_network tap_gateway_interface partition_amount partition_base_name"
+        " user_base_name tap_base_name software_user instance_storage_home computer_xml computer_json"
+        " input_definition_file output_definition_file log_file alter_user alter_network root_check dry_run now"
+    ).split()
+)
+_OWN_KEYS = frozenset(
+    (
+        "bridge bridge_ports uid_base ipv4_partition_network state_dir log_dir run_dir packet_filter"
+        " address_ownership tap_guard capacity_interval software_interval instances_interval report_interval"
+        " meter_interval metrics_listen destroy_guard master_fingerprint buildout_version"
+        " report_ambiguous offline_builds"
+    ).split()
+)
+# keys that change nothing yet; saying so is better than being silent
+_NOT_YET = {
+    "bridge_ports": "moving a physical interface into the bridge",
+    "ipv4_partition_network": "IPv4-only nodes",
+    "tap_guard": "the guard of tap frames",
+    "metrics_listen": "the metrics listener",
+    "master_fingerprint": "pinning the master's certificate",
+    "create_tun": "tun interfaces",
+    "tap_gateway_interface": "routed tap IPv4",
+    "instance_storage_home": "external data directories",
+}
+_KNOWN: Mapping[str, frozenset[str]] = {
+    "slapos": _SLAPOS_KEYS,
+    "slapformat": _FORMAT_KEYS,
+    "partitiond": _OWN_KEYS,
+}
+# sections with a meaning of their own for other programs or with free keys
+_OPEN_SECTIONS = ("slapproxy", "slapconsole", "networkcache", "tinc", "accounting", "firewall")
+_LATER_SECTIONS = ("routable_ipv4", "block_devices", "tap_allow")
+
+_NAME = re.compile(r"[a-z_][a-z0-9_-]{0,24}")
+_INTERFACE = re.compile(r"[A-Za-z0-9_.-]{1,15}")
+_COMPUTER = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+
+
+@dataclass(frozen=True, slots=True)
+class OperatorTunnel:
+    """A ``[tunnel NAME]`` section: its settings but ``partition``, and where it stands."""
+
+    name: str
+    partition: str
+    values: Mapping[str, str]
+    file: str
+    line: int
+
+
+@dataclass(frozen=True, slots=True)
+class Intervals:
+    """Seconds between two passes of each lane."""
+
+    capacity: float = 86400
+    software: float = 300
+    instances: float = 300
+    report: float = 86400
+    meter: float = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """Everything that the operator decides; paths are absolute."""
+
+    file: Path
+    computer_id: str
+    master_url: str
+    software_root: Path
+    instance_root: Path
+    interface: str
+    partition_amount: int
+    ipv6_interface: str
+    bridge: str | None
+    create_tap: bool
+    ipv6_range: bool
+    ipv6_prefixshift: int
+    ipv4_network: ipaddress.IPv4Network
+    partition_base: str
+    user_base: str
+    tap_base: str
+    software_user: str
+    uid_base: int
+    state_dir: Path
+    log_dir: Path
+    run_dir: Path
+    address_ownership: bool
+    destroy_guard: bool
+    intervals: Intervals
+    key_file: Path | None
+    cert_file: Path | None
+    certificate_repository: Path | None
+    master_ca_file: Path | None
+    maximum_periodicity: int
+    shared_part_list: str
+    offline_builds: bool
+    tunnels: tuple[OperatorTunnel, ...] = ()
+    warnings: tuple[str, ...] = field(default=(), compare=False)
+
+
+@dataclass(slots=True)
+class _Reader:
+    """The parsed sections, and every complaint collected on the way."""
+
+    parser: configparser.ConfigParser
+    files: tuple[Path, ...]
+    problems: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    def place(self, section: str, key: str) -> str:
+        """``file:line`` of the last setting of a key; the section's head when the key is not there."""
+        found = f"{self.files[0]}: [{section}]"
+        for path in self.files:
+            current = ""
+            for number, line in enumerate(path.read_text("utf-8", "replace").splitlines(), 1):
+                head = re.match(r"\s*\[([^\]]+)\]", line)
+                if head:
+                    current = head[1].strip()
+                if current != section:
+                    continue
+                setting = re.match(r"([^\s#;=:\[][^=:]*?)\s*[=:]", line)
+                if (head and not key) or (setting and setting[1].strip().lower() == key):
+                    found = f"{path}:{number}"
+        return found
+
+    def raw(self, section: str, key: str) -> str:
+        return self.parser.get(section, key, fallback="").strip()
+
+    def text(
+        self, section: str, key: str, default: str | None, allowed: re.Pattern[str] | None, words: str
+    ) -> str:
+        value = self.raw(section, key)
+        if not value:
+            if default is None:
+                self.problems.append(f"{self.place(section, '')}: {key} is missing; allowed: {words}")
+                return ""
+            return default
+        if allowed is not None and not allowed.fullmatch(value):
+            self.bad(section, key, value, words)
+        return value
+
+    def bad(self, section: str, key: str, value: str, words: str) -> None:
+        self.problems.append(f"{self.place(section, key)}: {key} = {value!r}; allowed: {words}")
+
+    def number(self, section: str, key: str, default: int | None, low: int, high: int) -> int:
+        words = f"a whole number from {low} to {high}"
+        value = self.text(section, key, None if default is None else str(default), None, words)
+        try:
+            number = int(value)
+        except ValueError:
+            if value:
+                self.bad(section, key, value, words)
+            return low
+        if not low <= number <= high:
+            self.bad(section, key, value, words)
+        return number
+
+    def truth(self, section: str, key: str, default: bool) -> bool:
+        value = self.raw(section, key).lower()
+        if not value:
+            return default
+        if value not in configparser.ConfigParser.BOOLEAN_STATES:
+            self.bad(section, key, value, "true, false, yes, no, on, off, 1 or 0")
+            return default
+        return configparser.ConfigParser.BOOLEAN_STATES[value]
+
+    def choice(self, section: str, key: str, default: str, allowed: tuple[str, ...]) -> str:
+        value = self.raw(section, key) or default
+        if value not in allowed:
+            near = difflib.get_close_matches(value, allowed, 1)
+            self.bad(
+                section, key, value, " or ".join(allowed) + (f" (did you mean {near[0]}?)" if near else "")
+            )
+        return value
+
+    def path(self, section: str, key: str, default: str | None) -> Path:
+        value = self.text(section, key, default, None, "an absolute path")
+        # the path ends up in files of supervisord and buildout, where these would change the meaning
+        if value and (not value.startswith("/") or re.search(r"[\s%\"'\\$]", value)):
+            self.bad(section, key, value, "an absolute path without spaces, quotes, %, $ and backslashes")
+        return Path(value or "/")
+
+    def optional_path(self, section: str, key: str) -> Path | None:
+        return self.path(section, key, "") if self.raw(section, key) else None
+
+
+def load(path: Path) -> Config:
+    """Read a configuration file and its drop-ins ``<file>.d/*.cfg``.
+
+    Raises PartitiondError ``config.unreadable``, ``config.syntax`` or ``config.value`` (every bad value in one message).
+    """
+    drop_ins = sorted(Path(f"{path}.d").glob("*.cfg")) if Path(f"{path}.d").is_dir() else []
+    files = (path, *drop_ins)
+    parser = configparser.ConfigParser(interpolation=None, strict=True, inline_comment_prefixes=(";", "#"))
+    for file in files:
+        _read(parser, file)
+    reader = _Reader(parser, files)
+    _warn_unknown(reader)
+    config = _build(path, reader)
+    if reader.problems:
+        raise PartitiondError(
+            "config.value",
+            "\n".join(reader.problems),
+            resource=str(path),
+            hint="correct the lines named above",
+        )
+    return config
+
+
+def _read(parser: configparser.ConfigParser, file: Path) -> None:
+    try:
+        with file.open(encoding="utf-8") as stream:
+            parser.read_file(stream, source=str(file))
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise PartitiondError(
+            "config.unreadable",
+            f"cannot read the configuration: {reason}",
+            resource=str(file),
+            hint="name another file with -c FILE",
+        ) from error
+    except configparser.Error as error:
+        raise PartitiondError(
+            "config.syntax",
+            " ".join(str(error).split()),
+            resource=str(file),
+            hint="a section is [name], a setting is key = value; each only once",
+        ) from error
+
+
+def _warn_unknown(reader: _Reader) -> None:
+    sections = (*_KNOWN, *_OPEN_SECTIONS, *_LATER_SECTIONS)
+    for section in reader.parser.sections():
+        if section in _LATER_SECTIONS:
+            reader.warnings.append(f"{reader.place(section, '')}: section [{section}] is not acted on yet")
+        if section in _KNOWN:
+            _warn_keys(reader, section, _KNOWN[section])
+        elif section not in sections and not section.startswith(("tunnel ", "manager:")):
+            reader.warnings.append(
+                f"{reader.place(section, '')}: unknown section{_suggest(section, sections)}"
+            )
+
+
+def _warn_keys(reader: _Reader, section: str, known: frozenset[str]) -> None:
+    for key in reader.parser[section]:
+        if key in ("bridge_name", "no_bridge"):
+            reader.warnings.append(
+                f"{reader.place(section, key)}: {key} is not read; set bridge in [partitiond] instead"
+            )
+        elif key not in known:
+            reader.warnings.append(f"{reader.place(section, key)}: unknown key {key!r}{_suggest(key, known)}")
+        elif key in _NOT_YET and reader.raw(section, key).lower() not in ("", "false", "no", "off", "0"):
+            reader.warnings.append(f"{reader.place(section, key)}: {_NOT_YET[key]} is not acted on yet")
+
+
+def _suggest(word: str, known: frozenset[str] | tuple[str, ...]) -> str:
+    near = difflib.get_close_matches(word, sorted(known), 1)
+    return f", did you mean {near[0]!r}?" if near else ""
+
+
+def _master_url(reader: _Reader) -> str:
+    value = reader.text("slapos", "master_url", None, None, "an http:// or https:// URL")
+    if value and not re.fullmatch(r"https?://[^\s\"'%$\\]+", value):
+        reader.bad("slapos", "master_url", value, "an http:// or https:// URL")
+    return value
+
+
+def _ipv4_network(reader: _Reader) -> ipaddress.IPv4Network:
+    words = "an IPv4 network such as 10.0.0.0/16 with room for all partitions"
+    value = reader.raw("slapformat", "ipv4_local_network") or "10.0.0.0/16"
+    try:
+        return ipaddress.IPv4Network(value, strict=False)
+    except ValueError:
+        reader.bad("slapformat", "ipv4_local_network", value, words)
+        return ipaddress.IPv4Network("10.0.0.0/16")
+
+
+def _build(path: Path, reader: _Reader) -> Config:
+    name: Callable[[str, str], str] = lambda key, default: reader.text(  # noqa: E731 - five readers of one shape
+        "slapformat", key, default, _NAME, "lower-case letters, digits, - and _, at most 25"
+    )
+    link: Callable[[str, str, str | None], str] = lambda section, key, default: reader.text(  # noqa: E731 - likewise
+        section, key, default, _INTERFACE, "a name of a network interface, at most 15 characters"
+    )
+    amount_section = "slapformat" if reader.raw("slapformat", "partition_amount") else "slapos"
+    amount = reader.number(amount_section, "partition_amount", None, 0, 10000)
+    interface = link("slapformat", "interface_name", None)
+    bridge = link("partitiond", "bridge", "")
+    reader.choice("partitiond", "packet_filter", "nftables", ("nftables", "iptables"))
+    if reader.raw("partitiond", "packet_filter") == "iptables":
+        reader.problems.append(
+            f"{reader.place('partitiond', 'packet_filter')}: packet_filter = 'iptables' is not there yet; allowed: nftables"
+        )
+    network = _ipv4_network(reader)
+    if network.num_addresses < amount + 3:
+        reader.bad(
+            "slapformat", "ipv4_local_network", str(network), f"a network with room for {amount} partitions"
+        )
+    tap_base = reader.text(
+        "slapformat", "tap_base_name", "slaptap", re.compile(r"[a-z][a-z0-9_-]{0,10}"), "1 to 11 characters"
+    )
+    uid_base = reader.number("partitiond", "uid_base", 5000, 100, 2**31 - 1 - 10000)
+    shift = reader.number("slapformat", "ipv6_prefixshift", 16, 2, 64)
+    if 2**shift < 4 * amount:
+        reader.bad(
+            "slapformat", "ipv6_prefixshift", str(shift), f"a number s with 2^s ≥ 4 × {amount} partitions"
+        )
+    key_file, cert_file = (
+        reader.optional_path("slapos", "key_file"),
+        reader.optional_path("slapos", "cert_file"),
+    )
+    if (key_file is None) != (cert_file is None):
+        reader.problems.append(
+            f"{reader.place('slapos', '')}: key_file and cert_file go together; one is missing"
+        )
+    return Config(
+        file=path,
+        computer_id=reader.text(
+            "slapos", "computer_id", None, _COMPUTER, "letters, digits, . _ -, at most 64"
+        ),
+        master_url=_master_url(reader),
+        software_root=reader.path("slapos", "software_root", None),
+        instance_root=reader.path("slapos", "instance_root", None),
+        interface=interface,
+        ipv6_interface=link("slapformat", "ipv6_interface", interface) or interface,
+        partition_amount=amount,
+        bridge=bridge or None,
+        create_tap=reader.truth("slapformat", "create_tap", True),
+        ipv6_range=reader.truth("slapformat", "partition_has_ipv6_range", True),
+        ipv6_prefixshift=shift,
+        ipv4_network=network,
+        partition_base=name("partition_base_name", "slappart"),
+        user_base=name("user_base_name", "slapuser"),
+        tap_base=tap_base,
+        software_user=name("software_user", "slapsoft"),
+        uid_base=uid_base,
+        state_dir=reader.path("partitiond", "state_dir", "/var/lib/partitiond"),
+        log_dir=reader.path("partitiond", "log_dir", "/var/log/partitiond"),
+        run_dir=reader.path("partitiond", "run_dir", "/run/partitiond"),
+        address_ownership=reader.choice("partitiond", "address_ownership", "enforce", ("enforce", "off"))
+        == "enforce",
+        destroy_guard=reader.truth("partitiond", "destroy_guard", True),
+        intervals=Intervals(
+            **{
+                lane: reader.number(
+                    "partitiond", f"{lane}_interval", int(getattr(Intervals(), lane)), 1, 10**8
+                )
+                for lane in ("capacity", "software", "instances", "report", "meter")
+            }
+        ),
+        key_file=key_file,
+        cert_file=cert_file,
+        certificate_repository=reader.optional_path("slapos", "certificate_repository_path"),
+        master_ca_file=reader.optional_path("slapos", "master_ca_file"),
+        maximum_periodicity=reader.number("slapos", "maximum_periodicity", 86400, -1, 10**8),
+        shared_part_list=reader.raw("slapos", "shared_part_list"),
+        offline_builds=reader.truth("partitiond", "offline_builds", False),
+        tunnels=tuple(_tunnels(reader)),
+        warnings=tuple(reader.warnings),
+    )
+
+
+def _tunnels(reader: _Reader) -> list[OperatorTunnel]:
+    found = []
+    for section in reader.parser.sections():
+        if not section.startswith("tunnel "):
+            continue
+        name = section.removeprefix("tunnel ").strip()
+        values = dict(reader.parser[section])
+        place = reader.place(section, "")
+        file, _, line = place.rpartition(":")
+        found.append(
+            OperatorTunnel(
+                name=name,
+                partition=values.get("partition", "").strip(),
+                values={key: value for key, value in values.items() if key != "partition"},
+                file=file or place,
+                line=int(line) if line.isdigit() else 0,
+            )
+        )
+    return found

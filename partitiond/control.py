@@ -1,0 +1,148 @@
+"""The control socket: HTTP and JSON on a Unix socket, for root.
+
+Promises: the peer is known by the kernel (SO_PEERCRED), never by what it says; while the daemon runs, verbs that change the
+node are done by it and not beside it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import logging
+import os
+import socket
+import socketserver
+import struct
+from http.server import BaseHTTPRequestHandler
+from typing import TYPE_CHECKING, Any
+
+from partitiond.errors import FAMILY, PartitiondError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+_BODY_LIMIT = 64 * 1024
+
+
+class _Server(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
+    daemon_threads = True
+    request_queue_size = 64
+
+    def __init__(self, path: Path, handle: Callable[[str, str, dict[str, Any]], dict[str, Any]]) -> None:
+        self.handle = handle
+        super().__init__(str(path), _Handler)
+
+    def handle_error(self, request: object, client_address: object) -> None:  # noqa: ARG002 - signature of the base class
+        logger.debug("a client of the control socket went away")
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: _Server
+    timeout = 30
+
+    def do_GET(self) -> None:
+        """Answer a reader."""
+        self._answer({})
+
+    def do_POST(self) -> None:
+        """Answer a verb that changes the node."""
+        length = int(self.headers.get("Content-Length") or 0)
+        if not 0 <= length <= _BODY_LIMIT:
+            self._send(413, {"code": "control.too_large", "message": f"at most {_BODY_LIMIT} bytes"})
+            return
+        try:
+            body = json.loads(self.rfile.read(length) or b"{}")
+        except ValueError:
+            body = None
+        if not isinstance(body, dict):
+            self._send(400, {"code": "control.body", "message": "the body is no JSON object"})
+            return
+        self._answer(body)
+
+    def _answer(self, body: dict[str, Any]) -> None:
+        credentials = self.connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+        _, uid, _ = struct.unpack("3i", credentials)
+        if uid != 0:
+            self._send(403, {"code": "control.forbidden", "message": f"uid {uid} may not do this"})
+            return
+        try:
+            answer = self.server.handle(self.command, self.path, body)
+        except LookupError:
+            self._send(404, {"code": "control.unknown", "message": f"there is no {self.path}"})
+        except FAMILY as error:
+            self._send(
+                409,
+                {"code": error.code, "message": str(error), "resource": error.resource, "hint": error.hint},
+            )
+        else:
+            self._send(200, answer)
+
+    def _send(self, status: int, value: dict[str, Any]) -> None:
+        content = json.dumps(value).encode() + b"\n"
+        with contextlib.suppress(BrokenPipeError):
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+    def address_string(self) -> str:
+        """A Unix socket has no address of its peer."""
+        return "local"
+
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - signature of the base class
+        logger.debug(format, *args)
+
+
+def serve(path: Path, handle: Callable[[str, str, dict[str, Any]], dict[str, Any]]) -> _Server:
+    """Make the socket (root only, 0600) and return the server; the caller runs ``serve_forever`` in a thread."""
+    path.unlink(missing_ok=True)
+    mask = os.umask(0o177)
+    try:
+        return _Server(path, handle)
+    finally:
+        os.umask(mask)
+
+
+class _Connection(http.client.HTTPConnection):
+    def __init__(self, path: Path) -> None:
+        super().__init__("localhost", timeout=None)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.connect(str(self._path))
+
+
+def call(path: Path, method: str, target: str, body: dict[str, Any] | None = None) -> dict[str, Any] | None:
+    """Ask the daemon; None when none listens. Raises the daemon's own error as a PartitiondError."""
+    connection = _Connection(path)
+    try:
+        try:
+            connection.request(method, target, json.dumps(body or {}))
+        except (FileNotFoundError, ConnectionRefusedError):
+            return None
+        response = connection.getresponse()
+        answer = json.loads(response.read())
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        raise PartitiondError(
+            "control.lost",
+            f"the daemon went away: {error}",
+            resource=str(path),
+            hint="look at its log, then try again",
+            retryable=True,
+        ) from error
+    finally:
+        connection.close()
+    if response.status != 200 or not isinstance(answer, dict):
+        raise PartitiondError(
+            str(answer.get("code", "control.failed")),
+            str(answer.get("message", "the daemon refused")),
+            resource=str(answer.get("resource", "")),
+            hint=str(answer.get("hint", "")),
+        )
+    return answer

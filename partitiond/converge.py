@@ -1,0 +1,260 @@
+"""Observe the node, plan, apply, verify: the loop of the house, composed of all parts that make up a node."""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING
+
+from netplan import apply as netplan_apply
+from netplan import model as netmodel
+from netplan import observe as netplan_observe
+from netplan import plan as netplan_plan
+from netplan.model import DesiredNetwork
+from partitiond import directories, node, resource_file, services, tunnels, users
+from partitiond.directories import DirectorySpec
+from partitiond.errors import FAMILY, sentence
+from partitiond.users import UserSpec
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+
+    from netplan.model import Address, ObservedNetwork
+    from partitiond.config import Config
+    from partitiond.context import Context
+    from partitiond.node import Node, Partition
+    from partitiond.operation import AnyOperation
+    from partitiond.supervision import Process
+    from stunnel_mgr.model import Refused
+
+logger = logging.getLogger(__name__)
+
+_ROUNDS = 3
+PARTS = ("users", "directories", "network", "identities", "resources", "services", "tunnels")
+# include/uapi/linux/if_addr.h: temporary, dadfailed, deprecated, tentative
+_UNUSABLE = 0x01 | 0x08 | 0x20 | 0x40
+
+
+@dataclass(frozen=True, slots=True)
+class Observation:
+    """What was seen in one look at the node, and the node as it should be in view of it."""
+
+    users: users.UserDatabase
+    network: ObservedNetwork
+    processes: tuple[Process, ...]
+    node: Node
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The operations by part, in the order in which they are applied."""
+
+    users: tuple[users.UserOperation, ...] = ()
+    directories: tuple[directories.DirectoryOperation, ...] = ()
+    network: tuple[netmodel.Operation, ...] = ()
+    identities: tuple[tunnels.IdentityOperation, ...] = ()
+    resources: tuple[resource_file.ResourceOperation, ...] = ()
+    services: tuple[services.ServiceOperation, ...] = ()
+    tunnels: tuple[tunnels.TunnelOperation, ...] = ()
+    refused: tuple[Refused, ...] = ()
+
+    def __iter__(self) -> Iterator[AnyOperation]:
+        """All operations in order."""
+        for part in PARTS:
+            yield from getattr(self, part)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What an apply did and what is left."""
+
+    done: int = 0
+    failures: list[tuple[str, Exception]] = field(default_factory=list)
+    left: tuple[AnyOperation, ...] = ()
+    refused: tuple[Refused, ...] = ()
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing failed, nothing is left and nothing was refused."""
+        return not (self.failures or self.left or self.refused)
+
+
+def observe(context: Context) -> Observation:
+    """Look at the node. Raises a family error when the interface is missing or the user database cannot be read."""
+    config = context.config
+    database = users.observe()
+    # what is wanted hangs on the node's own address, and how much must be looked at on what is wanted
+    first = netplan_observe.observe(DesiredNetwork(interface=config.ipv6_interface))
+    found = node.build(config, base_address(config, first), database.numbers(), _taken_ipv4(config, first))
+    network = netplan_observe.observe(found.network())
+    return Observation(database, network, context.supervisor.processes(), found)
+
+
+def base_address(config: Config, network: ObservedNetwork) -> ipaddress.IPv6Interface | None:
+    """The node's own global IPv6: of the largest subnet, then the lowest, as slapformat chooses; None without one."""
+    link = network.links[config.ipv6_interface].ifindex
+    candidates = [
+        ipaddress.IPv6Interface((address.packed, address.prefixlen))
+        for address in network.addresses
+        if address.link == link and _usable(address)
+    ]
+    return min(candidates, key=lambda one: (one.network.prefixlen, int(one.ip)), default=None)
+
+
+def _usable(address: Address) -> bool:
+    if len(address.packed) != 16 or address.protocol == netmodel.PROTOCOL_MARK or address.flags & _UNUSABLE:
+        return False
+    ip = ipaddress.IPv6Address(address.packed)
+    return not (ip.is_link_local or ip.is_loopback or ip.is_multicast) and address.prefixlen < 127
+
+
+def _taken_ipv4(config: Config, network: ObservedNetwork) -> frozenset[ipaddress.IPv4Address]:
+    """The node's own IPv4 addresses in the private network; a /32 of the interface may be a partition's already."""
+    link = network.links[config.ipv6_interface].ifindex
+    return frozenset(
+        ip
+        for address in network.addresses
+        if len(address.packed) == 4
+        and not (address.link == link and address.prefixlen == 32)
+        and (ip := ipaddress.IPv4Address(address.packed)) in config.ipv4_network
+    )
+
+
+def desired_users(target: Node) -> tuple[UserSpec, ...]:
+    """The software user and one user per partition, which is in the software user's group to read the software."""
+    config = target.config
+    software = UserSpec(config.software_user, None, str(config.software_root), (), None)
+    partitions = tuple(
+        UserSpec(item.user, item.uid, str(item.path), (config.software_user,), item.id)
+        for item in target.partitions
+    )
+    return (software, *partitions)
+
+
+def desired_directories(target: Node) -> tuple[DirectorySpec, ...]:
+    """Every directory that must be there; parents first."""
+    config = target.config
+    root = "root"
+    own = [
+        DirectorySpec(config.instance_root, root, root, 0o755),
+        *(DirectorySpec(config.instance_root / below, root, root, 0o755) for below in ("etc", "var")),
+        *(
+            DirectorySpec(config.instance_root / below, root, root, 0o700)
+            for below in ("etc/supervisord.conf.d", "var/log", "var/run")
+        ),
+        DirectorySpec(config.software_root, config.software_user, config.software_user, 0o755),
+        # partition users pass through to what is theirs below; they can list nothing
+        DirectorySpec(config.state_dir, root, root, 0o711),
+        DirectorySpec(config.state_dir / "tunnels", root, root, 0o711),
+        DirectorySpec(config.log_dir, root, root, 0o711),
+        DirectorySpec(config.log_dir / "software", root, root, 0o755),
+        DirectorySpec(config.run_dir, root, root, 0o755),
+    ]
+    for item in target.partitions:
+        own += (
+            DirectorySpec(item.path, item.user, item.user, 0o750, item.id),
+            DirectorySpec(config.log_dir / item.id, root, item.user, 0o750, item.id),
+            DirectorySpec(tunnels.directory_of(config, item.id), root, item.user, 0o750, item.id),
+        )
+    return tuple(own)
+
+
+def plan(context: Context, seen: Observation) -> Plan:
+    """Compare everything. Raises a family error when the desired state cannot be (a taken uid, a name in the way)."""
+    target, numbers = seen.node, seen.users.numbers()
+    certificates = tunnels.certificates_of(target)
+    wanted_tunnels = [tunnels_of(context, target, item, certificates) for item in target.partitions]
+    running = frozenset(process.group for process in seen.processes if process.pid)
+    return Plan(
+        users=users.plan(desired_users(target), seen.users),
+        directories=directories.plan(desired_directories(target), numbers),
+        network=netplan_plan.plan(target.network(), seen.network),
+        identities=tunnels.plan_identities(target),
+        resources=resource_file.plan(target),
+        services=services.plan(context, target, seen.processes),
+        tunnels=tuple(
+            operation
+            for wanted in wanted_tunnels
+            for operation in tunnels.plan(wanted, context.config, context.supervisor, running)
+        ),
+        refused=(
+            *tunnels.homeless(target),
+            *(refusal for wanted in wanted_tunnels for refusal in wanted.refused),
+        ),
+    )
+
+
+def tunnels_of(
+    context: Context, target: Node, partition: Partition, certificates: Mapping[str, str]
+) -> tunnels.PartitionTunnels:
+    """The tunnels of a partition: none while it is stopped or being destroyed."""
+    life = context.store.instance(partition.id)
+    if life.life in ("stopped", "destroying") or (life.life == "failed" and life.wanted == "stopped"):
+        return tunnels.PartitionTunnels(partition, (), (), {}, ())
+    return tunnels.desired(target, partition, certificates)
+
+
+def _only(whole: Plan, names: frozenset[str]) -> Plan:
+    """The part of a plan that concerns some partitions; what belongs to the whole node stays, as they stand on it."""
+    if not names:
+        return whole
+    parts = {
+        part: tuple(operation for operation in getattr(whole, part) if operation.partition in (None, *names))
+        for part in PARTS
+    }
+    return Plan(**parts, refused=tuple(refusal for refusal in whole.refused if refusal.partition in names))
+
+
+def apply(context: Context, *, only: frozenset[str] = frozenset()) -> Outcome:
+    """Bring the node where it should be and verify by looking again.
+
+    More than one round is taken while a round makes progress: a tunnel may need the identity that the round before made.
+    Raises a family error when nothing can be done at all.
+    """
+    outcome = Outcome()
+    with context.applying:
+        for _ in range(_ROUNDS):
+            seen = observe(context)
+            todo = _only(plan(context, seen), only)
+            outcome.left, outcome.refused = tuple(todo), todo.refused
+            if not todo:
+                break
+            outcome.failures = _run(context, seen, todo)
+            outcome.done += len(todo) - len(outcome.failures)
+            if outcome.failures:
+                outcome.left = tuple(_only(plan(context, observe(context)), only))
+                break
+    return outcome
+
+
+def _run(context: Context, seen: Observation, todo: Plan) -> list[tuple[str, Exception]]:
+    """Run a plan part by part; a part that others stand on must succeed, the rest fail alone."""
+    failures: list[tuple[str, Exception]] = []
+    users.apply(todo.users)
+    numbers = users.observe().numbers() if todo.users else seen.users.numbers()
+    directories.apply(todo.directories, numbers)
+    for failed, error in netplan_apply.apply(todo.network):
+        failures.append((failed.id, error))
+    config = context.config
+    calls: list[tuple[str, Callable[[], None]]] = [
+        *((one.id, partial(tunnels.make_identity, config, one.owner)) for one in todo.identities),
+        *((one.id, partial(resource_file.write, seen.node, one.owner)) for one in todo.resources),
+        *((one.id, partial(services.apply, context, one)) for one in todo.services),
+        *((one.id, partial(tunnels.apply, one, config, context.supervisor)) for one in todo.tunnels),
+    ]
+    for name, call in calls:
+        _try(failures, name, call)
+    return failures
+
+
+def _try(failures: list[tuple[str, Exception]], name: str, call: Callable[[], None]) -> None:
+    try:
+        call()
+    except (*FAMILY, OSError) as error:
+        failures.append((name, error))
+        logger.warning("%s: %s", name, sentence(error))

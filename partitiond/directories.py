@@ -1,0 +1,97 @@
+"""Directories of the node and of its partitions: kind, owner, mode."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from partitiond.errors import PartitiondError
+from partitiond.operation import Operation
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+    from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class DirectorySpec:
+    """A directory as it should be; owner and group are names, resolved when the plan is run."""
+
+    path: Path
+    owner: str
+    group: str
+    mode: int
+    partition: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class DirectoryOperation(Operation):
+    """Make one directory as it should be."""
+
+    spec: DirectorySpec
+
+
+def plan(
+    desired: Sequence[DirectorySpec], numbers: Mapping[str, tuple[int, int]]
+) -> tuple[DirectoryOperation, ...]:
+    """Compare with the file system.
+
+    ``numbers`` maps users that exist to (uid, gid); one that is still to be made counts as different. Raises
+    PartitiondError ``directory.in_the_way`` for a link or a file in its place.
+    """
+    operations = []
+    for spec in desired:
+        try:
+            found = os.lstat(spec.path)
+        except (FileNotFoundError, NotADirectoryError):
+            operations.append(_operation(spec, None, "missing"))
+            continue
+        if not stat.S_ISDIR(found.st_mode):
+            raise PartitiondError(
+                "directory.in_the_way",
+                "is not a directory; it is not replaced",
+                resource=str(spec.path),
+                hint="move it away",
+            )
+        wanted = (
+            numbers.get(spec.owner, (None, None))[0],
+            numbers.get(spec.group, (None, None))[1],
+            spec.mode,
+        )
+        has = (found.st_uid, found.st_gid, stat.S_IMODE(found.st_mode))
+        if has != wanted:
+            before = f"uid {has[0]}, gid {has[1]}, mode {has[2]:04o}"
+            operations.append(_operation(spec, before, f"is {before}"))
+    return tuple(operations)
+
+
+def _operation(spec: DirectorySpec, before: str | None, reason: str) -> DirectoryOperation:
+    return DirectoryOperation(
+        id=f"directory{spec.path}",
+        resource="directory",
+        action="change" if before else "create",
+        partition=spec.partition,
+        before=before,
+        after=f"{spec.owner}:{spec.group} {spec.mode:04o}",
+        reason=reason,
+        spec=spec,
+    )
+
+
+def apply(operations: Iterable[DirectoryOperation], numbers: Mapping[str, tuple[int, int]]) -> None:
+    """Make them. Raises OSError; parents that are not in the plan are made 0755."""
+    for operation in operations:
+        spec = operation.spec
+        spec.path.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileExistsError):
+            spec.path.mkdir(mode=0o700)
+        # by descriptor: what is changed is what was just checked to be a directory
+        descriptor = os.open(spec.path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            os.fchown(descriptor, numbers[spec.owner][0], numbers[spec.group][1])
+            os.fchmod(descriptor, spec.mode)
+        finally:
+            os.close(descriptor)

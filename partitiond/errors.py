@@ -1,0 +1,48 @@
+"""The error family of the composition root; the leaf packages have classes of the same shape."""
+
+from __future__ import annotations
+
+from typing import Protocol, runtime_checkable
+
+from accounting.errors import AccountingError
+from netplan.errors import NetplanError
+from slap_client.errors import SlapError
+from stunnel_mgr.errors import TunnelError
+
+
+class PartitiondError(Exception):
+    """Something that the operator should know about.
+
+    ``code`` is stable and dotted (``config.value``), ``resource`` names what it is about (a file and line, a
+    partition), ``hint`` says what to do next, ``retryable`` whether trying again later may help.
+    """
+
+    def __init__(
+        self, code: str, message: str, *, resource: str = "", hint: str = "", retryable: bool = False
+    ) -> None:
+        super().__init__(message)
+        self.code = code
+        self.resource = resource
+        self.hint = hint
+        self.retryable = retryable
+
+
+@runtime_checkable
+class FamilyError(Protocol):
+    """What every error of ours has, whichever package raised it."""
+
+    code: str
+    resource: str
+    hint: str
+    retryable: bool
+
+
+FAMILY = (PartitiondError, AccountingError, NetplanError, SlapError, TunnelError)
+
+
+def sentence(error: BaseException) -> str:
+    """Return one line for logs: code, resource and what happened."""
+    if isinstance(error, FAMILY):
+        about = f"{error.resource}: " if error.resource else ""
+        return f"[{error.code}] {about}{error}"
+    return f"{type(error).__name__}: {error}"

@@ -1,0 +1,175 @@
+"""Programs run as another user: clean environment, bounded in time, ended with everything they started.
+
+The switch of user is left to util-linux's ``setpriv`` (about 2 ms), which also forbids new privileges and asks the kernel
+to end the program when the daemon dies, so that a build never runs twice side by side.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from partitiond.errors import PartitiondError
+
+if TYPE_CHECKING:
+    import threading
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+SETPRIV = "/usr/bin/setpriv"
+PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a program ended: its exit status (negative: the signal), and whether we ended it."""
+
+    status: int
+    cut_short: str | None = None
+
+    @property
+    def ok(self) -> bool:
+        """Whether it ended by itself with status 0."""
+        return self.status == 0 and self.cut_short is None
+
+
+def environment(home: str, user: str) -> dict[str, str]:
+    """The whole environment of such a program: nothing of the daemon's own."""
+    return {
+        "HOME": home,
+        "USER": user,
+        "LOGNAME": user,
+        "SHELL": "/bin/sh",
+        "PATH": PATH,
+        "LANG": "C.UTF-8",
+        "PYTHONNOUSERSITE": "1",
+    }
+
+
+def as_user(
+    user: str,
+    group: str,
+    command: Sequence[str],
+    *,
+    cwd: Path,
+    env: Mapping[str, str],
+    log: int,
+    stop: threading.Event,
+    timeout: float | None = None,
+) -> Outcome:
+    """Run a command as a user with that user's groups; output goes to the descriptor ``log``.
+
+    Ends the whole session of the program when ``stop`` is set or ``timeout`` (seconds) is over. Raises PartitiondError
+    ``execute.failed`` when it cannot be started.
+    """
+    switch = [
+        SETPRIV,
+        "--reuid",
+        user,
+        "--regid",
+        group,
+        "--init-groups",
+        "--no-new-privs",
+        "--pdeathsig",
+        "KILL",
+        "--",
+    ]
+    try:
+        process = subprocess.Popen(
+            [*switch, *command],
+            cwd=cwd,
+            env=dict(env),
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            umask=0o027,
+        )
+    except OSError as error:
+        raise PartitiondError(
+            "execute.failed",
+            f"cannot run {command[0]}: {error.strerror}",
+            resource=str(cwd),
+            hint="is util-linux installed?",
+        ) from error
+    return _wait(process, stop, None if timeout is None else time.monotonic() + timeout)
+
+
+def _wait(process: subprocess.Popen[bytes], stop: threading.Event, deadline: float | None) -> Outcome:
+    pause = 0.01
+    while True:
+        try:
+            return Outcome(process.wait(pause))
+        except subprocess.TimeoutExpired:
+            pause = min(pause * 1.5, 0.5)
+        if stop.is_set():
+            return _end(process, "the daemon is stopping")
+        if deadline is not None and time.monotonic() > deadline:
+            return _end(process, "took too long")
+
+
+def _end(process: subprocess.Popen[bytes], why: str) -> Outcome:
+    for number, grace in ((signal.SIGTERM, 5.0), (signal.SIGKILL, 5.0)):
+        try:
+            os.killpg(process.pid, number)
+        except ProcessLookupError:
+            break
+        try:
+            process.wait(grace)
+        except subprocess.TimeoutExpired:
+            continue
+    return Outcome(process.wait(), why)
+
+
+def end_processes_of(uid: int, gid: int) -> None:
+    """End every process of a user, also those that fork meanwhile.
+
+    ``kill(-1)`` by the user itself reaches all of its processes in one sweep of the kernel (kill(2)), which a scan of
+    ``/proc`` cannot promise. Raises PartitiondError ``execute.survivors``.
+    """
+    command = [
+        SETPRIV,
+        "--reuid",
+        str(uid),
+        "--regid",
+        str(gid),
+        "--clear-groups",
+        "--",
+        "/bin/kill",
+        "-KILL",
+        "--",
+        "-1",
+    ]
+    for _ in range(20):
+        if not _has_processes(uid):
+            return
+        subprocess.run(
+            command, check=False, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={"PATH": PATH}
+        )
+        time.sleep(0.02)
+    raise PartitiondError(
+        "execute.survivors",
+        f"processes of uid {uid} do not end (in uninterruptible sleep?)",
+        hint="look at them with ps, then try again",
+        retryable=True,
+    )
+
+
+def _has_processes(uid: int) -> bool:
+    """Whether the user has a process that is not a zombie."""
+    for name in os.listdir("/proc"):  # noqa: PTH208 - names suffice, and this is the cheapest way
+        if not name.isdigit():
+            continue
+        try:
+            with open(f"/proc/{name}/status", "rb") as stream:
+                text = stream.read()
+        except OSError:
+            continue  # it ended meanwhile
+        real = text.partition(b"\nUid:")[2].split(maxsplit=1)[0]
+        if int(real) == uid and b"\nState:\tZ" not in text:
+            return True
+    return False

@@ -1,0 +1,183 @@
+"""Files that root writes: whole or not at all, and never through a tenant's links.
+
+Paths below a partition are reached by directory descriptors, one component at a time, without following links; files are
+opened non-blocking, must be regular, and are read up to a bound.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+import stat
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from partitiond.errors import PartitiondError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+_READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+
+
+@contextmanager
+def directory(path: Path, *below: str) -> Iterator[int]:
+    """Open a trusted directory, then untrusted components below it, as a descriptor.
+
+    Raises FileNotFoundError when one does not exist, PartitiondError ``files.not_a_directory`` for a link or another kind.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        for component in below:
+            try:
+                following = os.open(component, _DIRECTORY, dir_fd=descriptor)
+            except OSError as error:
+                if error.errno in (errno.ELOOP, errno.ENOTDIR):
+                    raise PartitiondError(
+                        "files.not_a_directory",
+                        "is a link or no directory",
+                        resource=str(path.joinpath(*below)),
+                        hint="the partition's software must make a plain directory of it",
+                    ) from error
+                raise
+            os.close(descriptor)
+            descriptor = following
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def read(name: str, *, dir_fd: int, limit: int, owners: frozenset[int] | None = None) -> bytes:
+    """Read a regular file of at most ``limit`` bytes below a directory descriptor.
+
+    ``owners``: the uids that may own it. Raises FileNotFoundError, or PartitiondError ``files.refused`` with the reason.
+    """
+    try:
+        descriptor = os.open(name, _READ, dir_fd=dir_fd)
+    except OSError as error:
+        if error.errno == errno.ENOENT:
+            raise
+        raise _refused(name, f"cannot be opened as a plain file: {error.strerror}") from error
+    try:
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode):
+            raise _refused(name, "is not a regular file")
+        if owners is not None and found.st_uid not in owners:
+            raise _refused(name, f"belongs to uid {found.st_uid}")
+        if found.st_size > limit:
+            raise _refused(name, f"has {found.st_size} bytes, more than {limit}")
+        content = b""
+        while len(content) <= limit and (piece := os.read(descriptor, limit + 1 - len(content))):
+            content += piece
+        if len(content) > limit:
+            raise _refused(name, f"has more than {limit} bytes")
+        return content
+    finally:
+        os.close(descriptor)
+
+
+def _refused(name: str, reason: str) -> PartitiondError:
+    return PartitiondError(
+        "files.refused", reason, resource=name, hint="make it a plain, small file of the partition's user"
+    )
+
+
+def write(
+    name: str,
+    content: bytes,
+    *,
+    dir_fd: int,
+    mode: int,
+    owner: tuple[int, int] = (0, 0),
+    durable: bool = False,
+) -> None:
+    """Replace a file below a directory descriptor, whole or not at all. Raises OSError."""
+    temporary = f".{name[:80]}.{secrets.token_hex(6)}"
+    descriptor = os.open(temporary, _NEW, 0o600, dir_fd=dir_fd)
+    try:
+        try:
+            view = memoryview(content)
+            while view:
+                view = view[os.write(descriptor, view) :]
+            os.fchown(descriptor, *owner)
+            os.fchmod(descriptor, mode)
+            if durable:
+                os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        os.rename(temporary, name, src_dir_fd=dir_fd, dst_dir_fd=dir_fd)
+    except BaseException:
+        with _ignoring_missing():
+            os.unlink(temporary, dir_fd=dir_fd)
+        raise
+    if durable:
+        os.fsync(dir_fd)
+
+
+@contextmanager
+def _ignoring_missing() -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError:
+        return
+
+
+def write_path(path: Path, content: bytes, *, mode: int = 0o644, owner: tuple[int, int] = (0, 0)) -> None:
+    """Replace a file in a directory of root's, durably. Raises OSError."""
+    with directory(path.parent) as descriptor:
+        write(path.name, content, dir_fd=descriptor, mode=mode, owner=owner, durable=True)
+
+
+def names(dir_fd: int, limit: int = 1000) -> list[str]:
+    """The sorted names in a directory, at most ``limit`` (a tenant may make millions)."""
+    found = []
+    with os.scandir(dir_fd) as entries:
+        for entry in entries:
+            found.append(entry.name)
+            if len(found) >= limit:
+                break
+    return sorted(found)
+
+
+def empty(dir_fd: int) -> None:
+    """Remove everything below a directory descriptor, never following links nor crossing into another file system.
+
+    Iterative, so that no depth of directories exhausts the stack or the descriptors. Raises OSError.
+    """
+    device = os.fstat(dir_fd).st_dev
+    while directories := _remove_files(dir_fd, device):
+        for name in directories:
+            _remove_tree(dir_fd, name, device)
+
+
+def _remove_files(dir_fd: int, device: int) -> list[str]:
+    """Unlink all that is no directory; return the names of the directories."""
+    with os.scandir(dir_fd) as entries:
+        found = [(entry.name, entry.is_dir(follow_symlinks=False)) for entry in entries]
+    for name, is_directory in found:
+        if not is_directory:
+            os.unlink(name, dir_fd=dir_fd)
+        elif os.stat(name, dir_fd=dir_fd, follow_symlinks=False).st_dev != device:
+            raise PartitiondError(
+                "files.mounted",
+                "another file system is mounted there",
+                resource=name,
+                hint="unmount it, then try again",
+            )
+    return [name for name, is_directory in found if is_directory]
+
+
+def _remove_tree(dir_fd: int, name: str, device: int) -> None:
+    """Remove one directory with all below; deep ones are moved up first, which bounds the depth."""
+    descriptor = os.open(name, _DIRECTORY, dir_fd=dir_fd)
+    try:
+        for child in _remove_files(descriptor, device):
+            # lifting grandchildren to the top keeps the walk at two levels however deep the tree is
+            os.rename(child, f".removing-{secrets.token_hex(8)}", src_dir_fd=descriptor, dst_dir_fd=dir_fd)
+    finally:
+        os.close(descriptor)
+    os.rmdir(name, dir_fd=dir_fd)

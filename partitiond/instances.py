@@ -1,0 +1,358 @@
+"""Instances: what the master wants of each partition, made true one partition at a time.
+
+Promises: a partition is configured again only when its timestamp (opaque text), release or type changed, when its last try
+failed and its pause is over, or when its period is over; a failing one harms no other; nothing is removed but on the
+master's explicit word, and never twice as much as the destroy guard allows on one answer.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import stat
+import time
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from partitiond import buildout, certificates, converge, destroy_guard, execute, files, tunnels
+from partitiond.errors import FAMILY, PartitiondError, sentence
+from partitiond.supervision import PROGRAM_NAME, Group, Program
+from slap_client.errors import SlapError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from partitiond.context import Context
+    from partitiond.node import Node, Partition
+    from partitiond.state import InstanceLife, InstanceState
+    from slap_client.documents import ComputerDocument, PartitionDocument
+
+logger = logging.getLogger(__name__)
+
+_FIRST_PAUSE, _LONGEST_PAUSE = 60.0, 3600.0
+
+
+@dataclass(slots=True)
+class Result:
+    """What a pass did: one line per thing done, and the failures as (resource, error)."""
+
+    done: list[str]
+    failures: list[tuple[str, Exception]]
+
+
+def pause_after(failures: int) -> float:
+    """Seconds until the next try after so many failures in a row."""
+    return float(min(_LONGEST_PAUSE, _FIRST_PAUSE * 2 ** min(failures - 1, 10)))
+
+
+def run_pass(
+    context: Context,
+    node: Node,
+    document: ComputerDocument,
+    *,
+    force: bool = False,
+    only: frozenset[str] = frozenset(),
+) -> Result:
+    """Bring every partition where the master wants it, one after the other."""
+    result = Result([], [])
+    for rejected in document.rejected:
+        error = PartitiondError(
+            "instances.unreadable", rejected.reason, hint="the master's entry is left alone", retryable=True
+        )
+        result.failures.append((rejected.partition_id, error))
+    wanted = {entry.partition_id: entry for entry in document.partitions}
+    held = _held(context, document, result)
+    for partition in node.partitions:
+        entry = wanted.get(partition.id)
+        if (
+            entry is None
+            or partition.id in held
+            or (only and partition.id not in only)
+            or context.stop.is_set()
+        ):
+            continue
+        try:
+            done = _one(context, partition, entry, force)
+        except FAMILY as error:
+            result.failures.append((partition.id, error))
+            logger.warning("%s: %s", partition.id, sentence(error))
+            continue
+        if done:
+            result.done.append(f"{partition.id}: {done}")
+            logger.info("%s: %s", partition.id, done)
+    return result
+
+
+def _held(context: Context, document: ComputerDocument, result: Result) -> frozenset[str]:
+    """Partitions that the destroy guard keeps for this pass."""
+    if not context.config.destroy_guard:
+        return frozenset()
+    busy = frozenset(
+        state.partition for state in context.store.instances().values() if state.life != "destroying"
+    )
+    held = destroy_guard.decide(context.config.state_dir / "destroy-guard.json", busy, document)
+    for name in sorted(held):
+        error = PartitiondError(
+            "instances.held",
+            "the master's answer would remove it together with many others, or lists it as free without a destroy",
+            resource=name,
+            hint="kept until a second answer says the same",
+            retryable=True,
+        )
+        result.failures.append((name, error))
+        logger.warning("%s", sentence(error))
+    return held
+
+
+def _one(context: Context, partition: Partition, entry: PartitionDocument, force: bool) -> str | None:
+    state = context.store.instance(partition.id)
+    if entry.destroy_requested or entry.free:
+        return _retire(context, partition, state, entry)
+    if state.life == "destroying":
+        return None  # the report lane finishes first; then the partition is free for the new instance
+    if not _due(context, state, entry, force):
+        _tell(context, state)
+        return None
+    return _configure(context, partition, state, entry)
+
+
+def _due(context: Context, state: InstanceState, entry: PartitionDocument, force: bool) -> bool:
+    now = time.time()
+    changed = (
+        state.timestamp != (entry.timestamp or None)
+        or not entry.timestamp
+        or state.software_release != entry.software_release
+        or state.software_type != (entry.software_type or None)
+        or state.wanted != entry.requested_state
+        or state.instance_guid != (entry.instance_guid or None)
+    )
+    if force or changed:
+        return True
+    if state.failures:
+        return now >= state.next_try
+    period = context.config.maximum_periodicity
+    return 0 <= period <= now - state.processed_at
+
+
+def _retire(
+    context: Context, partition: Partition, state: InstanceState, entry: PartitionDocument
+) -> str | None:
+    """Stop an instance that is to be destroyed; the report lane removes it."""
+    if state.life == "free" and not entry.destroy_requested:
+        return None
+    if state.life == "destroying":
+        return None
+    stop(context, partition)
+    context.store.save_instance(
+        replace(
+            state,
+            life="destroying",
+            wanted="destroyed",
+            instance_guid=state.instance_guid or entry.instance_guid or None,
+            software_release=state.software_release or entry.software_release,
+        )
+    )
+    context.wake_report()
+    _report(lambda: context.client.instance_stopped(partition.id), partition.id)
+    return "stopped, to be destroyed"
+
+
+def stop(context: Context, partition: Partition) -> None:
+    """Stop a partition's processes and tunnels, and make sure that nothing starts them again."""
+    changed = False
+    for name in (partition.id, tunnels.group_name(partition.id)):
+        if context.supervisor.group_text(name) is not None:
+            if context.supervisor.running():
+                context.supervisor.stop_group(name)
+            changed = context.supervisor.remove_group(name) or changed
+    if changed and context.supervisor.running():
+        context.supervisor.update()
+
+
+def _configure(
+    context: Context, partition: Partition, state: InstanceState, entry: PartitionDocument
+) -> str | None:
+    url = entry.software_release or ""
+    if not buildout.completed(context.config, url):
+        if state.life in ("started", "stopped"):
+            logger.info("%s: waits for its new software release %s", partition.id, url)
+        return None  # what runs keeps running on the old release until the new one is there
+    following = replace(
+        state,
+        wanted=entry.requested_state,
+        instance_guid=entry.instance_guid or None,
+        software_release=url,
+        software_type=entry.software_type or None,
+        timestamp=entry.timestamp or None,
+        processed_at=time.time(),
+    )
+    try:
+        certificates.fetch(context, partition)
+        buildout.configure_instance(context, partition, entry)
+        _run(context, partition, entry)
+    except (*FAMILY, OSError) as error:
+        return _failed(context, following, error)
+    life: InstanceLife = "started" if entry.requested_state == "started" else "stopped"
+    done = replace(following, life=life, failures=0, next_try=0.0, error=None, reported=False, cleaned=False)
+    context.store.save_instance(done)
+    _converge(context, partition)
+    _tell(context, done)
+    return life
+
+
+def _converge(context: Context, partition: Partition) -> None:
+    """Make what follows from the new state: tunnels first of all. A refused tunnel fails no instance."""
+    outcome = converge.apply(context, only=frozenset((partition.id,)))
+    for refusal in outcome.refused:
+        logger.warning("%s: refused: %s", refusal.name, refusal.reason)
+
+
+def _failed(context: Context, state: InstanceState, error: Exception) -> str | None:
+    if context.stop.is_set():
+        raise error  # cut short by our own end: no failure of the instance
+    failures = state.failures + 1
+    context.store.save_instance(
+        replace(
+            state,
+            life="failed",
+            failures=failures,
+            next_try=time.time() + pause_after(failures),
+            error=str(error)[-4000:],
+            reported=True,
+        )
+    )
+    _report(lambda: context.client.instance_error(state.partition, str(error)), state.partition)
+    raise error
+
+
+def _tell(context: Context, state: InstanceState) -> None:
+    """Tell the master what it has not been told yet; kept until it was accepted."""
+    if state.reported or state.life not in ("started", "stopped"):
+        return
+    tell = context.client.instance_started if state.life == "started" else context.client.instance_stopped
+    if _report(lambda: tell(state.partition), state.partition):
+        context.store.save_instance(replace(state, reported=True))
+
+
+def _report(call: Callable[[], object], partition: str) -> bool:
+    try:
+        call()
+    except SlapError as error:
+        logger.warning("%s: the master did not take a report: %s", partition, sentence(error))
+        return False
+    return True
+
+
+def _run(context: Context, partition: Partition, entry: PartitionDocument) -> None:
+    """Start or stop what the buildout made."""
+    if entry.requested_state != "started":
+        stop(context, partition)
+        return
+    group = process_group(context, partition)
+    changed = (
+        context.supervisor.write_group(group)
+        if group.programs
+        else context.supervisor.remove_group(group.name)
+    )
+    if changed:
+        context.supervisor.update()
+    if group.programs:
+        context.supervisor.start_group(group.name)
+
+
+def process_group(context: Context, partition: Partition) -> Group:
+    """The processes that a partition declares in ``etc/run`` and, watched, in ``etc/service``."""
+    programs = []
+    for kind, suffix in (("run", ""), ("service", "-on-watch")):
+        for name in executables(partition, "etc", kind):
+            command = str(partition.path / "etc" / kind / name)
+            programs.append(Program(name=name, process_name=name + suffix, command=command))
+    return Group(
+        name=partition.id,
+        user=partition.user,
+        uid=partition.uid,
+        gid=partition.gid,
+        directory=partition.path,
+        log_directory=context.config.log_dir / partition.id,
+        programs=tuple(_without_doubles(partition.id, programs)),
+    )
+
+
+def _without_doubles(partition: str, programs: Sequence[Program]) -> list[Program]:
+    kept: dict[str, Program] = {}
+    for program in programs:
+        if program.name in kept:
+            logger.warning(
+                "%s: %s is both in etc/run and etc/service; the first is used", partition, program.name
+            )
+        kept.setdefault(program.name, program)
+    return list(kept.values())
+
+
+def executables(partition: Partition, *below: str) -> list[str]:
+    """Names of the executable plain files (or links to such) in a directory of the partition."""
+    found = []
+    try:
+        with files.directory(partition.path, *below) as descriptor:
+            for name in files.names(descriptor):
+                if not PROGRAM_NAME.fullmatch(name):
+                    logger.warning(
+                        "%s: %s/%r is not started: allowed are letters, digits and _.+-",
+                        partition.id,
+                        "/".join(below),
+                        name,
+                    )
+                elif _is_executable(name, descriptor):
+                    found.append(name)
+    except FileNotFoundError:
+        return []
+    return found
+
+
+def _is_executable(name: str, descriptor: int) -> bool:
+    # a link is fine here: it is only named in the configuration, and run as the partition's user
+    try:
+        mode = os.stat(name, dir_fd=descriptor).st_mode
+    except OSError:
+        return False
+    return stat.S_ISREG(mode) and bool(mode & 0o111)
+
+
+def finish_destroyed(context: Context, node: Node) -> Result:
+    """Remove the instances that are to be destroyed, and tell the master so."""
+    result = Result([], [])
+    for partition in node.partitions:
+        state = context.store.instance(partition.id)
+        if state.life != "destroying" or context.stop.is_set():
+            continue
+        try:
+            if not state.cleaned:
+                _clean(context, node, partition)
+                context.store.save_instance(replace(state, cleaned=True))
+            context.client.instance_destroyed(partition.id)
+        except (*FAMILY, OSError) as error:
+            result.failures.append((partition.id, error))
+            logger.warning("%s: not destroyed yet: %s", partition.id, sentence(error))
+            continue
+        context.store.save_instance(replace(state, life="free"))
+        # what every free partition has (its resource file, a new identity) is made again at once
+        _converge(context, partition)
+        result.done.append(f"{partition.id}: destroyed")
+        logger.info("%s: destroyed", partition.id)
+    return result
+
+
+def _clean(context: Context, node: Node, partition: Partition) -> None:
+    stop(context, partition)
+    # the last bytes belong to the instance that goes, not to the one that comes
+    context.meters.record(context, node)
+    context.meters.forget(partition.id)
+    execute.end_processes_of(partition.uid, partition.gid)
+    certificates.remove(context, partition)
+    tunnels.remove_identity(context.config, partition)
+    with files.directory(partition.path) as descriptor:
+        files.empty(descriptor)
+    logs = context.config.log_dir / partition.id
+    if logs.is_dir():
+        with files.directory(logs) as descriptor:
+            files.empty(descriptor)

@@ -1,0 +1,182 @@
+"""The lanes: one pass each, the same code in the daemon and in ``partitiond sync``.
+
+A lane of its own for each kind of work, so that a build of hours holds up no instance and no meter.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import platform
+import time
+from typing import TYPE_CHECKING
+
+from partitiond import __version__, converge, files, instances, softwares
+from partitiond.errors import PartitiondError
+from partitiond.instances import Result
+from slap_client.capacity import CapacityNode, CapacityPartition, CapacityTap, capacity_description
+from slap_client.errors import SlapError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from partitiond.context import Context
+    from partitiond.node import Node, Partition
+    from slap_client.documents import ComputerDocument
+    from slap_client.values import Value
+
+logger = logging.getLogger(__name__)
+
+
+class MasterContact:
+    """When the master last gave a usable answer; on disk only when it comes or goes, so that a quiet pass writes nothing."""
+
+    def __init__(self, state_dir: Path) -> None:
+        self._file = state_dir / "master.json"
+        self._reachable: bool | None = None
+        self._last: float | None = None
+        try:
+            found = json.loads(self._file.read_bytes())
+            self._reachable, self._last = found["reachable"], found["last_contact"]
+        except (OSError, ValueError, KeyError):
+            return
+
+    def note(self, reachable: bool) -> None:
+        """Remember how a call went."""
+        changed = reachable != self._reachable
+        self._reachable = reachable
+        if reachable:
+            self._last = time.time()
+        if changed:
+            value = {"reachable": reachable, "last_contact": self._last}
+            files.write_path(self._file, json.dumps(value).encode(), mode=0o600)
+
+    def as_json(self) -> dict[str, object]:
+        """The contract's fields."""
+        last = None if self._last is None else time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self._last))
+        return {"reachable": self._reachable, "last_contact": last}
+
+
+def ask(context: Context) -> ComputerDocument:
+    """The master's wishes. Raises SlapError; an answer that lists no partition at all while some are busy is no answer."""
+    contact = MasterContact(context.config.state_dir)
+    try:
+        document = context.client.computer()
+    except SlapError:
+        contact.note(False)
+        raise
+    contact.note(True)
+    for name in document.rejected_software:
+        logger.warning("the master's software entry is not understood and left alone: %s", name)
+    if not document.partitions and context.store.instances():
+        raise PartitiondError(
+            "instances.empty_answer",
+            "the master lists no partition at all; what runs keeps running",
+            resource=context.config.master_url,
+            hint="post the capacity again: partitiond sync capacity",
+            retryable=True,
+        )
+    return document
+
+
+def capacity(context: Context) -> Result:
+    """Tell the master what this node has."""
+    target = converge.observe(context).node
+    if not target.partitions:
+        raise PartitiondError(
+            "capacity.nothing", "there are no partitions to offer", hint="set partition_amount"
+        )
+    context.client.post_capacity(description(target))
+    MasterContact(context.config.state_dir).note(True)
+    return Result([f"capacity of {len(target.partitions)} partitions posted"], [])
+
+
+def description(target: Node) -> dict[str, Value]:
+    """The document that slapformat posts (slapos.core 1.26). Raises PartitiondError for a node without IPv6."""
+    config = target.config
+    if target.base is None:
+        raise PartitiondError(
+            "capacity.no_ipv6",
+            f"{config.ipv6_interface} has no global IPv6 address to offer",
+            resource=config.ipv6_interface,
+            hint="give the interface a global IPv6 address",
+            retryable=True,
+        )
+    return capacity_description(
+        CapacityNode(
+            reference=config.computer_id,
+            address=target.base,
+            instance_root=str(config.instance_root),
+            software_root=str(config.software_root),
+            software_user=config.software_user,
+            interface_name=config.interface,
+            ipv6_interface=config.ipv6_interface,
+            ipv4_local_network=str(config.ipv4_network),
+            os_type=(platform.platform(), *_distribution()),
+            python_version=platform.python_version(),
+            version=f"partitiond/{__version__}",
+            ipv6_prefixshift=config.ipv6_prefixshift,
+            partition_has_ipv6_range=config.ipv6_range,
+        ),
+        [_offer(item, target.base.network.prefixlen) for item in target.partitions],
+    )
+
+
+def _distribution() -> tuple[str, str, str]:
+    try:
+        found = platform.freedesktop_os_release()
+    except OSError:
+        return ("", "", "")
+    return (found.get("ID", ""), found.get("VERSION_ID", ""), found.get("NAME", ""))
+
+
+def _offer(partition: Partition, prefixlen: int) -> CapacityPartition:
+    network = partition.network
+    return CapacityPartition(
+        reference=partition.id,
+        path=str(partition.path),
+        user=partition.user,
+        ipv4=partition.ipv4,
+        ipv6=partition.ipv6,
+        ipv6_prefixlen=prefixlen,
+        ipv6_range=network.ipv6_range,
+        # the production master wants a tap name for each partition, whether there is a tap or not
+        tap=CapacityTap(network.tap.name if network.tap else f"route_{partition.id}"),
+    )
+
+
+def software(context: Context, *, force: bool = False) -> Result:
+    """Build and remove software releases."""
+    return softwares.run_pass(context, ask(context), force=force)
+
+
+def instance(context: Context, *, force: bool = False, only: frozenset[str] = frozenset()) -> Result:
+    """Configure, start and stop instances."""
+    return instances.run_pass(context, converge.observe(context).node, ask(context), force=force, only=only)
+
+
+def report(context: Context) -> Result:
+    """Finish the destroyed partitions."""
+    return instances.finish_destroyed(context, converge.observe(context).node)
+
+
+def usage(context: Context) -> Result:
+    """Take one pass of all meters."""
+    gaps = context.meters.record(context, converge.observe(context).node)
+    return Result([f"gap: {gap.reason}" for gap in gaps], [])
+
+
+def run(context: Context, lane: str, *, force: bool = False) -> Result:
+    """Take one pass of a lane by its name in ``sync``."""
+    passes: dict[str, Callable[[], Result]] = {
+        "capacity": lambda: capacity(context),
+        "software": lambda: software(context, force=force),
+        "instances": lambda: instance(context, force=force),
+        "report": lambda: report(context),
+        "usage": lambda: usage(context),
+    }
+    return passes[lane]()
+
+
+LANES = ("capacity", "software", "instances", "usage", "report")

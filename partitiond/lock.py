@@ -1,0 +1,49 @@
+"""One program at a time changes the node: a lock on the state directory, gone with its holder however it ends."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import time
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from partitiond.errors import PartitiondError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+
+@contextmanager
+def exclusive(state_dir: Path, what: str, *, wait: float = 0.0) -> Iterator[None]:
+    """Hold the lock, waiting up to ``wait`` seconds. Raises PartitiondError ``node.busy`` naming the holder."""
+    state_dir.mkdir(parents=True, exist_ok=True)
+    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+    descriptor = os.open(state_dir / "lock", flags, 0o600)
+    try:
+        deadline = time.monotonic() + wait
+        while not _take(descriptor):
+            if time.monotonic() >= deadline:
+                holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip() or "another partitiond"
+                raise PartitiondError(
+                    "node.busy",
+                    f"{holder} is at work on this state",
+                    resource=str(state_dir),
+                    hint="wait until it ends, or stop it",
+                    retryable=True,
+                )
+            time.sleep(0.05)
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"partitiond {what} (process {os.getpid()})\n".encode(), 0)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _take(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

@@ -1,0 +1,136 @@
+"""Meters composed: kernel counters, taps, processes and disks of all partitions into one pass of the ledger."""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from accounting.disk import DiskMeter
+from accounting.ledger import Ledger
+from accounting.model import CountReading, GaugeReading, Pass, TrafficReading
+from accounting.processes import ProcessMeter
+from netplan import counters
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from accounting.model import Gap
+    from partitiond.context import Context
+    from partitiond.node import Node, Partition
+
+_DISK_SECONDS = 300.0
+
+
+@dataclass(slots=True)
+class Metering:
+    """The meters and the open ledger of a node; one pass at a time, from whatever thread."""
+
+    path: Path
+    _turn: threading.Lock = field(default_factory=threading.Lock)
+    _ledger: Ledger | None = None
+    _processes: ProcessMeter = field(default_factory=ProcessMeter)
+    _disk: DiskMeter = field(default_factory=lambda: DiskMeter(entries_per_pass=50_000, seconds_per_pass=0.5))
+    _disk_at: float = float("-inf")
+
+    def record(self, context: Context, node: Node) -> tuple[Gap, ...]:
+        """Read all meters and post them. Raises AccountingError, NetplanError; the next pass makes up for a failed one."""
+        with self._turn:
+            if self._ledger is None:
+                self._ledger = Ledger(self.path)
+            return self._ledger.record(self._read(context, node))
+
+    def forget(self, partition: str) -> None:
+        """Let go of a partition's directory before it is emptied."""
+        with self._turn:
+            self._disk.forget(partition)
+
+    def close(self) -> None:
+        """Close the ledger; nothing is kept back in memory."""
+        with self._turn:
+            self._disk.close()
+            if self._ledger is not None:
+                self._ledger.close()
+                self._ledger = None
+
+    def _read(self, context: Context, node: Node) -> Pass:
+        states = context.store.instances()
+        owners = {
+            item.id: (states[item.id].instance_guid if item.id in states else None)
+            for item in node.partitions
+        }
+        known = {item.id: item for item in node.partitions}
+        reading = counters.read_counters()
+        scan = self._processes.scan({item.uid: item.id for item in node.partitions})
+        return Pass(
+            at=time.time(),
+            owners=owners,
+            traffic=(*_addresses(reading, known), *_taps(known)),
+            counts=tuple(
+                CountReading(partition, "denied_packets", reading.epoch, count)
+                for partition, count in (reading.denied or {}).items()
+                if partition in known
+            ),
+            gauges=(*scan.gauges(), *self._disks(node)),
+            processes=scan.processes,
+        )
+
+    def _disks(self, node: Node) -> Iterator[GaugeReading]:
+        # walking trees costs the most of all meters and says the least about the last seconds
+        if time.monotonic() - self._disk_at < _DISK_SECONDS:
+            return
+        measured = self._disk.measure({item.id: item.path for item in node.partitions})
+        if len(measured) == len(node.partitions) and all(usage.finished for usage in measured.values()):
+            self._disk_at = time.monotonic()
+        for partition, usage in measured.items():
+            if usage.finished:
+                yield GaugeReading(partition, "disk_bytes", usage.bytes)
+
+
+def _addresses(reading: counters.CounterReading, known: dict[str, Partition]) -> Iterator[TrafficReading]:
+    for traffic in reading.traffic:
+        partition = known.get(traffic.partition)
+        address = _address(partition, traffic.family) if partition else None
+        if address is None:
+            continue  # its counters go with the next load of the filter
+        yield TrafficReading(
+            partition=traffic.partition,
+            address=address,
+            family="ipv4" if traffic.family == "ipv4" else "ipv6",
+            scope="local" if traffic.scope == "local" else "remote",
+            epoch=reading.epoch,
+            bytes_in=traffic.bytes_in,
+            bytes_out=traffic.bytes_out,
+            packets_in=traffic.packets_in,
+            packets_out=traffic.packets_out,
+        )
+
+
+def _address(partition: Partition, family: str) -> str | None:
+    found = {"ipv4": partition.ipv4, "ipv6": partition.ipv6, "range": partition.network.ipv6_range}.get(
+        family
+    )
+    return None if found is None else str(found)
+
+
+def _taps(known: dict[str, Partition]) -> Iterator[TrafficReading]:
+    for tap in counters.read_taps():
+        if tap.partition in known:
+            yield TrafficReading(
+                tap.partition,
+                tap.tap,
+                "tap",
+                "remote",
+                tap.epoch,
+                tap.bytes_in,
+                tap.bytes_out,
+                tap.packets_in,
+                tap.packets_out,
+            )
+
+
+def ledger_path(state_dir: Path) -> Path:
+    """Where the ledger lies."""
+    return state_dir / "ledger.sqlite"

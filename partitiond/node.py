@@ -1,0 +1,119 @@
+"""The node as it should be: one value computed from the configuration and the node's own IPv6 address."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from netplan import addresses
+from netplan.model import DesiredNetwork, PartitionNetwork, TapSpec
+
+if TYPE_CHECKING:
+    import ipaddress
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from partitiond.config import Config
+
+
+@dataclass(frozen=True, slots=True)
+class Partition:
+    """One computer partition: its names, its user, its directory and what it owns of the network."""
+
+    id: str
+    index: int
+    user: str
+    uid: int
+    gid: int
+    path: Path
+    ipv4: ipaddress.IPv4Address
+    network: PartitionNetwork
+    guest_mac: str | None
+
+    @property
+    def ipv6(self) -> ipaddress.IPv6Address | None:
+        """The partition's global IPv6 address, or None on a node without one."""
+        return self.network.ipv6.ip if self.network.ipv6 else None
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """The desired node."""
+
+    config: Config
+    base: ipaddress.IPv6Interface | None
+    partitions: tuple[Partition, ...]
+
+    def partition(self, name: str) -> Partition | None:
+        """Return the partition of that id, or None."""
+        return next((partition for partition in self.partitions if partition.id == name), None)
+
+    def network(self) -> DesiredNetwork:
+        """What netplan should make."""
+        return DesiredNetwork(
+            interface=self.config.ipv6_interface,
+            partitions=tuple(partition.network for partition in self.partitions),
+            host_ipv6=self.base.ip if self.base else None,
+            ownership=self.config.address_ownership,
+        )
+
+
+def build(
+    config: Config,
+    base: ipaddress.IPv6Interface | None,
+    uids: Mapping[str, tuple[int, int]],
+    taken_ipv4: frozenset[ipaddress.IPv4Address],
+) -> Node:
+    """Compute the node.
+
+    ``uids`` maps the names of existing users to their (uid, gid): a user that exists keeps its number. ``taken_ipv4``
+    are addresses that something else on this node uses. Raises NetplanError when the prefix has no room.
+    """
+    partitions = tuple(
+        _partition(config, base, index, uids, taken_ipv4) for index in range(config.partition_amount)
+    )
+    return Node(config=config, base=base, partitions=partitions)
+
+
+def _partition(
+    config: Config,
+    base: ipaddress.IPv6Interface | None,
+    index: int,
+    uids: Mapping[str, tuple[int, int]],
+    taken_ipv4: frozenset[ipaddress.IPv4Address],
+) -> Partition:
+    name, user = f"{config.partition_base}{index}", f"{config.user_base}{index}"
+    uid, gid = uids.get(user, (config.uid_base + index, config.uid_base + index))
+    tap = None
+    if config.create_tap:
+        tap = TapSpec(
+            name=f"{config.tap_base}{index}",
+            owner_uid=uid,
+            mac=addresses.host_tap_mac(config.computer_id, name),
+            bridge=config.bridge,
+        )
+    ipv4 = addresses.private_ipv4(config.ipv4_network, index, taken_ipv4)
+    network = PartitionNetwork(
+        id=name,
+        index=index,
+        uid=uid,
+        tap=tap,
+        ipv6=addresses.partition_ipv6(base, index) if base else None,
+        ipv6_range=(
+            addresses.partition_range(base, index, config.ipv6_prefixshift)
+            if base and config.ipv6_range
+            else None
+        ),
+        ipv4=ipv4,
+    )
+    return Partition(
+        id=name,
+        index=index,
+        user=user,
+        uid=uid,
+        gid=gid,
+        path=config.instance_root / name,
+        ipv4=ipv4,
+        network=network,
+        guest_mac=addresses.tap_mac(config.computer_id, name) if tap else None,
+    )

@@ -1,0 +1,231 @@
+"""Human text of what the verbs found; ``--json`` prints the same objects instead."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+_COLOURS = {"green": "32", "red": "31", "yellow": "33", "bold": "1"}
+
+
+def colour(text: str, name: str) -> str:
+    """Colour a text on a terminal, unless ``NO_COLOR`` is set."""
+    if not sys.stdout.isatty() or os.environ.get("NO_COLOR"):
+        return text
+    return f"\033[{_COLOURS[name]}m{text}\033[0m"
+
+
+def table(heads: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """Columns of text; numbers to the right."""
+    texts = [[_cell(value) for value in row] for row in rows]
+    widths = [max([len(head), *(len(row[index]) for row in texts)]) for index, head in enumerate(heads)]
+    numeric = [
+        all(isinstance(row[index], int | float) or row[index] is None for row in rows) and bool(rows)
+        for index in range(len(heads))
+    ]
+    lines = [_line(heads, widths, numeric), *(_line(row, widths, numeric) for row in texts)]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.2f}"
+    return str(value)
+
+
+def _line(cells: Sequence[str], widths: Sequence[int], numeric: Sequence[bool]) -> str:
+    return "  ".join(
+        cell.rjust(width) if right else cell.ljust(width)
+        for cell, width, right in zip(cells, widths, numeric, strict=True)
+    )
+
+
+def plan(value: dict[str, Any]) -> str:
+    """``plan``."""
+    operations = value["operations"]
+    lines = [_operation(operation) for operation in operations]
+    lines += _refusals(value["refused"])
+    lines.append(f"{len(operations)} operations" if operations else "nothing to do")
+    return "\n".join(lines)
+
+
+_SIGNS = {"create": ("+", "green"), "change": ("~", "yellow"), "remove": ("-", "red")}
+
+
+def _operation(operation: dict[str, Any]) -> str:
+    sign, name = _SIGNS[operation["action"]]
+    values = " → ".join(str(operation[key]) for key in ("before", "after") if operation[key] is not None)
+    return f"{colour(sign, name)} {operation['id']}: {operation['reason']}" + (
+        f" [{values}]" if values else ""
+    )
+
+
+def _refusals(refused: Sequence[dict[str, Any]]) -> list[str]:
+    return [
+        f"{colour('!', 'red')} tunnel {one['name']} is refused: {one['file']}"
+        f"{':' + str(one['line']) if one['line'] else ''}: {one['reason']}"
+        for one in refused
+    ]
+
+
+def _failures(found: Sequence[dict[str, Any]]) -> list[str]:
+    lines = []
+    for one in found:
+        lines.append(f"{colour('!', 'red')} {one['resource']}: [{one['code']}] {one['message']}")
+        if one["hint"]:
+            lines.append(f"    next: {one['hint']}")
+    return lines
+
+
+def applied(value: dict[str, Any]) -> str:
+    """``apply`` and ``teardown``."""
+    lines = [*_failures(value["failures"]), *_refusals(value["refused"])]
+    lines += [f"left: {_operation(operation)}" for operation in value["left"]]
+    if not value["done"] and not lines:
+        return "nothing to do"
+    lines.append(f"{value['done']} done, {len(value['failures'])} failed, {len(value['left'])} left")
+    return "\n".join(lines)
+
+
+def synced(value: dict[str, Any]) -> str:
+    """``sync``."""
+    lines = [*value["done"], *_failures(value["failures"])]
+    return "\n".join(lines) if lines else f"{value['lane']}: nothing to do"
+
+
+def status(value: dict[str, Any]) -> str:
+    """``status``."""
+    node = value["node"]
+    reachable = {True: "reachable", False: colour("not reachable", "red"), None: "not asked yet"}[
+        node["master"]["reachable"]
+    ]
+    lines = [
+        f"node {node['computer_id']} on {node['interface']}"
+        + (f", taps in bridge {node['bridge']}" if node["bridge"] else ""),
+        f"master {node['master']['url']}: {reachable}, last answer {node['master']['last_contact'] or 'never'}",
+        "",
+    ]
+    rows = [
+        (
+            item["id"],
+            item["state"],
+            item["user"]["name"],
+            item["ipv6"],
+            item["ipv4"],
+            item["tap"]["name"] if item["tap"] else None,
+            _running(item["processes"]),
+            len(item["tunnels"]),
+            len(item["drift"]) or None,
+        )
+        for item in value["partitions"]
+    ]
+    lines.append(
+        table(("partition", "state", "user", "IPv6", "IPv4", "tap", "processes", "tunnels", "drift"), rows)
+    )
+    lines += [f"open: {text}" for text in node["open_cases"]]
+    lines += [f"drift: {text}" for text in node["drift"]]
+    return "\n".join(lines)
+
+
+def _running(processes: Sequence[dict[str, Any]]) -> str | None:
+    if not processes:
+        return None
+    return f"{sum(1 for one in processes if one['state'] == 'RUNNING')}/{len(processes)}"
+
+
+def show(item: dict[str, Any]) -> str:
+    """``show PARTITION``."""
+    rows = [
+        ("state", item["state"]),
+        ("user", f"{item['user']['name']} (uid {item['user']['uid']})"),
+        ("path", item["path"]),
+        ("IPv6", f"{item['ipv6']}/{item['ipv6_prefixlen']}" if item["ipv6"] else None),
+        (
+            "IPv6 range",
+            f"{item['ipv6_range']}/{item['ipv6_range_prefixlen']}" if item["ipv6_range"] else None,
+        ),
+        ("IPv4", item["ipv4"]),
+        ("tap", f"{item['tap']['name']}, guest MAC {item['tap']['mac']}" if item["tap"] else None),
+        ("software", item["software_release"]),
+        ("instance", item["instance_guid"]),
+        *(("process", f"{one['name']} {one['state']} {one['pid'] or ''}") for one in item["processes"]),
+        *(("tunnel", name) for name in item["tunnels"]),
+        *(("drift", name) for name in item["drift"]),
+    ]
+    lines = [item["id"], *(f"  {name:<12}{_cell(value)}" for name, value in rows)]
+    if item["error"]:
+        lines += ["  last error:", *(f"    {line}" for line in item["error"].splitlines())]
+    return "\n".join(lines)
+
+
+def usage(value: dict[str, Any]) -> str:
+    """``usage``: one row per address, then one per partition for the rest."""
+    traffic = [
+        (
+            item["id"],
+            item["instance_guid"],
+            one["address"],
+            one["scope"],
+            one["bytes_in"],
+            one["bytes_out"],
+            one["packets_in"],
+            one["packets_out"],
+        )
+        for item in value["partitions"]
+        for one in item["addresses"]
+        if one["packets_in"] or one["packets_out"]
+    ]
+    heads = (
+        "partition",
+        "instance",
+        "address",
+        "scope",
+        "bytes in",
+        "bytes out",
+        "packets in",
+        "packets out",
+    )
+    rest = [
+        (
+            item["id"],
+            item["instance_guid"],
+            item["cpu_seconds"],
+            item["memory_bytes"],
+            item["disk_bytes"],
+            item["denied_packets"],
+        )
+        for item in value["partitions"]
+    ]
+    lines = [
+        f"from {value['from'] or 'the beginning'} to {value['to'] or 'now'}",
+        "",
+        table(heads, traffic) if traffic else "no traffic",
+        "",
+        table(("partition", "instance", "CPU s", "memory B", "disk B", "denied packets"), rest),
+    ]
+    lines += [f"gap: {one['from']} to {one['to']}: {one['reason']}" for one in value["gaps"]]
+    return "\n".join(lines)
+
+
+def tunnels(value: dict[str, Any]) -> str:
+    """``tunnel list``."""
+    rows = [
+        (
+            one["name"],
+            one["mode"],
+            one["state"],
+            one["listen"],
+            one["connect"],
+            len(one["allowed"]),
+            one["sessions"],
+            one["reason"],
+        )
+        for one in value["tunnels"]
+    ]
+    return table(("tunnel", "mode", "state", "listen", "connect", "peers", "sessions", "reason"), rows)

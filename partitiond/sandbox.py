@@ -1,0 +1,244 @@
+"""A throw-away machine made of private namespaces, for the demo and the tests.
+
+Promises: network, mounts, processes, System V IPC and the host name are private; ``/etc``, ``/run``, ``/var``, ``/tmp``,
+``/srv`` and ``/dev`` are private copies or empty; the first process reaps orphans and takes everything down with it
+when the command ends or this process is killed, so nothing is left on the host.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import os
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+# include/uapi/linux/sched.h, include/uapi/linux/mount.h, include/uapi/linux/prctl.h
+CLONE_NEWNS, CLONE_NEWUTS, CLONE_NEWIPC = 0x00020000, 0x04000000, 0x08000000
+CLONE_NEWPID, CLONE_NEWNET = 0x20000000, 0x40000000
+MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_BIND, MS_REC, MS_PRIVATE = 2, 4, 8, 4096, 16384, 1 << 18
+PR_SET_PDEATHSIG = 1
+
+MARKER = "PARTITIOND_SANDBOX"
+_VAR_DIRECTORIES = ("lib", "log", "cache", "lock", "spool", "tmp", "empty")
+_DEVICES = (
+    ("null", 1, 3, 0o666),
+    ("zero", 1, 5, 0o666),
+    ("full", 1, 7, 0o666),
+    ("random", 1, 8, 0o666),
+    ("urandom", 1, 9, 0o666),
+    ("tty", 5, 0, 0o666),
+    # root only, as the kernel makes it where no udev runs: opening it to partition users is the product's work
+    ("net/tun", 10, 200, 0o600),
+)
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def _check(result: int, what: str) -> None:
+    if result != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, f"{what}: {os.strerror(number)}")
+
+
+def _mount(source: str, target: str, kind: str, flags: int = 0, data: str = "") -> None:
+    arguments = (source.encode(), target.encode(), kind.encode(), ctypes.c_ulong(flags), data.encode())
+    _check(_libc.mount(*arguments), f"mount {kind or source} on {target}")
+
+
+def inside() -> bool:
+    """Whether this process runs in a sandbox made by this module."""
+    return os.environ.get(MARKER) == "1"
+
+
+def run(command: Sequence[str], *, binds: Sequence[tuple[str, str]] = (), keep_opt: bool = True) -> int:
+    """Run a command in a new sandbox and return its exit status.
+
+    ``binds`` are (source, target) pairs of directories to show inside; with ``keep_opt`` false ``/opt`` is a private overlay.
+    Raises OSError when the kernel or the caller's rights do not allow it. The caller must be single-threaded.
+    """
+    supervisor = os.fork()
+    if supervisor == 0:
+        _as_child(lambda: _outer(command, binds, keep_opt))
+    return _wait(supervisor)
+
+
+def _as_child(body: object) -> None:
+    """Run a forked child's body; it never returns into the caller's code."""
+    status = 125
+    try:
+        status = body()  # type: ignore[operator]
+    except BaseException as error:  # noqa: BLE001 - a forked child reports and ends, whatever it was
+        print(f"partitiond sandbox: {error}", file=sys.stderr)  # noqa: T201 - no logging is set up here
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def _wait(pid: int) -> int:
+    while True:
+        try:
+            _, status = os.waitpid(pid, 0)
+        except KeyboardInterrupt:
+            continue  # the terminal sent it to the whole group; the command decides how to end
+        return os.waitstatus_to_exitcode(status) % 256
+
+
+def _die_with_parent() -> None:
+    _check(_libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0), "prctl")
+
+
+def _outer(command: Sequence[str], binds: Sequence[tuple[str, str]], keep_opt: bool) -> int:
+    _die_with_parent()
+    flags = CLONE_NEWNS | CLONE_NEWNET | CLONE_NEWPID | CLONE_NEWIPC | CLONE_NEWUTS
+    _check(_libc.unshare(flags), "unshare")
+    first = os.fork()
+    if first == 0:
+        _as_child(lambda: _init(command, binds, keep_opt))
+    return _wait(first)
+
+
+def _init(command: Sequence[str], binds: Sequence[tuple[str, str]], keep_opt: bool) -> int:
+    """Be process 1 of the sandbox: mount, start the command, reap until it ends, then end the rest."""
+    _die_with_parent()
+    _lay_out(binds, keep_opt)
+    _check(_libc.sethostname(b"sandbox", 7), "sethostname")
+    os.environ[MARKER] = "1"
+    payload = os.fork()
+    if payload == 0:
+        os.execvp(command[0], list(command))  # noqa: S606 - the caller's own argument list
+    status = _reap_until(payload)
+    _end_all()
+    return status
+
+
+def _reap_until(payload: int) -> int:
+    while True:
+        try:
+            pid, status = os.waitpid(-1, 0)
+        except KeyboardInterrupt:
+            continue
+        if pid == payload:
+            return os.waitstatus_to_exitcode(status) % 256
+
+
+def _end_all(grace: float = 3.0) -> None:
+    """End every other process of the sandbox, politely first."""
+    deadline = time.monotonic() + grace
+    number = signal.SIGTERM
+    while True:
+        try:
+            os.kill(-1, number)
+        except ProcessLookupError:
+            return
+        time.sleep(0.02)
+        try:
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+        except ChildProcessError:
+            return
+        if time.monotonic() > deadline:
+            number = signal.SIGKILL
+
+
+def _lay_out(binds: Sequence[tuple[str, str]], keep_opt: bool) -> None:
+    _mount("none", "/", "", MS_REC | MS_PRIVATE)
+    _mount("proc", "/proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC)
+    # sources may lie below a directory that is about to be covered: hold them by descriptor
+    sources = [(os.open(source, os.O_PATH), target) for source, target in binds]
+    _private_etc()
+    if not keep_opt:
+        _private_opt()
+    for path in ("/run", "/srv", "/var"):
+        _mount("tmpfs", path, "tmpfs", MS_NOSUID, "mode=0755")
+    for name in _VAR_DIRECTORIES:
+        Path("/var", name).mkdir(mode=0o755)
+    Path("/var/run").symlink_to("/run")
+    Path("/var/tmp").chmod(0o1777)  # noqa: S108 - the private one
+    _mount("tmpfs", "/tmp", "tmpfs", MS_NOSUID | MS_NODEV, "mode=1777")  # noqa: S108 - the private one
+    _private_dev()
+    _mount("sysfs", "/sys", "sysfs", MS_NOSUID | MS_NODEV | MS_NOEXEC)
+    for descriptor, target in sources:
+        Path(target).mkdir(parents=True, exist_ok=True)
+        _mount(f"/proc/self/fd/{descriptor}", target, "", MS_BIND | MS_REC)
+        os.close(descriptor)
+
+
+def _private_etc() -> None:
+    _mount("tmpfs", "/mnt", "tmpfs", MS_NOSUID | MS_NODEV, "mode=0755")
+    subprocess.run(["/bin/cp", "-a", "/etc/.", "/mnt/"], check=True)
+    _mount("/mnt", "/etc", "", MS_BIND)
+    _check(_libc.umount2(b"/mnt", 0), "umount /mnt")
+
+
+def _private_opt() -> None:
+    """Let directories be made below /opt without touching the host's, and without hiding what lies there."""
+    _mount("tmpfs", "/mnt", "tmpfs", MS_NOSUID | MS_NODEV, "mode=0755")
+    for name in ("upper", "work"):
+        Path("/mnt", name).mkdir()
+    _mount("overlay", "/opt", "overlay", 0, "lowerdir=/opt,upperdir=/mnt/upper,workdir=/mnt/work")
+
+
+def _private_dev() -> None:
+    _mount("tmpfs", "/dev", "tmpfs", MS_NOSUID, "mode=0755")
+    Path("/dev/net").mkdir()
+    for name, major, minor, mode in _DEVICES:
+        os.mknod(f"/dev/{name}", stat.S_IFCHR | mode, os.makedev(major, minor))
+        Path("/dev", name).chmod(mode)
+    for name in ("pts", "shm"):
+        Path("/dev", name).mkdir()
+    _mount("devpts", "/dev/pts", "devpts", MS_NOSUID | MS_NOEXEC, "newinstance,ptmxmode=0666,mode=0620")
+    _mount("tmpfs", "/dev/shm", "tmpfs", MS_NOSUID | MS_NODEV, "mode=1777")  # noqa: S108 - the private one
+    for name, target in (
+        ("ptmx", "pts/ptmx"),
+        ("fd", "/proc/self/fd"),
+        ("stdin", "fd/0"),
+        ("stdout", "fd/1"),
+    ):
+        Path("/dev", name).symlink_to(target)
+    Path("/dev/stderr").symlink_to("fd/2")
+
+
+def home_of_environment() -> Path:
+    """The directory for which the scripts of this environment were made (its prefix may be shown elsewhere)."""
+    script = Path(sys.prefix, "bin", "partitiond")
+    if script.is_file():
+        first = script.read_bytes().split(b"\n", 1)[0]
+        interpreter = first.removeprefix(b"#!").split()
+        if interpreter:
+            return Path(os.fsdecode(interpreter[0])).parent.parent
+    return Path(sys.prefix)
+
+
+def environment_binds() -> list[tuple[str, str]]:
+    """The bind that shows this environment where its scripts expect it, reachable for partition users."""
+    home = home_of_environment()
+    return [] if home == Path(sys.prefix) else [(sys.prefix, str(home))]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line: ``python -I -m partitiond.sandbox [--bind SRC:DST]… -- COMMAND…``."""
+    parser = argparse.ArgumentParser(prog="partitiond.sandbox", description=__doc__)
+    parser.add_argument("--bind", action="append", default=[], metavar="SOURCE:TARGET")
+    parser.add_argument("command", nargs="+")
+    options = parser.parse_args(arguments)
+    if os.geteuid() != 0:
+        parser.exit(77, "partitiond.sandbox: namespaces need root\n")
+    binds = [tuple(item.split(":", 1)) for item in options.bind]
+    own = environment_binds()
+    program = shutil.which(options.command[0]) or options.command[0]
+    return run([program, *options.command[1:]], binds=[*own, *binds], keep_opt=not own)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,89 @@
+"""supervisord and the processes of instances as resources of the plan: running where they should, gone where not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from partitiond import files
+from partitiond.operation import Operation
+from partitiond.tunnels import group_name
+
+if TYPE_CHECKING:
+    from partitiond.context import Context
+    from partitiond.node import Node
+    from partitiond.operation import Action
+    from partitiond.supervision import Process
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceOperation(Operation):
+    """A change of supervisord itself (``group`` None) or of one of its groups."""
+
+    group: str | None
+
+
+def plan(context: Context, node: Node, processes: tuple[Process, ...]) -> tuple[ServiceOperation, ...]:
+    """Compare supervisord with what the last good configuration of each instance says."""
+    operations = []
+    supervisor = context.supervisor
+    try:
+        text = supervisor.configuration.read_text()
+    except OSError:
+        text = None
+    if text != supervisor.render():
+        operations.append(
+            _operation(
+                "supervisord", None, "create" if text is None else "change", "its configuration differs"
+            )
+        )
+    if not (processes or supervisor.running()):
+        operations.append(_operation("supervisord", None, "change", "does not run"))
+    states = context.store.instances()
+    by_group: dict[str, list[Process]] = {}
+    for process in processes:
+        by_group.setdefault(process.group, []).append(process)
+    for partition in node.partitions:
+        state = states.get(partition.id)
+        if state is None or supervisor.group_text(partition.id) is None or state.wanted != "started":
+            continue
+        known = by_group.get(partition.id, [])
+        # EXITED and FATAL are the instance's own doing; STOPPED without ever a start is a supervisord that began anew
+        if not known or any(process.state == "STOPPED" and not process.started for process in known):
+            operations.append(_operation(f"processes/{partition.id}", partition.id, "change", "not started"))
+    wanted = {name for partition in node.partitions for name in (partition.id, group_name(partition.id))}
+    operations += [
+        _operation(f"processes/{name}", name, "remove", "belongs to no partition")
+        for name in supervisor.group_names()
+        if name not in wanted
+    ]
+    return tuple(operations)
+
+
+def _operation(name: str, partition: str | None, action: Action, reason: str) -> ServiceOperation:
+    return ServiceOperation(
+        id=name,
+        resource=name.partition("/")[0],
+        action=action,
+        partition=partition,
+        before=None if action == "create" else "stopped" if action == "change" else "running",
+        after=None if action == "remove" else "running",
+        reason=reason,
+        group=partition,
+    )
+
+
+def apply(context: Context, operation: ServiceOperation) -> None:
+    """Run one operation. Raises PartitiondError, OSError."""
+    supervisor = context.supervisor
+    if operation.group is None:
+        files.write_path(supervisor.configuration, supervisor.render().encode(), mode=0o600)
+        if not supervisor.running():
+            supervisor.start()
+    elif operation.action == "remove":
+        supervisor.stop_group(operation.group)
+        supervisor.remove_group(operation.group)
+        supervisor.update()
+    else:
+        supervisor.update()
+        supervisor.start_group(operation.group)

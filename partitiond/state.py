@@ -1,0 +1,124 @@
+"""What the node remembers between passes: the last outcome of each instance and of each software release.
+
+Everything else is observed. One small JSON file each below ``state_dir``, written whole or not at all.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from partitiond import files
+from partitiond.errors import PartitiondError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+InstanceLife = Literal["free", "started", "stopped", "destroying", "failed"]
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceState:
+    """The last outcome of a partition's instance; ``timestamp`` is the master's, opaque; times are Unix seconds."""
+
+    partition: str
+    life: InstanceLife = "free"
+    wanted: str = ""
+    instance_guid: str | None = None
+    software_release: str | None = None
+    software_type: str | None = None
+    timestamp: str | None = None
+    processed_at: float = 0.0
+    failures: int = 0
+    next_try: float = 0.0
+    error: str | None = None
+    reported: bool = True
+    cleaned: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class SoftwareState:
+    """The last outcome of building a software release."""
+
+    url: str
+    available: bool = False
+    reported: bool = True
+    failures: int = 0
+    next_try: float = 0.0
+    error: str | None = None
+
+
+def software_name(url: str) -> str:
+    """The directory name of a release: the MD5 of its URL in hexadecimal, as slapos.core names it."""
+    return hashlib.md5(url.encode(), usedforsecurity=False).hexdigest()
+
+
+class Store:
+    """Reads and writes the states. Raises PartitiondError ``state.damaged`` for a file that cannot be read."""
+
+    def __init__(self, state_dir: Path) -> None:
+        self._instances = state_dir / "instances"
+        self._software = state_dir / "software"
+
+    def instance(self, partition: str) -> InstanceState:
+        """The state of a partition; a free one when nothing is known."""
+        found = self._read(self._instances / f"{partition}.json")
+        return InstanceState(**found) if found else InstanceState(partition)
+
+    def instances(self) -> dict[str, InstanceState]:
+        """All known instances by partition."""
+        paths = sorted(self._instances.glob("*.json")) if self._instances.is_dir() else []
+        return {path.stem: self.instance(path.stem) for path in paths}
+
+    def save_instance(self, state: InstanceState) -> None:
+        """Remember; a free partition is forgotten."""
+        path = self._instances / f"{state.partition}.json"
+        if state.life == "free":
+            path.unlink(missing_ok=True)
+        else:
+            self._write(path, dataclasses.asdict(state))
+
+    def software(self, url: str) -> SoftwareState:
+        """The state of a release."""
+        found = self._read(self._software / f"{software_name(url)}.json")
+        return SoftwareState(**found) if found else SoftwareState(url)
+
+    def softwares(self) -> list[SoftwareState]:
+        """All known releases."""
+        paths = sorted(self._software.glob("*.json")) if self._software.is_dir() else []
+        return [SoftwareState(**found) for path in paths if (found := self._read(path))]
+
+    def save_software(self, state: SoftwareState) -> None:
+        """Remember a release."""
+        self._write(self._software / f"{software_name(state.url)}.json", dataclasses.asdict(state))
+
+    def forget_software(self, url: str) -> None:
+        """Forget a release that was removed."""
+        (self._software / f"{software_name(url)}.json").unlink(missing_ok=True)
+
+    def _write(self, path: Path, value: dict[str, object]) -> None:
+        path.parent.mkdir(mode=0o700, exist_ok=True)
+        files.write_path(path, json.dumps(value, sort_keys=True).encode(), mode=0o600)
+
+    def _read(self, path: Path) -> dict[str, Any] | None:
+        try:
+            value = json.loads(path.read_bytes())
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            raise _damaged(path, str(error)) from error
+        if not isinstance(value, dict):
+            raise _damaged(path, "is no object")
+        return value
+
+
+def _damaged(path: Path, why: str) -> PartitiondError:
+    return PartitiondError(
+        "state.damaged",
+        f"cannot be read: {why}",
+        resource=str(path),
+        hint="move it away; the instance is configured again",
+    )

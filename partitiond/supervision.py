@@ -1,0 +1,350 @@
+"""supervisord: its configuration, its start, and what its processes do.
+
+Promises: supervisord is no child of the daemon and outlives it; names and paths that come from a tenant are validated
+before they become configuration; logs are opened by root outside the tenant's directory; a group is touched only when its
+configuration changed. Layout and programme settings are those of slapos.core 1.26.
+"""
+
+from __future__ import annotations
+
+import http.client
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import xmlrpc.client
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from partitiond import execute, files
+from partitiond.errors import PartitiondError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from partitiond.config import Config
+
+PROGRAM_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,99}")
+_SOCKET_LIMIT = 104  # struct sockaddr_un holds 108 bytes; supervisord makes a longer temporary name beside it
+
+
+@dataclass(frozen=True, slots=True)
+class Process:
+    """A process as supervisord knows it; ``pid`` 0 when it does not run."""
+
+    group: str
+    name: str
+    state: str
+    pid: int
+    started: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """One program of a group: name, command and whether supervisord starts it again when it ends."""
+
+    name: str
+    process_name: str
+    command: str
+    restart: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """The programs of a partition (``slappart3``) or its tunnels (``slappart3-tunnel``)."""
+
+    name: str
+    user: str
+    uid: int
+    gid: int
+    directory: Path
+    log_directory: Path
+    programs: tuple[Program, ...]
+
+    def render(self) -> str:
+        """Return the text of the group's configuration file."""
+        heads = ",".join(f"{self.name}_{program.name}" for program in self.programs)
+        return f"[group:{self.name}]\nprograms={heads}\n" + "".join(
+            self._program(item) for item in self.programs
+        )
+
+    def _program(self, program: Program) -> str:
+        home = f'HOME="{self.directory}",USER="{self.user}",LOGNAME="{self.user}",PATH="{execute.PATH}",LANG="C.UTF-8"'
+        log = self.log_directory / f"{program.name}.log"
+        lines = {
+            "command": program.command,
+            "process_name": program.process_name,
+            "directory": str(self.directory),
+            "user": str(self.uid),
+            "environment": home,
+            "autostart": "true" if program.restart else "false",
+            "autorestart": "true" if program.restart else "false",
+            "startsecs": "1" if program.restart else "0",
+            "startretries": "1000" if program.restart else "0",
+            "exitcodes": "0",
+            "stopsignal": "TERM",
+            "stopwaitsecs": "60",
+            "stopasgroup": "true",
+            "killasgroup": "true",
+            "redirect_stderr": "true",
+            "stdout_logfile": str(log),
+            "stdout_logfile_maxbytes": "5MB",
+            "stdout_logfile_backups": "1",
+        }
+        body = "".join(f"{key}={value.replace('%', '%%')}\n" for key, value in lines.items())
+        return f"\n[program:{self.name}_{program.name}]\n{body}"
+
+
+class _UnixConnection(http.client.HTTPConnection):
+    def __init__(self, path: str) -> None:
+        super().__init__("localhost", timeout=90)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(self._path)
+
+
+class _UnixTransport(xmlrpc.client.Transport):
+    def __init__(self, path: str) -> None:
+        super().__init__()
+        self._path = path
+
+    def make_connection(self, host: Any) -> http.client.HTTPConnection:  # noqa: ARG002 - signature of the base class
+        return _UnixConnection(self._path)
+
+
+class Supervisor:
+    """The node's supervisord.
+
+    Methods raise PartitiondError ``supervisor.down`` when it does not answer and ``supervisor.fault`` when it refuses.
+    """
+
+    def __init__(self, config: Config) -> None:
+        root = config.instance_root
+        self.configuration = root / "etc" / "supervisord.conf"
+        self.groups_directory = root / "etc" / "supervisord.conf.d"
+        self.socket = root / "sv.sock"
+        self.log = root / "var" / "log" / "supervisord.log"
+        self.pidfile = root / "var" / "run" / "supervisord.pid"
+        # each descriptor up to minfds is closed one by one before every exec: near the need, not far above
+        self._minfds = min(1024 + 16 * config.partition_amount, _hard_limit())
+
+    def render(self) -> str:
+        """Return the text of supervisord.conf."""
+        return (
+            f"[unix_http_server]\nfile={self.socket}\nchmod=0700\n\n"
+            f"[supervisord]\nlogfile={self.log}\npidfile={self.pidfile}\nminfds={self._minfds}\numask=022\n"
+            f"nocleanup=true\n\n"
+            "[rpcinterface:supervisor]\n"
+            "supervisor.rpcinterface_factory=supervisor.rpcinterface:make_main_rpcinterface\n\n"
+            f"[supervisorctl]\nserverurl=unix://{self.socket}\n\n"
+            f"[include]\nfiles={self.groups_directory}/*.conf\n"
+        )
+
+    def running(self) -> bool:
+        """Whether a supervisord answers on the socket."""
+        try:
+            self._call("supervisor.getState")
+        except PartitiondError:
+            return False
+        return True
+
+    def start(self) -> None:
+        """Start it, detached. Raises PartitiondError ``supervisor.start`` with the end of its output."""
+        if len(str(self.socket)) > _SOCKET_LIMIT:
+            raise PartitiondError(
+                "supervisor.start",
+                "the path of its socket is too long",
+                resource=str(self.socket),
+                hint="shorten instance_root",
+            )
+        end_orphans(self.socket)
+        environment = {"PATH": execute.PATH, "LANG": "C.UTF-8", "HOME": "/root"}
+        command = [
+            sys.executable,
+            "-I",
+            "-W",
+            "ignore",
+            "-m",
+            "supervisor.supervisord",
+            "-c",
+            str(self.configuration),
+        ]
+        done = subprocess.run(
+            command,
+            cwd="/",
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            check=False,
+            start_new_session=True,
+        )
+        deadline = time.monotonic() + 20
+        while done.returncode == 0 and time.monotonic() < deadline:
+            if self.running():
+                return
+            time.sleep(0.02)
+        raise PartitiondError(
+            "supervisor.start",
+            f"did not start: {done.stderr.decode(errors='replace').strip()[-500:] or 'no answer on its socket'}",
+            resource=str(self.configuration),
+            hint=f"read {self.log}",
+        )
+
+    def shutdown(self) -> None:
+        """End it with all its processes and wait until it is gone."""
+        if not self.running():
+            end_orphans(self.socket)
+            return
+        pid = int(self._call("supervisor.getPID"))
+        self._call("supervisor.shutdown")
+        deadline = time.monotonic() + 90
+        while time.monotonic() < deadline:
+            if not _alive(pid):
+                return
+            time.sleep(0.05)
+        raise PartitiondError(
+            "supervisor.fault", "does not end", resource=f"process {pid}", hint=f"read {self.log}"
+        )
+
+    def processes(self) -> tuple[Process, ...]:
+        """All processes; empty when supervisord does not run."""
+        try:
+            rows = self._call("supervisor.getAllProcessInfo")
+        except PartitiondError as error:
+            if error.code == "supervisor.down":
+                return ()
+            raise
+        return tuple(
+            Process(row["group"], row["name"], row["statename"], int(row["pid"]), bool(row["start"]))
+            for row in rows
+        )
+
+    def group_file(self, name: str) -> Path:
+        """Where a group's configuration lies."""
+        return self.groups_directory / f"{name}.conf"
+
+    def group_text(self, name: str) -> str | None:
+        """The configuration of a group on disk, or None."""
+        try:
+            return self.group_file(name).read_text()
+        except FileNotFoundError:
+            return None
+
+    def group_names(self) -> list[str]:
+        """Names of the groups on disk."""
+        return sorted(path.stem for path in self.groups_directory.glob("*.conf"))
+
+    def write_group(self, group: Group) -> bool:
+        """Write a group's file; return whether it changed."""
+        text = group.render()
+        if self.group_text(group.name) == text:
+            return False
+        files.write_path(self.group_file(group.name), text.encode(), mode=0o600)
+        return True
+
+    def remove_group(self, name: str) -> bool:
+        """Remove a group's file; return whether it was there."""
+        try:
+            self.group_file(name).unlink()
+        except FileNotFoundError:
+            return False
+        return True
+
+    def update(self) -> None:
+        """Make supervisord run what the files say; only groups whose file changed are stopped."""
+        added, changed, removed = self._call("supervisor.reloadConfig")[0]
+        for name in (*changed, *removed):
+            self.stop_group(name)
+            self._call("supervisor.removeProcessGroup", name)
+        for name in (*changed, *added):
+            self._call("supervisor.addProcessGroup", name)
+
+    def start_group(self, name: str) -> None:
+        """Start what is not running in a group."""
+        self._call("supervisor.startProcessGroup", name, False)
+
+    def stop_group(self, name: str) -> None:
+        """Stop a group and wait; a group that does not exist is stopped already."""
+        try:
+            self._call("supervisor.stopProcessGroup", name)
+        except PartitiondError as error:
+            if "BAD_NAME" not in str(error):
+                raise
+
+    def signal(self, group: str, process: str, name: str) -> None:
+        """Send a signal (``HUP``) to one process."""
+        self._call("supervisor.signalProcess", f"{group}:{process}", name)
+
+    def _call(self, method: str, *arguments: object) -> Any:
+        transport = _UnixTransport(str(self.socket))
+        try:
+            with xmlrpc.client.ServerProxy("http://localhost", transport=transport) as proxy:
+                return getattr(proxy, method)(*arguments)
+        except xmlrpc.client.Fault as error:
+            raise PartitiondError(
+                "supervisor.fault",
+                f"{method}: {error.faultString}",
+                resource=str(arguments[0]) if arguments else "",
+                hint=f"read {self.log}",
+            ) from error
+        except (OSError, http.client.HTTPException, xmlrpc.client.ProtocolError) as error:
+            raise PartitiondError(
+                "supervisor.down",
+                f"supervisord does not answer: {error}",
+                resource=str(self.socket),
+                hint="run partitiond apply",
+                retryable=True,
+            ) from error
+
+
+def _hard_limit() -> int:
+    import resource  # noqa: PLC0415 - only needed here
+
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    return 60000 if hard == resource.RLIM_INFINITY else max(256, hard - 8)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as stream:
+            return stream.read().rpartition(b")")[2].split()[0] != b"Z"
+    except OSError:
+        return False
+
+
+def end_orphans(server_socket: Path) -> None:
+    """End processes that a killed supervisord left, before a new one would start them a second time.
+
+    supervisord puts its own URL into the environment of each child (``SUPERVISOR_SERVER_URL``), which marks them.
+    """
+    mark = f"SUPERVISOR_SERVER_URL=unix://{server_socket}".encode()
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        deadline = time.monotonic() + 5
+        while found := [pid for pid in _pids() if mark in _environ(pid)]:
+            for pid in found:
+                try:
+                    os.kill(pid, number)
+                except ProcessLookupError:
+                    continue
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.05)
+
+
+def _pids() -> list[int]:
+    own = os.getpid()
+    return [int(name) for name in os.listdir("/proc") if name.isdigit() and int(name) != own]  # noqa: PTH208 - names suffice
+
+
+def _environ(pid: int) -> list[bytes]:
+    try:
+        with open(f"/proc/{pid}/environ", "rb") as stream:
+            return stream.read().split(b"\0") if _alive(pid) else []
+    except OSError:
+        return []

@@ -1,0 +1,92 @@
+"""Teardown: everything that partitiond made goes, in the reverse order; data only on request."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from netplan import apply as netplan_apply
+from netplan import observe as netplan_observe
+from netplan import plan as netplan_plan
+from netplan.model import DesiredNetwork
+from partitiond import execute, files, users
+from partitiond.converge import Outcome
+from partitiond.errors import FAMILY, sentence
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from partitiond.config import Config
+    from partitiond.context import Context
+
+logger = logging.getLogger(__name__)
+
+
+def run(context: Context, *, purge: bool) -> Outcome:
+    """Take everything down. What cannot be removed is in the outcome's failures; the rest is done all the same."""
+    outcome = Outcome()
+    with context.applying:
+        steps: list[tuple[str, Callable[[], None]]] = [
+            ("supervisord", lambda: _supervisord(context)),
+            ("processes", _processes),
+            ("network", lambda: _network(outcome)),
+            ("data", lambda: _purge(context.config)) if purge else ("state", lambda: _state(context)),
+            ("users", _users),
+        ]
+        for name, step in steps:
+            try:
+                step()
+                outcome.done += 1
+            except (*FAMILY, OSError) as error:
+                outcome.failures.append((name, error))
+                logger.warning("%s: %s", name, sentence(error))
+    return outcome
+
+
+def _supervisord(context: Context) -> None:
+    context.supervisor.shutdown()
+    context.supervisor.configuration.unlink(missing_ok=True)
+    for name in context.supervisor.group_names():
+        context.supervisor.remove_group(name)
+
+
+def _processes() -> None:
+    for user in users.observe().users.values():
+        if user.ours:
+            execute.end_processes_of(user.uid, user.gid)
+
+
+def _network(outcome: Outcome) -> None:
+    nothing = DesiredNetwork()
+    for operation, error in netplan_apply.apply(netplan_plan.plan(nothing, netplan_observe.observe(nothing))):
+        outcome.failures.append((operation.id, error))
+        logger.warning("%s: %s", operation.id, sentence(error))
+
+
+def _users() -> None:
+    users.apply(users.plan((), users.observe()))
+
+
+def _state(context: Context) -> None:
+    """Make every instance due again, so that a node set up anew configures and starts it."""
+    for state in context.store.instances().values():
+        context.store.save_instance(replace(state, timestamp=None))
+
+
+def _purge(config: Config) -> None:
+    for path in _data(config):
+        if path.is_dir() and not path.is_symlink():
+            with files.directory(path) as descriptor:
+                files.empty(descriptor)
+            try:
+                path.rmdir()
+            except OSError:
+                continue  # a mount point stays, empty
+
+
+def _data(config: Config) -> Iterator[Path]:
+    yield from (config.instance_root, config.software_root, config.log_dir, config.run_dir)
+    # the lock file that is held right now lies here; it goes last
+    yield config.state_dir

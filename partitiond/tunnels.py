@@ -1,0 +1,422 @@
+"""Tunnels composed: declarations and identities in, files and one stunnel per partition under supervisord out.
+
+Promises: a bad declaration refuses that tunnel alone; stunnel runs as the partition's user with a key that only this
+user can read; a changed configuration is loaded with SIGHUP, which keeps live sessions, and the log's verdict is awaited.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import stat
+import time
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+from partitiond import files
+from partitiond.errors import PartitiondError
+from partitiond.operation import Operation
+from partitiond.supervision import Group, Program, Supervisor
+from stunnel_mgr import conflicts, declaration, render, verdict
+from stunnel_mgr.errors import TunnelError
+from stunnel_mgr.model import Refused, Tunnel, TunnelContext
+from stunnel_mgr.syntax import Entry
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from pathlib import Path
+
+    from partitiond.config import Config
+    from partitiond.node import Node, Partition
+
+_DECLARATION_LIMIT = 64 * 1024
+_PIN_LIMIT = 64 * 1024
+_VERDICT_SECONDS = 10.0
+# what stunnel has loaded, as a hash: a crash between writing the files and SIGHUP shows up as a difference
+_LOADED = "loaded"
+CERTIFICATE_FILE, KEY_FILE = render.IDENTITY_FILES["partition"]
+
+
+def group_name(partition: str) -> str:
+    """The supervisord group of a partition's stunnel."""
+    return f"{partition}-tunnel"
+
+
+def directory_of(config: Config, partition: str) -> Path:
+    """Where identity, pins and configuration of a partition's tunnels lie."""
+    return config.state_dir / "tunnels" / partition
+
+
+def stunnel_program() -> str:
+    """Absolute path of stunnel. Raises PartitiondError ``tunnel.no_stunnel``."""
+    for name in ("stunnel4", "stunnel"):
+        found = shutil.which(name, path="/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
+        if found:
+            return found
+    raise PartitiondError("tunnel.no_stunnel", "stunnel is not installed", hint="apt install stunnel4")
+
+
+# --- identities -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class PublicIdentity:
+    """What others may know of a partition's identity."""
+
+    certificate_pem: str
+    certificate_base64: str
+    fingerprint: str
+
+
+@dataclass(frozen=True, slots=True)
+class IdentityOperation(Operation):
+    """Make a partition's identity."""
+
+    owner: Partition
+
+
+def read_identity(config: Config, partition: Partition) -> PublicIdentity | None:
+    """Read what is published; None when it is missing or damaged. Cheap: no key is parsed."""
+    import ssl  # noqa: PLC0415 - only where identities are looked at
+    from base64 import b64encode  # noqa: PLC0415
+
+    directory = directory_of(config, partition.id)
+    try:
+        pem = (directory / CERTIFICATE_FILE).read_text("ascii")
+        key = os.lstat(directory / KEY_FILE)
+        der = ssl.PEM_cert_to_DER_cert(pem)
+    except (OSError, ValueError):
+        return None
+    if (
+        not stat.S_ISREG(key.st_mode)
+        or (key.st_uid, stat.S_IMODE(key.st_mode)) != (partition.uid, 0o400)
+        or not key.st_size
+    ):
+        return None
+    return PublicIdentity(pem, b64encode(der).decode(), "sha256:" + hashlib.sha256(der).hexdigest())
+
+
+def plan_identities(node: Node) -> tuple[IdentityOperation, ...]:
+    """Which identities must be made."""
+    return tuple(
+        IdentityOperation(
+            id=f"identity/{partition.id}",
+            resource="identity",
+            action="create",
+            partition=partition.id,
+            before=None,
+            after="a self-signed P-256 certificate",
+            reason="missing, damaged or readable by others",
+            owner=partition,
+        )
+        for partition in node.partitions
+        if read_identity(node.config, partition) is None
+    )
+
+
+def make_identity(config: Config, partition: Partition) -> None:
+    """Make a new identity; the certificate is written last, so that half a pair is never taken for a whole one."""
+    from stunnel_mgr.identity import make_identity as generate  # noqa: PLC0415 - cryptography is slow to import
+
+    identity = generate(partition.id)
+    directory = directory_of(config, partition.id)
+    (directory / CERTIFICATE_FILE).unlink(missing_ok=True)
+    with files.directory(directory) as descriptor:
+        files.write(
+            KEY_FILE, identity.key_pem, dir_fd=descriptor, mode=0o400, owner=(partition.uid, partition.gid)
+        )
+        files.write(CERTIFICATE_FILE, identity.certificate_pem, dir_fd=descriptor, mode=0o444)
+
+
+def remove_identity(config: Config, partition: Partition) -> None:
+    """Remove identity, pins and configuration: the next instance of the partition is somebody else."""
+    directory = directory_of(config, partition.id)
+    if directory.is_dir():
+        with files.directory(directory) as descriptor:
+            files.empty(descriptor)
+
+
+# --- declarations -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class PartitionTunnels:
+    """All tunnels of a partition: the valid ones, the refused ones, and what stunnel must be given."""
+
+    partition: Partition
+    tunnels: tuple[Tunnel, ...]
+    refused: tuple[Refused, ...]
+    files: Mapping[str, str]
+    services: tuple[str, ...]
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of everything that stunnel loads."""
+        text = "".join(f"{name}\0{body}\0" for name, body in sorted(self.files.items()))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def desired(node: Node, partition: Partition, certificates: Mapping[str, str]) -> PartitionTunnels:
+    """Read a partition's declarations and the operator's for it; ``certificates`` are the node's by fingerprint."""
+    context = TunnelContext(
+        partition=partition.id,
+        ipv4=partition.ipv4,
+        ipv6=partition.ipv6,
+        local_certificates=certificates,
+        read_file=lambda path: _read_below(partition, path),
+    )
+    found: list[Tunnel] = []
+    refused: list[Refused] = []
+    for given in node.config.tunnels:
+        if given.partition == partition.id:
+            entries = {key: Entry.of(value, given.line) for key, value in given.values.items()}
+            _collect(
+                partial(
+                    declaration.declare,
+                    entries,
+                    name=given.name,
+                    file=given.file,
+                    line=given.line,
+                    context=context,
+                ),
+                given.name,
+                given.file,
+                context,
+                found,
+                refused,
+            )
+    _read_declarations(partition, context, found, refused)
+    kept, clashing = conflicts.resolve_conflicts(found)
+    everything = tuple(refused) + tuple(clashing)
+    directory = directory_of(node.config, partition.id)
+    rendered = render.render(partition.id, kept, directory=str(directory))
+    return PartitionTunnels(partition, tuple(kept), everything, rendered.files, rendered.services)
+
+
+def _read_declarations(
+    partition: Partition, context: TunnelContext, found: list[Tunnel], refused: list[Refused]
+) -> None:
+    try:
+        with files.directory(partition.path, "etc", "tunnel") as descriptor:
+            for name in files.names(descriptor, limit=200):
+                if not name.endswith(".cfg"):
+                    continue
+                file = str(partition.path / "etc" / "tunnel" / name)
+                try:
+                    text = files.read(name, dir_fd=descriptor, limit=_DECLARATION_LIMIT).decode("utf-8")
+                except (PartitiondError, UnicodeDecodeError, FileNotFoundError) as error:
+                    refused.append(_refusal(partition, name, file, str(error)))
+                    continue
+                _collect(
+                    partial(declaration.parse_declaration, text, name=name, file=file, context=context),
+                    name.removesuffix(".cfg"),
+                    file,
+                    context,
+                    found,
+                    refused,
+                )
+    except FileNotFoundError:
+        return
+    except PartitiondError as error:
+        refused.append(_refusal(partition, "*", error.resource, str(error)))
+
+
+def _refusal(partition: Partition, name: str, file: str, reason: str) -> Refused:
+    short = ascii(name.removesuffix(".cfg"))[1:-1]
+    return Refused(
+        name=f"{partition.id}/{short}", partition=partition.id, file=file, line=None, reason=reason
+    )
+
+
+def _collect(
+    parse: Callable[[], Tunnel],
+    name: str,
+    file: str,
+    context: TunnelContext,
+    found: list[Tunnel],
+    refused: list[Refused],
+) -> None:
+    try:
+        tunnel = parse()
+    except TunnelError as error:
+        refused.append(conflicts.refusal(error, name=name, partition=context.partition, file=file))
+        return
+    if tunnel.identity == "master":
+        reason = "identity = master is not there yet; allowed: partition"
+        refused.append(Refused(tunnel.name, context.partition, file, None, reason))
+    else:
+        found.append(tunnel)
+
+
+def homeless(node: Node) -> tuple[Refused, ...]:
+    """The operator's tunnels that name no partition of this node."""
+    known = {partition.id for partition in node.partitions}
+    return tuple(
+        Refused(
+            given.name,
+            given.partition,
+            given.file,
+            given.line,
+            f"partition = {given.partition!r} is no partition of this node"
+            if given.partition
+            else "partition is missing",
+        )
+        for given in node.config.tunnels
+        if given.partition not in known
+    )
+
+
+def _read_below(partition: Partition, path: str) -> bytes:
+    """Read a file of pins below the partition, as ``file:`` names it. Raises OSError with the reason."""
+    parts = path.split("/")
+    if path.startswith("/") or any(part in ("", ".", "..") for part in parts):
+        raise PermissionError(f"{path!a} is not a plain path below the partition")
+    try:
+        with files.directory(partition.path, *parts[:-1]) as descriptor:
+            return files.read(
+                parts[-1], dir_fd=descriptor, limit=_PIN_LIMIT, owners=frozenset((0, partition.uid))
+            )
+    except PartitiondError as error:
+        raise PermissionError(f"{path!a} {error}") from error
+
+
+# --- plan and apply ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class TunnelOperation(Operation):
+    """Bring one partition's stunnel where its declarations want it."""
+
+    wanted: PartitionTunnels
+
+
+def certificates_of(node: Node) -> dict[str, str]:
+    """PEM certificates of the node's partitions by fingerprint, for ``sha256:`` pins."""
+    found = (read_identity(node.config, partition) for partition in node.partitions)
+    return {identity.fingerprint: identity.certificate_pem for identity in found if identity}
+
+
+def group(config: Config, partition: Partition) -> Group:
+    """The supervisord group of a partition's stunnel."""
+    configuration = directory_of(config, partition.id) / render.CONFIG_FILE
+    program = Program("stunnel", "stunnel", f"{stunnel_program()} {configuration}", restart=True)
+    return Group(
+        name=group_name(partition.id),
+        user=partition.user,
+        uid=partition.uid,
+        gid=partition.gid,
+        directory=partition.path,
+        log_directory=config.log_dir / partition.id,
+        programs=(program,),
+    )
+
+
+def plan(
+    wanted: PartitionTunnels, config: Config, supervisor: Supervisor, running: frozenset[str]
+) -> tuple[TunnelOperation, ...]:
+    """Compare one partition's tunnels with the disk and supervisord. ``running`` are the groups that run."""
+    partition = wanted.partition
+    name = group_name(partition.id)
+    directory = directory_of(config, partition.id)
+    if not wanted.files:
+        if supervisor.group_text(name) is None and not (directory / render.CONFIG_FILE).exists():
+            return ()
+        return (_operation(wanted, "remove", "no tunnel is declared any more"),)
+    if supervisor.group_text(name) != group(config, partition).render():
+        return (_operation(wanted, "create", "stunnel is not set up"),)
+    if name not in running:
+        return (_operation(wanted, "change", "stunnel does not run"),)
+    if _loaded(directory) != wanted.fingerprint or _on_disk(directory, wanted.files) != dict(wanted.files):
+        return (_operation(wanted, "change", "stunnel runs with another configuration"),)
+    return ()
+
+
+def _operation(wanted: PartitionTunnels, action: str, reason: str) -> TunnelOperation:
+    names = ", ".join(tunnel.short_name for tunnel in wanted.tunnels if not tunnel.idle_reason)
+    return TunnelOperation(
+        id=f"tunnels/{wanted.partition.id}",
+        resource="tunnels",
+        action="create" if action == "create" else "remove" if action == "remove" else "change",
+        partition=wanted.partition.id,
+        before=None if action == "create" else "stunnel",
+        after=names or None,
+        reason=reason,
+        wanted=wanted,
+    )
+
+
+def _loaded(directory: Path) -> str | None:
+    try:
+        return (directory / _LOADED).read_text()
+    except OSError:
+        return None
+
+
+def _on_disk(directory: Path, names: Mapping[str, str]) -> dict[str, str]:
+    found = {}
+    for name in names:
+        try:
+            found[name] = (directory / name).read_text("ascii", "replace")
+        except OSError:
+            continue
+    return found
+
+
+def apply(operation: TunnelOperation, config: Config, supervisor: Supervisor) -> None:
+    """Run one operation. Raises PartitiondError ``tunnel.reload`` with what stunnel said."""
+    wanted = operation.wanted
+    partition = wanted.partition
+    directory = directory_of(config, partition.id)
+    if not wanted.files:
+        _take_down(supervisor, partition, directory)
+        return
+    (directory / _LOADED).unlink(missing_ok=True)
+    _write_files(directory, wanted)
+    name = group_name(partition.id)
+    with verdict.LogTail(config.log_dir / partition.id / "stunnel.log") as tail:
+        if supervisor.write_group(group(config, partition)):
+            supervisor.update()  # starts it, too
+        elif any(item.group == name and item.pid for item in supervisor.processes()):
+            supervisor.signal(name, "stunnel", "HUP")
+        else:
+            supervisor.start_group(name)
+        _await(partition, tail, verdict.VerdictReader(wanted.services))
+    files.write_path(directory / _LOADED, wanted.fingerprint.encode(), mode=0o600)
+
+
+def _take_down(supervisor: Supervisor, partition: Partition, directory: Path) -> None:
+    name = group_name(partition.id)
+    supervisor.stop_group(name)
+    if supervisor.remove_group(name):
+        supervisor.update()
+    for path in (*directory.glob("pins-*.pem"), directory / render.CONFIG_FILE, directory / _LOADED):
+        path.unlink(missing_ok=True)
+
+
+def _write_files(directory: Path, wanted: PartitionTunnels) -> None:
+    with files.directory(directory) as descriptor:
+        for name, text in wanted.files.items():
+            files.write(name, text.encode(), dir_fd=descriptor, mode=0o640, owner=(0, wanted.partition.gid))
+    for path in directory.glob("pins-*.pem"):
+        if path.name not in wanted.files:
+            path.unlink()
+
+
+def _await(partition: Partition, tail: verdict.LogTail, reader: verdict.VerdictReader) -> None:
+    deadline = time.monotonic() + _VERDICT_SECONDS
+    found = None
+    while found is None and time.monotonic() < deadline:
+        found = reader.feed(tail.read())
+        if found is None:
+            time.sleep(0.01)
+    if found is None or not found.ok:
+        said = found.reason if found else f"stunnel said nothing within {_VERDICT_SECONDS:.0f} s"
+        raise PartitiondError(
+            "tunnel.reload",
+            f"stunnel did not take its configuration: {said}",
+            resource=partition.id,
+            hint="read stunnel.log of the partition below log_dir",
+            retryable=True,
+        )

@@ -1,0 +1,336 @@
+"""Unix users of the node: the software user and one user per partition.
+
+Promises: all changes of a pass are one locked rewrite of the user database (``lckpwdf``, temporary file, fsync, rename),
+whatever their number; no program is started; only users that carry our mark in the GECOS field, or that have exactly the
+name that the configuration gives to a partition, are changed; lines of others are kept byte for byte.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from partitiond.errors import PartitiondError
+from partitiond.operation import Operation
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+MARK = "partitiond"
+SHELL = "/bin/sh"
+
+
+@dataclass(frozen=True, slots=True)
+class UserSpec:
+    """A user as it should be. ``uid`` None: the next free one of the system range."""
+
+    name: str
+    uid: int | None
+    home: str
+    groups: tuple[str, ...]
+    partition: str | None
+
+    @property
+    def gecos(self) -> str:
+        """The mark by which we find our users again."""
+        return f"{MARK} {self.partition or 'software'}"
+
+
+@dataclass(frozen=True, slots=True)
+class User:
+    """A user as the database has it."""
+
+    name: str
+    uid: int
+    gid: int
+    gecos: str
+    home: str
+    shell: str
+    locked: bool
+
+    @property
+    def ours(self) -> bool:
+        """Whether it carries our mark."""
+        return self.gecos.split(" ")[0] == MARK
+
+
+@dataclass(frozen=True, slots=True)
+class UserDatabase:
+    """The four files, parsed: users by name, gid by group, members by group."""
+
+    users: Mapping[str, User]
+    groups: Mapping[str, int]
+    members: Mapping[str, frozenset[str]]
+
+    def numbers(self) -> dict[str, tuple[int, int]]:
+        """(uid, gid) of every user by name."""
+        return {name: (user.uid, user.gid) for name, user in self.users.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class UserOperation(Operation):
+    """A change of one user; ``spec`` None removes it."""
+
+    spec: UserSpec | None
+
+
+def observe(etc: Path = Path("/etc")) -> UserDatabase:
+    """Read the database. Raises PartitiondError ``users.unreadable``."""
+    files = {name: _lines(etc / name) for name in ("passwd", "group", "shadow")}
+    locked = {row[0]: row[1][:1] in ("!", "*") for row in files["shadow"] if len(row) > 1}
+    users = {}
+    for row in files["passwd"]:
+        if len(row) == 7 and row[2].isdigit() and row[3].isdigit():
+            users[row[0]] = User(
+                row[0], int(row[2]), int(row[3]), row[4], row[5], row[6], locked.get(row[0], row[1] != "")
+            )
+    groups = {row[0]: int(row[2]) for row in files["group"] if len(row) == 4 and row[2].isdigit()}
+    members = {row[0]: frozenset(filter(None, row[3].split(","))) for row in files["group"] if len(row) == 4}
+    return UserDatabase(users, groups, members)
+
+
+def _lines(path: Path) -> list[list[str]]:
+    try:
+        text = path.read_text("utf-8", "surrogateescape")
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise PartitiondError(
+            "users.unreadable",
+            f"cannot read the user database: {error.strerror}",
+            resource=str(path),
+            hint="run as root",
+        ) from error
+    return [line.split(":") for line in text.splitlines() if line]
+
+
+def plan(desired: Sequence[UserSpec], observed: UserDatabase) -> tuple[UserOperation, ...]:
+    """Compare; pure. Raises PartitiondError ``users.uid_taken`` before anything is changed."""
+    _refuse_taken(desired, observed)
+    member_of: dict[str, set[str]] = {}
+    for group, members in observed.members.items():
+        for member in members:
+            member_of.setdefault(member, set()).add(group)
+    operations = []
+    for spec in desired:
+        user = observed.users.get(spec.name)
+        reasons = _differences(spec, user, observed, member_of.get(spec.name, set()))
+        if reasons:
+            operations.append(
+                UserOperation(
+                    id=f"user/{spec.name}",
+                    resource="user",
+                    action="change" if user else "create",
+                    partition=spec.partition,
+                    before=f"uid {user.uid}, home {user.home}, shell {user.shell}" if user else None,
+                    after=f"uid {_wanted_uid(spec, user)}, home {spec.home}, shell {SHELL}",
+                    reason="; ".join(reasons),
+                    spec=spec,
+                )
+            )
+    wanted = {spec.name for spec in desired}
+    return (
+        *operations,
+        *(_removal(user) for user in observed.users.values() if user.ours and user.name not in wanted),
+    )
+
+
+def _wanted_uid(spec: UserSpec, user: User | None) -> str:
+    if user:
+        return str(user.uid)
+    return "next free" if spec.uid is None else str(spec.uid)
+
+
+def _removal(user: User) -> UserOperation:
+    partition = user.gecos.partition(" ")[2]
+    return UserOperation(
+        id=f"user/{user.name}",
+        resource="user",
+        action="remove",
+        partition=None if partition == "software" else partition or None,
+        before=f"uid {user.uid}, home {user.home}",
+        after=None,
+        reason="carries our mark but is not wanted any more",
+        spec=None,
+    )
+
+
+def _refuse_taken(desired: Sequence[UserSpec], observed: UserDatabase) -> None:
+    by_uid = {user.uid: user.name for user in observed.users.values()}
+    by_gid = {gid: name for name, gid in observed.groups.items()}
+    for spec in desired:
+        if spec.uid is None or spec.name in observed.users:
+            continue
+        holder = by_uid.get(spec.uid) or (by_gid.get(spec.uid) if by_gid.get(spec.uid) != spec.name else None)
+        if holder:
+            raise PartitiondError(
+                "users.uid_taken",
+                f"uid or gid {spec.uid} of {spec.name} belongs to {holder}",
+                resource=f"user {spec.name}",
+                hint="set uid_base in [partitiond] to a free range",
+            )
+
+
+def _differences(spec: UserSpec, user: User | None, observed: UserDatabase, member_of: set[str]) -> list[str]:
+    if user is None:
+        return ["missing"]
+    reasons = []
+    if user.gecos != spec.gecos:
+        reasons.append("not marked as ours")
+    if user.home != spec.home:
+        reasons.append(f"home is {user.home}, should be {spec.home}")
+    if user.shell != SHELL:
+        reasons.append(f"shell is {user.shell}, should be {SHELL}")
+    if not user.locked:
+        reasons.append("has a password, should be locked")
+    own = {group for group, gid in observed.groups.items() if gid == user.gid}
+    missing = set(spec.groups) - member_of
+    foreign = member_of - set(spec.groups) - own
+    if spec.name not in observed.groups:
+        reasons.append("its group is missing")
+    if missing:
+        reasons.append(f"is not in group {', '.join(sorted(missing))}")
+    if foreign:
+        reasons.append(f"is in foreign group {', '.join(sorted(foreign))}")
+    return reasons
+
+
+@contextmanager
+def _locked() -> Iterator[None]:
+    """Hold the lock of shadow(3) that useradd and passwd respect. Raises PartitiondError ``users.locked``."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.lckpwdf() != 0:
+        raise PartitiondError(
+            "users.locked",
+            f"the user database is locked: {os.strerror(ctypes.get_errno())}",
+            resource="/etc/.pwd.lock",
+            hint="wait for the other program to end, then apply again",
+            retryable=True,
+        )
+    try:
+        yield
+    finally:
+        libc.ulckpwdf()
+
+
+@dataclass(slots=True)
+class _Files:
+    """The rows of the four files, being edited."""
+
+    passwd: list[list[str]]
+    group: list[list[str]]
+    shadow: list[list[str]]
+    gshadow: list[list[str]]
+
+    def drop(self, name: str) -> None:
+        self.passwd = [row for row in self.passwd if row[0] != name]
+        self.shadow = [row for row in self.shadow if row[0] != name]
+
+    def drop_group(self, name: str) -> None:
+        self.group = [row for row in self.group if row[0] != name]
+        self.gshadow = [row for row in self.gshadow if row[0] != name]
+
+
+def apply(operations: Iterable[UserOperation], etc: Path = Path("/etc")) -> None:
+    """Run the operations as one rewrite. Raises PartitiondError ``users.locked`` or OSError of the file system."""
+    todo = tuple(operations)
+    if not todo:
+        return
+    with _locked():
+        files = _Files(*(_lines(etc / name) for name in ("passwd", "group", "shadow", "gshadow")))
+        _edit(files, todo, str(int(time.time() // 86400)))
+        # groups first: a reader between two renames must not find a user whose group is unknown
+        for name, mode in (("group", 0o644), ("gshadow", 0o640), ("passwd", 0o644), ("shadow", 0o640)):
+            rows: list[list[str]] = getattr(files, name)
+            if rows or (etc / name).exists():
+                _replace(etc / name, "".join(":".join(row) + "\n" for row in rows), mode)
+
+
+def _edit(files: _Files, todo: Sequence[UserOperation], today: str) -> None:
+    current = {row[0]: row for row in files.passwd}
+    gone = {operation.id.partition("/")[2] for operation in todo if operation.spec is None}
+    for name in gone:
+        files.drop(name)
+        files.drop_group(name)
+    specs = [_with_uid(operation.spec, files) for operation in todo if operation.spec]
+    touched = {spec.name for spec in specs} | gone
+    memberships = {spec.name: spec.groups for spec in specs}
+    groups = {row[0] for row in files.group}
+    shadowed = {row[0]: row for row in files.shadow}
+    for spec in specs:
+        row = current.get(spec.name)
+        uid, gid = (row[2], row[3]) if row else (str(spec.uid), str(spec.uid))
+        if row is None:
+            files.passwd.append([spec.name, "x", uid, gid, spec.gecos, spec.home, SHELL])
+        else:
+            row[1], row[4:7] = "x", [spec.gecos, spec.home, SHELL]
+        if spec.name not in groups:
+            files.group.append([spec.name, "x", gid, ""])
+            files.gshadow.append([spec.name, "!", "", ""])
+        if spec.name not in shadowed:
+            files.shadow.append([spec.name, "!", today, "", "", "", "", "", ""])
+        elif shadowed[spec.name][1][:1] not in ("!", "*"):
+            shadowed[spec.name][1] = "!" + shadowed[spec.name][1]
+    for row in (*files.group, *files.gshadow):
+        _set_members(row, touched, memberships)
+
+
+def _set_members(row: list[str], touched: set[str], memberships: Mapping[str, tuple[str, ...]]) -> None:
+    """Put the touched users into exactly their groups; members that are not ours stay, in their order."""
+    members = list(filter(None, row[3].split(",")))
+    kept = [name for name in members if name not in touched or row[0] in memberships.get(name, ())]
+    present = set(kept)
+    kept += [name for name, groups in memberships.items() if row[0] in groups and name not in present]
+    row[3] = ",".join(kept)
+
+
+def _with_uid(spec: UserSpec, files: _Files) -> UserSpec:
+    """Choose a number as ``useradd --system`` does: the highest that neither a user nor a group has."""
+    if spec.uid is not None or any(row[0] == spec.name for row in files.passwd):
+        return spec
+    taken = {row[2] for row in (*files.passwd, *files.group)}
+    for uid in range(999, 99, -1):
+        if str(uid) not in taken:
+            return replace(spec, uid=uid)
+    raise PartitiondError(
+        "users.no_uid",
+        "no free system uid from 100 to 999",
+        resource=f"user {spec.name}",
+        hint="remove unused system users",
+    )
+
+
+def _replace(path: Path, text: str, mode: int) -> None:
+    """Write a file of the database anew, whole or not at all, keeping owner and mode."""
+    try:
+        old = path.stat()
+        owner, mode = (old.st_uid, old.st_gid), old.st_mode & 0o7777
+    except FileNotFoundError:
+        owner = (0, 0)
+    content = text.encode("utf-8", "surrogateescape")
+    if path.exists() and path.read_bytes() == content:
+        return
+    temporary = path.with_name(f"{path.name}+partitiond")
+    descriptor = os.open(
+        temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600
+    )
+    try:
+        os.fchown(descriptor, *owner)
+        os.fchmod(descriptor, mode)
+        view = memoryview(content)
+        while view:
+            view = view[os.write(descriptor, view) :]
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    temporary.rename(path)
+    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)

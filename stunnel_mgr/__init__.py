@@ -1,0 +1,12 @@
+"""partitiond, encrypted bridges: tunnel declarations, identities, stunnel's configuration, log and sessions.
+
+    declaration   text of a tenant or operator → Tunnel, or why not
+    conflicts     which of several tunnels gives way
+    identity      the certificate and key of a partition (imports cryptography)
+    render        tunnels of one partition → the files of one stunnel
+    verdict       stunnel's log → did the reload work
+    sessions      the kernel's sockets → listening, live sessions
+    check         a real TLS connection → does the tunnel work
+
+Nothing is imported here: ``cryptography`` takes some 50 ms, which whoever only wants the model does not pay.
+"""

@@ -1,0 +1,124 @@
+"""From valid tunnels to the text that stunnel reads: pure, and the same text for the same tunnels.
+
+Facts about options were measured with stunnel 5.68 of Debian 12, or come from its manual where that is said.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from .declaration import TUNNEL_NAME
+from .errors import TunnelError
+from .model import IdentitySource, Tunnel
+
+CONFIG_FILE = "stunnel.conf"
+IDENTITY_FILES: Mapping[IdentitySource, tuple[str, str]] = {
+    "partition": ("certificate.pem", "key.pem"),
+    "master": ("master-certificate.pem", "master-key.pem"),
+}
+"""Where, in the directory, stunnel finds the certificate and the key of each kind of identity; the caller
+puts them there.
+"""
+
+# stunnel cuts blanks at both ends of a value and takes the rest as it is (5.68): `;` and `#` are harmless.
+_DIRECTORY = re.compile(r"/(?:[^\x00-\x20\x7f-\xa0]|(?<=[^/ ]) (?=[^/ ]))*")
+
+_GLOBAL = (
+    ("foreground", "yes"),  # with `yes`, and not with `quiet`, it logs to stderr (manual)
+    ("pid", ""),  # empty: no file; supervisord knows the process
+    ("syslog", "no"),
+    # Only at `info` does it say "bound to" for each service, by which alone a good reload is told from one
+    # that lost all its listeners. Each service goes back to `notice`: `info` there costs 11 % CPU per
+    # connection (facts 1.3).
+    ("debug", "info"),
+    # An address that is not there yet, or still tentative (IPv6), would otherwise end the whole process.
+    ("socket", "a:IP_FREEBIND=yes"),
+)
+_EACH_SERVICE = (
+    ("debug", "notice"),
+    # The subject and public key shown must be those of a pin; a CA is not asked. Implies requireCert.
+    ("verifyPeer", "yes"),
+    ("sslVersionMin", "TLSv1.3"),
+    ("options", "NO_RENEGOTIATION"),
+    # With the default of 300 s, idle strangers can take all of max_clients, so every service (facts 2).
+    ("TIMEOUTbusy", "10"),
+    ("TIMEOUTconnect", "5"),
+)
+# Session resumption stays on (1.4 times the connections per second): its tickets hold for one service alone,
+# and each change of pins ends in a SIGHUP that forgets them. `ticketKeySecret` must never be set: it would
+# outlive the SIGHUP.
+
+
+@dataclass(frozen=True, slots=True)
+class RenderedConfig:
+    """The files to write, by name in the directory, and the services that stunnel then has, in their order.
+
+    Both are empty when there is nothing to run (stunnel refuses to start without a service).
+    """
+
+    files: Mapping[str, str]
+    services: tuple[str, ...]
+
+
+def pins_file(short_name: str) -> str:
+    """Name the file of pins of a tunnel, relative to the directory."""
+    return f"pins-{short_name}.pem"
+
+
+def render(partition: str, tunnels: Iterable[Tunnel], *, directory: str) -> RenderedConfig:
+    """Write the configuration of the one stunnel of ``partition``, whose files lie in ``directory``
+    (absolute).
+
+    Tunnels without a pin are left out (``Tunnel.idle_reason``). Raises TunnelError ``tunnel.render`` for what
+    would be a mistake of the caller: a tunnel of another partition, two of one name, a directory that cannot
+    be written in the file.
+    """
+    if not _DIRECTORY.fullmatch(directory):
+        raise TunnelError(
+            "tunnel.render", f"directory {directory!a} is not absolute and plain", resource=partition
+        )
+    active = sorted((tunnel for tunnel in tunnels if tunnel.pins), key=lambda tunnel: tunnel.short_name)
+    _check(partition, active)
+    if not active:
+        return RenderedConfig({}, ())
+    sections = [f"; Made by partitiond for {partition}; changes are overwritten.\n{_lines(_GLOBAL)}"]
+    sections += (_service(tunnel, directory.rstrip("/")) for tunnel in active)
+    files = {CONFIG_FILE: "\n".join(sections)}
+    files |= {pins_file(tunnel.short_name): "".join(pin.pem for pin in tunnel.pins) for tunnel in active}
+    return RenderedConfig(files, tuple(tunnel.short_name for tunnel in active))
+
+
+def _check(partition: str, tunnels: list[Tunnel]) -> None:
+    if not TUNNEL_NAME.fullmatch(partition):
+        raise TunnelError("tunnel.render", f"{partition!a} is no name of a partition", resource=partition)
+    seen: set[str] = set()
+    for tunnel in tunnels:
+        if tunnel.partition != partition or not TUNNEL_NAME.fullmatch(tunnel.short_name):
+            message = f"{tunnel.name!a} is no tunnel of {partition}"
+            raise TunnelError("tunnel.render", message, resource=tunnel.name)
+        if tunnel.short_name in seen:
+            raise TunnelError("tunnel.render", f"two tunnels are named {tunnel.name}", resource=tunnel.name)
+        seen.add(tunnel.short_name)
+
+
+def _service(tunnel: Tunnel, directory: str) -> str:
+    certificate, key = IDENTITY_FILES[tunnel.identity]
+    options = [
+        ("client", "yes" if tunnel.mode == "client" else "no"),
+        # The last colon parts address from port, so IPv6 goes without brackets ("2001:db8::1:3306"; 5.68
+        # takes it so).
+        ("accept", f"{tunnel.listen_host}:{tunnel.listen_port}"),
+        ("connect", f"{tunnel.connect_host}:{tunnel.connect_port}"),
+    ]
+    if tunnel.source_host is not None:
+        options.append(("local", str(tunnel.source_host)))
+    options += [
+        ("cert", f"{directory}/{certificate}"),
+        ("key", f"{directory}/{key}"),
+        ("CAfile", f"{directory}/{pins_file(tunnel.short_name)}"),
+    ]
+    return f"[{tunnel.short_name}]\n{_lines(options)}{_lines(_EACH_SERVICE)}"
+
+
+def _lines(options: Iterable[tuple[str, str]]) -> str:
+    return "".join(f"{name} = {value}".rstrip() + "\n" for name, value in options)
