@@ -108,7 +108,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     except Exception as error:  # noqa: BLE001 - the last resort: a mistake of ours is reported like any error
         return _complain(
-            options, "internal", f"{type(error).__name__}: {error}", options.verb, "repeat with -vv and report it", error
+            options,
+            "internal",
+            f"{type(error).__name__}: {error}",
+            options.verb,
+            "repeat with -vv and report it",
+            error,
         )
 
 

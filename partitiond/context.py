@@ -6,6 +6,7 @@ import threading
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from partitiond.master import MasterContact
 from partitiond.metering import Metering, ledger_path
 from partitiond.state import Store
 from partitiond.supervision import Supervisor
@@ -34,6 +35,7 @@ class Context:
     store: Store
     supervisor: Supervisor
     meters: Metering
+    master: MasterContact
     stop: threading.Event = field(default_factory=threading.Event)
     applying: threading.RLock = field(default_factory=threading.RLock)
     wake_report: Callable[[], None] = _nobody
@@ -43,8 +45,13 @@ class Context:
     @classmethod
     def of(cls, config: Config) -> Context:
         """Make the context of a configuration."""
+        state = config.state_dir
         return cls(
-            config, Store(config.state_dir), Supervisor(config), Metering(ledger_path(config.state_dir))
+            config=config,
+            store=Store(state),
+            supervisor=Supervisor(config),
+            meters=Metering(ledger_path(state)),
+            master=MasterContact(state / "master.json"),
         )
 
     @property

@@ -123,7 +123,7 @@ def call(path: Path, method: str, target: str, body: dict[str, Any] | None = Non
     connection = _Connection(path)
     try:
         try:
-            connection.request(method, target, json.dumps(body or {}))
+            connection.request(method, target, None if body is None else json.dumps(body))
         except (FileNotFoundError, ConnectionRefusedError):
             return None
         response = connection.getresponse()

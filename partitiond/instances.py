@@ -14,6 +14,8 @@ import time
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from accounting.errors import AccountingError
+from netplan.errors import NetplanError
 from partitiond import buildout, certificates, converge, destroy_guard, execute, files, tunnels
 from partitiond.errors import FAMILY, PartitiondError, sentence
 from partitiond.supervision import PROGRAM_NAME, Group, Program
@@ -72,7 +74,7 @@ def run_pass(
         ):
             continue
         try:
-            done = _one(context, partition, entry, force)
+            done = _one(context, node, partition, entry, force)
         except FAMILY as error:
             result.failures.append((partition.id, error))
             logger.warning("%s: %s", partition.id, sentence(error))
@@ -104,7 +106,9 @@ def _held(context: Context, document: ComputerDocument, result: Result) -> froze
     return held
 
 
-def _one(context: Context, partition: Partition, entry: PartitionDocument, force: bool) -> str | None:
+def _one(
+    context: Context, node: Node, partition: Partition, entry: PartitionDocument, force: bool
+) -> str | None:
     state = context.store.instance(partition.id)
     if entry.destroy_requested or entry.free:
         return _retire(context, partition, state, entry)
@@ -113,7 +117,7 @@ def _one(context: Context, partition: Partition, entry: PartitionDocument, force
     if not _due(context, state, entry, force):
         _tell(context, state)
         return None
-    return _configure(context, partition, state, entry)
+    return _configure(context, node, partition, state, entry)
 
 
 def _due(context: Context, state: InstanceState, entry: PartitionDocument, force: bool) -> bool:
@@ -169,8 +173,16 @@ def stop(context: Context, partition: Partition) -> None:
         context.supervisor.update()
 
 
+def _settle(context: Context, node: Node) -> None:
+    """Book what was used so far to those who own the partitions now. A ledger that fails holds up no instance."""
+    try:
+        context.meters.record(context, node)
+    except (AccountingError, NetplanError) as error:
+        logger.warning("usage: %s", sentence(error))
+
+
 def _configure(
-    context: Context, partition: Partition, state: InstanceState, entry: PartitionDocument
+    context: Context, node: Node, partition: Partition, state: InstanceState, entry: PartitionDocument
 ) -> str | None:
     url = entry.software_release or ""
     if not buildout.completed(context.config, url):
@@ -186,6 +198,10 @@ def _configure(
         timestamp=entry.timestamp or None,
         processed_at=time.time(),
     )
+    if state.life == "free" or state.instance_guid != following.instance_guid:
+        # from here on what is used is the new instance's, also when the first try fails or is cut short
+        _settle(context, node)
+        context.store.save_instance(replace(following, life="stopped", timestamp=None))
     try:
         certificates.fetch(context, partition)
         buildout.configure_instance(context, partition, entry)
@@ -345,7 +361,7 @@ def finish_destroyed(context: Context, node: Node) -> Result:
 def _clean(context: Context, node: Node, partition: Partition) -> None:
     stop(context, partition)
     # the last bytes belong to the instance that goes, not to the one that comes
-    context.meters.record(context, node)
+    _settle(context, node)
     context.meters.forget(partition.id)
     execute.end_processes_of(partition.uid, partition.gid)
     certificates.remove(context, partition)

@@ -5,13 +5,11 @@ A lane of its own for each kind of work, so that a build of hours holds up no in
 
 from __future__ import annotations
 
-import json
 import logging
 import platform
-import time
 from typing import TYPE_CHECKING
 
-from partitiond import __version__, converge, files, instances, softwares
+from partitiond import __version__, converge, instances, softwares
 from partitiond.errors import PartitiondError
 from partitiond.instances import Result
 from slap_client.capacity import CapacityNode, CapacityPartition, CapacityTap, capacity_description
@@ -19,7 +17,6 @@ from slap_client.errors import SlapError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
     from partitiond.context import Context
     from partitiond.node import Node, Partition
@@ -29,44 +26,14 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class MasterContact:
-    """When the master last gave a usable answer; on disk only when it comes or goes, so that a quiet pass writes nothing."""
-
-    def __init__(self, state_dir: Path) -> None:
-        self._file = state_dir / "master.json"
-        self._reachable: bool | None = None
-        self._last: float | None = None
-        try:
-            found = json.loads(self._file.read_bytes())
-            self._reachable, self._last = found["reachable"], found["last_contact"]
-        except (OSError, ValueError, KeyError):
-            return
-
-    def note(self, reachable: bool) -> None:
-        """Remember how a call went."""
-        changed = reachable != self._reachable
-        self._reachable = reachable
-        if reachable:
-            self._last = time.time()
-        if changed:
-            value = {"reachable": reachable, "last_contact": self._last}
-            files.write_path(self._file, json.dumps(value).encode(), mode=0o600)
-
-    def as_json(self) -> dict[str, object]:
-        """The contract's fields."""
-        last = None if self._last is None else time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self._last))
-        return {"reachable": self._reachable, "last_contact": last}
-
-
 def ask(context: Context) -> ComputerDocument:
     """The master's wishes. Raises SlapError; an answer that lists no partition at all while some are busy is no answer."""
-    contact = MasterContact(context.config.state_dir)
     try:
         document = context.client.computer()
     except SlapError:
-        contact.note(False)
+        context.master.note(False)
         raise
-    contact.note(True)
+    context.master.note(True)
     for name in document.rejected_software:
         logger.warning("the master's software entry is not understood and left alone: %s", name)
     if not document.partitions and context.store.instances():
@@ -88,7 +55,7 @@ def capacity(context: Context) -> Result:
             "capacity.nothing", "there are no partitions to offer", hint="set partition_amount"
         )
     context.client.post_capacity(description(target))
-    MasterContact(context.config.state_dir).note(True)
+    context.master.note(True)
     return Result([f"capacity of {len(target.partitions)} partitions posted"], [])
 
 

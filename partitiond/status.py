@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from partitiond import converge, tunnels
-from partitiond.lanes import MasterContact
 from stunnel_mgr import sessions
 
 if TYPE_CHECKING:
@@ -33,7 +32,7 @@ def node(context: Context) -> dict[str, Any]:
     return {
         "node": {
             "computer_id": config.computer_id,
-            "master": {"url": config.master_url, **MasterContact(config.state_dir).as_json()},
+            "master": {"url": config.master_url, **context.master.as_json()},
             "interface": config.ipv6_interface,
             "bridge": config.bridge,
             "open_cases": list(_OPEN_CASES)
