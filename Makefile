@@ -27,7 +27,7 @@ lint: $(B)/test.stamp ## ruff, mypy --strict, import-linter
 	PATH=$(CURDIR)/$(ENV)/bin:$$PATH $(ENV)/bin/lint-imports
 
 bench: $(B)/test.stamp ## figures beside the floor, in private namespaces
-	$(RUN) $(PREFIX)/bin/python3 -m bench $(ARGS)
+	$(RUN) $(PREFIX)/bin/python3 -P $(CURDIR)/tests/bench/node.py $(ARGS)
 
 install: ## an environment at PREFIX that partition users can execute, with all that builds need offline
 	tools/environment --prefix $(PREFIX) --python $(PYTHON) --with master

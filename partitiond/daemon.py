@@ -44,6 +44,8 @@ class Lane(threading.Thread):
         super().__init__(name=name, daemon=True)
         self._interval, self._body, self._halt = interval, body, stop
         self._wake = threading.Event()
+        self._after = after
+        self.tried = threading.Event()
         self._one_at_a_time = threading.Lock()
         self._backoff = Backoff(base=min(_SOON, interval), cap=max(interval, _SOON), rng=random.Random())  # noqa: S311 - jitter, no secret
 
@@ -58,8 +60,11 @@ class Lane(threading.Thread):
 
     def run(self) -> None:
         """Until the daemon stops: a pass, then a jittered pause, longer and longer while passes fail."""
+        while self._after and not self._after.tried.wait(0.2) and not self._halt.is_set():
+            continue
         while not self._halt.is_set():
             pause = self._pass()
+            self.tried.set()
             self._wake.wait(pause)
             self._wake.clear()
 
@@ -88,12 +93,18 @@ class Daemon:
         self.context = Context.of(config)
         self._done = threading.Event()
         stop, intervals = self.context.stop, config.intervals
+        capacity = Lane("capacity", intervals.capacity, lambda: lanes.capacity(self.context), stop)
+        # the master answers nothing of use, slapproxy an error, about a node that it does not know yet
         self._lanes = {
             "converge": Lane("converge", _SWEEP_SECONDS, self._sweep, stop),
             "usage": Lane("usage", intervals.meter, lambda: lanes.usage(self.context), stop),
-            "capacity": Lane("capacity", intervals.capacity, lambda: lanes.capacity(self.context), stop),
-            "software": Lane("software", intervals.software, lambda: lanes.software(self.context), stop),
-            "instances": Lane("instances", intervals.instances, lambda: lanes.instance(self.context), stop),
+            "capacity": capacity,
+            "software": Lane(
+                "software", intervals.software, lambda: lanes.software(self.context), stop, capacity
+            ),
+            "instances": Lane(
+                "instances", intervals.instances, lambda: lanes.instance(self.context), stop, capacity
+            ),
             "report": Lane("report", intervals.report, self._report, stop),
         }
         self.context.wake_report = self._lanes["report"].wake

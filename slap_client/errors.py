@@ -1,0 +1,39 @@
+"""The one error family of this package, so that a caller needs a single ``except`` and reads stable codes."""
+
+
+class SlapError(Exception):
+    """What went wrong between us and the master, or with what the master said.
+
+    ``code`` is stable and dotted:
+
+    ====================  =========================================================== =========
+    code                  meaning                                                     retryable
+    ====================  =========================================================== =========
+    slap.unreachable      no connection, or it was lost in mid-answer                 yes
+    slap.timeout          no complete answer in time                                  yes
+    slap.unavailable      HTTP 5xx, a cold cache of the master included               yes
+    slap.not_ready        HTTP 408                                                    yes
+    slap.not_found        HTTP 404 (may be a bug of the master: never a destroy)      no
+    slap.refused          any other HTTP 4xx, and redirects                           no
+    slap.tls              no trusted TLS connection, or our own pair is unusable      no
+    slap.garbage          an answer that can not be read                              no
+    slap.destroy_refused  the master will not let go of a partition or software yet   yes
+    slap.value            what *we* were given to send or connect to is unusable      no
+    ====================  =========================================================== =========
+
+    ``message`` is one sentence, ``resource`` says what it is about (master URL and endpoint, never with
+    credentials), ``hint`` is the next step, ``retryable`` says whether the same call may succeed later.
+    """
+
+    def __init__(
+        self, code: str, message: str, *, resource: str = "", hint: str = "", retryable: bool = False
+    ) -> None:
+        super().__init__(code, message)
+        self.code = code
+        self.message = message
+        self.resource = resource
+        self.hint = hint
+        self.retryable = retryable
+
+    def __str__(self) -> str:
+        return self.message

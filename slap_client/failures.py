@@ -1,0 +1,120 @@
+"""From what HTTP libraries raise and servers answer to SlapError, in one place so that codes keep meaning.
+
+The codes follow the reference client where it has some (SLAP classic, slapos.core 1.26: 404 not found, 408
+not ready, 5xx server error); it leaves other answers raw.
+"""
+
+import re
+import ssl
+from collections.abc import Iterator
+
+import requests
+import urllib3
+
+from slap_client.errors import SlapError
+
+_SENTENCE = 200
+
+
+def sentence(body: bytes) -> str:
+    """Return the beginning of an answer as one printable line: a reason that a person can read."""
+    text = body.decode("utf-8", "replace")
+    if text.lstrip().startswith("<"):
+        text = re.sub(r"<[^<>]*>", " ", text)
+    text = " ".join("".join(char if char.isprintable() else " " for char in text).split())
+    return text if len(text) <= _SENTENCE else f"{text[: _SENTENCE - 3]}..."
+
+
+def from_status(status: int, reason: str, resource: str) -> SlapError:
+    """Return the error for an HTTP status that is no success; ``reason`` is what the server said."""
+    said = f"the master answered {status}" + (f": {reason}" if reason else "")
+    if status == 404:
+        hint = "check that the master knows it; a fault of the master looks the same, so nothing is removed"
+        return SlapError("slap.not_found", said, resource=resource, hint=hint)
+    if status == 408:
+        hint = "the master is still preparing it; ask again later"
+        return SlapError("slap.not_ready", said, resource=resource, hint=hint, retryable=True)
+    if status >= 500:
+        hint = "wait: the master may be starting, filling its cache, or broken; what runs keeps running"
+        return SlapError("slap.unavailable", said, resource=resource, hint=hint, retryable=True)
+    if status in {401, 403}:
+        hint = "check computer_id, and that cert_file and key_file are this computer's and not revoked"
+    else:
+        hint = "check master_url and computer_id"
+    return SlapError("slap.refused", said, resource=resource, hint=hint)
+
+
+def from_redirect(status: int, location: str, resource: str) -> SlapError:
+    """Return the error for a redirect: following one would hand our identity to a host nobody configured."""
+    target = sentence(location.partition("?")[0].encode("utf-8", "replace"))
+    hint = f"set master_url to the final address{f', perhaps that of {target}' if target else ''}"
+    return SlapError(
+        "slap.refused", f"the master answered with a redirect ({status})", resource=resource, hint=hint
+    )
+
+
+def too_large(limit: int, resource: str) -> SlapError:
+    """Return the error for an answer of more than ``limit`` bytes."""
+    hint = "check that master_url is a SLAP master"
+    return SlapError("slap.garbage", f"an answer of more than {limit} bytes", resource=resource, hint=hint)
+
+
+def from_exception(error: Exception, resource: str) -> SlapError:
+    """Return the error for what requests, urllib3, ssl or the system raised during a call."""
+    causes = list(_causes(error))
+    detail = _detail(causes)
+    if any(isinstance(cause, _TIMEOUTS) for cause in causes):
+        hint = "check the network to the master and its load; what runs keeps running"
+        return SlapError("slap.timeout", "no answer in time", resource=resource, hint=hint, retryable=True)
+    if any(isinstance(cause, ssl.SSLError) and not isinstance(cause, ssl.SSLEOFError) for cause in causes):
+        hint = (
+            "check master_ca_file (or the system's authorities), the host name in master_url, and the clock"
+        )
+        return SlapError("slap.tls", f"no trusted TLS connection: {detail}", resource=resource, hint=hint)
+    if isinstance(error, requests.exceptions.ContentDecodingError):
+        hint = "ask the operator of the master"
+        return SlapError("slap.garbage", "a broken compressed answer", resource=resource, hint=hint)
+    if isinstance(error, ValueError):
+        hint = "check master_url and the proxy variables of the environment"
+        return SlapError("slap.value", f"no request can be made: {detail}", resource=resource, hint=hint)
+    if isinstance(error, _CONNECTION):
+        proxy = isinstance(error, requests.exceptions.ProxyError)
+        hint = "check the proxy variables of the environment" if proxy else "check master_url and the network"
+        message = f"no connection, or it was lost: {detail}"
+        return SlapError("slap.unreachable", message, resource=resource, hint=hint, retryable=True)
+    # What is left are files: requests looks for the certificates before it connects, and raises a plain
+    # OSError.
+    hint = "check cert_file, key_file and master_ca_file"
+    return SlapError("slap.tls", f"our own certificates: {detail}", resource=resource, hint=hint)
+
+
+_TIMEOUTS = (requests.exceptions.Timeout, urllib3.exceptions.ReadTimeoutError, TimeoutError)
+_CONNECTION = (
+    requests.exceptions.RequestException,
+    urllib3.exceptions.HTTPError,
+    ConnectionError,
+    ssl.SSLEOFError,
+)
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """The error and all that it wraps; requests and urllib3 keep causes in arguments and in ``reason``."""
+    seen: set[int] = set()
+    todo: list[object] = [error]
+    while todo:
+        cause = todo.pop(0)
+        if not isinstance(cause, BaseException) or id(cause) in seen:
+            continue
+        seen.add(id(cause))
+        yield cause
+        todo += [*cause.args, getattr(cause, "reason", None), cause.__cause__, cause.__context__]
+
+
+def _detail(causes: list[BaseException]) -> str:
+    """The system's own words where there are any: the texts of the libraries are long and repeat the URL."""
+    words = [str(cause.strerror) for cause in causes if isinstance(cause, OSError) and cause.strerror]
+    if words:
+        return sentence(words[-1].encode("utf-8", "replace"))
+    first = causes[0]
+    plain = type(first) is OSError or isinstance(first, ValueError)
+    return sentence(str(first).encode("utf-8", "replace")) if plain else type(causes[-1]).__name__
