@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 _SWEEP_SECONDS = 60.0
 _SOON = 5.0
+_LONGEST_PAUSE = 300.0
 
 
 class Lane(threading.Thread):
@@ -39,7 +40,12 @@ class Lane(threading.Thread):
     """
 
     def __init__(
-        self, name: str, interval: float, body: Callable[[], Result | None], stop: threading.Event
+        self,
+        name: str,
+        interval: float,
+        body: Callable[[], Result | None],
+        stop: threading.Event,
+        after: Lane | None = None,
     ) -> None:
         super().__init__(name=name, daemon=True)
         self._interval, self._body, self._halt = interval, body, stop
@@ -47,7 +53,8 @@ class Lane(threading.Thread):
         self._after = after
         self.tried = threading.Event()
         self._one_at_a_time = threading.Lock()
-        self._backoff = Backoff(base=min(_SOON, interval), cap=max(interval, _SOON), rng=random.Random())  # noqa: S311 - jitter, no secret
+        # what failed is tried again within minutes, also in a lane that has work only once a day
+        self._backoff = Backoff(base=min(_SOON, interval), cap=_LONGEST_PAUSE)
 
     def wake(self) -> None:
         """Ask for a pass soon."""
