@@ -1,0 +1,172 @@
+"""The ledger: adds absolute readings up, so that each byte is counted once whatever dies in between.
+
+A pass is one transaction. It holds the new levels of the kernel's counters and the amounts that they make
+together, so a daemon that is killed at any instruction has recorded the pass wholly or not at all, and the
+next pass, being absolute, makes up for one that is missing.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Self
+
+from accounting import posting, report, store
+from accounting.errors import AccountingError
+from accounting.settle import settle
+
+if TYPE_CHECKING:
+    import sqlite3
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+    from types import TracebackType
+
+    from accounting.model import Gap, PartitionUsage, Pass, UsageReport
+
+
+class LedgerReader:
+    """The ledger as those read it who do not meter: the command line beside a daemon, a page of metrics.
+
+    Each question sees one consistent state. Safe to use from several threads; they wait for each other.
+    Made by ``Ledger.open_readonly``; close it, or use it as a context manager.
+    """
+
+    def __init__(self, path: Path, connection: sqlite3.Connection) -> None:
+        self.path = path
+        self._connection = connection
+        self._lock = threading.RLock()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file; may be called twice."""
+        with self._lock:
+            self._connection.close()
+
+    def usage(self, start: float | None, end: float | None, partition: str | None = None) -> UsageReport:
+        """Give what one partition or all used after ``start`` up to and including ``end`` (Unix seconds).
+
+        Without ``start``: since the ledger began, from the totals. Without ``end``: up to the last pass.
+        What a pass added counts in the interval in which the pass happened, also where it began to accrue
+        before. Where the clock was set back, passes count by the clock of their time. A partition that is
+        unknown gives an empty report. Raises AccountingError: ``accounting.interval``,
+        ``accounting.ledger_…``.
+        """
+        if start is not None and end is not None and start > end:
+            raise AccountingError(
+                "accounting.interval",
+                f"the interval ends ({end}) before it starts ({start})",
+                hint="give the earlier time first",
+            )
+        with self._transaction("DEFERRED") as connection:
+            return report.usage(connection, start, end, partition)
+
+    def totals(self) -> tuple[PartitionUsage, ...]:
+        """Give the totals since the ledger began, one entry per present partition, for metrics.
+
+        They are sums over all owners that the partition had, so they never fall; memory, disk and
+        ``instance_guid`` are those of the present owner. Raises AccountingError ``accounting.ledger_…``.
+        """
+        with self._transaction("DEFERRED") as connection:
+            return report.totals(connection)
+
+    @contextmanager
+    def _transaction(self, kind: str) -> Iterator[sqlite3.Connection]:
+        with (
+            self._lock,
+            store.ledger_errors(self.path),
+            store.transaction(self._connection, kind),
+        ):
+            yield self._connection
+
+
+class Ledger(LedgerReader):
+    """The ledger as the one process has it that meters.
+
+    ``path`` is the file, mode 0600; its directory must be there and belong to root alone. A file that turns
+    out damaged is kept as ``<name>.damaged-<time>``, a new ledger is begun whose first pass takes the
+    levels of the counters without adding them (the damaged file has them, and they may be billed), a gap in
+    every report says so, and ``recovered`` holds the sentence for the log; else it is ``None``. ``clock``
+    gives Unix seconds.
+
+    Raises AccountingError ``accounting.ledger_version``, ``…_busy``, ``…_full``, ``…_unavailable``.
+    """
+
+    def __init__(self, path: Path, *, clock: Callable[[], float] = time.time) -> None:
+        self._clock = clock
+        self.recovered: str | None = None
+        written = store.last_written(path)  # before it is opened, which may write what is left in its WAL
+        try:
+            connection = store.open_writer(path)
+        except AccountingError as error:
+            if error.code != "accounting.ledger_damaged":
+                raise
+            connection, self.recovered = _begin_anew(path, clock(), written, str(error.__cause__ or error))
+        super().__init__(path, connection)
+
+    @classmethod
+    def open_readonly(cls, path: Path) -> LedgerReader:
+        """Open for reading only; where there is no ledger yet, every report is empty.
+
+        Raises AccountingError ``accounting.ledger_damaged``, ``…_version``, ``…_busy``, ``…_unavailable``.
+        """
+        return LedgerReader(path, store.open_reader(path))
+
+    def record(self, reading: Pass) -> tuple[Gap, ...]:
+        """Add a pass, wholly or not at all; give the gaps that it found.
+
+        What accrued since the pass before goes to those who own the partitions now: record a pass before an
+        owner changes. Passes must be recorded in the order in which they were read. Recording one twice
+        adds nothing.
+
+        Raises AccountingError: ``accounting.reading``, ``accounting.ledger_busy``, ``…_full``,
+        ``…_unavailable`` (all retryable: the next pass makes up for this one), ``…_damaged`` (call
+        ``recover``).
+        """
+        with self._transaction("IMMEDIATE") as connection:
+            books = posting.read_books(connection)
+            settled = settle(reading, books)
+            at = store.microseconds(reading.at)
+            seq, previous = posting.begin_pass(connection, at)
+            owners = posting.present_owners(connection, seq, reading, settled)
+            posting.post(connection, seq, settled, owners)
+            posting.post_gauges(connection, seq, reading.gauges, owners)
+            posting.end_damage(connection, reading, books, at)
+            return posting.post_gaps(connection, settled, previous, at)
+
+    def recover(self, reason: str) -> str:
+        """Set the file aside and begin a new ledger, as opening does, after ``accounting.ledger_damaged``.
+
+        Gives the sentence that ``recovered`` then holds. Raises AccountingError like the constructor.
+        """
+        with self._lock:
+            written = store.last_written(self.path)
+            self._connection.close()
+            self._connection, sentence = _begin_anew(self.path, self._clock(), written, reason)
+            self.recovered = sentence
+            return sentence
+
+
+def _begin_anew(path: Path, at: float, written: float | None, reason: str) -> tuple[sqlite3.Connection, str]:
+    """Make the new ledger beside the damaged one, with all it has to say, then exchange them in one step.
+
+    Killed at any instruction, either the damaged file is still there or the new one knows that it follows a
+    damaged one: a new ledger that did not know would count anew what the damaged one had counted.
+    """
+    aside = store.name_aside(path, at)
+    sentence = f"the usage ledger was damaged ({reason}); it is kept as {aside}, a new one was begun"
+    fresh = store.open_fresh(path)
+    try:
+        with store.ledger_errors(path), store.transaction(fresh):
+            posting.begin_after_damage(fresh, written, store.microseconds(at), sentence)
+    finally:
+        fresh.close()
+    store.exchange(path, aside)
+    return store.open_writer(path), sentence

@@ -1,0 +1,226 @@
+"""What meters say and what a usage report says: plain frozen data, no I/O.
+
+Readings are absolute: what the kernel has counted so far, never what was added since. So a reading that got
+lost, or that is recorded twice, changes no sum. The ledger alone makes differences of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Literal, TypedDict
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+Family = Literal["ipv4", "ipv6", "tap"]
+Scope = Literal["remote", "local"]
+CountName = Literal["denied_packets", "cpu_seconds"]
+GaugeName = Literal["memory_bytes", "disk_bytes"]
+
+
+@dataclass(frozen=True, slots=True)
+class TrafficReading:
+    """The four kernel counters of one address (or tap, named by its interface) of one partition.
+
+    ``in`` is towards the partition. ``scope`` is ``local`` for what never left the node. ``epoch`` names
+    the life of the kernel object: it must differ whenever the counters may have begun again at zero. For a
+    named nft counter that is boot id, handle of the table and handle of the counter; for a tap, boot id and
+    interface index. The counters of one reading are one object: where one went back, all are taken to have
+    restarted.
+    """
+
+    partition: str
+    address: str
+    family: Family
+    scope: Scope
+    epoch: str
+    bytes_in: int
+    bytes_out: int
+    packets_in: int
+    packets_out: int
+
+
+@dataclass(frozen=True, slots=True)
+class CountReading:
+    """Any other number that only grows within ``epoch``: packets, or seconds (kept to the microsecond)."""
+
+    partition: str
+    name: CountName
+    epoch: str
+    value: float
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessReading:
+    """The processor time that one process has used since it started, in microseconds.
+
+    ``boot`` is the kernel's boot id and ``started`` the start in clock ticks since that boot (field 22 of
+    proc_pid_stat(5)): with ``pid`` they name a process for ever, also when the wall clock is set.
+    """
+
+    partition: str
+    boot: str
+    pid: int
+    started: int
+    cpu_microseconds: int
+
+
+@dataclass(frozen=True, slots=True)
+class GaugeReading:
+    """A level in bytes that goes up and down."""
+
+    partition: str
+    name: GaugeName
+    value: int
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """All that was read at one moment.
+
+    ``at`` is in seconds of Unix time. ``owners`` lists every partition of the node with the GUID of its
+    instance, ``None`` where it is free; what a partition that is not listed used is nobody's. A meter that
+    failed leaves its readings out. ``processes`` must be whole or ``None``: a process that is missing in it
+    has ended.
+    """
+
+    at: float
+    owners: Mapping[str, str | None]
+    traffic: tuple[TrafficReading, ...] = ()
+    counts: tuple[CountReading, ...] = ()
+    gauges: tuple[GaugeReading, ...] = ()
+    processes: tuple[ProcessReading, ...] | None = None
+
+
+class AddressJson(TypedDict):
+    """One address in the contract's ``usage``."""
+
+    address: str
+    family: str
+    scope: str
+    bytes_in: int
+    bytes_out: int
+    packets_in: int
+    packets_out: int
+
+
+class PartitionJson(TypedDict):
+    """One partition under one owner in the contract's ``usage``."""
+
+    id: str
+    instance_guid: str | None
+    addresses: list[AddressJson]
+    denied_packets: int
+    cpu_seconds: float
+    memory_bytes: int
+    disk_bytes: int
+
+
+# ``from`` is a keyword, so the functional form is the only one.
+GapJson = TypedDict("GapJson", {"from": str | None, "to": str, "reason": str})
+UsageJson = TypedDict(
+    "UsageJson",
+    {"from": str | None, "to": str | None, "partitions": list[PartitionJson], "gaps": list[GapJson]},
+)
+
+
+@dataclass(frozen=True, slots=True)
+class AddressUsage:
+    """What went over one address of a partition; bytes are IP length, for a tap Ethernet frame length."""
+
+    address: str
+    family: str
+    scope: str
+    bytes_in: int = 0
+    bytes_out: int = 0
+    packets_in: int = 0
+    packets_out: int = 0
+
+    def as_json(self) -> AddressJson:
+        """Give the contract's object."""
+        return {
+            "address": self.address,
+            "family": self.family,
+            "scope": self.scope,
+            "bytes_in": self.bytes_in,
+            "bytes_out": self.bytes_out,
+            "packets_in": self.packets_in,
+            "packets_out": self.packets_out,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class PartitionUsage:
+    """What one instance used in one partition.
+
+    ``memory_bytes`` and ``disk_bytes`` are the latest values that were measured for this owner up to the
+    end of the interval (also before its start, where nothing changed within), 0 where none ever was. All
+    else is a sum.
+    """
+
+    id: str
+    instance_guid: str | None
+    addresses: tuple[AddressUsage, ...] = ()
+    denied_packets: int = 0
+    cpu_seconds: float = 0.0
+    memory_bytes: int = 0
+    disk_bytes: int = 0
+
+    def as_json(self) -> PartitionJson:
+        """Give the contract's object."""
+        return {
+            "id": self.id,
+            "instance_guid": self.instance_guid,
+            "addresses": [address.as_json() for address in self.addresses],
+            "denied_packets": self.denied_packets,
+            "cpu_seconds": self.cpu_seconds,
+            "memory_bytes": self.memory_bytes,
+            "disk_bytes": self.disk_bytes,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Gap:
+    """A time (Unix seconds) in which usage may be missing, and why; ``start`` is ``None`` if unknown."""
+
+    start: float | None
+    end: float
+    reason: str
+
+    def as_json(self) -> GapJson:
+        """Give the contract's object."""
+        return {
+            "from": None if self.start is None else iso_utc(self.start),
+            "to": iso_utc(self.end),
+            "reason": self.reason,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class UsageReport:
+    """Usage after ``start`` up to and including ``end``.
+
+    ``start`` is ``None``: since the ledger began. ``end`` is the end that was asked for, else the time of
+    the last pass, ``None`` where there was none. A partition appears once per owner, the present owner
+    last.
+    """
+
+    start: float | None
+    end: float | None
+    partitions: tuple[PartitionUsage, ...] = field(default=())
+    gaps: tuple[Gap, ...] = field(default=())
+
+    def as_json(self) -> UsageJson:
+        """Give the fields of the contract's ``usage``, without ``schema``."""
+        return {
+            "from": None if self.start is None else iso_utc(self.start),
+            "to": None if self.end is None else iso_utc(self.end),
+            "partitions": [partition.as_json() for partition in self.partitions],
+            "gaps": [gap.as_json() for gap in self.gaps],
+        }
+
+
+def iso_utc(at: float) -> str:
+    """Give Unix time as ISO 8601 text in UTC, to the microsecond, which is what the ledger keeps."""
+    return datetime.fromtimestamp(at, UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")

@@ -1,0 +1,191 @@
+"""Reads the books and posts a settled pass. Every function runs inside the caller's transaction."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from accounting.model import Gap
+from accounting.settle import (
+    NOTHING,
+    Books,
+    Level,
+    Meter,
+    ProcessKey,
+    ProcessLevel,
+    Settlement,
+    restart_reasons,
+)
+from accounting.store import PROCESSES, READINGS
+
+if TYPE_CHECKING:
+    import sqlite3
+    from collections.abc import Mapping
+
+    from accounting.model import GaugeReading, Pass
+
+_UPSERT_LEVEL = (
+    "INSERT INTO level VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+    " ON CONFLICT DO UPDATE SET epoch = excluded.epoch, bytes_in = excluded.bytes_in,"
+    " bytes_out = excluded.bytes_out, packets_in = excluded.packets_in, packets_out = excluded.packets_out,"
+    " quantity = excluded.quantity"
+)
+_ADD_TO_ACCOUNT = (
+    "UPDATE account SET bytes_in = bytes_in + ?, bytes_out = bytes_out + ?, packets_in = packets_in + ?,"
+    " packets_out = packets_out + ?, quantity = quantity + ? WHERE id = ?"
+)
+_UPSERT_PROCESS = (
+    "INSERT INTO process VALUES (?, ?, ?, ?, ?)"
+    " ON CONFLICT DO UPDATE SET partition = excluded.partition, cpu = excluded.cpu"
+)
+
+
+def read_books(connection: sqlite3.Connection) -> Books:
+    """Give the levels of every counter and process.
+
+    They are read anew for each pass and not kept in memory: then a pass that failed, or one that another
+    process recorded (``partitiond sync usage`` without a daemon), can not make two truths.
+    """
+    levels = {
+        Meter(p, n, a, f, s): Level(epoch, (v, w, x, y, z))
+        for p, n, a, f, s, epoch, v, w, x, y, z in connection.execute("SELECT * FROM level")
+    }
+    processes = {
+        ProcessKey(pid, started, boot): ProcessLevel(partition, cpu)
+        for pid, started, boot, partition, cpu in connection.execute("SELECT * FROM process")
+    }
+    pending = {what for (what,) in connection.execute("SELECT what FROM pending")}
+    return Books(levels, processes, READINGS in pending, PROCESSES in pending)
+
+
+def begin_pass(connection: sqlite3.Connection, at: int) -> tuple[int, int | None]:
+    """Number a pass at ``at`` (microseconds); give its ``seq`` and when the one before was."""
+    row = connection.execute("SELECT at FROM pass ORDER BY seq DESC LIMIT 1").fetchone()
+    previous = None if row is None else int(row[0])
+    cursor = connection.execute("INSERT INTO pass (at, previous_at) VALUES (?, ?)", (at, previous))
+    return int(cursor.lastrowid or 0), previous
+
+
+def present_owners(
+    connection: sqlite3.Connection, seq: int, reading: Pass, settled: Settlement
+) -> dict[str, int]:
+    """Bring the owners up to date; give the id of the owner of each partition that the pass is about."""
+    present = {meter.partition for meter in settled.amounts} | {gauge.partition for gauge in reading.gauges}
+    wanted = {partition: reading.owners.get(partition) or "" for partition in present | reading.owners.keys()}
+    owners: dict[str, int] = {}
+    rows = connection.execute("SELECT id, partition, guid FROM owner WHERE until_seq IS NULL").fetchall()
+    for owner, partition, guid in rows:
+        if wanted.get(partition) == guid:
+            owners[partition] = owner
+        else:
+            connection.execute("UPDATE owner SET until_seq = ? WHERE id = ?", (seq, owner))
+    for partition, guid in wanted.items():
+        if partition not in owners:
+            row = connection.execute(
+                "INSERT INTO owner (partition, guid, first_seq) VALUES (?, ?, ?)"
+                " ON CONFLICT DO UPDATE SET until_seq = NULL RETURNING id",
+                (partition, guid, seq),
+            ).fetchone()
+            owners[partition] = int(row[0])
+    return owners
+
+
+def post(connection: sqlite3.Connection, seq: int, settled: Settlement, owners: Mapping[str, int]) -> None:
+    """Add the amounts to the accounts of the present owners, and store the new levels."""
+    accounts = _accounts(connection, settled, owners)
+    amounts = [(meter, amount) for meter, amount in settled.amounts.items() if amount != NOTHING]
+    connection.executemany(_ADD_TO_ACCOUNT, [(*amount, accounts[meter]) for meter, amount in amounts])
+    connection.executemany(
+        "INSERT INTO sample VALUES (?, ?, ?, ?, ?, ?, ?)",
+        sorted((seq, accounts[meter], *amount) for meter, amount in amounts),
+    )
+    connection.executemany(
+        _UPSERT_LEVEL, [(*meter, level.epoch, *level.raw) for meter, level in settled.levels.items()]
+    )
+    connection.executemany(
+        "DELETE FROM process WHERE pid = ? AND started = ? AND boot = ?", list(settled.ended)
+    )
+    connection.executemany(_UPSERT_PROCESS, [(*key, *level) for key, level in settled.processes.items()])
+
+
+def post_gauges(
+    connection: sqlite3.Connection, seq: int, gauges: tuple[GaugeReading, ...], owners: Mapping[str, int]
+) -> None:
+    """Store the gauges that differ from their last value under the same owner."""
+    known = {
+        (owner, name): (gauge, value)
+        for gauge, owner, name, value in connection.execute("SELECT id, owner, name, value FROM gauge")
+    }
+    for reading in gauges:
+        owner = owners[reading.partition]
+        gauge, value = known.get((owner, reading.name), (None, None))
+        if value == reading.value:
+            continue
+        if gauge is None:
+            cursor = connection.execute(
+                "INSERT INTO gauge (owner, name, first_seq, seq, value) VALUES (?, ?, ?, ?, ?)",
+                (owner, reading.name, seq, seq, reading.value),
+            )
+            gauge = cursor.lastrowid
+        else:
+            connection.execute(
+                "UPDATE gauge SET seq = ?, value = ? WHERE id = ?", (seq, reading.value, gauge)
+            )
+        connection.execute("INSERT INTO gauge_sample VALUES (?, ?, ?)", (seq, gauge, reading.value))
+
+
+def post_gaps(
+    connection: sqlite3.Connection, settled: Settlement, previous: int | None, at: int
+) -> tuple[Gap, ...]:
+    """Write down which partitions' counters began again; give the gaps, one for each reason."""
+    # A clock that was set back must not make a gap that ends before it starts.
+    start = at if previous is None else min(previous, at)
+    reasons = restart_reasons(settled.restarted)
+    connection.executemany(
+        "INSERT INTO gap (partition, start, until, reason) VALUES (?, ?, ?, ?)",
+        [(partition, start, at, reason) for partition, reason in sorted(reasons.items())],
+    )
+    return tuple(Gap(start / 1e6, at / 1e6, reason) for reason in sorted(set(reasons.values())))
+
+
+def begin_after_damage(connection: sqlite3.Connection, written: float | None, at: int, reason: str) -> None:
+    """Say in a new ledger that the one before was lost; its first pass will take levels only."""
+    start = None if written is None else min(round(written * 1e6), at)
+    cursor = connection.execute(
+        "INSERT INTO gap (start, until, reason) VALUES (?, ?, ?)", (start, at, reason)
+    )
+    rows = [(what, cursor.lastrowid) for what in (READINGS, PROCESSES)]
+    connection.executemany("INSERT INTO pending VALUES (?, ?)", rows)
+
+
+def end_damage(connection: sqlite3.Connection, reading: Pass, books: Books, at: int) -> None:
+    """Once the levels are taken, count again; the gap reaches up to here."""
+    done = []
+    if books.skip_new_readings and (reading.traffic or reading.counts):
+        done.append(READINGS)
+    if books.skip_new_processes and reading.processes is not None:
+        done.append(PROCESSES)
+    for what in done:
+        connection.execute(
+            "UPDATE gap SET until = max(until, ?) WHERE id = (SELECT gap FROM pending WHERE what = ?)",
+            (at, what),
+        )
+        connection.execute("DELETE FROM pending WHERE what = ?", (what,))
+
+
+def _accounts(
+    connection: sqlite3.Connection, settled: Settlement, owners: Mapping[str, int]
+) -> dict[Meter, int]:
+    """Give the account of each meter of the pass under its partition's owner; open those that lack."""
+    rows = connection.execute(
+        "SELECT account.id, partition, name, address, family, scope FROM account"
+        " JOIN owner ON owner.id = account.owner WHERE until_seq IS NULL"
+    )
+    accounts = {Meter(p, n, a, f, s): account for account, p, n, a, f, s in rows}
+    for meter in [meter for meter in settled.amounts if meter not in accounts]:
+        cursor = connection.execute(
+            "INSERT INTO account (owner, name, address, family, scope, bytes_in, bytes_out, packets_in,"
+            " packets_out, quantity) VALUES (?, ?, ?, ?, ?, 0, 0, 0, 0, 0)",
+            (owners[meter.partition], *meter[1:]),
+        )
+        accounts[meter] = int(cursor.lastrowid or 0)
+    return accounts

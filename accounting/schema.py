@@ -1,0 +1,77 @@
+"""The tables of the ledger, as text.
+
+Everything that grows is appended in the order of ``seq``, so a pass writes few pages; there is deliberately
+no index by account. Times are in microseconds of Unix time, processor time in microseconds, all else in
+bytes and packets.
+"""
+
+from __future__ import annotations
+
+VERSION = 1
+APPLICATION_ID = 0x50444C47  # "PDLG": tells our file from anybody else's database
+
+AMOUNT_COLUMNS = ("bytes_in", "bytes_out", "packets_in", "packets_out", "quantity")
+_AMOUNTS = ", ".join(f"{column} INTEGER NOT NULL" for column in AMOUNT_COLUMNS)
+
+_TABLES = f"""
+-- One row per pass. seq is the order in which passes happened and never goes back; at is the wall clock
+-- then, which may. Thinning will join old passes: their samples move to the last of them, whose previous_at
+-- becomes the first's.
+CREATE TABLE pass (seq INTEGER PRIMARY KEY, at INTEGER NOT NULL, previous_at INTEGER) STRICT;
+CREATE INDEX pass_at ON pass (at);
+
+-- Who held a partition ('' for nobody), from the pass first_seq until before the pass until_seq (NULL:
+-- holds it now).
+CREATE TABLE owner (
+    id INTEGER PRIMARY KEY, partition TEXT NOT NULL, guid TEXT NOT NULL,
+    first_seq INTEGER NOT NULL, until_seq INTEGER, UNIQUE (partition, guid)
+) STRICT;
+
+-- How far each counter of the kernel had come, whoever is charged.
+CREATE TABLE level (
+    partition TEXT NOT NULL, name TEXT NOT NULL, address TEXT NOT NULL, family TEXT NOT NULL, scope TEXT NOT
+    NULL, epoch TEXT NOT NULL, {_AMOUNTS}, PRIMARY KEY (partition, name, address, family, scope)
+) STRICT, WITHOUT ROWID;
+
+-- Likewise each living process.
+CREATE TABLE process (
+    pid INTEGER NOT NULL, started INTEGER NOT NULL, boot TEXT NOT NULL,
+    partition TEXT NOT NULL, cpu INTEGER NOT NULL, PRIMARY KEY (pid, started, boot)
+) STRICT, WITHOUT ROWID;
+
+-- The total of one meter under one owner.
+CREATE TABLE account (
+    id INTEGER PRIMARY KEY, owner INTEGER NOT NULL REFERENCES owner, name TEXT NOT NULL,
+    address TEXT NOT NULL, family TEXT NOT NULL, scope TEXT NOT NULL, {_AMOUNTS},
+    UNIQUE (owner, name, address, family, scope)
+) STRICT;
+
+-- What a pass added to an account; nothing is written where that is nothing.
+CREATE TABLE sample (
+    seq INTEGER NOT NULL, account INTEGER NOT NULL, {_AMOUNTS}, PRIMARY KEY (seq, account)
+) STRICT, WITHOUT ROWID;
+
+-- The latest value under one owner, since the pass seq; and all its values, each from its pass on.
+CREATE TABLE gauge (
+    id INTEGER PRIMARY KEY, owner INTEGER NOT NULL REFERENCES owner, name TEXT NOT NULL,
+    first_seq INTEGER NOT NULL, seq INTEGER NOT NULL, value INTEGER NOT NULL, UNIQUE (owner, name)
+) STRICT;
+CREATE TABLE gauge_sample (
+    seq INTEGER NOT NULL, gauge INTEGER NOT NULL, value INTEGER NOT NULL, PRIMARY KEY (seq, gauge)
+) STRICT, WITHOUT ROWID;
+
+-- When usage may be missing (partition NULL: anybody's), and what the next pass takes only the levels of.
+CREATE TABLE gap (
+    id INTEGER PRIMARY KEY, partition TEXT, start INTEGER, until INTEGER NOT NULL, reason TEXT NOT NULL
+) STRICT;
+CREATE TABLE pending (what TEXT PRIMARY KEY, gap INTEGER NOT NULL) STRICT;
+
+PRAGMA application_id = {APPLICATION_ID};
+PRAGMA user_version = {VERSION};
+"""
+
+
+def statements() -> list[str]:
+    """Give what makes an empty ledger, one statement each (``executescript`` would commit first)."""
+    text = "\n".join(line for line in _TABLES.splitlines() if not line.startswith("--"))
+    return [statement for statement in text.split(";") if statement.strip()]

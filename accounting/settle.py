@@ -1,0 +1,223 @@
+"""Turns absolute readings into amounts to add: the only place where a difference is made. Pure.
+
+The rules, per kernel counter:
+
+* same epoch and nothing went back: the amount is what was added since the stored level;
+* another epoch, or a value below the stored level: the counter began again at zero, the amount is the whole
+  reading, and what it counted between the last pass and its end is lost, which is said as a gap;
+* never seen before: the amount is the whole reading, because a counter that we make begins at zero.
+
+Levels belong to the kernel's counter, not to whoever is charged, so a change of owner counts nothing twice.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+
+from accounting.errors import AccountingError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping
+
+    from accounting.model import CountReading, GaugeReading, Pass, ProcessReading
+
+# bytes_in, bytes_out, packets_in, packets_out, quantity: the columns that the tables level, account and
+# sample share.
+Amounts: TypeAlias = tuple[int, int, int, int, int]
+NOTHING: Amounts = (0, 0, 0, 0, 0)
+
+LARGEST = 2**63 - 1  # of an SQLite integer; the kernel's 64th bit is some 9 exabytes away
+MICROSECONDS = 1_000_000
+TRAFFIC = "traffic"
+CPU = "cpu_seconds"
+
+
+class Meter(NamedTuple):
+    """One kernel counter of a partition; the last three are empty where it belongs to no address."""
+
+    partition: str
+    name: str
+    address: str = ""
+    family: str = ""
+    scope: str = ""
+
+
+class Level(NamedTuple):
+    """How far a counter had come when it was last read."""
+
+    epoch: str
+    raw: Amounts
+
+
+class ProcessKey(NamedTuple):
+    """A process, unlike every other since the kernel was made."""
+
+    pid: int
+    started: int
+    boot: str
+
+
+class ProcessLevel(NamedTuple):
+    """Whom a process was charged to last, and how much it had used, in microseconds."""
+
+    partition: str
+    cpu: int
+
+
+@dataclass(frozen=True, slots=True)
+class Books:
+    """What the ledger holds before a pass.
+
+    ``skip_new_readings`` and ``skip_new_processes`` are set in the first pass after a damaged ledger was
+    set aside: what was counted before is in the damaged file and perhaps billed, so only the levels are
+    taken.
+    """
+
+    levels: Mapping[Meter, Level]
+    processes: Mapping[ProcessKey, ProcessLevel]
+    skip_new_readings: bool = False
+    skip_new_processes: bool = False
+
+
+@dataclass(slots=True)
+class Settlement:
+    """What a pass changes.
+
+    ``amounts`` has every meter of the pass, with zeros too, so that an idle address has an account.
+    ``levels`` and ``processes`` have what differs from the books, ``ended`` the processes that are no more,
+    ``restarted`` the meters that began again.
+    """
+
+    amounts: dict[Meter, Amounts] = field(default_factory=dict)
+    levels: dict[Meter, Level] = field(default_factory=dict)
+    processes: dict[ProcessKey, ProcessLevel] = field(default_factory=dict)
+    ended: list[ProcessKey] = field(default_factory=list)
+    restarted: list[Meter] = field(default_factory=list)
+
+
+def settle(reading: Pass, books: Books) -> Settlement:
+    """Compare a pass with the books. Raises AccountingError ``accounting.reading``; changes nothing."""
+    if not math.isfinite(reading.at):
+        raise _refuse("the clock", f"is no time: {reading.at}")
+    settlement = Settlement()
+    for meter, level in _levels(reading).items():
+        last = books.levels.get(meter)
+        settlement.amounts[meter] = _difference(
+            meter, level, last, settlement, skip_new=books.skip_new_readings
+        )
+        if level != last:
+            settlement.levels[meter] = level
+    if reading.processes is not None:
+        _settle_processes(reading.processes, books, settlement)
+    check_gauges(reading.gauges)
+    return settlement
+
+
+def restart_reasons(restarted: Iterable[Meter]) -> dict[str, str]:
+    """Give one sentence for each partition in which counters began again."""
+    kinds: dict[str, set[str]] = {}
+    for meter in restarted:
+        kinds.setdefault(meter.partition, set()).add(meter.family or meter.name)
+    return {
+        partition: f"counters restarted ({', '.join(sorted(names))})" for partition, names in kinds.items()
+    }
+
+
+def check_gauges(gauges: Iterable[GaugeReading]) -> None:
+    """Refuse a gauge that can not be true or that is given twice; raises ``accounting.reading``."""
+    seen = set()
+    for gauge in gauges:
+        where = f"{gauge.partition}/{gauge.name}"
+        if where in seen:
+            raise _refuse(where, "is given twice in one pass")
+        seen.add(where)
+        _check(where, gauge.value)
+
+
+def _difference(
+    meter: Meter, level: Level, last: Level | None, settlement: Settlement, *, skip_new: bool
+) -> Amounts:
+    if last is None:
+        return NOTHING if skip_new else level.raw
+    if level == last:
+        return NOTHING
+    # Element by element, not with zip in a comprehension: this runs for each counter of the node in each
+    # pass.
+    new, old = level.raw, last.raw
+    a, b, c, d, e = new[0] - old[0], new[1] - old[1], new[2] - old[2], new[3] - old[3], new[4] - old[4]
+    if level.epoch != last.epoch or a < 0 or b < 0 or c < 0 or d < 0 or e < 0:
+        settlement.restarted.append(meter)
+        return new
+    return (a, b, c, d, e)
+
+
+def _levels(reading: Pass) -> dict[Meter, Level]:
+    found: dict[Meter, Level] = {}
+    for meter, level in _traffic_and_counts(reading):
+        if meter in found:
+            raise _refuse("/".join(filter(None, meter)), "is given twice in one pass")
+        if min(level.raw) < 0 or max(level.raw) > LARGEST:
+            raise _refuse("/".join(filter(None, meter)), f"is not within 0 and 2^63-1: {level.raw}")
+        found[meter] = level
+    return found
+
+
+def _traffic_and_counts(reading: Pass) -> Iterator[tuple[Meter, Level]]:
+    for t in reading.traffic:
+        meter = Meter(t.partition, TRAFFIC, t.address, t.family, t.scope)
+        yield meter, Level(t.epoch, (t.bytes_in, t.bytes_out, t.packets_in, t.packets_out, 0))
+    for count in reading.counts:
+        if count.name == CPU and reading.processes is not None:
+            raise _refuse(
+                f"{count.partition}/{CPU}", "is given as a count and by processes: it would count twice"
+            )
+        yield Meter(count.partition, count.name), Level(count.epoch, (0, 0, 0, 0, _quantity(count)))
+
+
+def _quantity(count: CountReading) -> int:
+    where = f"{count.partition}/{count.name}"
+    try:
+        # Whole microseconds, because sums of binary fractions drift and would not equal the sum of their
+        # samples.
+        return round(count.value * MICROSECONDS) if count.name == CPU else int(count.value)
+    except (ValueError, OverflowError) as error:  # not a number, or infinite
+        raise _refuse(where, f"is no number: {count.value}") from error
+
+
+def _settle_processes(processes: Iterable[ProcessReading], books: Books, settlement: Settlement) -> None:
+    """Charge each process with what it used since the last pass; one that is new, with all it used so far."""
+    used: dict[str, int] = {}
+    seen: set[ProcessKey] = set()
+    for process in processes:
+        key = ProcessKey(process.pid, process.started, process.boot)
+        if key in seen:
+            raise _refuse(f"{process.partition}/process {process.pid}", "is given twice in one pass")
+        _check(f"{process.partition}/process {process.pid}", process.cpu_microseconds)
+        seen.add(key)
+        last = books.processes.get(key)
+        # Never below the last level: an amount that was taken back would be counted again.
+        level = ProcessLevel(process.partition, max(process.cpu_microseconds, last.cpu if last else 0))
+        # A process whose partition differs has changed its user: the level is still its own.
+        before = last.cpu if last else level.cpu if books.skip_new_processes else 0
+        used[level.partition] = used.get(level.partition, 0) + level.cpu - before
+        if level != last:
+            settlement.processes[key] = level
+    settlement.ended.extend(key for key in books.processes if key not in seen)
+    for partition, microseconds in used.items():
+        settlement.amounts[Meter(partition, CPU)] = (0, 0, 0, 0, microseconds)
+
+
+def _check(where: str, value: int) -> None:
+    if not 0 <= value <= LARGEST:
+        raise _refuse(where, f"is not within 0 and 2^63-1: {value}")
+
+
+def _refuse(where: str, what: str) -> AccountingError:
+    return AccountingError(
+        "accounting.reading",
+        f"the reading {where} {what}",
+        resource=where,
+        hint="this is a fault of the meter that read it; nothing of this pass was recorded",
+    )

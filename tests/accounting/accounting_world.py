@@ -1,0 +1,48 @@
+"""Short ways to say readings, and to ask for sums, for the tests of the ledger."""
+
+from accounting import CountReading, GaugeReading, LedgerReader, Pass, ProcessReading, TrafficReading
+
+EVER = (None, None)
+
+
+def traffic(
+    partition="slappart0", value=0, *, address="2001:db8::1", family="ipv6", scope="remote", epoch="e1"
+):
+    """A reading whose four counters differ but all follow from one value."""
+    return TrafficReading(partition, address, family, scope, epoch, value, 2 * value, value // 10, value // 5)
+
+
+def count(name, value, *, partition="slappart0", epoch="e1"):
+    return CountReading(partition, name, epoch, value)
+
+
+def gauge(name, value, *, partition="slappart0"):
+    return GaugeReading(partition, name, value)
+
+
+def process(pid, cpu, *, partition="slappart0", started=1, boot="b1"):
+    return ProcessReading(partition, boot, pid, started, cpu)
+
+
+def a_pass(at, *readings, owners=None, processes=None):
+    """A pass of readings of any kind; partitions are free unless owners are given."""
+    kinds = {TrafficReading: [], CountReading: [], GaugeReading: []}
+    for reading in readings:
+        kinds[type(reading)].append(reading)
+    return Pass(
+        at,
+        {"slappart0": None} if owners is None else owners,
+        tuple(kinds[TrafficReading]),
+        tuple(kinds[CountReading]),
+        tuple(kinds[GaugeReading]),
+        None if processes is None else tuple(processes),
+    )
+
+
+def bytes_in(ledger: LedgerReader, start=None, end=None, partition=None):
+    """Bytes towards each partition under each owner, where there are any."""
+    return {
+        (entry.id, entry.instance_guid): total
+        for entry in ledger.usage(start, end, partition).partitions
+        if (total := sum(address.bytes_in for address in entry.addresses))
+    }
