@@ -21,10 +21,7 @@ test-full: $(B)/test.stamp lint ## the whole matrices
 	$(RUN) sh -c 'cd $(CURDIR) && exec $(PREFIX)/bin/python3 -m pytest $(ARGS)'
 
 lint: $(B)/test.stamp ## ruff, mypy --strict, import-linter
-	$(ENV)/bin/ruff check .
-	$(ENV)/bin/ruff format --check .
-	$(ENV)/bin/mypy
-	PATH=$(CURDIR)/$(ENV)/bin:$$PATH $(ENV)/bin/lint-imports
+	$(RUN) sh -ec 'cd $(CURDIR); PATH=$(PREFIX)/bin:$$PATH; ruff check .; ruff format --check .; mypy; lint-imports'
 
 bench: $(B)/test.stamp ## figures beside the floor, in private namespaces
 	$(RUN) $(PREFIX)/bin/python3 -P $(CURDIR)/tests/bench/node.py $(ARGS)

@@ -7,9 +7,11 @@ instances. What a published zc.buildout needs beyond it (links to eggs without m
 
 from __future__ import annotations
 
+import contextlib
 import email
 import logging
 import os
+import secrets
 import stat
 import sys
 import time
@@ -78,12 +80,14 @@ def build_software(context: Context, url: str) -> None:
     """
     config = context.config
     directory = software_directory(config, url)
-    directory.mkdir(mode=0o755, exist_ok=True)
     import pwd  # noqa: PLC0415 - only builds ask for it
 
     owner = pwd.getpwnam(config.software_user)
-    os.chown(directory, owner.pw_uid, owner.pw_gid)
-    with files.directory(directory) as descriptor:
+    with contextlib.suppress(FileExistsError):
+        directory.mkdir(mode=0o755)
+    # what a release runs owns all this and could put a link in the place of a directory: never through one
+    with files.directory(config.software_root, directory.name) as descriptor:
+        os.fchown(descriptor, owner.pw_uid, owner.pw_gid)
         profile = software_profile(config, url).encode()
         files.write(
             "buildout.cfg", profile, dir_fd=descriptor, mode=0o644, owner=(owner.pw_uid, owner.pw_gid)
@@ -97,7 +101,7 @@ def build_software(context: Context, url: str) -> None:
     with _log(software_log(config, url), f"building {url}") as log:
         for command in steps:
             _software_step(context, directory, url, command, log)
-        _link_eggs(directory, owner.pw_uid, owner.pw_gid)
+        _link_eggs(config.software_root, directory, owner.pw_uid, owner.pw_gid)
         # eggs come without bytecode and partition users cannot write it: a third of each instance's time (measured).
         # Some eggs hold files of other Pythons, which do not compile: no failure.
         compile_all = [sys.executable, "-I", "-c", _COMPILE, str(directory / "eggs")]
@@ -110,9 +114,10 @@ def build_software(context: Context, url: str) -> None:
             log=log,
             stop=context.stop,
         )
-    files.write_path(
-        directory / COMPLETED, time.asctime().encode() + b"\n", owner=(owner.pw_uid, owner.pw_gid)
-    )
+    with files.directory(config.software_root, directory.name) as descriptor:
+        content = time.asctime().encode() + b"\n"
+        numbers = (owner.pw_uid, owner.pw_gid)
+        files.write(COMPLETED, content, dir_fd=descriptor, mode=0o644, owner=numbers, durable=True)
 
 
 def _software_step(context: Context, directory: Path, url: str, command: list[str], log: int) -> None:
@@ -177,7 +182,7 @@ def tail(log: Path, size: int = _TAIL) -> str:
     return text.partition("--- ")[2].partition("\n")[2] if text.count("--- ") == 1 else text[-size:]
 
 
-def _link_eggs(directory: Path, uid: int, gid: int) -> None:
+def _link_eggs(root: Path, directory: Path, uid: int, gid: int) -> None:
     """Make eggs that were installed without ``EGG-INFO`` visible to offline instances.
 
     Offline, a published zc.buildout looks only at ``EGG-INFO`` in ``eggs/``; an egg link is another way in (measured with
@@ -186,21 +191,21 @@ def _link_eggs(directory: Path, uid: int, gid: int) -> None:
     eggs = directory / "eggs"
     if not eggs.is_dir():
         return
-    with files.directory(directory, "develop-eggs") as links:
+    with files.directory(root, directory.name, "develop-eggs") as links:
         for egg in sorted(eggs.glob("*.egg")):
-            name = _project_of(egg)
+            name = _project_of(root, egg)
             if name is None or (directory / "develop-eggs" / f"{name}.egg-link").exists():
                 continue
             link = egg.name.removesuffix(".egg") + ".egg-link"
             files.write(link, f"{egg}\n.\n".encode(), dir_fd=links, mode=0o640, owner=(uid, gid))
 
 
-def _project_of(egg: Path) -> str | None:
+def _project_of(root: Path, egg: Path) -> str | None:
     """The project's name of an egg directory that has wheel metadata only, else None."""
     found = list(egg.glob("*.dist-info/METADATA"))
     if (egg / "EGG-INFO").exists() or len(found) != 1:
         return None
-    with files.directory(found[0].parent) as descriptor:
+    with files.directory(root, *found[0].parent.relative_to(root).parts) as descriptor:
         metadata = files.read("METADATA", dir_fd=descriptor, limit=_PROFILE_LIMIT)
     name = email.message_from_bytes(metadata)["Name"]
     return name if name and "/" not in name else None
@@ -211,12 +216,16 @@ def remove_software(config: Config, url: str) -> None:
     directory = software_directory(config, url)
     if directory.is_symlink():
         directory.unlink()
-    elif directory.is_dir():
-        # the mark goes first: half a release must not look whole
-        (directory / COMPLETED).unlink(missing_ok=True)
-        with files.directory(directory) as descriptor:
+        return
+    try:
+        with files.directory(config.software_root, directory.name) as descriptor:
+            # the mark goes first: half a release must not look whole
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(COMPLETED, dir_fd=descriptor)
             files.empty(descriptor)
-        directory.rmdir()
+    except FileNotFoundError:
+        return
+    directory.rmdir()
 
 
 # --- instances --------------------------------------------------------------------------------------------------------
@@ -259,7 +268,7 @@ storage-home =
 [network-information]
 global-ipv4-network = {config.ipv4_network}
 """
-    with files.directory(directory) as descriptor:
+    with files.directory(config.software_root, directory.name) as descriptor:
         for name in ("instance.cfg", "template.cfg"):
             try:
                 return files.read(name, dir_fd=descriptor, limit=_PROFILE_LIMIT) + appended.encode()
@@ -308,6 +317,7 @@ def _link_software(descriptor: int, directory: Path) -> None:
             return
     except OSError:
         pass  # no link yet, or something else in its place
-    temporary = f".{name}.{os.getpid()}"
+    # a name that the partition cannot have taken before us
+    temporary = f".{name}.{secrets.token_hex(6)}"
     os.symlink(directory, temporary, dir_fd=descriptor)
     os.rename(temporary, name, src_dir_fd=descriptor, dst_dir_fd=descriptor)

@@ -66,6 +66,22 @@ _KNOWN: Mapping[str, frozenset[str]] = {
 _OPEN_SECTIONS = ("slapproxy", "slapconsole", "networkcache", "tinc", "accounting", "firewall")
 _LATER_SECTIONS = ("routable_ipv4", "block_devices", "tap_allow")
 
+# each is made the node's own
+_OWN_DIRECTORIES = (
+    ("slapos", "instance_root"),
+    ("slapos", "software_root"),
+    ("partitiond", "state_dir"),
+    ("partitiond", "log_dir"),
+    ("partitiond", "run_dir"),
+)
+_SYSTEM_DIRECTORIES = frozenset(
+    (
+        "/ /bin /boot /dev /etc /home /lib /lib64 /media /mnt /opt /proc /root /run /run/lock /sbin /srv /sys /tmp /usr"
+        " /usr/bin /usr/lib /usr/local /usr/sbin /usr/share /var /var/cache /var/lib /var/log /var/run /var/spool /var/tmp"
+        " /etc/opt /etc/opt/slapos /etc/slapos"
+    ).split()
+)
+
 _NAME = re.compile(r"[a-z_][a-z0-9_-]{0,24}")
 _INTERFACE = re.compile(r"[A-Za-z0-9_.-]{1,15}")
 _COMPUTER = re.compile(r"[A-Za-z0-9_.-]{1,64}")
@@ -147,7 +163,8 @@ class _Reader:
         for path in self.files:
             current = ""
             for number, line in enumerate(path.read_text("utf-8", "replace").splitlines(), 1):
-                head = re.match(r"\s*\[([^\]]+)\]", line)
+                # an indented one is the next line of a value, such as the address of a tunnel's peer
+                head = re.match(r"\[([^\]]+)\]", line)
                 if head:
                     current = head[1].strip()
                 if current != section:
@@ -179,12 +196,11 @@ class _Reader:
     def number(self, section: str, key: str, default: int | None, low: int, high: int) -> int:
         words = f"a whole number from {low} to {high}"
         value = self.text(section, key, None if default is None else str(default), None, words)
-        try:
-            number = int(value)
-        except ValueError:
+        if not re.fullmatch(r"[+-]?[0-9]{1,20}", value):
             if value:
                 self.bad(section, key, value, words)
             return low
+        number = int(value)
         if not low <= number <= high:
             self.bad(section, key, value, words)
         return number
@@ -210,9 +226,19 @@ class _Reader:
     def path(self, section: str, key: str, default: str | None) -> Path:
         value = self.text(section, key, default, None, "an absolute path")
         # the path ends up in files of supervisord and buildout, where these would change the meaning
-        if value and (not value.startswith("/") or re.search(r"[\s%\"'\\$]", value)):
-            self.bad(section, key, value, "an absolute path without spaces, quotes, %, $ and backslashes")
-        return Path(value or "/")
+        if value and (not value.startswith("/") or re.search(r"[\s%\"'\\$*?\[\],;#\x00-\x1f\x7f]", value)):
+            words = "an absolute path without spaces, quotes and any of % $ * ? [ ] , ; # and backslash"
+            self.bad(section, key, value, words)
+        elif ".." in value.split("/"):
+            self.bad(section, key, value, "an absolute path without ..")
+        return Path(re.sub("/+", "/", value) or "/")
+
+    def own_path(self, section: str, key: str, default: str | None) -> Path:
+        """A directory that becomes the node's own: its owner and mode are set, and ``teardown --purge`` empties it."""
+        path = self.path(section, key, default)
+        if self.raw(section, key) and str(path) in _SYSTEM_DIRECTORIES:
+            self.bad(section, key, str(path), "a directory of its own, such as /srv/slapgrid")
+        return path
 
     def optional_path(self, section: str, key: str) -> Path | None:
         return self.path(section, key, "") if self.raw(section, key) else None
@@ -231,6 +257,7 @@ def load(path: Path) -> Config:
     reader = _Reader(parser, files)
     _warn_unknown(reader)
     config = _build(path, reader)
+    _check_together(config, reader)
     if reader.problems:
         raise PartitiondError(
             "config.value",
@@ -243,23 +270,72 @@ def load(path: Path) -> Config:
 
 def _read(parser: configparser.ConfigParser, file: Path) -> None:
     try:
-        with file.open(encoding="utf-8") as stream:
-            parser.read_file(stream, source=str(file))
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
+        content = file.read_bytes()
+        # some editors begin a file with a byte order mark
+        parser.read_string(content.decode("utf-8-sig"), source=str(file))
+    except OSError as error:
         raise PartitiondError(
             "config.unreadable",
-            f"cannot read the configuration: {reason}",
+            f"cannot read the configuration: {error.strerror}",
             resource=str(file),
             hint="name another file with -c FILE",
+        ) from error
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise PartitiondError(
+            "config.unreadable",
+            f"cannot read the configuration: byte 0x{content[error.start]:02x} is not UTF-8",
+            resource=f"{file}:{line}",
+            hint="write the file in UTF-8",
         ) from error
     except configparser.Error as error:
         raise PartitiondError(
             "config.syntax",
-            " ".join(str(error).split()),
-            resource=str(file),
+            _syntax_error(error),
+            resource=f"{file}:{_syntax_line(error)}",
             hint="a section is [name], a setting is key = value; each only once",
         ) from error
+
+
+def _syntax_error(error: configparser.Error) -> str:
+    if isinstance(error, configparser.DuplicateOptionError):
+        return f"{error.option} is set a second time in [{error.section}]"
+    if isinstance(error, configparser.DuplicateSectionError):
+        return f"section [{error.section}] begins a second time"
+    if isinstance(error, configparser.MissingSectionHeaderError):
+        return f"{error.line.strip()!r} stands before the first section"
+    if isinstance(error, configparser.ParsingError):
+        return "; ".join(f"line {number}: {text} is no setting" for number, text in error.errors)
+    return " ".join(str(error).split())
+
+
+def _syntax_line(error: configparser.Error) -> int:
+    """The line of the first mistake."""
+    if found := getattr(error, "errors", None):
+        return int(found[0][0])
+    return int(getattr(error, "lineno", None) or 1)
+
+
+def _check_together(config: Config, reader: _Reader) -> None:
+    """What each value allows alone, but not beside the others."""
+    if config.software_user == "root":
+        reader.bad(
+            "slapformat", "software_user", "root", "a user of its own: what it runs comes from releases"
+        )
+    members = {f"{config.user_base}{index}" for index in range(config.partition_amount)}
+    if config.software_user in members:
+        reader.bad("slapformat", "software_user", config.software_user, "no user of a partition")
+    seen: dict[Path, str] = {}
+    for section, key in _OWN_DIRECTORIES:
+        path = getattr(config, key)
+        if path in seen:
+            reader.bad(section, key, str(path), f"another directory than {seen[path]}")
+        seen.setdefault(path, key)
+        index = (
+            path.relative_to(config.instance_root).parts if path.is_relative_to(config.instance_root) else ()
+        )
+        if index and re.fullmatch(re.escape(config.partition_base) + "[0-9]+", index[0]):
+            reader.bad(section, key, str(path), "a directory outside of the partitions")
 
 
 def _warn_unknown(reader: _Reader) -> None:
@@ -316,7 +392,8 @@ def _build(path: Path, reader: _Reader) -> Config:
     link: Callable[[str, str, str | None], str] = lambda section, key, default: reader.text(  # noqa: E731 - likewise
         section, key, default, _INTERFACE, "a name of a network interface, at most 15 characters"
     )
-    amount_section = "slapformat" if reader.raw("slapformat", "partition_amount") else "slapos"
+    elsewhere = reader.raw("slapos", "partition_amount") and not reader.raw("slapformat", "partition_amount")
+    amount_section = "slapos" if elsewhere else "slapformat"
     amount = reader.number(amount_section, "partition_amount", None, 0, 10000)
     interface = link("slapformat", "interface_name", None)
     bridge = link("partitiond", "bridge", "")
@@ -353,8 +430,8 @@ def _build(path: Path, reader: _Reader) -> Config:
             "slapos", "computer_id", None, _COMPUTER, "letters, digits, . _ -, at most 64"
         ),
         master_url=_master_url(reader),
-        software_root=reader.path("slapos", "software_root", None),
-        instance_root=reader.path("slapos", "instance_root", None),
+        software_root=reader.own_path("slapos", "software_root", None),
+        instance_root=reader.own_path("slapos", "instance_root", None),
         interface=interface,
         ipv6_interface=link("slapformat", "ipv6_interface", interface) or interface,
         partition_amount=amount,
@@ -368,9 +445,9 @@ def _build(path: Path, reader: _Reader) -> Config:
         tap_base=tap_base,
         software_user=name("software_user", "slapsoft"),
         uid_base=uid_base,
-        state_dir=reader.path("partitiond", "state_dir", "/var/lib/partitiond"),
-        log_dir=reader.path("partitiond", "log_dir", "/var/log/partitiond"),
-        run_dir=reader.path("partitiond", "run_dir", "/run/partitiond"),
+        state_dir=reader.own_path("partitiond", "state_dir", "/var/lib/partitiond"),
+        log_dir=reader.own_path("partitiond", "log_dir", "/var/log/partitiond"),
+        run_dir=reader.own_path("partitiond", "run_dir", "/run/partitiond"),
         address_ownership=reader.choice("partitiond", "address_ownership", "enforce", ("enforce", "off"))
         == "enforce",
         destroy_guard=reader.truth("partitiond", "destroy_guard", True),

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from partitiond.config import Config
+    from partitiond.node import Node
     from slap_client.client import SlapClient
 
 
@@ -29,13 +30,17 @@ def _nobody() -> None:
 
 @dataclass(slots=True)
 class Context:
-    """One node at work. ``applying`` is held while the node is being changed."""
+    """One node at work.
+
+    ``applying`` is held while the node is being changed; ``node`` is what the last look at it gave.
+    """
 
     config: Config
     store: Store
     supervisor: Supervisor
     meters: Metering
     master: MasterContact
+    node: Node | None = None
     stop: threading.Event = field(default_factory=threading.Event)
     applying: threading.RLock = field(default_factory=threading.RLock)
     wake_report: Callable[[], None] = _nobody

@@ -15,7 +15,7 @@ from netplan import plan as netplan_plan
 from netplan.model import DesiredNetwork
 from partitiond import directories, node, resource_file, services, tunnels, users
 from partitiond.directories import DirectorySpec
-from partitiond.errors import FAMILY, sentence
+from partitiond.errors import FAMILY, PartitiondError, sentence
 from partitiond.users import UserSpec
 
 if TYPE_CHECKING:
@@ -90,20 +90,53 @@ def observe(context: Context) -> Observation:
     database = users.observe()
     # what is wanted hangs on the node's own address, and how much must be looked at on what is wanted
     first = netplan_observe.observe(DesiredNetwork(interface=config.ipv6_interface))
-    found = node.build(config, base_address(config, first), database.numbers(), _taken_ipv4(config, first))
+    here = own_addresses(config, first)
+    base = choose_base(here, context.store.base())
+    found = node.build(config, base, base in here, database.numbers(), _taken_ipv4(config, first))
     network = netplan_observe.observe(found.network())
+    context.node = found
     return Observation(database, network, context.supervisor.processes(), found)
 
 
-def base_address(config: Config, network: ObservedNetwork) -> ipaddress.IPv6Interface | None:
-    """The node's own global IPv6: of the largest subnet, then the lowest, as slapformat chooses; None without one."""
+def _refuse_busy(context: Context, target: Node) -> None:
+    """Refuse to take partitions away that still have an instance: nobody destroyed it."""
+    known = {item.id for item in target.partitions}
+    busy = sorted(name for name in context.store.instances() if name not in known)
+    if busy:
+        raise PartitiondError(
+            "node.shrinks_busy",
+            f"partition_amount leaves no place for {', '.join(busy)}, which still has an instance",
+            resource=str(context.config.file),
+            hint="destroy the instance at the master and run partitiond sync report, or set partition_amount back",
+        )
+
+
+def own_addresses(config: Config, network: ObservedNetwork) -> list[ipaddress.IPv6Interface]:
+    """The node's own global IPv6 addresses on its interface."""
     link = network.links[config.ipv6_interface].ifindex
-    candidates = [
+    return [
         ipaddress.IPv6Interface((address.packed, address.prefixlen))
         for address in network.addresses
         if address.link == link and _usable(address)
     ]
-    return min(candidates, key=lambda one: (one.network.prefixlen, int(one.ip)), default=None)
+
+
+def choose_base(
+    here: list[ipaddress.IPv6Interface], remembered: ipaddress.IPv6Interface | None
+) -> ipaddress.IPv6Interface | None:
+    """The address of which those of the partitions are derived; None on a node that never had one. Pure.
+
+    The one chosen before stays as long as its network is there, and also while the interface has no address at all: a
+    router that is silent for a while must not take the partitions' addresses away. Else that of the largest subnet, then the
+    lowest, as slapformat chooses.
+    """
+    if remembered is not None:
+        same = [one for one in here if one.network == remembered.network]
+        if remembered in here or not here:
+            return remembered
+        if same:
+            return min(same, key=lambda one: int(one.ip))
+    return min(here, key=lambda one: (one.network.prefixlen, int(one.ip)), default=None)
 
 
 def _usable(address: Address) -> bool:
@@ -167,6 +200,7 @@ def desired_directories(target: Node) -> tuple[DirectorySpec, ...]:
 def plan(context: Context, seen: Observation) -> Plan:
     """Compare everything. Raises a family error when the desired state cannot be (a taken uid, a name in the way)."""
     target, numbers = seen.node, seen.users.numbers()
+    _refuse_busy(context, target)
     certificates = tunnels.certificates_of(target)
     wanted_tunnels = [tunnels_of(context, target, item, certificates) for item in target.partitions]
     running = frozenset(process.group for process in seen.processes if process.pid)
@@ -223,6 +257,7 @@ def apply(context: Context, *, only: frozenset[str] = frozenset()) -> Outcome:
             todo = _only(plan(context, seen), only)
             outcome.left, outcome.refused = tuple(todo), todo.refused
             if not todo:
+                context.store.save_base(seen.node.base)
                 break
             outcome.failures = _run(context, seen, todo)
             outcome.done += len(todo) - len(outcome.failures)

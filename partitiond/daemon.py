@@ -99,6 +99,7 @@ class Daemon:
     def __init__(self, config: Config) -> None:
         self.context = Context.of(config)
         self._done = threading.Event()
+        self._known_drift: frozenset[tuple[str, str]] = frozenset()
         stop, intervals = self.context.stop, config.intervals
         capacity = Lane("capacity", intervals.capacity, lambda: lanes.capacity(self.context), stop)
         # the master answers nothing of use, slapproxy an error, about a node that it does not know yet
@@ -156,12 +157,16 @@ class Daemon:
 
     def _sweep(self) -> None:
         todo = converge.plan(self.context, converge.observe(self.context))
-        if not todo:
+        found = frozenset((operation.id, operation.reason) for operation in todo)
+        # what could not be repaired is said once, not every minute
+        for name, reason in sorted(found - self._known_drift):
+            logger.warning("drift: %s: %s", name, reason)
+        self._known_drift = found
+        if not found:
             return
-        for operation in todo:
-            logger.warning("drift: %s: %s", operation.id, operation.reason)
         outcome = converge.apply(self.context)
-        logger.info("repaired: %d done, %d failed", outcome.done, len(outcome.failures))
+        if outcome.done:
+            logger.info("repaired: %d done, %d failed", outcome.done, len(outcome.failures))
 
     def _report(self) -> Result:
         result = lanes.report(self.context)

@@ -6,6 +6,7 @@ to end the program when the daemon dies, so that a build never runs twice side b
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -63,8 +64,8 @@ def as_user(
 ) -> Outcome:
     """Run a command as a user with that user's groups; output goes to the descriptor ``log``.
 
-    Ends the whole session of the program when ``stop`` is set or ``timeout`` (seconds) is over. Raises PartitiondError
-    ``execute.failed`` when it cannot be started.
+    Ends the program when ``stop`` is set or ``timeout`` (seconds) is over, and what is left of its session in any case.
+    Raises PartitiondError ``execute.failed`` when it cannot be started.
     """
     switch = [
         SETPRIV,
@@ -96,7 +97,10 @@ def as_user(
             resource=str(cwd),
             hint="is util-linux installed?",
         ) from error
-    return _wait(process, stop, None if timeout is None else time.monotonic() + timeout)
+    try:
+        return _wait(process, stop, None if timeout is None else time.monotonic() + timeout)
+    finally:
+        _end_session(process.pid)
 
 
 def _wait(process: subprocess.Popen[bytes], stop: threading.Event, deadline: float | None) -> Outcome:
@@ -125,12 +129,48 @@ def _end(process: subprocess.Popen[bytes], why: str) -> Outcome:
     return Outcome(process.wait(), why)
 
 
+def _end_session(session: int) -> None:
+    """Kill what a program left running in its session.
+
+    The session and not only the process group: a shell with job control gives each job a group of its own. Its number
+    is not given to another process as long as one of its members lives.
+    """
+    for _ in range(100):
+        found = [pid for pid in _pids() if _session_of(pid) == session]
+        if not found:
+            return
+        for pid in found:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.01)
+
+
+def _pids() -> list[int]:
+    return [int(name) for name in os.listdir("/proc") if name.isdigit()]  # noqa: PTH208 - names suffice
+
+
+def _session_of(pid: int) -> int | None:
+    """The session of a process that is not a zombie."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as stream:
+            # state ppid pgrp session (proc_pid_stat(5)); the name before may hold anything, parentheses too
+            fields = stream.read().rpartition(b")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] in (b"Z", b"X") else int(fields[3])
+
+
 def end_processes_of(uid: int, gid: int) -> None:
     """End every process of a user, also those that fork meanwhile.
 
     ``kill(-1)`` by the user itself reaches all of its processes in one sweep of the kernel (kill(2)), which a scan of
-    ``/proc`` cannot promise. Raises PartitiondError ``execute.survivors``.
+    ``/proc`` cannot promise. Raises PartitiondError ``execute.survivors``, or ``execute.root`` for root, of whose
+    processes we are one.
     """
+    if uid <= 0:
+        raise PartitiondError(
+            "execute.root", "root's processes are not ended", hint="give the user a uid of its own"
+        )
     command = [
         SETPRIV,
         "--reuid",
@@ -161,11 +201,9 @@ def end_processes_of(uid: int, gid: int) -> None:
 
 def _has_processes(uid: int) -> bool:
     """Whether the user has a process that is not a zombie."""
-    for name in os.listdir("/proc"):  # noqa: PTH208 - names suffice, and this is the cheapest way
-        if not name.isdigit():
-            continue
+    for pid in _pids():
         try:
-            with open(f"/proc/{name}/status", "rb") as stream:
+            with open(f"/proc/{pid}/status", "rb") as stream:
                 text = stream.read()
         except OSError:
             continue  # it ended meanwhile

@@ -82,7 +82,10 @@ def read(name: str, *, dir_fd: int, limit: int, owners: frozenset[int] | None = 
 
 def _refused(name: str, reason: str) -> PartitiondError:
     return PartitiondError(
-        "files.refused", reason, resource=name, hint="make it a plain, small file of the partition's user"
+        "files.refused",
+        reason,
+        resource=ascii(name)[1:-1],
+        hint="make it a plain, small file of the partition's user",
     )
 
 
@@ -144,40 +147,69 @@ def names(dir_fd: int, limit: int = 1000) -> list[str]:
 
 
 def empty(dir_fd: int) -> None:
-    """Remove everything below a directory descriptor, never following links nor crossing into another file system.
+    """Remove everything below a directory descriptor, never following links nor crossing into another mount.
 
-    Iterative, so that no depth of directories exhausts the stack or the descriptors. Raises OSError.
+    Iterative, so that no depth of directories exhausts the stack or the descriptors. Raises OSError, or PartitiondError
+    ``files.mounted``.
     """
-    device = os.fstat(dir_fd).st_dev
-    while directories := _remove_files(dir_fd, device):
+    mount = _mount_of(dir_fd)
+    while directories := _remove_files(dir_fd):
         for name in directories:
-            _remove_tree(dir_fd, name, device)
+            _remove_tree(dir_fd, name, mount)
 
 
-def _remove_files(dir_fd: int, device: int) -> list[str]:
+def _mount_of(descriptor: int) -> bytes:
+    """The mount in which an open directory lies.
+
+    Not ``st_dev``: a bind mount of the same file system has the same one, and what it shows lies elsewhere.
+    """
+    with open(f"/proc/self/fdinfo/{descriptor}", "rb") as stream:
+        return stream.read().partition(b"mnt_id:")[2].split()[0]
+
+
+def _remove_files(dir_fd: int) -> list[str]:
     """Unlink all that is no directory; return the names of the directories."""
     with os.scandir(dir_fd) as entries:
         found = [(entry.name, entry.is_dir(follow_symlinks=False)) for entry in entries]
     for name, is_directory in found:
         if not is_directory:
-            os.unlink(name, dir_fd=dir_fd)
-        elif os.stat(name, dir_fd=dir_fd, follow_symlinks=False).st_dev != device:
-            raise PartitiondError(
-                "files.mounted",
-                "another file system is mounted there",
-                resource=name,
-                hint="unmount it, then try again",
-            )
+            with _refusing_mounts(name):
+                os.unlink(name, dir_fd=dir_fd)
     return [name for name, is_directory in found if is_directory]
 
 
-def _remove_tree(dir_fd: int, name: str, device: int) -> None:
+@contextmanager
+def _refusing_mounts(name: str) -> Iterator[None]:
+    """Turn the kernel's refusal to remove or move a mount point into an error that says so."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno == errno.EBUSY:
+            raise _mounted(name) from error
+        raise
+
+
+def _mounted(name: str) -> PartitiondError:
+    return PartitiondError(
+        "files.mounted",
+        "something is mounted there",
+        resource=ascii(name)[1:-1],
+        hint="unmount it, then try again",
+    )
+
+
+def _remove_tree(dir_fd: int, name: str, mount: bytes) -> None:
     """Remove one directory with all below; deep ones are moved up first, which bounds the depth."""
     descriptor = os.open(name, _DIRECTORY, dir_fd=dir_fd)
     try:
-        for child in _remove_files(descriptor, device):
+        if _mount_of(descriptor) != mount:
+            raise _mounted(name)
+        for child in _remove_files(descriptor):
             # lifting grandchildren to the top keeps the walk at two levels however deep the tree is
-            os.rename(child, f".removing-{secrets.token_hex(8)}", src_dir_fd=descriptor, dst_dir_fd=dir_fd)
+            with _refusing_mounts(child):
+                following = f".removing-{secrets.token_hex(8)}"
+                os.rename(child, following, src_dir_fd=descriptor, dst_dir_fd=dir_fd)
     finally:
         os.close(descriptor)
-    os.rmdir(name, dir_fd=dir_fd)
+    with _refusing_mounts(name):
+        os.rmdir(name, dir_fd=dir_fd)

@@ -18,12 +18,18 @@ if TYPE_CHECKING:
 @contextmanager
 def exclusive(state_dir: Path, what: str, *, wait: float = 0.0) -> Iterator[None]:
     """Hold the lock, waiting up to ``wait`` seconds. Raises PartitiondError ``node.busy`` naming the holder."""
-    state_dir.mkdir(parents=True, exist_ok=True)
-    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-    descriptor = os.open(state_dir / "lock", flags, 0o600)
+    descriptor = _open(state_dir)
     try:
         deadline = time.monotonic() + wait
-        while not _take(descriptor):
+        while True:
+            if _take(descriptor):
+                if not _stale(descriptor, state_dir):
+                    break
+                # teardown --purge removed the file that we waited for: who comes next would lock another one
+                following = _open(state_dir)
+                os.close(descriptor)
+                descriptor = following
+                continue
             if time.monotonic() >= deadline:
                 holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip() or "another partitiond"
                 raise PartitiondError(
@@ -39,6 +45,20 @@ def exclusive(state_dir: Path, what: str, *, wait: float = 0.0) -> Iterator[None
         yield
     finally:
         os.close(descriptor)
+
+
+def _open(state_dir: Path) -> int:
+    state_dir.mkdir(parents=True, exist_ok=True)
+    return os.open(state_dir / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+
+
+def _stale(descriptor: int, state_dir: Path) -> bool:
+    """Whether the open file is not the one at the path any more."""
+    try:
+        there = os.lstat(state_dir / "lock")
+    except FileNotFoundError:
+        return True
+    return not os.path.samestat(there, os.fstat(descriptor))
 
 
 def _take(descriptor: int) -> bool:

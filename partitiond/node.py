@@ -38,10 +38,11 @@ class Partition:
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """The desired node."""
+    """The desired node; ``base_is_here`` is false while the interface has lost its own address."""
 
     config: Config
     base: ipaddress.IPv6Interface | None
+    base_is_here: bool
     partitions: tuple[Partition, ...]
 
     def partition(self, name: str) -> Partition | None:
@@ -53,7 +54,8 @@ class Node:
         return DesiredNetwork(
             interface=self.config.ipv6_interface,
             partitions=tuple(partition.network for partition in self.partitions),
-            host_ipv6=self.base.ip if self.base else None,
+            # the kernel takes no source hint that is not an address of the host
+            host_ipv6=self.base.ip if self.base and self.base_is_here else None,
             ownership=self.config.address_ownership,
         )
 
@@ -61,6 +63,7 @@ class Node:
 def build(
     config: Config,
     base: ipaddress.IPv6Interface | None,
+    base_is_here: bool,
     uids: Mapping[str, tuple[int, int]],
     taken_ipv4: frozenset[ipaddress.IPv4Address],
 ) -> Node:
@@ -72,7 +75,7 @@ def build(
     partitions = tuple(
         _partition(config, base, index, uids, taken_ipv4) for index in range(config.partition_amount)
     )
-    return Node(config=config, base=base, partitions=partitions)
+    return Node(config=config, base=base, base_is_here=base_is_here, partitions=partitions)
 
 
 def _partition(

@@ -36,7 +36,12 @@ def _cell(value: object) -> str:
         return "-"
     if isinstance(value, float):
         return f"{value:.2f}"
-    return str(value)
+    return printable(str(value))
+
+
+def printable(text: str) -> str:
+    """Return a text without what would steer the terminal of whoever reads it; some of it was written by tenants."""
+    return "".join(one if one.isprintable() or one in "\n\t" else ascii(one)[1:-1] for one in text)
 
 
 def _line(cells: Sequence[str], widths: Sequence[int], numeric: Sequence[bool]) -> str:
@@ -69,7 +74,7 @@ def _operation(operation: dict[str, Any]) -> str:
 def _refusals(refused: Sequence[dict[str, Any]]) -> list[str]:
     return [
         f"{colour('!', 'red')} tunnel {one['name']} is refused: {one['file']}"
-        f"{':' + str(one['line']) if one['line'] else ''}: {one['reason']}"
+        f"{':' + str(one['line']) if one['line'] else ''}: {printable(one['reason'])}"
         for one in refused
     ]
 
@@ -77,7 +82,7 @@ def _refusals(refused: Sequence[dict[str, Any]]) -> list[str]:
 def _failures(found: Sequence[dict[str, Any]]) -> list[str]:
     lines = []
     for one in found:
-        lines.append(f"{colour('!', 'red')} {one['resource']}: [{one['code']}] {one['message']}")
+        lines.append(f"{colour('!', 'red')} {one['resource']}: [{one['code']}] {printable(one['message'])}")
         if one["hint"]:
             lines.append(f"    next: {one['hint']}")
     return lines
@@ -160,7 +165,7 @@ def show(item: dict[str, Any]) -> str:
     ]
     lines = [item["id"], *(f"  {name:<12}{_cell(value)}" for name, value in rows)]
     if item["error"]:
-        lines += ["  last error:", *(f"    {line}" for line in item["error"].splitlines())]
+        lines += ["  last error:", *(f"    {line}" for line in printable(item["error"]).splitlines())]
     return "\n".join(lines)
 
 

@@ -29,6 +29,7 @@ MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_BIND, MS_REC, MS_PRIVATE = 2, 4, 8, 4096, 163
 PR_SET_PDEATHSIG = 1
 
 MARKER = "PARTITIOND_SANDBOX"
+_HOST_NAME = "sandbox"
 _VAR_DIRECTORIES = ("lib", "log", "cache", "lock", "spool", "tmp", "empty")
 _DEVICES = (
     ("null", 1, 3, 0o666),
@@ -57,7 +58,8 @@ def _mount(source: str, target: str, kind: str, flags: int = 0, data: str = "") 
 
 def inside() -> bool:
     """Whether this process runs in a sandbox made by this module."""
-    return os.environ.get(MARKER) == "1"
+    # the variable alone could have been exported by somebody on a real machine
+    return os.environ.get(MARKER) == "1" and os.uname().nodename == _HOST_NAME
 
 
 def run(command: Sequence[str], *, binds: Sequence[tuple[str, str]] = (), keep_opt: bool = True) -> int:
@@ -112,7 +114,7 @@ def _init(command: Sequence[str], binds: Sequence[tuple[str, str]], keep_opt: bo
     """Be process 1 of the sandbox: mount, start the command, reap until it ends, then end the rest."""
     _die_with_parent()
     _lay_out(binds, keep_opt)
-    _check(_libc.sethostname(b"sandbox", 7), "sethostname")
+    _check(_libc.sethostname(_HOST_NAME.encode(), len(_HOST_NAME)), "sethostname")
     os.environ[MARKER] = "1"
     payload = os.fork()
     if payload == 0:

@@ -31,14 +31,25 @@ def plan(context: Context, node: Node, processes: tuple[Process, ...]) -> tuple[
         text = supervisor.configuration.read_text()
     except OSError:
         text = None
-    if text != supervisor.render():
+    running = bool(processes) or supervisor.running()
+    reasons = [
+        *(["its configuration is missing"] if text is None else []),
+        *(["its configuration is another"] if text not in (None, supervisor.render()) else []),
+        *([] if running else ["it does not run"]),
+    ]
+    if reasons:
         operations.append(
-            _operation(
-                "supervisord", None, "create" if text is None else "change", "its configuration differs"
+            ServiceOperation(
+                id="supervisord",
+                resource="supervisord",
+                action="create" if text is None else "change",
+                partition=None,
+                before=None if text is None else "running" if running else "stopped",
+                after="running",
+                reason="; ".join(reasons),
+                group=None,
             )
         )
-    if not (processes or supervisor.running()):
-        operations.append(_operation("supervisord", None, "change", "does not run"))
     states = context.store.instances()
     by_group: dict[str, list[Process]] = {}
     for process in processes:
@@ -50,26 +61,26 @@ def plan(context: Context, node: Node, processes: tuple[Process, ...]) -> tuple[
         known = by_group.get(partition.id, [])
         # EXITED and FATAL are the instance's own doing; STOPPED without ever a start is a supervisord that began anew
         if not known or any(process.state == "STOPPED" and not process.started for process in known):
-            operations.append(_operation(f"processes/{partition.id}", partition.id, "change", "not started"))
+            operations.append(_operation(partition.id, "change", "not started"))
     wanted = {name for partition in node.partitions for name in (partition.id, group_name(partition.id))}
     operations += [
-        _operation(f"processes/{name}", name, "remove", "belongs to no partition")
+        _operation(name, "remove", "belongs to no partition")
         for name in supervisor.group_names()
         if name not in wanted
     ]
     return tuple(operations)
 
 
-def _operation(name: str, partition: str | None, action: Action, reason: str) -> ServiceOperation:
+def _operation(group: str, action: Action, reason: str) -> ServiceOperation:
     return ServiceOperation(
-        id=name,
-        resource=name.partition("/")[0],
+        id=f"processes/{group}",
+        resource="processes",
         action=action,
-        partition=partition,
-        before=None if action == "create" else "stopped" if action == "change" else "running",
-        after=None if action == "remove" else "running",
+        partition=group if action == "change" else None,
+        before="stopped" if action == "change" else "set up",
+        after="running" if action == "change" else None,
         reason=reason,
-        group=partition,
+        group=group,
     )
 
 

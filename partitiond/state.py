@@ -9,7 +9,8 @@ import dataclasses
 import hashlib
 import json
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from ipaddress import IPv6Interface
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 from partitiond import files
 from partitiond.errors import PartitiondError
@@ -51,6 +52,9 @@ class SoftwareState:
     error: str | None = None
 
 
+State = TypeVar("State", InstanceState, SoftwareState)
+
+
 def software_name(url: str) -> str:
     """The directory name of a release: the MD5 of its URL in hexadecimal, as slapos.core names it."""
     return hashlib.md5(url.encode(), usedforsecurity=False).hexdigest()
@@ -62,11 +66,13 @@ class Store:
     def __init__(self, state_dir: Path) -> None:
         self._instances = state_dir / "instances"
         self._software = state_dir / "software"
+        self._base = state_dir / "base-address"
 
     def instance(self, partition: str) -> InstanceState:
         """The state of a partition; a free one when nothing is known."""
-        found = self._read(self._instances / f"{partition}.json")
-        return InstanceState(**found) if found else InstanceState(partition)
+        path = self._instances / f"{partition}.json"
+        found = self._read(path)
+        return InstanceState(partition) if found is None else _state(InstanceState, path, found)
 
     def instances(self) -> dict[str, InstanceState]:
         """All known instances by partition."""
@@ -83,17 +89,33 @@ class Store:
 
     def software(self, url: str) -> SoftwareState:
         """The state of a release."""
-        found = self._read(self._software / f"{software_name(url)}.json")
-        return SoftwareState(**found) if found else SoftwareState(url)
+        path = self._software / f"{software_name(url)}.json"
+        found = self._read(path)
+        return SoftwareState(url) if found is None else _state(SoftwareState, path, found)
 
     def softwares(self) -> list[SoftwareState]:
         """All known releases."""
         paths = sorted(self._software.glob("*.json")) if self._software.is_dir() else []
-        return [SoftwareState(**found) for path in paths if (found := self._read(path))]
+        read = ((path, self._read(path)) for path in paths)
+        return [_state(SoftwareState, path, found) for path, found in read if found is not None]
 
     def save_software(self, state: SoftwareState) -> None:
         """Remember a release."""
         self._write(self._software / f"{software_name(state.url)}.json", dataclasses.asdict(state))
+
+    def base(self) -> IPv6Interface | None:
+        """The address of which those of the partitions were derived last."""
+        try:
+            return IPv6Interface(self._base.read_text("ascii").strip())
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            raise _damaged(self._base, str(error)) from error
+
+    def save_base(self, base: IPv6Interface | None) -> None:
+        """Remember the base; nothing is written when it is the same."""
+        if base is not None and base != self.base():
+            files.write_path(self._base, f"{base}\n".encode(), mode=0o600)
 
     def forget_software(self, url: str) -> None:
         """Forget a release that was removed."""
@@ -113,6 +135,25 @@ class Store:
         if not isinstance(value, dict):
             raise _damaged(path, "is no object")
         return value
+
+
+def _state(kind: type[State], path: Path, found: dict[str, Any]) -> State:
+    """Make a state of what was read; keys of a later version are left out, so that one can go back."""
+    known = {one.name: one for one in dataclasses.fields(kind)}
+    try:
+        value = kind(**{name: content for name, content in found.items() if name in known})
+    except TypeError as error:
+        raise _damaged(path, str(error)) from error
+    for name, one in known.items():
+        content, default = getattr(value, name), one.default
+        wanted = str if default is dataclasses.MISSING else type(default)
+        fits = isinstance(content, str | None) if default is None else isinstance(content, wanted)
+        # JSON of other programs may have 0 for 0.0
+        if not fits and not (wanted is float and type(content) is int):
+            raise _damaged(path, f"{name} is {content!r}")
+    if isinstance(value, InstanceState) and value.life not in get_args(InstanceLife):
+        raise _damaged(path, f"life is {value.life!r}")
+    return value
 
 
 def _damaged(path: Path, why: str) -> PartitiondError:

@@ -10,7 +10,7 @@ from stunnel_mgr import sessions
 if TYPE_CHECKING:
     from partitiond.context import Context
     from partitiond.converge import Observation, Plan
-    from partitiond.node import Partition
+    from partitiond.node import Node, Partition
     from partitiond.supervision import Process
     from partitiond.tunnels import PartitionTunnels
     from stunnel_mgr.model import Tunnel
@@ -35,15 +35,27 @@ def node(context: Context) -> dict[str, Any]:
             "master": {"url": config.master_url, **context.master.as_json()},
             "interface": config.ipv6_interface,
             "bridge": config.bridge,
-            "open_cases": list(_OPEN_CASES)
-            if config.address_ownership
-            else ["address_ownership is off", *_OPEN_CASES],
+            "open_cases": _open_cases(seen.node),
             "drift": [operation.id for operation in todo if operation.partition is None],
         },
         "partitions": [
             _partition(context, item, seen, todo, wanted[item.id]) for item in seen.node.partitions
         ],
     }
+
+
+def _open_cases(target: Node) -> list[str]:
+    config = target.config
+    found = list(_OPEN_CASES)
+    if not config.address_ownership:
+        found.insert(0, "address_ownership is off: every user may use every address of the node")
+    if config.create_tap and not config.bridge:
+        found.append("taps are made, but neither bridged (bridge is empty) nor routed yet")
+    if target.base is None:
+        found.append(f"{config.ipv6_interface} has no global IPv6 address, so partitions have none either")
+    elif not target.base_is_here:
+        found.append(f"{config.ipv6_interface} has lost {target.base}; the partitions' addresses are kept")
+    return found
 
 
 def partition(context: Context, name: str) -> dict[str, Any] | None:

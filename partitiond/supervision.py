@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from partitiond.config import Config
 
 PROGRAM_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,99}")
+_GROUP_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,99}")
 _SOCKET_LIMIT = 104  # struct sockaddr_un holds 108 bytes; supervisord makes a longer temporary name beside it
 
 
@@ -65,7 +66,20 @@ class Group:
     programs: tuple[Program, ...]
 
     def render(self) -> str:
-        """Return the text of the group's configuration file."""
+        """Return the text of the group's configuration file. Raises PartitiondError ``supervisor.name``.
+
+        A name or a command that could end its line would be configuration of root's written by a tenant.
+        """
+        texts = (text for item in self.programs for text in (item.name, item.process_name))
+        commands = (str(self.directory), str(self.log_directory), *(item.command for item in self.programs))
+        if not _GROUP_NAME.fullmatch(self.name):
+            raise _unusable(self.name)
+        for text in texts:
+            if not PROGRAM_NAME.fullmatch(text):
+                raise _unusable(text)
+        for text in commands:
+            if not text.isprintable() or " ;" in text:
+                raise _unusable(text)
         heads = ",".join(f"{self.name}_{program.name}" for program in self.programs)
         return f"[group:{self.name}]\nprograms={heads}\n" + "".join(
             self._program(item) for item in self.programs
@@ -96,6 +110,15 @@ class Group:
         }
         body = "".join(f"{key}={value.replace('%', '%%')}\n" for key, value in lines.items())
         return f"\n[program:{self.name}_{program.name}]\n{body}"
+
+
+def _unusable(text: str) -> PartitiondError:
+    return PartitiondError(
+        "supervisor.name",
+        "cannot be written into the configuration of supervisord",
+        resource=ascii(text)[1:-1],
+        hint="allowed in names are letters, digits and _.+-",
+    )
 
 
 class _UnixConnection(http.client.HTTPConnection):

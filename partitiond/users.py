@@ -82,21 +82,32 @@ class UserOperation(Operation):
 def observe(etc: Path = Path("/etc")) -> UserDatabase:
     """Read the database. Raises PartitiondError ``users.unreadable``."""
     files = {name: _lines(etc / name) for name in ("passwd", "group", "shadow")}
-    locked = {row[0]: row[1][:1] in ("!", "*") for row in files["shadow"] if len(row) > 1}
+    shadow = {row[0]: row[1] for row in reversed(files["shadow"]) if len(row) > 1}
     users = {}
-    for row in files["passwd"]:
-        if len(row) == 7 and row[2].isdigit() and row[3].isdigit():
-            users[row[0]] = User(
-                row[0], int(row[2]), int(row[3]), row[4], row[5], row[6], locked.get(row[0], row[1] != "")
-            )
-    groups = {row[0]: int(row[2]) for row in files["group"] if len(row) == 4 and row[2].isdigit()}
-    members = {row[0]: frozenset(filter(None, row[3].split(","))) for row in files["group"] if len(row) == 4}
+    # of two lines with one name getpwnam(3) knows the first
+    for row in reversed(files["passwd"]):
+        if len(row) == 7 and _number(row[2]) and _number(row[3]):
+            locked = _locked_field(row[1]) or (row[1] == "x" and _locked_field(shadow.get(row[0], "!")))
+            users[row[0]] = User(row[0], int(row[2]), int(row[3]), row[4], row[5], row[6], locked)
+    users = dict(reversed(users.items()))
+    rows = [row for row in reversed(files["group"]) if len(row) == 4 and _number(row[2])]
+    groups = {row[0]: int(row[2]) for row in rows}
+    members = {row[0]: frozenset(filter(None, row[3].split(","))) for row in rows}
     return UserDatabase(users, groups, members)
+
+
+def _number(text: str) -> bool:
+    return text.isascii() and text.isdigit()
+
+
+def _locked_field(text: str) -> bool:
+    return text[:1] in ("!", "*")
 
 
 def _lines(path: Path) -> list[list[str]]:
     try:
-        text = path.read_text("utf-8", "surrogateescape")
+        # bytes: text mode would turn \r\n into \n in lines that are not ours
+        text = path.read_bytes().decode("utf-8", "surrogateescape")
     except FileNotFoundError:
         return []
     except OSError as error:
@@ -106,7 +117,8 @@ def _lines(path: Path) -> list[list[str]]:
             resource=str(path),
             hint="run as root",
         ) from error
-    return [line.split(":") for line in text.splitlines() if line]
+    # at \n alone: str.splitlines would also cut a foreign line at U+2028 or a form feed
+    return [line.split(":") for line in text.removesuffix("\n").split("\n")] if text else []
 
 
 def plan(desired: Sequence[UserSpec], observed: UserDatabase) -> tuple[UserOperation, ...]:
@@ -161,16 +173,34 @@ def _removal(user: User) -> UserOperation:
 
 
 def _refuse_taken(desired: Sequence[UserSpec], observed: UserDatabase) -> None:
-    by_uid = {user.uid: user.name for user in observed.users.values()}
-    by_gid = {gid: name for name, gid in observed.groups.items()}
+    """A number that two users share would make one the owner of the other's files and processes."""
+    wanted = {spec.name for spec in desired}
+    # users of ours that are not wanted any more go in the same rewrite, and their numbers become free
+    going = {user.name for user in observed.users.values() if user.ours} - wanted
+    by_uid: dict[int, set[str]] = {}
+    for user in observed.users.values():
+        by_uid.setdefault(user.uid, set()).add(user.name)
+    by_gid: dict[int, set[str]] = {}
+    for name, gid in observed.groups.items():
+        by_gid.setdefault(gid, set()).add(name)
     for spec in desired:
-        if spec.uid is None or spec.name in observed.users:
+        existing = observed.users.get(spec.name)
+        uid = existing.uid if existing else spec.uid
+        if uid == 0:
+            raise PartitiondError(
+                "users.root",
+                f"{spec.name} has uid 0; programs of the node's tenants would run as root",
+                resource=f"user {spec.name}",
+                hint="name another user in the configuration",
+            )
+        if uid is None:
             continue
-        holder = by_uid.get(spec.uid) or (by_gid.get(spec.uid) if by_gid.get(spec.uid) != spec.name else None)
-        if holder:
+        others = by_uid.get(uid, set()) | (by_gid.get(uid, set()) if existing is None else set())
+        holders = sorted(others - going - {spec.name})
+        if holders:
             raise PartitiondError(
                 "users.uid_taken",
-                f"uid or gid {spec.uid} of {spec.name} belongs to {holder}",
+                f"uid or gid {uid} of {spec.name} belongs to {', '.join(holders)}",
                 resource=f"user {spec.name}",
                 hint="set uid_base in [partitiond] to a free range",
             )
@@ -252,7 +282,7 @@ def apply(operations: Iterable[UserOperation], etc: Path = Path("/etc")) -> None
 
 
 def _edit(files: _Files, todo: Sequence[UserOperation], today: str) -> None:
-    current = {row[0]: row for row in files.passwd}
+    current = {row[0]: row for row in reversed(files.passwd) if len(row) == 7}
     gone = {operation.id.partition("/")[2] for operation in todo if operation.spec is None}
     for name in gone:
         files.drop(name)
@@ -260,11 +290,12 @@ def _edit(files: _Files, todo: Sequence[UserOperation], today: str) -> None:
     specs = [_with_uid(operation.spec, files) for operation in todo if operation.spec]
     touched = {spec.name for spec in specs} | gone
     memberships = {spec.name: spec.groups for spec in specs}
-    groups = {row[0] for row in files.group}
-    shadowed = {row[0]: row for row in files.shadow}
+    groups = {row[0]: row for row in reversed(files.group) if len(row) == 4}
+    shadowed = {row[0]: row for row in reversed(files.shadow) if len(row) > 1}
     for spec in specs:
         row = current.get(spec.name)
-        uid, gid = (row[2], row[3]) if row else (str(spec.uid), str(spec.uid))
+        own = groups.get(spec.name)
+        uid, gid = (row[2], row[3]) if row else (str(spec.uid), own[2] if own else str(spec.uid))
         if row is None:
             files.passwd.append([spec.name, "x", uid, gid, spec.gecos, spec.home, SHELL])
         else:
@@ -277,7 +308,8 @@ def _edit(files: _Files, todo: Sequence[UserOperation], today: str) -> None:
         elif shadowed[spec.name][1][:1] not in ("!", "*"):
             shadowed[spec.name][1] = "!" + shadowed[spec.name][1]
     for row in (*files.group, *files.gshadow):
-        _set_members(row, touched, memberships)
+        if len(row) == 4:
+            _set_members(row, touched, memberships)
 
 
 def _set_members(row: list[str], touched: set[str], memberships: Mapping[str, tuple[str, ...]]) -> None:
@@ -286,14 +318,15 @@ def _set_members(row: list[str], touched: set[str], memberships: Mapping[str, tu
     kept = [name for name in members if name not in touched or row[0] in memberships.get(name, ())]
     present = set(kept)
     kept += [name for name, groups in memberships.items() if row[0] in groups and name not in present]
-    row[3] = ",".join(kept)
+    if kept != members:
+        row[3] = ",".join(kept)
 
 
 def _with_uid(spec: UserSpec, files: _Files) -> UserSpec:
     """Choose a number as ``useradd --system`` does: the highest that neither a user nor a group has."""
     if spec.uid is not None or any(row[0] == spec.name for row in files.passwd):
         return spec
-    taken = {row[2] for row in (*files.passwd, *files.group)}
+    taken = {row[2] for row in (*files.passwd, *files.group) if len(row) > 2}
     for uid in range(999, 99, -1):
         if str(uid) not in taken:
             return replace(spec, uid=uid)
