@@ -1,0 +1,63 @@
+"""The demonstration ends well, and leaves the machine that it ran on as it was."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+PROGRAM = Path(sys.prefix) / "bin" / "partitiond"
+
+
+def _machine():
+    """What the demonstration must not change: links, users, packet filter, files that it would write outside its namespaces."""
+    tables = subprocess.run(
+        ["/usr/sbin/nft", "list", "tables"], capture_output=True, text=True, check=True
+    ).stdout
+    return {
+        "links": sorted(path.name for path in Path("/sys/class/net").iterdir()),
+        "users": Path("/etc/passwd").read_text(),
+        "tables": tables,
+        "files": sorted(
+            str(path) for top in ("/srv", "/run", "/var/lib", "/etc/opt") for path in Path(top).glob("*")
+        ),
+        "mounts": Path("/proc/self/mounts").read_text(),
+    }
+
+
+def _left():
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            line = path.read_bytes()
+        except OSError:
+            continue
+        if b"slapos" in line or b"supervisord" in line or b"partitiond.sandbox" in line:
+            found.append(line)
+    return [line for line in found if b"pytest" not in line]
+
+
+def test_the_whole_way_through():
+    before = _machine()
+    done = subprocess.run(
+        [PROGRAM, "demo"], cwd="/", capture_output=True, text=True, check=False, timeout=240
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Every step was seen to work" in done.stdout
+    assert _machine() == before
+    # both tables
+    assert "slappart0" in done.stdout.split("What the node says")[1]
+    assert "bytes out" in done.stdout
+
+
+def test_a_killed_demonstration_takes_everything_with_it():
+    before = _machine()
+    with subprocess.Popen([PROGRAM, "demo"], cwd="/", stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            if "memcached runs in its partition" in line:
+                break
+        process.kill()
+    deadline = time.monotonic() + 10
+    while _left() and time.monotonic() < deadline:
+        time.sleep(0.05)  # the kernel ends the namespaces one after the other
+    assert not _left()
+    assert _machine() == before
