@@ -1,0 +1,77 @@
+"""Elements of nft sets: from the kernel's bytes to the text that nft would be given for them.  Pure.
+
+Only the types that our sets have (``uid``, ``ipv4_addr``, ``ipv6_addr`` and concatenations of them); what
+cannot be read with certainty is None, and its set is then filled anew.
+"""
+
+import sys
+from collections.abc import Iterable
+from socket import AF_INET, AF_INET6, inet_ntop
+
+from netplan.nfnetlink import Element
+
+_SIZES = {"uid": 4, "ipv4_addr": 4, "ipv6_addr": 16}
+
+
+def texts(grammar: str, found: Iterable[Element]) -> frozenset[str] | None:
+    """Return the elements of a set of that grammar (``type uid . ipv6_addr; flags interval``) as text."""
+    declared, _, flags = grammar.partition(";")
+    types = declared.removeprefix("type ").partition(" : ")[0].strip().split(" . ")
+    try:
+        if "interval" in flags and len(types) == 1:
+            return frozenset(_ranges(list(found)))
+        return frozenset(_text(types, one) for one in found)
+    except ValueError:
+        return None
+
+
+def _text(types: list[str], element: Element) -> str:
+    fields = []
+    offset = 0
+    for kind in types:
+        size = _SIZES[kind]
+        first, last = element.key[offset : offset + size], element.last[offset : offset + size]
+        # nft puts numbers into network order where ranges must be sorted, that is where there is a last key
+        fields.append(
+            _network(first, last) if last and first != last else _value(kind, first, sortable=bool(last))
+        )
+        offset += size
+    if offset != len(element.key) or element.end:
+        raise ValueError
+    return _with_counter(" . ".join(fields), element)
+
+
+def _ranges(found: list[Element]) -> Iterable[str]:
+    """Pair the starts of ranges with the ends behind them (net/netfilter/nft_set_rbtree.c)."""
+    # where one range ends and the next begins there are two elements of the same key: the end comes first
+    found.sort(key=lambda one: (one.key, not one.end))
+    if found and found[0].end and not any(found[0].key):  # nft says so where nothing begins at the very start
+        del found[0]
+    if len(found) % 2:
+        raise ValueError
+    for place in range(0, len(found), 2):
+        start, end = found[place : place + 2]
+        if start.end or not end.end:
+            raise ValueError
+        last = int.from_bytes(end.key, "big") - 1
+        yield _with_counter(_network(start.key, last.to_bytes(len(start.key), "big")), start)
+
+
+def _with_counter(key: str, element: Element) -> str:
+    return f'{key} : "{element.counter}"' if element.counter else key
+
+
+def _value(kind: str, data: bytes, *, sortable: bool) -> str:
+    if kind == "uid":
+        return str(int.from_bytes(data, "big" if sortable else sys.byteorder))
+    return inet_ntop(AF_INET if kind == "ipv4_addr" else AF_INET6, data)
+
+
+def _network(first: bytes, last: bytes) -> str:
+    """Return a range of addresses as a network; raises ValueError when it is none."""
+    lowest, highest = int.from_bytes(first, "big"), int.from_bytes(last, "big")
+    size = highest - lowest + 1
+    if size < 1 or size & (size - 1) or lowest % size:
+        raise ValueError
+    family = AF_INET if len(first) == 4 else AF_INET6
+    return f"{inet_ntop(family, first)}/{8 * len(first) - size.bit_length() + 1}"

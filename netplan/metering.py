@@ -1,0 +1,84 @@
+"""What each address carried: the metering part of the packet filter.  Pure.
+
+The hooks lie behind those of :mod:`netplan.ownership` (output at 300, input at 10), so a refused packet is
+billed to nobody. Named counters behind maps from address to counter cost the same for 1 and for 500
+partitions (facts/packets.md, A). Traffic between addresses of this host runs over ``lo``, passes both hooks
+and has counters of its own (scope ``local``).
+"""
+
+from collections.abc import Iterator, Sequence
+from itertools import product
+
+from netplan.model import PartitionNetwork
+from netplan.ruleset import Part, text
+
+SCOPES = ("remote", "local")
+DIRECTIONS = ("in", "out")
+
+_TYPE = {
+    "ipv6": "type ipv6_addr : counter",
+    "range": "type ipv6_addr : counter; flags interval",
+    "ipv4": "type ipv4_addr : counter",
+}
+_HOOKS = {"meter_in": "input priority 10", "meter_out": "output priority 300"}
+
+
+def counter_name(partition: str, family: str, scope: str, direction: str) -> str:
+    """Return the counter's name; no partition id has a slash, so it says exactly what it counts."""
+    return f"traffic/{partition}/{family}/{scope}/{direction}"
+
+
+def metering(partitions: Sequence[PartitionNetwork]) -> Part:
+    """Return the counters of every address of every partition, and the maps and chains that lead there."""
+    owned: dict[str, list[tuple[str, str]]] = {}
+    for one in partitions:
+        for family, address in _addresses(one):
+            owned.setdefault(family, []).append((one.id, address))
+    maps: dict[str, str] = {}
+    elements: dict[str, list[str]] = {}
+    counters: list[str] = []
+    for family, addresses in owned.items():
+        for scope, direction in product(SCOPES, DIRECTIONS):
+            names = [counter_name(partition, family, scope, direction) for partition, _ in addresses]
+            counters += names
+            which = f"{family}_{scope}_{direction}"
+            maps[which] = _TYPE[family]
+            elements[which] = [
+                f'{address} : "{name}"' for name, (_, address) in zip(names, addresses, strict=True)
+            ]
+    return Part({}, maps, elements, counters, _chains([one for one in _TYPE if one in owned]), _HOOKS)
+
+
+def _addresses(partition: PartitionNetwork) -> Iterator[tuple[str, str]]:
+    """Yield family and address for each address that is metered."""
+    if partition.ipv6:
+        yield "ipv6", text(partition.ipv6)
+    if partition.ipv6_range:
+        yield "range", text(partition.ipv6_range)
+    if partition.ipv4:
+        yield "ipv4", text(partition.ipv4)
+
+
+def _chains(families: Sequence[str]) -> dict[str, list[str]]:
+    """Return one chain per scope, direction and IP version: the first map that knows the address ends the
+    search.
+    """
+    chains = {}
+    for direction, end, side in (("in", "iif", "daddr"), ("out", "oif", "saddr")):
+        for scope in SCOPES:
+            for version, protocol in (("6", "ip6"), ("4", "ip")):
+                chains[f"meter{version}_{scope}_{direction}"] = [
+                    *(["tcp flags & rst == rst accept"] if scope == "local" else []),
+                    *(
+                        f"counter name {protocol} {side} map @{family}_{scope}_{direction} accept"
+                        for family in families
+                        if (family == "ipv4") == (version == "4")
+                    ),
+                ]
+        chains[f"meter_{direction}"] = [
+            f"{end} 1 meta nfproto ipv6 goto meter6_local_{direction}",
+            f"{end} 1 meta nfproto ipv4 goto meter4_local_{direction}",
+            f"meta nfproto ipv6 goto meter6_remote_{direction}",
+            f"meta nfproto ipv4 goto meter4_remote_{direction}",
+        ]
+    return chains

@@ -1,0 +1,217 @@
+"""Reading our nft table as raw nfnetlink: its handle, the generation, chains, rules, sets, elements,
+counters.
+
+libnftables writes (:mod:`netplan.nftables`); for reading, a JSON listing of 500 partitions would cost ten
+times as much as these dumps.  Layouts: include/uapi/linux/netfilter/{nfnetlink,nf_tables}.h.  Integers in
+attributes are big endian.
+"""
+
+import errno
+import struct
+from typing import NamedTuple
+
+from netplan.errors import NetplanError
+from netplan.netlink import Message, NetlinkSocket, Refusal, attribute, attributes, elements
+
+TABLE = "partitiond"
+
+_SUBSYSTEM = 10 << 8  # NFNL_SUBSYS_NFTABLES
+_INET = 1  # NFPROTO_INET
+_GETTABLE, _GETCHAIN, _GETRULE, _GETSET, _GETSETELEM, _GETGEN, _GETOBJ = (
+    _SUBSYSTEM | number for number in (1, 4, 7, 10, 13, 16, 19)
+)
+
+_TABLE_NAME, _TABLE_FLAGS, _TABLE_HANDLE = 1, 2, 4
+_CHAIN_TABLE, _CHAIN_NAME, _CHAIN_USE = 1, 3, 6
+_CHAIN_ITSELF = frozenset(range(1, 13)) - {_CHAIN_USE}  # how many rules jump here is those rules' affair
+_RULE_TABLE, _RULE_CHAIN, _RULE_USERDATA = 1, 2, 7
+_SET_TABLE, _SET_NAME, _SET_FLAGS = 1, 2, 3
+_ELEM_TABLE, _ELEM_SET, _ELEM_LIST = 1, 2, 3
+_ELEM_KEY, _ELEM_FLAGS, _ELEM_OBJECT, _ELEM_KEY_END = 1, 3, 9, 10
+_ELEM_INTERVAL_END = 1
+_OBJ_TABLE, _OBJ_NAME, _OBJ_TYPE, _OBJ_DATA = 1, 2, 3, 4
+_GEN_ID = 1
+_OBJECT_COUNTER = 1
+_SET_ANONYMOUS = 0x1
+_SET_MAPPING = 0x8 | 0x40  # to data or verdicts, to objects
+_ELEM_ATTRIBUTES = frozenset((_ELEM_KEY, _ELEM_FLAGS, _ELEM_OBJECT, _ELEM_KEY_END))
+_COMMENT = 0  # type of the user data that nft makes of a rule's comment (libnftnl, udata.h)
+
+_GENMSG = struct.pack("!BBH", _INET, 0, 0)
+_OF_TABLE = attribute(1, TABLE.encode() + b"\0")
+_TABLE_BYTES = TABLE.encode() + b"\0"
+# NFTA_OBJ_DATA of a counter: bytes and packets, each an attribute of 12 bytes (net/netfilter/nft_counter.c)
+_COUNTER = struct.Struct("!4xQ4xQ")
+_U32 = struct.Struct("!I")
+_U64 = struct.Struct("!Q")
+
+
+class TableInfo(NamedTuple):
+    """The handle of our table (new each time the table is made) and its flags (1: dormant)."""
+
+    handle: int
+    flags: int
+
+
+class Chunk(NamedTuple):
+    """What belongs to one ``chain``, ``set`` or ``map``, as the kernel wrote it, in an order that does not
+    vary.
+
+    ``parts`` are the rules of a chain, or the elements of a set.
+    """
+
+    kind: str
+    name: str
+    head: bytes
+    parts: tuple[bytes, ...]
+
+
+class Element(NamedTuple):
+    """An element of a set: its key, the last key of its range (of concatenations), and the object it leads
+    to.
+
+    In other interval sets an element that is an ``end`` says where, after its key, a range is over.
+    """
+
+    key: bytes
+    last: bytes
+    counter: str
+    end: bool
+
+
+class CounterValue(NamedTuple):
+    """A named counter."""
+
+    name: str
+    packets: int
+    bytes: int
+
+
+def generation(sock: NetlinkSocket) -> int:
+    """Return the number that each committed nft transaction of this network namespace raises
+    (nf_tables_api.c).
+    """
+    message = _answer(sock.get(_GETGEN, _GENMSG))
+    found = attributes(message.data, message.start + 4, message.end, (_GEN_ID,))
+    return int(_U32.unpack(found[_GEN_ID])[0])
+
+
+def table(sock: NetlinkSocket) -> TableInfo | None:
+    """Return our table, None when there is none."""
+    message = sock.get(_GETTABLE, _GENMSG + _OF_TABLE)
+    if isinstance(message, Refusal) and message.errno == errno.ENOENT:
+        return None
+    message = _answer(message)
+    found = attributes(message.data, message.start + 4, message.end, (_TABLE_FLAGS, _TABLE_HANDLE))
+    flags = _U32.unpack(found[_TABLE_FLAGS])[0] if _TABLE_FLAGS in found else 0
+    return TableInfo(_U64.unpack(found[_TABLE_HANDLE])[0], flags)
+
+
+def _answer(message: Message | Refusal) -> Message:
+    if isinstance(message, Refusal):
+        raise NetplanError(
+            "network.packet_filter",
+            f"the kernel does not answer about nft: {message.text()}",
+            hint="the kernel needs nf_tables (CONFIG_NF_TABLES, CONFIG_NF_TABLES_INET)",
+        )
+    return message
+
+
+def comments(sock: NetlinkSocket, chain: str) -> list[str]:
+    """Return the comments of the rules of one of our chains, in order."""
+    request = _GENMSG + _OF_TABLE + attribute(_RULE_CHAIN, chain.encode() + b"\0")
+    found = []
+    for message in sock.dump(_GETRULE, request):
+        have = attributes(
+            message.data, message.start + 4, message.end, (_RULE_TABLE, _RULE_CHAIN, _RULE_USERDATA)
+        )
+        if _name(have[_RULE_TABLE]) != TABLE or _name(have[_RULE_CHAIN]) != chain:
+            continue
+        data = have.get(_RULE_USERDATA, b"")
+        if len(data) > 2 and data[0] == _COMMENT:
+            found.append(_name(data[2 : 2 + data[1]]))
+    return found
+
+
+def _name(value: bytes) -> str:
+    return value.rstrip(b"\0").decode(errors="surrogateescape")
+
+
+def chunks(sock: NetlinkSocket, *, without: str) -> list[Chunk]:
+    """Return all chains, sets and maps of our table with their rules and elements, but for the chain
+    ``without``.
+
+    Handles are left in: whoever removes a rule and adds it again has changed the table.  Named objects are
+    not read: the kernel keeps them as long as an element or rule refers to them.
+    """
+    rules: dict[str, list[bytes]] = {}
+    found = []
+    for message in sock.dump(_GETRULE, _GENMSG + _OF_TABLE):
+        body, have = _body(message, (_RULE_TABLE, _RULE_CHAIN))
+        if have[_RULE_TABLE] == _TABLE_BYTES:
+            rules.setdefault(_name(have[_RULE_CHAIN]), []).append(body)
+    for message in sock.dump(_GETCHAIN, _GENMSG):
+        body, have = _body(message, (_CHAIN_TABLE, _CHAIN_NAME))
+        name = _name(have[_CHAIN_NAME])
+        if have[_CHAIN_TABLE] == _TABLE_BYTES and name != without:
+            about = attributes(body, 0, len(body), _CHAIN_ITSELF)
+            found.append(
+                Chunk("chain", name, repr(sorted(about.items())).encode(), tuple(rules.get(name, ())))
+            )
+    for message in sock.dump(_GETSET, _GENMSG + _OF_TABLE):
+        body, have = _body(message, (_SET_TABLE, _SET_NAME, _SET_FLAGS))
+        flags = _U32.unpack(have[_SET_FLAGS])[0] if _SET_FLAGS in have else 0
+        if have[_SET_TABLE] == _TABLE_BYTES and not flags & _SET_ANONYMOUS:  # those are part of their rules
+            name = _name(have[_SET_NAME])
+            kind = "map" if flags & _SET_MAPPING else "set"
+            found.append(Chunk(kind, name, body, tuple(sorted(_elements(sock, name)))))
+    return found
+
+
+def _body(message: Message, wanted: tuple[int, ...]) -> tuple[bytes, dict[int, bytes]]:
+    start = message.start + 4  # the header holds the generation, which others move
+    return message.data[start : message.end], attributes(message.data, start, message.end, wanted)
+
+
+def _elements(sock: NetlinkSocket, name: str) -> list[bytes]:
+    """Return the elements of a set; a hash gives them in no particular order."""
+    found: list[bytes] = []
+    request = _GENMSG + attribute(_ELEM_TABLE, _TABLE_BYTES) + attribute(_ELEM_SET, name.encode() + b"\0")
+    for message in sock.dump(_GETSETELEM, request):
+        for part in attributes(message.data, message.start + 4, message.end, (_ELEM_LIST,)).values():
+            found += elements(part)
+    return found
+
+
+def parsed(element: bytes) -> Element:
+    """Read one element as :func:`chunks` gives it."""
+    have = attributes(element, 0, len(element), _ELEM_ATTRIBUTES)
+    flags = _U32.unpack(have[_ELEM_FLAGS])[0] if _ELEM_FLAGS in have else 0
+    # NFTA_SET_ELEM_KEY and _KEY_END nest one attribute, the value
+    return Element(
+        have.get(_ELEM_KEY, b"")[4:],
+        have.get(_ELEM_KEY_END, b"")[4:],
+        _name(have.get(_ELEM_OBJECT, b"")),
+        bool(flags & _ELEM_INTERVAL_END),
+    )
+
+
+def counters_of(sock: NetlinkSocket) -> list[CounterValue]:
+    """Return every named counter of our table, without resetting any."""
+    request = _GENMSG + _OF_TABLE + attribute(_OBJ_TYPE, _U32.pack(_OBJECT_COUNTER))
+    wanted = frozenset((_OBJ_TABLE, _OBJ_NAME, _OBJ_TYPE, _OBJ_DATA))
+    kind = _U32.pack(_OBJECT_COUNTER)
+    found = []
+    for _, data, start, end in sock.dump(_GETOBJ, request):
+        have = attributes(data, start + 4, end, wanted)
+        if have[_OBJ_TABLE] == _TABLE_BYTES and have[_OBJ_TYPE] == kind:
+            octets, packets = _COUNTER.unpack(have[_OBJ_DATA])
+            found.append(CounterValue(_name(have[_OBJ_NAME]), packets, octets))
+    return found
+
+
+def has_counter(sock: NetlinkSocket, name: str) -> bool:
+    """Say whether our table has a counter of that name."""
+    request = _GENMSG + _OF_TABLE + attribute(_OBJ_NAME, name.encode() + b"\0")
+    request += attribute(_OBJ_TYPE, _U32.pack(_OBJECT_COUNTER))
+    return not isinstance(sock.get(_GETOBJ, request), Refusal)

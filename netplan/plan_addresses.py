@@ -1,0 +1,141 @@
+"""The plan for the partitions' own addresses on the interface: IPv6 with the interface's prefix length,
+private IPv4 as /32.
+"""
+
+from collections.abc import Iterator
+
+from netplan.errors import NetplanError
+from netplan.model import (
+    PROTOCOL_MARK,
+    Address,
+    AddressOperation,
+    DesiredNetwork,
+    ObservedNetwork,
+    Operation,
+    RefusedOperation,
+    address_text,
+)
+from netplan.rtnetlink import (
+    IFA_F_DADFAILED,
+    IFA_F_DEPRECATED,
+    IFA_F_NODAD,
+    IFA_F_NOPREFIXROUTE,
+    IFA_F_TENTATIVE,
+)
+
+# The kernel cannot change these in place, or would leave the address waiting for an answer that never comes.
+_UNUSABLE = {IFA_F_DADFAILED: "duplicate address detection failed", IFA_F_TENTATIVE: "is tentative"}
+
+
+def address_operations(desired: DesiredNetwork, observed: ObservedNetwork) -> Iterator[Operation]:
+    """Yield what the wanted addresses need, then the removal of those with our mark that nobody wants there."""
+    link = observed.links[desired.interface].ifindex if desired.interface else 0
+    seen: dict[bytes, list[Address]] = {}
+    for address in observed.addresses:
+        seen.setdefault(address.packed, []).append(address)
+    names = {one.ifindex: one.name for one in observed.links.values()}
+    wanted = set()
+    for partition, address in _wanted(desired, link):
+        wanted.add(address.packed)
+        operation = _operation(partition, address, seen.get(address.packed, []), names)
+        if operation is not None:
+            yield operation
+    for address in observed.addresses:
+        if address.protocol == PROTOCOL_MARK and not (address.packed in wanted and address.link == link):
+            yield AddressOperation(
+                id=_resource(address),
+                action="remove",
+                before=_describe(address, names),
+                reason="no longer wanted",
+                delete=(address,),
+            )
+
+
+def _wanted(desired: DesiredNetwork, link: int) -> Iterator[tuple[str, Address]]:
+    # The on-link route stays that of the interface's own address: 500 addresses do not each bring it again.
+    for one in desired.partitions:
+        if one.ipv6:
+            flags = IFA_F_NODAD | IFA_F_NOPREFIXROUTE
+            yield one.id, Address(link, one.ipv6.packed, one.ipv6.network.prefixlen, PROTOCOL_MARK, flags)
+        if one.ipv4:
+            yield one.id, Address(link, one.ipv4.packed, 32, PROTOCOL_MARK, 0)
+
+
+def _operation(
+    partition: str, wanted: Address, seen: list[Address], names: dict[int, str]
+) -> Operation | None:
+    here = next((one for one in seen if one.link == wanted.link), None)
+    foreign = [one for one in seen if one.protocol != PROTOCOL_MARK and not _adoptable(one, wanted)]
+    if foreign:
+        return _taken(partition, foreign[0], names)
+    if here is None:
+        return AddressOperation(
+            id=_resource(wanted),
+            action="create",
+            partition=partition,
+            after=_describe(wanted, names),
+            reason="missing",
+            add=wanted,
+        )
+    reasons = list(_differences(here, wanted))
+    if not reasons:
+        return None
+    again = here.prefixlen != wanted.prefixlen or any(here.flags & flag for flag in _UNUSABLE)
+    if not again:
+        # an address of slapformat's keeps its on-link route: whether the interface has another one is not
+        # ours to know
+        kept = here.flags & IFA_F_NOPREFIXROUTE
+        wanted = wanted._replace(flags=wanted.flags & ~IFA_F_NOPREFIXROUTE | kept)
+    return AddressOperation(
+        id=_resource(wanted),
+        action="change",
+        partition=partition,
+        before=_describe(here, names),
+        after=_describe(wanted, names),
+        reason=", ".join(reasons),
+        delete=(here,) if again else (),
+        add=wanted,
+    )
+
+
+def _adoptable(address: Address, wanted: Address) -> bool:
+    return address.link == wanted.link and address.prefixlen == wanted.prefixlen
+
+
+def _differences(here: Address, wanted: Address) -> Iterator[str]:
+    if here.prefixlen != wanted.prefixlen:
+        yield f"prefix length is {here.prefixlen}, should be {wanted.prefixlen}"
+    for flag, words in _UNUSABLE.items():
+        if here.flags & flag:
+            yield words
+    if not here.flags & IFA_F_DEPRECATED:
+        yield "preferred lifetime is not 0, so others' traffic may leave with it"
+    if wanted.flags & IFA_F_NODAD and not here.flags & IFA_F_NODAD:
+        yield "duplicate address detection is on"
+    if here.protocol != PROTOCOL_MARK:
+        yield "is not marked as ours"
+
+
+def _resource(address: Address) -> str:
+    return f"address/{address_text(address.packed)}"
+
+
+def _describe(address: Address, names: dict[int, str]) -> str:
+    return f"{address.text()} on {names.get(address.link, f'link {address.link}')}"
+
+
+def _taken(partition: str, foreign: Address, names: dict[int, str]) -> RefusedOperation:
+    message = f"{_describe(foreign, names)} is already there and not ours"
+    return RefusedOperation(
+        id=_resource(foreign),
+        action="create",
+        partition=partition,
+        before=_describe(foreign, names),
+        reason=message,
+        error=NetplanError(
+            "network.address_taken",
+            message,
+            resource=_resource(foreign),
+            hint="remove that address, or choose another network for the partitions",
+        ),
+    )

@@ -1,0 +1,250 @@
+"""Each change to the packet filter by somebody else is found, named, and undone."""
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+from netplan_scene import NEIGHBOUR6, NOTHING, UID, as_user, send, sink, wanted
+
+from netplan import nftables
+from netplan.apply import apply
+from netplan.counters import read_counters
+from netplan.errors import NetplanError
+from netplan.observe import observe
+from netplan.packet_filter import FilterOperation, render
+
+TABLE = "inet partitiond"
+
+
+def _nft(*words: str) -> str:
+    return subprocess.run(["/usr/sbin/nft", *words], check=True, capture_output=True, text=True).stdout
+
+
+def _handle(chain: str) -> int:
+    return max(
+        item["rule"]["handle"]
+        for item in json.loads(_nft("-j", "list", "chain", "inet", "partitiond", chain))["nftables"]
+        if "rule" in item
+    )
+
+
+def _listing() -> str:
+    """The table as nft itself lists it, without what may differ: values, handles, our notes, the order."""
+    found = []
+    for item in json.loads(_nft("-j", "list", "table", "inet", "partitiond"))["nftables"]:
+        for kind, about in item.items():
+            if kind in {"metainfo", "counter"} or about.get("chain") == "fingerprint":
+                continue
+            about.pop("handle", None)
+            if "elem" in about:
+                about["elem"] = sorted(map(str, about["elem"]))
+            found.append(f"{kind} {json.dumps(about, sort_keys=True)}")
+    return "\n".join(sorted(found))
+
+
+@pytest.fixture
+def loaded(node):
+    node.converge(wanted(3, ranges=True))
+    return node
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda: f"delete element {TABLE} owner6 {{ {UID} . 2001:db8:1::2 }}", "set owner6 was changed"),
+        (lambda: f"add element {TABLE} owner6 {{ 7 . 2001:db8:1::2 }}", "set owner6 was changed"),
+        (lambda: f"flush set {TABLE} private4", "set private4 was changed"),
+        (lambda: f"flush set {TABLE} range6", "set range6 was changed"),
+        (lambda: f"flush map {TABLE} ipv6_remote_out", "map ipv6_remote_out was changed"),
+        (
+            lambda: (
+                f"delete element {TABLE} ipv6_remote_in {{ 2001:db8:1::2 }}\n"
+                f'add element {TABLE} ipv6_remote_in {{ 2001:db8:1::2 : "traffic/slappart1/ipv6/remote/in" }}'
+            ),
+            "map ipv6_remote_in was changed",
+        ),
+        (lambda: f"insert rule {TABLE} out6 accept", "chain out6 was changed"),
+        (lambda: f"delete rule {TABLE} out4 handle {_handle('out4')}", "chain out4 was changed"),
+        (lambda: f"replace rule {TABLE} in handle {_handle('in')} accept", "chain in was changed"),
+        (lambda: f"flush chain {TABLE} out", "chain out was changed"),
+        (lambda: f"add chain {TABLE} out {{ policy drop; }}", "chain out was changed"),
+        (lambda: f"flush chain {TABLE} fingerprint", "was added"),
+        (
+            lambda: f"flush chain {TABLE} forwarded\ndelete chain {TABLE} forwarded",
+            "chain forwarded was removed",
+        ),
+        (
+            lambda: f"add chain {TABLE} extra {{ type filter hook output priority -5; }}",
+            "chain extra was added",
+        ),
+        (
+            lambda: f"add set {TABLE} extra {{ type ipv4_addr; elements = {{ 1.2.3.4 }}; }}",
+            "set extra was added",
+        ),
+        (lambda: f"add map {TABLE} more {{ type ipv4_addr : mark; }}", "map more was added"),
+        (lambda: f"add table {TABLE} {{ flags dormant; }}", "table partitiond is dormant"),
+        (lambda: f"delete table {TABLE}", "missing"),
+        (lambda: "flush ruleset", "missing"),
+    ],
+)
+def test_each_drift_comes_back_in_the_plan_and_is_repaired(loaded, damage, reason):
+    before = _listing()
+    nftables.run(damage() + "\n")
+    operations = loaded.converge(wanted(3, ranges=True))
+    assert list(operations) == ["filter/partitiond"]
+    assert reason in operations["filter/partitiond"].reason
+    assert _listing() == before
+
+
+def test_what_cannot_be_changed_in_place_is_replaced_whole(loaded):
+    before, epoch = _listing(), read_counters().epoch
+    nftables.run(
+        f"flush chain {TABLE} ranged6\nflush chain {TABLE} out6\nflush chain {TABLE} in\n"
+        f"flush chain {TABLE} forwarded\ndelete set {TABLE} range6\n"
+        f"add set {TABLE} range6 {{ type ipv4_addr; }}\n"
+    )
+    loaded.converge(wanted(3, ranges=True))
+    assert _listing() == before
+    assert read_counters().epoch != epoch
+    # the note of what was found before us lives on
+    loaded.converge(NOTHING)
+    assert Path("/proc/sys/net/ipv6/ip_nonlocal_bind").read_text().strip() == "0"
+
+
+def test_other_peoples_rules_are_no_drift_of_ours(loaded):
+    nftables.run("add table inet other\nadd chain inet other c { type filter hook input priority 0; }\n")
+    assert not loaded.plan(wanted(3, ranges=True))
+    loaded.converge(wanted(2))
+    loaded.converge(NOTHING)
+    assert "inet other" in _nft("list", "tables")
+
+
+def test_counters_survive_the_repair(loaded):
+    with sink(loaded) as port:
+        as_user(UID, lambda: send("2001:db8:1::2", NEIGHBOUR6, port, count=9))
+    before = read_counters()
+    nftables.run(f"flush chain {TABLE} out6\nflush map {TABLE} ipv6_remote_out\n")
+    loaded.converge(wanted(3, ranges=True))
+    assert read_counters() == before
+
+
+def test_the_filter_comes_before_what_it_guards(node):
+    node.plan(wanted(3, ranges=True))
+    kinds = [type(one) for one in node.last]
+    assert kinds.index(FilterOperation) == 0
+    node.converge(wanted(3, ranges=True))
+    node.plan(wanted(1))
+    assert [type(one) for one in node.last].index(FilterOperation) == len(node.last) - 1
+    node.converge(wanted(1))
+    node.plan(NOTHING)
+    assert isinstance(node.last[-1], FilterOperation)
+    assert node.last[-1].action == "remove"
+
+
+def test_without_the_filter_nothing_new_comes_up(node, monkeypatch):
+    def broken(text):
+        raise NetplanError("network.packet_filter", "no")
+
+    desired = wanted(2)
+    node.plan(desired)
+    with monkeypatch.context() as patch:
+        patch.setattr("netplan.nftables.run", broken)
+        failures = apply(node.last)
+    assert len(failures) == len(node.last)
+    assert {one.error.code for one in failures} == {"network.packet_filter", "network.blocked"}
+    assert node.link("slaptap0") is None
+    node.converge(desired)
+
+
+def test_a_failed_load_leaves_the_old_rules(loaded):
+    before = _listing()
+    with pytest.raises(NetplanError) as caught:
+        nftables.run(f"flush table {TABLE}\nadd rule {TABLE} nochain accept\n")
+    assert caught.value.code == "network.packet_filter"
+    assert "No such file" in caught.value.message
+    assert _listing() == before
+
+
+def test_no_library_says_what_to_install(monkeypatch):
+    nftables._library.cache_clear()
+    monkeypatch.setattr(nftables, "_LIBRARY", "libnothing.so.1")
+    with pytest.raises(NetplanError) as caught:
+        nftables.run("")
+    nftables._library.cache_clear()
+    assert caught.value.code == "network.no_library"
+    assert "apt install" in caught.value.hint
+
+
+def test_changes_of_others_while_loading_are_not_taken_for_ours(node, monkeypatch):
+    """Somebody opens our filter between our load and our note: the note must not cover it."""
+    desired = wanted(2)
+    run, calls = nftables.run, []
+
+    def disturbed(text):
+        run(text)
+        calls.append(text)
+        if len(calls) == 1:
+            run(f"insert rule {TABLE} out6 accept\n")
+
+    monkeypatch.setattr("netplan.nftables.run", disturbed)
+    node.converge(desired)
+    assert "accept" not in _nft("list", "chain", "inet", "partitiond", "out6").split("\n")[2].split()[:1]
+    assert len(calls) == 3
+
+
+@pytest.mark.parametrize("ranges", [False, True])
+def test_elements_are_read_back_as_they_were_written(node, ranges):
+    """What is compared with what is wanted, when partitions come and go, is the kernel's word and not our memory."""
+    desired = wanted(20, ranges=ranges)
+    node.converge(desired)
+    contents = observe(wanted(21, ranges=ranges)).filter.contents
+    rendered = render(desired)
+    assert contents.intact
+    assert contents.elements == {name: frozenset(values) for name, values in rendered.elements.items()}
+    assert contents.counters - {"found/ip_nonlocal_bind/0"} == rendered.counters
+    assert (contents.sets, contents.maps) == (rendered.sets.keys(), rendered.maps.keys())
+    assert contents.chains == rendered.chains
+
+
+def test_a_change_touches_what_differs_and_nothing_else(node, monkeypatch):
+    ran = []
+    run = nftables.run
+    monkeypatch.setattr("netplan.nftables.run", lambda text: (ran.append(text), run(text)))
+    node.converge(wanted(5, ranges=True))
+    ran.clear()
+    node.converge(wanted(6, ranges=True))
+    text, _notes = ran
+    assert "slappart5" in text
+    assert "slappart4" not in text
+    assert "flush chain inet partitiond fingerprint" in text
+    assert text.count("flush") == 1
+    ran.clear()
+    node.converge(wanted(4, ranges=True))
+    text, _notes = ran
+    assert text.count("flush") == 1
+    assert "add element" not in text
+    ran.clear()
+    run(f"flush set {TABLE} private4\n")
+    node.converge(wanted(4, ranges=True))
+    text, _notes = ran
+    assert text.count("flush") == 2
+    assert text.count("add element") == 1
+
+
+def test_endless_disturbance_is_an_error_and_leaves_no_note(node, monkeypatch):
+    desired = wanted(1)
+    run = nftables.run
+
+    def disturbed(text):
+        run(text)
+        if "fingerprint" not in text.partition("\n")[0]:
+            run("add table inet other\ndelete table inet other\n")
+
+    node.plan(desired)
+    with monkeypatch.context() as patch:
+        patch.setattr("netplan.nftables.run", disturbed)
+        failures = apply(node.last)
+    assert failures[0].error.retryable
+    assert "keeps changing" in failures[0].error.message
+    node.converge(desired)
