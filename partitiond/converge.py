@@ -13,10 +13,10 @@ from netplan import model as netmodel
 from netplan import observe as netplan_observe
 from netplan import plan as netplan_plan
 from netplan.model import DesiredNetwork
-from partitiond import directories, node, resource_file, services, tunnels, users
+from partitiond import directories, execute, node, resource_file, services, tunnels, users
 from partitiond.directories import DirectorySpec
 from partitiond.errors import FAMILY, PartitiondError, sentence
-from partitiond.users import UserSpec
+from partitiond.users import UserOperation, UserSpec
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _ROUNDS = 3
-PARTS = ("users", "directories", "network", "identities", "resources", "services", "tunnels")
+PARTS = ("users", "directories", "network", "identities", "resources", "services", "tunnels", "leavers")
 # include/uapi/linux/if_addr.h: temporary, dadfailed, deprecated, tentative
 _UNUSABLE = 0x01 | 0x08 | 0x20 | 0x40
 
@@ -51,13 +51,14 @@ class Observation:
 class Plan:
     """The operations by part, in the order in which they are applied."""
 
-    users: tuple[users.UserOperation, ...] = ()
+    users: tuple[UserOperation, ...] = ()
     directories: tuple[directories.DirectoryOperation, ...] = ()
     network: tuple[netmodel.Operation, ...] = ()
     identities: tuple[tunnels.IdentityOperation, ...] = ()
     resources: tuple[resource_file.ResourceOperation, ...] = ()
     services: tuple[services.ServiceOperation, ...] = ()
     tunnels: tuple[tunnels.TunnelOperation, ...] = ()
+    leavers: tuple[UserOperation, ...] = ()
     refused: tuple[Refused, ...] = ()
 
     def __iter__(self) -> Iterator[AnyOperation]:
@@ -204,8 +205,11 @@ def plan(context: Context, seen: Observation) -> Plan:
     certificates = tunnels.certificates_of(target)
     wanted_tunnels = [tunnels_of(context, target, item, certificates) for item in target.partitions]
     running = frozenset(process.group for process in seen.processes if process.pid)
+    people = users.plan(desired_users(target), seen.users)
     return Plan(
-        users=users.plan(desired_users(target), seen.users),
+        users=tuple(operation for operation in people if operation.spec),
+        # a user goes last, when nothing of it runs and nothing is its own any more
+        leavers=tuple(operation for operation in people if not operation.spec),
         directories=directories.plan(desired_directories(target), numbers),
         network=netplan_plan.plan(target.network(), seen.network),
         identities=tunnels.plan_identities(target),
@@ -282,9 +286,18 @@ def _run(context: Context, seen: Observation, todo: Plan) -> list[tuple[str, Exc
         *((one.id, partial(services.apply, context, one)) for one in todo.services),
         *((one.id, partial(tunnels.apply, one, config, context.supervisor)) for one in todo.tunnels),
     ]
+    if todo.leavers:
+        calls.append(("users", partial(_remove_users, seen, todo.leavers)))
     for name, call in calls:
         _try(failures, name, call)
     return failures
+
+
+def _remove_users(seen: Observation, leavers: tuple[UserOperation, ...]) -> None:
+    for leaver in leavers:
+        user = seen.users.users[leaver.id.partition("/")[2]]
+        execute.end_processes_of(user.uid, user.gid)
+    users.apply(leavers)
 
 
 def _try(failures: list[tuple[str, Exception]], name: str, call: Callable[[], None]) -> None:

@@ -51,12 +51,16 @@ class Node:
 
     def network(self) -> DesiredNetwork:
         """What netplan should make."""
+        # the kernel takes no source hint that is not an address of the host
+        host = self.base.ip if self.base and self.base_is_here else None
         return DesiredNetwork(
             interface=self.config.ipv6_interface,
             partitions=tuple(partition.network for partition in self.partitions),
-            # the kernel takes no source hint that is not an address of the host
-            host_ipv6=self.base.ip if self.base and self.base_is_here else None,
+            host_ipv6=host,
             ownership=self.config.address_ownership,
+            # else an unbound client of a partition on this node would have that partition's own address as its source,
+            # which the ownership rules refuse
+            local_source_table=host is not None and self.config.address_ownership,
         )
 
 
