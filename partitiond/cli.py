@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from partitiond import __version__
-from partitiond.errors import FAMILY, PartitiondError
+from partitiond.errors import FAMILY, PartitiondError, printable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -136,7 +136,7 @@ def _complain(
         value = {"code": code, "message": message, "resource": resource, "hint": hint}
         print(json.dumps({"schema": "partitiond/error/1", "error": value}))  # noqa: T201 - the output of the program
     about = f"{resource}: " if resource else ""
-    sys.stderr.write(f"partitiond: [{code}] {about}{message}\n")
+    sys.stderr.write(printable(f"partitiond: [{code}] {about}{message}\n"))
     if hint:
         sys.stderr.write(f"next: {hint}\n")
     if options.verbose > 1:

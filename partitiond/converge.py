@@ -200,7 +200,9 @@ def desired_directories(target: Node) -> tuple[DirectorySpec, ...]:
 
 def plan(context: Context, seen: Observation) -> Plan:
     """Compare everything. Raises a family error when the desired state cannot be (a taken uid, a name in the way)."""
-    target, numbers = seen.node, seen.users.numbers()
+    target = seen.node
+    # a user that is missing gets the number that it is planned with: its directories are no drift of their own
+    numbers = {item.user: (item.uid, item.gid) for item in target.partitions} | seen.users.numbers()
     _refuse_busy(context, target)
     certificates = tunnels.certificates_of(target)
     wanted_tunnels = [tunnels_of(context, target, item, certificates) for item in target.partitions]

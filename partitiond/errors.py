@@ -40,9 +40,14 @@ class FamilyError(Protocol):
 FAMILY = (PartitiondError, AccountingError, NetplanError, SlapError, TunnelError)
 
 
+def printable(text: str) -> str:
+    """Return a text without what would steer the terminal of whoever reads it; some of it was written by tenants."""
+    return "".join(one if one.isprintable() or one in "\n\t" else ascii(one)[1:-1] for one in text)
+
+
 def sentence(error: BaseException) -> str:
     """Return one line for logs: code, resource and what happened."""
     if isinstance(error, FAMILY):
         about = f"{error.resource}: " if error.resource else ""
-        return f"[{error.code}] {about}{error}"
-    return f"{type(error).__name__}: {error}"
+        return printable(f"[{error.code}] {about}{error}")
+    return printable(f"{type(error).__name__}: {error}")

@@ -6,6 +6,8 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any
 
+from partitiond.errors import printable
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -37,11 +39,6 @@ def _cell(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.2f}"
     return printable(str(value))
-
-
-def printable(text: str) -> str:
-    """Return a text without what would steer the terminal of whoever reads it; some of it was written by tenants."""
-    return "".join(one if one.isprintable() or one in "\n\t" else ascii(one)[1:-1] for one in text)
 
 
 def _line(cells: Sequence[str], widths: Sequence[int], numeric: Sequence[bool]) -> str:

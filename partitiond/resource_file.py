@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import ipaddress
 import json
+import os
+import secrets
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -114,6 +116,15 @@ def _operation(partition: Partition, action: str, reason: str) -> ResourceOperat
 
 
 def write(node: Node, partition: Partition) -> None:
-    """Write the file: root's, readable by everybody who may enter the partition. Raises OSError."""
+    """Write the file: root's, readable by everybody who may enter the partition. Raises OSError.
+
+    A directory in its place, which only the tenant can have made, is moved aside: else it would hold up the node's plan.
+    """
     with files.directory(partition.path) as descriptor:
-        files.write(NAME, content(node, partition), dir_fd=descriptor, mode=0o644)
+        text = content(node, partition)
+        try:
+            files.write(NAME, text, dir_fd=descriptor, mode=0o644)
+        except IsADirectoryError:
+            aside = f"{NAME}.{secrets.token_hex(6)}"
+            os.rename(NAME, aside, src_dir_fd=descriptor, dst_dir_fd=descriptor)
+            files.write(NAME, text, dir_fd=descriptor, mode=0o644)

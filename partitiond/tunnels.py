@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 _DECLARATION_LIMIT = 64 * 1024
 _PIN_LIMIT = 64 * 1024
+_MOST_TUNNELS = 100  # of one partition
 _VERDICT_SECONDS = 10.0
 # what stunnel has loaded, as a hash: a crash between writing the files and SIGHUP shows up as a difference
 _LOADED = "loaded"
@@ -200,10 +201,12 @@ def _read_declarations(
 ) -> None:
     try:
         with files.directory(partition.path, "etc", "tunnel") as descriptor:
-            for name in files.names(descriptor, limit=200):
-                if not name.endswith(".cfg"):
-                    continue
+            everything = [name for name in files.names(descriptor) if name.endswith(".cfg")]
+            for name in everything:
                 file = str(partition.path / "etc" / "tunnel" / name)
+                if name in everything[_MOST_TUNNELS:]:
+                    refused.append(_refusal(partition, name, file, f"more than {_MOST_TUNNELS} tunnels"))
+                    continue
                 try:
                     text = files.read(name, dir_fd=descriptor, limit=_DECLARATION_LIMIT).decode("utf-8")
                 except (PartitiondError, UnicodeDecodeError, FileNotFoundError) as error:

@@ -1,0 +1,255 @@
+"""Tunnels that tenants declare: two partitions, real stunnels, real processes of their users, a megabyte."""
+
+import hashlib
+import json
+import os
+import pwd
+import subprocess
+import sys
+import time
+from base64 import b64decode
+from pathlib import Path
+
+import pytest
+from json_schemas import parsed
+
+from partitiond import verbs
+from partitiond.context import Context
+
+PATIENCE = 20.0
+SIZE = 1 << 20
+
+
+def declare(node, partition, name, text):
+    """What the buildout of an instance does: a file below etc/tunnel, of the partition's user."""
+    user = pwd.getpwnam(partition.replace("slappart", "slapuser"))
+    directory = node.instance / partition / "etc" / "tunnel"
+    for path in (directory.parent, directory):
+        path.mkdir(exist_ok=True)
+        os.chown(path, user.pw_uid, user.pw_gid)
+    (directory / f"{name}.cfg").write_text(f"[tunnel]\n{text}")
+    os.chown(directory / f"{name}.cfg", user.pw_uid, user.pw_gid)
+    return directory / f"{name}.cfg"
+
+
+def resource(node, partition):
+    return json.loads((node.instance / partition / ".slapos-resource").read_bytes())
+
+
+def ipv6(node, partition):
+    return next(one["addr"] for one in resource(node, partition)["address_list"] if ":" in one["addr"])
+
+
+def pem(base64):
+    lines = "\n".join(base64[start : start + 64] for start in range(0, len(base64), 64))
+    return f"-----BEGIN CERTIFICATE-----\n{lines}\n-----END CERTIFICATE-----\n"
+
+
+def pin(node, partition, form, reader):
+    """A way to name a partition's certificate, as recipes publish it; ``reader`` is whose file it may lie in."""
+    published = resource(node, partition)
+    if form == "cert":
+        return f"cert:{published['certificate']}"
+    if form == "sha256":
+        return published["certificate_fingerprint"]
+    (node.instance / reader / "pin.pem").write_text(pem(published["certificate"]))
+    os.chown(node.instance / reader / "pin.pem", pwd.getpwnam(reader.replace("part", "user")).pw_uid, 0)
+    return "file:pin.pem"
+
+
+SERVER = """
+import hashlib, socket, sys
+with socket.create_server((sys.argv[1], 5000)) as listener:
+    print("listening", flush=True)
+    while True:
+        connection, _ = listener.accept()
+        with connection:
+            seen = hashlib.sha256()
+            while piece := connection.recv(65536):
+                seen.update(piece)
+            connection.sendall(seen.hexdigest().encode())
+"""
+CLIENT = """
+import hashlib, os, socket, sys
+content = os.urandom(int(sys.argv[3]))
+with socket.create_connection((sys.argv[1], int(sys.argv[2])), timeout=20) as connection:
+    connection.sendall(content)
+    connection.shutdown(socket.SHUT_WR)
+    answer = b""
+    while piece := connection.recv(1000):
+        answer += piece
+print("same" if answer.decode() == hashlib.sha256(content).hexdigest() else f"other: {answer!r}")
+"""
+
+
+def as_user(user, script, *arguments):
+    numbers = pwd.getpwnam(user)
+    switch = ["--reuid", str(numbers.pw_uid), "--regid", str(numbers.pw_gid), "--clear-groups"]
+    return ["/usr/bin/setpriv", *switch, sys.executable, "-I", "-c", script, *map(str, arguments)]
+
+
+@pytest.fixture
+def server():
+    """Start the server of a partition; it ends with the test."""
+    started = []
+
+    def start(user, address):
+        process = subprocess.Popen(as_user(user, SERVER, address), stdout=subprocess.PIPE, text=True)
+        started.append(process)
+        assert process.stdout.readline() == "listening\n"
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+FORMS = ("cert", "sha256", "file")
+
+
+def test_a_megabyte_goes_through_and_a_bad_declaration_harms_nobody(bridge, node_config, command, server):
+    node = node_config(3)
+    assert command("apply", "-q", "-c", node.path).returncode == 0
+    published = resource(node, "slappart0")
+    digest = hashlib.sha256(b64decode(published["certificate"])).hexdigest()
+    assert published["certificate_fingerprint"] == f"sha256:{digest}"
+
+    for number, form in enumerate(FORMS):
+        allow = pin(node, "slappart1", form, "slappart0")
+        declare(
+            node,
+            "slappart0",
+            f"in-{form}",
+            f"mode = server\nlisten = {4000 + number}\nconnect = 5000\nallow = {allow}\n",
+        )
+        peer = pin(node, "slappart0", form, "slappart1")
+        target = f"[{ipv6(node, 'slappart0')}]:{4000 + number}"
+        declare(
+            node,
+            "slappart1",
+            f"out-{form}",
+            f"mode = client\nlisten = {6000 + number}\nconnect = {target}\npeer = {peer}\n",
+        )
+    # a third partition whom nobody allowed
+    peer = pin(node, "slappart0", "cert", "slappart2")
+    target = f"[{ipv6(node, 'slappart0')}]:4000"
+    declare(node, "slappart2", "out", f"mode = client\nlisten = 6000\nconnect = {target}\npeer = {peer}\n")
+    bad = declare(node, "slappart1", "bad", "mode = client\nlisten = 99999\n")
+
+    applied = command("apply", "--json", "-c", node.path)
+    value = parsed(applied)
+    assert (applied.returncode, value["failures"], value["left"]) == (3, [], [])
+    (refused,) = value["refused"]
+    assert (refused["name"], refused["partition"]) == ("slappart1/bad", "slappart1")
+    assert (refused["file"], refused["line"]) == (str(bad), 3)
+    planned = command("plan", "--json", "-c", node.path)
+    assert (planned.returncode, parsed(planned)["operations"]) == (0, [])
+    assert len(parsed(planned)["refused"]) == 1
+
+    listed = {
+        one["name"]: one for one in parsed(command("tunnel", "list", "--json", "-c", node.path))["tunnels"]
+    }
+    assert {name: one["state"] for name, one in listed.items()} == {
+        **{f"slappart0/in-{form}": "up" for form in FORMS},
+        **{f"slappart1/out-{form}": "up" for form in FORMS},
+        "slappart2/out": "up",
+        "slappart1/bad": "refused",
+    }
+    assert f"{bad}:3: " in listed["slappart1/bad"]["reason"]
+    assert listed["slappart0/in-file"]["allowed"] == [resource(node, "slappart1")["certificate_fingerprint"]]
+    assert listed["slappart0/in-cert"]["listen"] == f"[{ipv6(node, 'slappart0')}]:4000"
+    assert listed["slappart1/out-cert"]["listen"] == "10.0.0.3:6000"
+
+    server("slapuser0", "10.0.0.2")
+    for number in range(len(FORMS)):
+        done = subprocess.run(
+            as_user("slapuser1", CLIENT, "10.0.0.3", 6000 + number, SIZE),
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=60,
+        )
+        assert done.stdout == "same\n", done.stderr
+    stranger = subprocess.run(
+        as_user("slapuser2", CLIENT, "10.0.0.4", 6000, SIZE),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert "same" not in stranger.stdout
+
+    bad.unlink()
+    mended = command("apply", "--json", "-c", node.path)
+    assert (mended.returncode, parsed(mended)["refused"]) == (0, [])
+
+    for path in (node.instance / "slappart1" / "etc" / "tunnel").iterdir():
+        path.unlink()
+    assert command("apply", "-q", "-c", node.path).returncode == 0
+    names = {one["name"] for one in parsed(command("tunnel", "list", "--json", "-c", node.path))["tunnels"]}
+    assert not any(name.startswith("slappart1/") for name in names)
+    assert "slappart1-tunnel" not in {one.group for one in Context.of(node.load()).supervisor.processes()}
+
+
+def owned(uids):
+    """Processes of some users."""
+    found = []
+    for name in filter(str.isdigit, os.listdir("/proc")):  # noqa: PTH208 - names suffice
+        try:
+            text = Path("/proc", name, "status").read_text()
+        except OSError:
+            continue
+        if int(text.partition("\nUid:")[2].split()[0]) in uids and "\nState:\tZ" not in text:
+            found.append(Path("/proc", name, "cmdline").read_bytes())
+    return found
+
+
+def until(condition):
+    end = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.01)
+
+
+def test_a_smaller_node_runs_nothing_of_those_that_went(bridge, node_config):
+    node = node_config(4)
+    context = Context.of(node.load())
+    verbs.apply(context, [])
+    for index in (2, 3):
+        own = pin(node, f"slappart{index}", "cert", "")
+        declare(
+            node, f"slappart{index}", "in", f"mode = server\nlisten = 4000\nconnect = 5000\nallow = {own}\n"
+        )
+    outcome = verbs.apply(context, [])
+    assert (outcome["failures"], outcome["left"]) == ([], [])
+    # something that a tenant left behind, out of supervisord's sight
+    numbers = pwd.getpwnam("slapuser3").pw_uid
+    stray = subprocess.Popen(
+        ["/usr/bin/setpriv", "--reuid", str(numbers), "--clear-groups", "/bin/sleep", "1000"]
+    )
+    try:
+        until(lambda: len(owned({5002, 5003})) == 3)
+        node.write(slapformat={"partition_amount": 2})
+        outcome = verbs.apply(Context.of(node.load()), [])
+        assert (outcome["failures"], outcome["left"]) == ([], [])
+        assert verbs.plan(Context.of(node.load()))["operations"] == []
+        assert owned({5002, 5003}) == []
+    finally:
+        stray.kill()
+        stray.wait()
+
+
+def test_a_killed_supervisord_leaves_no_second_stunnel(bridge, node_config):
+    node = node_config(1)
+    context = Context.of(node.load())
+    verbs.apply(context, [])
+    own = pin(node, "slappart0", "cert", "")
+    declare(node, "slappart0", "in", f"mode = server\nlisten = 4000\nconnect = 5000\nallow = {own}\n")
+    verbs.apply(context, [])
+    assert len(owned({5000})) == 1
+    os.kill(int((node.instance / "var" / "run" / "supervisord.pid").read_text()), 9)
+    until(lambda: not context.supervisor.running())
+    outcome = verbs.apply(context, [])
+    assert (outcome["failures"], outcome["left"]) == ([], [])
+    assert len(owned({5000})) == 1
+    assert verbs.plan(context)["operations"] == []
