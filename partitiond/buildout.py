@@ -11,6 +11,7 @@ import contextlib
 import email
 import logging
 import os
+import re
 import secrets
 import stat
 import sys
@@ -32,7 +33,10 @@ logger = logging.getLogger(__name__)
 
 COMPLETED = ".completed"
 _TAIL = 4000
+_LOG_LIMIT = 5 * 1024 * 1024
 _PROFILE_LIMIT = 4 * 1024 * 1024
+# the line that begins each build in a log
+_HEAD = re.compile(r"^--- \d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ (?:building|configuring) .*\n", re.MULTILINE)
 _NO_INDEX = "file:///nonexistent/"
 # slapgrid copies the user's .netrc into each software; ours reads the one of the software user's home itself
 _COMPILE = "import compileall, sys; compileall.compile_dir(sys.argv[1], quiet=2, workers=1)"
@@ -51,6 +55,11 @@ def software_directory(config: Config, url: str) -> Path:
 def software_log(config: Config, url: str) -> Path:
     """The log of the builds of a release."""
     return config.log_dir / "software" / f"{software_name(url)}.log"
+
+
+def session_record(config: Config, what: str) -> Path:
+    """Where the session of a build under way is written down: of the one of ``software``, or of a partition's."""
+    return config.run_dir / f"{what}.session"
 
 
 def completed(config: Config, url: str) -> bool:
@@ -88,6 +97,9 @@ def build_software(context: Context, url: str) -> None:
     # what a release runs owns all this and could put a link in the place of a directory: never through one
     with files.directory(config.software_root, directory.name) as descriptor:
         os.fchown(descriptor, owner.pw_uid, owner.pw_gid)
+        with contextlib.suppress(FileNotFoundError):
+            # built again by force: until it is whole no instance is configured with it (bootstrap empties develop-eggs)
+            os.unlink(COMPLETED, dir_fd=descriptor)
         profile = software_profile(config, url).encode()
         files.write(
             "buildout.cfg", profile, dir_fd=descriptor, mode=0o644, owner=(owner.pw_uid, owner.pw_gid)
@@ -113,6 +125,7 @@ def build_software(context: Context, url: str) -> None:
             env=_environment(config, directory),
             log=log,
             stop=context.stop,
+            record=session_record(config, "software"),
         )
     with files.directory(config.software_root, directory.name) as descriptor:
         content = time.asctime().encode() + b"\n"
@@ -130,6 +143,7 @@ def _software_step(context: Context, directory: Path, url: str, command: list[st
         env=_environment(config, directory),
         log=log,
         stop=context.stop,
+        record=session_record(config, "software"),
     )
     if not outcome.ok:
         raise _build_error("software.build", url, outcome, software_log(config, url))
@@ -144,12 +158,14 @@ def _environment(config: Config, directory: Path) -> dict[str, str]:
 
 
 class _log:  # noqa: N801 - reads as the function that it stands for
-    """A log file of ours, opened for appending, with a line that says what follows."""
+    """A log file of ours, opened for appending, with a line that says what follows; a long one is put aside first."""
 
     def __init__(self, path: Path, title: str) -> None:
         self._path, self._title = path, title
 
     def __enter__(self) -> int:
+        if self._path.exists() and self._path.stat().st_size > _LOG_LIMIT:
+            self._path.replace(self._path.with_name(f"{self._path.name}.1"))
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
         self._descriptor = os.open(self._path, flags, 0o644)
         os.write(
@@ -172,14 +188,14 @@ def _build_error(code: str, what: str, outcome: execute.Outcome, log: Path) -> P
 
 
 def tail(log: Path, size: int = _TAIL) -> str:
-    """The last lines of a log, at most ``size`` bytes."""
+    """The last lines of the last build in a log, at most ``size`` bytes."""
     try:
         with log.open("rb") as stream:
             stream.seek(max(0, log.stat().st_size - size))
             text = stream.read().decode("utf-8", "replace")
     except OSError:
         return ""
-    return text.partition("--- ")[2].partition("\n")[2] if text.count("--- ") == 1 else text[-size:]
+    return _HEAD.split(text)[-1]
 
 
 def _link_eggs(root: Path, directory: Path, uid: int, gid: int) -> None:
@@ -305,6 +321,7 @@ def configure_instance(context: Context, partition: Partition, entry: PartitionD
             env=env,
             log=log,
             stop=context.stop,
+            record=session_record(config, partition.id),
         )
     if not outcome.ok:
         raise _build_error("instance.build", partition.id, outcome, path)

@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -180,14 +181,25 @@ def _changing(
     from partitiond import control, lock  # noqa: PLC0415 - as above
 
     context = _context(options)
-    answer = control.call(context.config.run_dir / "control.sock", "POST", path, body)
-    if answer is not None:
-        return answer
-    with lock.exclusive(context.config.state_dir, options.verb, wait=_WAIT_FOR_OTHERS):
+    deadline = time.monotonic() + _WAIT_FOR_OTHERS
+    while True:
+        answer = control.call(context.config.run_dir / "control.sock", "POST", path, body)
+        if answer is not None:
+            return answer
         try:
-            return alone(context)
-        finally:
-            context.meters.close()
+            # a daemon that is just starting holds the lock before it listens: ask it again every second
+            with lock.exclusive(context.config.state_dir, options.verb, wait=1.0):
+                return _alone(context, alone)
+        except PartitiondError as error:
+            if error.code != "node.busy" or time.monotonic() > deadline:
+                raise
+
+
+def _alone(context: Context, alone: Callable[[Context], dict[str, Any]]) -> dict[str, Any]:
+    try:
+        return alone(context)
+    finally:
+        context.meters.close()
 
 
 def _run(options: argparse.Namespace) -> int:

@@ -28,6 +28,10 @@ logger = logging.getLogger(__name__)
 _BODY_LIMIT = 64 * 1024
 
 
+class Unknown(Exception):  # noqa: N818 - an answer, not an error: there is no such thing here
+    """What is asked for is not there."""
+
+
 class _Server(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
     daemon_threads = True
     request_queue_size = 64
@@ -71,12 +75,24 @@ class _Handler(BaseHTTPRequestHandler):
             return
         try:
             answer = self.server.handle(self.command, self.path, body)
-        except LookupError:
+        except Unknown:
             self._send(404, {"code": "control.unknown", "message": f"there is no {self.path}"})
         except FAMILY as error:
             self._send(
                 409,
                 {"code": error.code, "message": str(error), "resource": error.resource, "hint": error.hint},
+            )
+        except OSError as error:
+            said = {"code": "system", "message": error.strerror or str(error)}
+            self._send(
+                500, {**said, "resource": str(error.filename or ""), "hint": "look at the resource named"}
+            )
+        except Exception as error:
+            # whoever asked must not take a mistake of ours for the end of the daemon
+            logger.exception("%s %s: unexpected error", self.command, self.path)
+            message = f"{type(error).__name__}: {error}"
+            self._send(
+                500, {"code": "internal", "message": message, "hint": "report it with the daemon's log"}
             )
         else:
             self._send(200, answer)

@@ -12,9 +12,10 @@ import random
 import signal
 import socket
 import threading
+import time
 from typing import TYPE_CHECKING, Any
 
-from partitiond import control, converge, lanes, status, verbs
+from partitiond import control, converge, execute, lanes, status, verbs
 from partitiond.context import Context
 from partitiond.errors import FAMILY, sentence
 from partitiond.lock import exclusive
@@ -31,6 +32,8 @@ logger = logging.getLogger(__name__)
 _SWEEP_SECONDS = 60.0
 _SOON = 5.0
 _LONGEST_PAUSE = 300.0
+# a build is given 5 s to end by itself, and as much after a SIGKILL
+_LAST_WORDS = 12.0
 
 
 class Lane(threading.Thread):
@@ -86,8 +89,9 @@ class Lane(threading.Thread):
             return pause
         except Exception:
             # a lane must not end because of a mistake of ours: what it keeps up would rot in silence
-            logger.exception("%s: unexpected error; again in %.0f s", self.name, self._interval)
-            return self._interval
+            pause = self._backoff.next()
+            logger.exception("%s: unexpected error; again in %.0f s", self.name, pause)
+            return pause
         self._backoff.reset()
         # jittered, so that nodes that started together do not ask the master together
         return self._interval * random.uniform(0.9, 1.1)  # noqa: S311 - jitter, no secret
@@ -137,12 +141,13 @@ class Daemon:
             server.shutdown()
             server.server_close()
             (config.run_dir / "control.sock").unlink(missing_ok=True)
-            for lane in self._lanes.values():
-                lane.join(15)
+            self._join()
         logger.info("ended; supervisord and what it runs go on")
         return 0
 
     def _start_up(self) -> None:
+        for record in self.context.config.run_dir.glob("*.session"):
+            execute.end_cut_off(record)
         outcome = converge.apply(self.context)
         for name, error in outcome.failures:
             logger.error("%s: %s", name, sentence(error))
@@ -155,8 +160,18 @@ class Daemon:
             lane.wake()
         self._done.set()
 
+    def _join(self) -> None:
+        """Wait for the lanes, all of them together; one that waits for the master is left: it ends with the process."""
+        deadline = time.monotonic() + _LAST_WORDS
+        for lane in self._lanes.values():
+            lane.wake()
+        for lane in self._lanes.values():
+            lane.join(max(0.0, deadline - time.monotonic()))
+
     def _sweep(self) -> None:
-        todo = converge.plan(self.context, converge.observe(self.context))
+        # what a lane is in the midst of changing is no drift
+        with self.context.applying:
+            todo = converge.plan(self.context, converge.observe(self.context))
         found = frozenset((operation.id, operation.reason) for operation in todo)
         # what could not be repaired is said once, not every minute
         for name, reason in sorted(found - self._known_drift):
@@ -171,39 +186,38 @@ class Daemon:
     def _report(self) -> Result:
         result = lanes.report(self.context)
         if result.failures:
-            threading.Timer(_SOON * 6, self._lanes["report"].wake).start()
+            again = threading.Timer(_SOON * 6, self._lanes["report"].wake)
+            again.daemon = True  # the process does not wait for it when it ends
+            again.start()
         return result
 
     def _handle(self, method: str, path: str, body: dict[str, Any]) -> dict[str, Any]:
-        """Answer the control socket; LookupError for what is not there."""
+        """Answer the control socket; control.Unknown for what is not there."""
         context = self.context
         if method == "GET" and path == "/1/status":
             return status.node(context)
         if method == "GET" and path.startswith("/1/partitions/"):
             found = status.partition(context, path.removeprefix("/1/partitions/"))
             if found is None:
-                raise LookupError
+                raise control.Unknown
             return found
         if method == "POST" and path == "/1/apply":
             return verbs.apply(context, [str(name) for name in body.get("partitions", [])])
         if method == "POST" and path == "/1/sync":
             name = str(body.get("lane"))
             if name not in lanes.LANES:
-                raise LookupError
+                raise control.Unknown
             force = bool(body.get("force"))
             answer: dict[str, Any] = self._lanes[name].once(lambda: verbs.sync(context, name, force=force))
             return answer
         if method == "POST" and path == "/1/teardown":
             return self._tear_down(purge=bool(body.get("purge")))
-        raise LookupError
+        raise control.Unknown
 
     def _tear_down(self, *, purge: bool) -> dict[str, Any]:
         """Take the node down and end: a daemon that went on would build it up again."""
         self.context.stop.set()
-        for name, lane in self._lanes.items():
-            if name != "converge":
-                lane.wake()
-                lane.join(15)
+        self._join()
         answer = verbs.tear_down(self.context, purge=purge)
         threading.Timer(0.2, self._end).start()
         return answer

@@ -46,8 +46,11 @@ def printable(text: str) -> str:
 
 
 def sentence(error: BaseException) -> str:
-    """Return one line for logs: code, resource and what happened."""
+    """Return one line for logs: code, resource and what happened; of a log's end only the last line."""
     if isinstance(error, FAMILY):
         about = f"{error.resource}: " if error.resource else ""
-        return printable(f"[{error.code}] {about}{error}")
-    return printable(f"{type(error).__name__}: {error}")
+        text = f"[{error.code}] {about}{error}"
+    else:
+        text = f"{type(error).__name__}: {error}"
+    first, *rest = [line.strip() for line in text.splitlines() if line.strip()] or [""]
+    return printable(f"{first} … {rest[-1]}" if rest else first)

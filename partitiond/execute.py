@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pwd
 import signal
 import subprocess
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from partitiond import files
 from partitiond.errors import PartitiondError
 
 if TYPE_CHECKING:
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 SETPRIV = "/usr/bin/setpriv"
+_GRACE = 5.0  # seconds from SIGTERM to SIGKILL
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
@@ -61,12 +64,16 @@ def as_user(
     log: int,
     stop: threading.Event,
     timeout: float | None = None,
+    record: Path | None = None,
 ) -> Outcome:
     """Run a command as a user with that user's groups; output goes to the descriptor ``log``.
 
     Ends the program when ``stop`` is set or ``timeout`` (seconds) is over, and what is left of its session in any case.
+    ``record`` is a file of root's that names the session while it lives: what a killed daemon left of it is ended first.
     Raises PartitiondError ``execute.failed`` when it cannot be started.
     """
+    if record is not None:
+        end_cut_off(record)
     switch = [
         SETPRIV,
         "--reuid",
@@ -98,9 +105,13 @@ def as_user(
             hint="is util-linux installed?",
         ) from error
     try:
+        if record is not None:
+            _write_record(record, process.pid, user)
         return _wait(process, stop, None if timeout is None else time.monotonic() + timeout)
     finally:
         _end_session(process.pid)
+        if record is not None:
+            record.unlink(missing_ok=True)
 
 
 def _wait(process: subprocess.Popen[bytes], stop: threading.Event, deadline: float | None) -> Outcome:
@@ -117,26 +128,48 @@ def _wait(process: subprocess.Popen[bytes], stop: threading.Event, deadline: flo
 
 
 def _end(process: subprocess.Popen[bytes], why: str) -> Outcome:
-    for number, grace in ((signal.SIGTERM, 5.0), (signal.SIGKILL, 5.0)):
+    for number in (signal.SIGTERM, signal.SIGKILL):
         try:
             os.killpg(process.pid, number)
         except ProcessLookupError:
             break
         try:
-            process.wait(grace)
+            process.wait(_GRACE)
         except subprocess.TimeoutExpired:
             continue
     return Outcome(process.wait(), why)
 
 
-def _end_session(session: int) -> None:
-    """Kill what a program left running in its session.
+def _write_record(record: Path, session: int, user: str) -> None:
+    record.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+    files.write_path(record, f"{session} {pwd.getpwnam(user).pw_uid}\n".encode(), mode=0o600)
+
+
+def end_cut_off(record: Path) -> None:
+    """End what is left of a program whose daemon was killed.
+
+    The kernel ends the program itself (``--pdeathsig``), but not what it had started. The user is compared as well: after a
+    restart of the machine the number may be somebody else's session.
+    """
+    try:
+        session, uid = map(int, record.read_bytes().split())
+    except FileNotFoundError:
+        return
+    except ValueError:
+        record.unlink(missing_ok=True)
+        return
+    _end_session(session, uid)
+    record.unlink(missing_ok=True)
+
+
+def _end_session(session: int, uid: int | None = None) -> None:
+    """Kill what a program left running in its session, with ``uid`` only that user's processes.
 
     The session and not only the process group: a shell with job control gives each job a group of its own. Its number
     is not given to another process as long as one of its members lives.
     """
     for _ in range(100):
-        found = [pid for pid in _pids() if _session_of(pid) == session]
+        found = [pid for pid in _pids() if _session_of(pid) == session and uid in (None, _user_of(pid))]
         if not found:
             return
         for pid in found:
@@ -158,6 +191,16 @@ def _session_of(pid: int) -> int | None:
     except OSError:
         return None
     return None if fields[0] in (b"Z", b"X") else int(fields[3])
+
+
+def _user_of(pid: int) -> int | None:
+    """The real user of a process that is not a zombie."""
+    try:
+        with open(f"/proc/{pid}/status", "rb") as stream:
+            text = stream.read()
+    except OSError:
+        return None  # it ended meanwhile
+    return None if b"\nState:\tZ" in text else int(text.partition(b"\nUid:")[2].split(maxsplit=1)[0])
 
 
 def end_processes_of(uid: int, gid: int) -> None:
@@ -201,13 +244,4 @@ def end_processes_of(uid: int, gid: int) -> None:
 
 def _has_processes(uid: int) -> bool:
     """Whether the user has a process that is not a zombie."""
-    for pid in _pids():
-        try:
-            with open(f"/proc/{pid}/status", "rb") as stream:
-                text = stream.read()
-        except OSError:
-            continue  # it ended meanwhile
-        real = text.partition(b"\nUid:")[2].split(maxsplit=1)[0]
-        if int(real) == uid and b"\nState:\tZ" not in text:
-            return True
-    return False
+    return any(_user_of(pid) == uid for pid in _pids())

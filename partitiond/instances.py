@@ -18,19 +18,21 @@ from accounting.errors import AccountingError
 from netplan.errors import NetplanError
 from partitiond import buildout, certificates, converge, destroy_guard, execute, files, tunnels
 from partitiond.errors import FAMILY, PartitiondError, sentence
+from partitiond.state import InstanceState
 from partitiond.supervision import PROGRAM_NAME, Group, Program
 from slap_client.errors import SlapError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from partitiond.context import Context
     from partitiond.node import Node, Partition
-    from partitiond.state import InstanceLife, InstanceState
+    from partitiond.state import InstanceLife
     from slap_client.documents import ComputerDocument, PartitionDocument
 
 logger = logging.getLogger(__name__)
 
+_FREE = InstanceState("")
 _FIRST_PAUSE, _LONGEST_PAUSE = 60.0, 3600.0
 
 
@@ -52,10 +54,15 @@ def run_pass(
     node: Node,
     document: ComputerDocument,
     *,
+    known: Mapping[str, InstanceState],
     force: bool = False,
     only: frozenset[str] = frozenset(),
 ) -> Result:
-    """Bring every partition where the master wants it, one after the other."""
+    """Bring every partition where the master wants it, one after the other.
+
+    ``known`` are the states from before the master was asked: what is wanted of a partition that the report lane has freed
+    since is the wish of its last tenant, and must not be done to the next one.
+    """
     result = Result([], [])
     for rejected in document.rejected:
         error = PartitiondError(
@@ -71,6 +78,7 @@ def run_pass(
             or partition.id in held
             or (only and partition.id not in only)
             or context.stop.is_set()
+            or context.store.instance(partition.id).life != known.get(partition.id, _FREE).life
         ):
             continue
         try:
@@ -163,14 +171,19 @@ def _retire(
 
 def stop(context: Context, partition: Partition) -> None:
     """Stop a partition's processes and tunnels, and make sure that nothing starts them again."""
-    changed = False
-    for name in (partition.id, tunnels.group_name(partition.id)):
-        if context.supervisor.group_text(name) is not None:
-            if context.supervisor.running():
-                context.supervisor.stop_group(name)
-            changed = context.supervisor.remove_group(name) or changed
-    if changed and context.supervisor.running():
-        context.supervisor.update()
+    names = [
+        name
+        for name in (partition.id, tunnels.group_name(partition.id))
+        if context.supervisor.group_text(name) is not None
+    ]
+    if names and context.supervisor.running():
+        for name in names:
+            context.supervisor.stop_group(name)
+    # two lanes that update supervisord at the same time get in each other's way
+    with context.applying:
+        changed = [name for name in names if context.supervisor.remove_group(name)]
+        if changed and context.supervisor.running():
+            context.supervisor.update()
 
 
 def _settle(context: Context, node: Node) -> None:
@@ -207,7 +220,7 @@ def _configure(
         buildout.configure_instance(context, partition, entry)
         _run(context, partition, entry)
     except (*FAMILY, OSError) as error:
-        return _failed(context, following, error)
+        return _failed(context, partition, following, error)
     life: InstanceLife = "started" if entry.requested_state == "started" else "stopped"
     done = replace(following, life=life, failures=0, next_try=0.0, error=None, reported=False, cleaned=False)
     context.store.save_instance(done)
@@ -223,9 +236,15 @@ def _converge(context: Context, partition: Partition) -> None:
         logger.warning("%s: refused: %s", refusal.name, refusal.reason)
 
 
-def _failed(context: Context, state: InstanceState, error: Exception) -> str | None:
+def _failed(context: Context, partition: Partition, state: InstanceState, error: Exception) -> str | None:
     if context.stop.is_set():
         raise error  # cut short by our own end: no failure of the instance
+    if state.wanted != "started":
+        # as in slapos.core: what is to be stopped is stopped even if its buildout fails
+        try:
+            stop(context, partition)
+        except PartitiondError as problem:
+            logger.warning("%s: %s", partition.id, sentence(problem))
     failures = state.failures + 1
     context.store.save_instance(
         replace(
@@ -265,15 +284,16 @@ def _run(context: Context, partition: Partition, entry: PartitionDocument) -> No
         stop(context, partition)
         return
     group = process_group(context, partition)
-    changed = (
-        context.supervisor.write_group(group)
-        if group.programs
-        else context.supervisor.remove_group(group.name)
-    )
-    if changed:
-        context.supervisor.update()
-    if group.programs:
-        context.supervisor.start_group(group.name)
+    with context.applying:
+        changed = (
+            context.supervisor.write_group(group)
+            if group.programs
+            else context.supervisor.remove_group(group.name)
+        )
+        if changed:
+            context.supervisor.update()
+        if group.programs:
+            context.supervisor.start_group(group.name)
 
 
 def process_group(context: Context, partition: Partition) -> Group:

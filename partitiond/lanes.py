@@ -120,7 +120,8 @@ def software(context: Context, *, force: bool = False) -> Result:
 
 def instance(context: Context, *, force: bool = False, only: frozenset[str] = frozenset()) -> Result:
     """Configure, start and stop instances."""
-    return instances.run_pass(context, converge.observe(context).node, ask(context), force=force, only=only)
+    target, known = converge.observe(context).node, context.store.instances()
+    return instances.run_pass(context, target, ask(context), known=known, force=force, only=only)
 
 
 def report(context: Context) -> Result:

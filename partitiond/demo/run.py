@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from netplan import counters
-from partitiond import execute, present, sandbox
+from partitiond import control, execute, present, sandbox
 from partitiond.demo import scene
 from partitiond.errors import FAMILY, PartitiondError, sentence
 
@@ -209,7 +209,7 @@ class Demo:
         _check(_tenants() == pids, "a tenant's process ended or began")
         self.seen(f"memcached and both stunnels ran on: processes {', '.join(map(str, sorted(pids)))}")
         self.daemon = scene.start_daemon(DAEMON_LOG)
-        scene.wait_for(Path("/run/partitiond/control.sock").is_socket, "the daemon to be back", DAEMON_LOG)
+        scene.wait_for(_daemon_answers, "the daemon to be back", DAEMON_LOG)
         _check(not partitiond("plan")["operations"], "a plan after apply is not empty")
         self.seen("the restarted daemon's plan is empty")
         self._compare_with_kernel()
@@ -303,10 +303,13 @@ def _stock(*arguments: str) -> None:
         )
 
 
+def _daemon_answers() -> bool:
+    return control.call(Path("/run/partitiond/control.sock"), "GET", "/1/status") is not None
+
+
 def _offered() -> bool:
     """Whether the master knows the node's partitions: a supply to an unknown computer would be refused."""
-    master = Path("/run/partitiond/control.sock").is_socket() and partitiond("status")["node"]["master"]
-    return bool(master and master["reachable"])
+    return _daemon_answers() and bool(partitiond("status")["node"]["master"]["reachable"])
 
 
 def _published(title: str, key: str) -> dict[str, str]:

@@ -1,0 +1,58 @@
+"""Run by the buildout of an instance, with ``self``: what it does is decided by the instance's parameters.
+
+``text`` is served at port 8000 of the private IPv4 address; ``sleep`` keeps the buildout busy with a process of its own;
+``fail`` ends it with that message.
+"""
+# ruff: noqa: F821, S310, S314, PTH101, PTH103 - a name of the recipe; the master is the test's own; plain code for a plain place
+
+import json
+import os
+import subprocess
+import urllib.request
+from html import unescape
+from urllib.parse import urlencode
+from xml.etree import ElementTree
+
+import zc.buildout
+
+slap = self.buildout["slap-connection"]
+query = urlencode(
+    {"computer_reference": slap["computer-id"], "computer_partition_reference": slap["partition-id"]}
+)
+# the protocol escapes each text twice
+with urllib.request.urlopen(f"{slap['server-url']}registerComputerPartition?{query}") as answer:
+    texts = [
+        unescape(item.text or "")
+        for item in ElementTree.fromstring(answer.read()).iter()
+        if item.tag == "string"
+    ]
+
+
+def parameter(name):
+    return texts[texts.index(name) + 1] if name in texts else ""
+
+
+here = self.buildout["buildout"]["directory"]
+print("parameters:", *(f"{name}={parameter(name)}" for name in ("text", "sleep", "fail")), flush=True)
+if parameter("sleep"):
+    subprocess.check_call(["/bin/sleep", parameter("sleep")])
+if parameter("fail"):
+    raise zc.buildout.UserError(parameter("fail"))
+
+with open(os.path.join(here, ".slapos-resource")) as stream:
+    resource = json.load(stream)
+ipv4 = next(row["addr"] for row in resource["address_list"] if ":" not in row["addr"])
+for name in ("srv", "etc", "etc/run", "etc/service"):
+    os.makedirs(os.path.join(here, name), exist_ok=True)
+with open(os.path.join(here, "srv", "index.html"), "w") as page:
+    page.write(parameter("text"))
+python = self.buildout["buildout"]["executable"]
+programs = {
+    "etc/service/http": f"exec {python} -m http.server --bind {ipv4} --directory {here}/srv 8000",
+    "etc/run/sleeper": "exec /bin/sleep 1000000",
+}
+for name, line in programs.items():
+    path = os.path.join(here, name)
+    with open(path, "w") as script:
+        script.write(f"#!/bin/sh\n{line}\n")
+    os.chmod(path, 0o700)

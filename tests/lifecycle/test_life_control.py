@@ -1,0 +1,107 @@
+"""The control socket: every question has an answer, also when its answering fails."""
+
+import json
+import os
+import socket
+import threading
+
+import pytest
+
+from partitiond import control
+from partitiond.errors import PartitiondError
+
+
+def handle(method, path, body):
+    """A daemon that fails in each way there is."""
+    if path == "/family":
+        raise PartitiondError("some.code", "a sentence", resource="it", hint="do that")
+    if path == "/system":
+        raise OSError(28, "No space left on device", "/var/lib/somewhere")
+    if path == "/mistake":
+        return {}["missing"]
+    if path == "/echo":
+        return {"method": method, "body": body}
+    raise control.Unknown
+
+
+@pytest.fixture
+def path(tmp_path):
+    path = tmp_path / "control.sock"
+    server = control.serve(path, handle)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+    thread.start()
+    yield path
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def test_answers(path):
+    assert control.call(path, "POST", "/echo", {"a": 1}) == {"method": "POST", "body": {"a": 1}}
+    assert control.call(path, "GET", "/echo") == {"method": "GET", "body": {}}
+
+
+@pytest.mark.parametrize(
+    ("target", "code", "words", "resource"),
+    [
+        ("/family", "some.code", "a sentence", "it"),
+        ("/system", "system", "No space left on device", "/var/lib/somewhere"),
+        ("/mistake", "internal", "KeyError: 'missing'", ""),
+        ("/elsewhere", "control.unknown", "/elsewhere", ""),
+    ],
+)
+def test_failures_are_told_apart(path, target, code, words, resource):
+    with pytest.raises(PartitiondError) as caught:
+        control.call(path, "POST", target, {})
+    assert (caught.value.code, caught.value.resource) == (code, resource)
+    assert words in str(caught.value)
+    # and the daemon goes on
+    assert control.call(path, "GET", "/echo")
+
+
+def test_no_daemon(tmp_path):
+    assert control.call(tmp_path / "none", "GET", "/echo") is None
+    left = tmp_path / "left"
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(left))
+    assert control.call(left, "GET", "/echo") is None, "a socket that a killed daemon left is no daemon"
+
+
+def test_only_root_and_only_objects(path):
+    assert path.stat().st_mode & 0o777 == 0o600
+    for body, status in ((b"[]", b"400"), (b"{", b"400"), (b"x" * 70_000, b"413")):
+        with socket.socket(socket.AF_UNIX) as channel:
+            channel.connect(str(path))
+            head = f"POST /echo HTTP/1.0\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+            channel.sendall(head)
+            channel.settimeout(10)
+            if status != b"413":
+                channel.sendall(body)
+            assert channel.recv(100).split()[1] == status
+
+
+def test_partition_users_are_refused(path):
+    path.chmod(0o666)
+    for directory in path.parents:
+        if directory.stat().st_mode & 0o001 == 0:
+            directory.chmod(directory.stat().st_mode | 0o011)
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            os.setgroups([])
+            os.setgid(4999)
+            os.setuid(4999)
+            try:
+                control.call(path, "GET", "/echo")
+            except PartitiondError as error:
+                os.write(writer, json.dumps([error.code, str(error)]).encode())
+                status = 0
+        finally:
+            os._exit(status)
+    os.close(writer)
+    with os.fdopen(reader, "rb") as stream:
+        said = stream.read()
+    assert os.waitpid(pid, 0)[1] == 0
+    assert json.loads(said) == ["control.forbidden", "uid 4999 may not do this"]
