@@ -222,10 +222,10 @@ def end_processes_of(uid: int, gid: int) -> None:
         str(gid),
         "--clear-groups",
         "--",
-        "/bin/kill",
-        "-KILL",
-        "--",
-        "-1",
+        # the shell's own kill: the program of that name is in procps, which a small Debian lacks
+        "/bin/sh",
+        "-c",
+        "kill -KILL -1",
     ]
     for _ in range(20):
         if not _has_processes(uid):

@@ -29,6 +29,8 @@ MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_BIND, MS_REC, MS_PRIVATE = 2, 4, 8, 4096, 163
 PR_SET_PDEATHSIG = 1
 
 MARKER = "PARTITIOND_SANDBOX"
+# the pid of the sandbox's first process as the outside sees it: what nsenter(1) needs
+OUTSIDE_PID = "PARTITIOND_SANDBOX_PID"
 _HOST_NAME = "sandbox"
 _VAR_DIRECTORIES = ("lib", "log", "cache", "lock", "spool", "tmp", "empty")
 _DEVICES = (
@@ -104,9 +106,17 @@ def _outer(command: Sequence[str], binds: Sequence[tuple[str, str]], keep_opt: b
     _die_with_parent()
     flags = CLONE_NEWNS | CLONE_NEWNET | CLONE_NEWPID | CLONE_NEWIPC | CLONE_NEWUTS
     _check(_libc.unshare(flags), "unshare")
+    reading, writing = os.pipe()
     first = os.fork()
     if first == 0:
+        # only from outside can be told under which number the first process is seen there
+        os.environ[OUTSIDE_PID] = os.read(reading, 32).decode()
+        os.close(reading)
+        os.close(writing)
         _as_child(lambda: _init(command, binds, keep_opt))
+    os.write(writing, str(first).encode())
+    os.close(reading)
+    os.close(writing)
     return _wait(first)
 
 

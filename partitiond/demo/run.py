@@ -281,11 +281,11 @@ class Demo:
 
     def hold(self) -> None:
         """Leave everything up until Enter is pressed."""
-        pid = Path("/proc/self/ns/pid").readlink()
+        program = Path(sys.prefix) / "bin" / "partitiond"
         _say(
             "\nThe node is up. Enter it from another terminal with\n"
-            '  nsenter -a -t "$(pgrep -f -o "partitiond run")" bash'
-            f"      (its pid namespace is {pid})\nPress Enter here to end it."
+            f"  nsenter -a -t {os.environ.get(sandbox.OUTSIDE_PID, 'PID')} bash\n"
+            f"and there, for example, {program} status. Press Enter here to end it."
         )
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         sys.stdin.readline()

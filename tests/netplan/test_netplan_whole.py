@@ -25,7 +25,7 @@ def _everything():
         ["/usr/sbin/ip", "-6", "route", "show", "table", "main", "default"],
         ["/usr/sbin/ip", "-6", "rule"],
         ["/usr/sbin/nft", "list", "ruleset"],
-        ["/usr/sbin/sysctl", "net.ipv6.ip_nonlocal_bind"],
+        ["/bin/cat", "/proc/sys/net/ipv6/ip_nonlocal_bind"],
     )
     return [subprocess.run(one, check=True, capture_output=True, text=True).stdout for one in listings]
 
