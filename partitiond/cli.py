@@ -28,6 +28,10 @@ OK, ERROR, CHANGES, DEGRADED, WRONG_USE = 0, 1, 2, 3, 64
 _WAIT_FOR_OTHERS = 30.0
 
 
+class _WrongUseError(Exception):
+    """An argument that only the verb itself can judge."""
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.print_usage(sys.stderr)
@@ -97,7 +101,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser().print_help(sys.stderr)
         return WRONG_USE
     try:
-        return _VERBS[options.verb](options)
+        return _flushed(_VERBS[options.verb](options))
+    except BrokenPipeError:
+        # whoever read our output has seen enough; what is still in the buffer must not be tried again at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return OK
+    except _WrongUseError as error:
+        _complain(options, "cli.usage", str(error), "", f"partitiond {options.verb} --help", error)
+        return WRONG_USE
     except FAMILY as error:
         return _complain(options, error.code, str(error), error.resource, error.hint, error)
     except OSError as error:
@@ -116,6 +127,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "repeat with -vv and report it",
             error,
         )
+
+
+def _flushed(status: int) -> int:
+    """Write what is still in the buffer now, while an error can be dealt with."""
+    sys.stdout.flush()
+    return status
 
 
 def _log_to_stderr(options: argparse.Namespace) -> None:
@@ -281,8 +298,17 @@ def _usage(options: argparse.Namespace) -> int:
     from partitiond.metering import ledger_path  # noqa: PLC0415 - as above
 
     start, end = (_time(text) for text in (options.start, options.end))
-    with Ledger.open_readonly(ledger_path(_config(options).state_dir)) as ledger:
+    found = _config(options)
+    with Ledger.open_readonly(ledger_path(found.state_dir)) as ledger:
         value = ledger.usage(start, end, options.partition).as_json()
+    known = [f"{found.partition_base}{index}" for index in range(found.partition_amount)]
+    if options.partition and options.partition not in known and not value["partitions"]:
+        raise PartitiondError(
+            "usage.unknown_partition",
+            "there is no such partition, and never was",
+            resource=options.partition,
+            hint="partitiond status lists them",
+        )
     _print(options, "usage", dict(value), present.usage)
     return OK
 
@@ -293,12 +319,7 @@ def _time(text: str | None) -> float | None:
     try:
         found = datetime.datetime.fromisoformat(text)
     except ValueError as error:
-        raise PartitiondError(
-            "usage.time",
-            f"{text!r} is no ISO 8601 time",
-            resource="--from, --to",
-            hint="write it as 2026-11-22T15:00:00Z",
-        ) from error
+        raise _WrongUseError(f"{text!r} is no ISO 8601 time; write it as 2026-11-22T15:00:00Z") from error
     return (found if found.tzinfo else found.replace(tzinfo=datetime.UTC)).timestamp()
 
 

@@ -10,14 +10,20 @@ import configparser
 import difflib
 import ipaddress
 import re
+import urllib.parse
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from partitiond import config_reader
+from partitiond.config_reader import Reader
 from partitiond.errors import PartitiondError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+
+# the control socket lies below it, and struct sockaddr_un holds 108 bytes
+_RUN_DIR_LENGTH = 90
 
 DEFAULT_FILE = Path("/etc/opt/slapos/slapos.cfg")
 
@@ -48,6 +54,13 @@ _OWN_KEYS = frozenset(
 )
 # keys that change nothing yet; saying so is better than being silent
 _NOT_YET = {
+    "input_definition_file": "a definition of the node by file",
+    "manager_list": "slapgrid's managers",
+    "firewall": "the firewall by firewalld",
+    "partition_timeout": "a time limit for instances",
+    "promise_timeout": "promises",
+    "software_min_free_space": "a check of free space",
+    "instance_min_free_space": "a check of free space",
     "bridge_ports": "moving a physical interface into the bridge",
     "ipv4_partition_network": "IPv4-only nodes",
     "tap_guard": "the guard of tap frames",
@@ -73,13 +86,6 @@ _OWN_DIRECTORIES = (
     ("partitiond", "state_dir"),
     ("partitiond", "log_dir"),
     ("partitiond", "run_dir"),
-)
-_SYSTEM_DIRECTORIES = frozenset(
-    (
-        "/ /bin /boot /dev /etc /home /lib /lib64 /media /mnt /opt /proc /root /run /run/lock /sbin /srv /sys /tmp /usr"
-        " /usr/bin /usr/lib /usr/local /usr/sbin /usr/share /var /var/cache /var/lib /var/log /var/run /var/spool /var/tmp"
-        " /etc/opt /etc/opt/slapos /etc/slapos"
-    ).split()
 )
 
 _NAME = re.compile(r"[a-z_][a-z0-9_-]{0,24}")
@@ -148,102 +154,6 @@ class Config:
     warnings: tuple[str, ...] = field(default=(), compare=False)
 
 
-@dataclass(slots=True)
-class _Reader:
-    """The parsed sections, and every complaint collected on the way."""
-
-    parser: configparser.ConfigParser
-    files: tuple[Path, ...]
-    problems: list[str] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
-
-    def place(self, section: str, key: str) -> str:
-        """``file:line`` of the last setting of a key; the section's head when the key is not there."""
-        found = f"{self.files[0]}: [{section}]"
-        for path in self.files:
-            current = ""
-            for number, line in enumerate(path.read_text("utf-8", "replace").splitlines(), 1):
-                # an indented one is the next line of a value, such as the address of a tunnel's peer
-                head = re.match(r"\[([^\]]+)\]", line)
-                if head:
-                    current = head[1].strip()
-                if current != section:
-                    continue
-                setting = re.match(r"([^\s#;=:\[][^=:]*?)\s*[=:]", line)
-                if (head and not key) or (setting and setting[1].strip().lower() == key):
-                    found = f"{path}:{number}"
-        return found
-
-    def raw(self, section: str, key: str) -> str:
-        return self.parser.get(section, key, fallback="").strip()
-
-    def text(
-        self, section: str, key: str, default: str | None, allowed: re.Pattern[str] | None, words: str
-    ) -> str:
-        value = self.raw(section, key)
-        if not value:
-            if default is None:
-                self.problems.append(f"{self.place(section, '')}: {key} is missing; allowed: {words}")
-                return ""
-            return default
-        if allowed is not None and not allowed.fullmatch(value):
-            self.bad(section, key, value, words)
-        return value
-
-    def bad(self, section: str, key: str, value: str, words: str) -> None:
-        self.problems.append(f"{self.place(section, key)}: {key} = {value!r}; allowed: {words}")
-
-    def number(self, section: str, key: str, default: int | None, low: int, high: int) -> int:
-        words = f"a whole number from {low} to {high}"
-        value = self.text(section, key, None if default is None else str(default), None, words)
-        if not re.fullmatch(r"[+-]?[0-9]{1,20}", value):
-            if value:
-                self.bad(section, key, value, words)
-            return low
-        number = int(value)
-        if not low <= number <= high:
-            self.bad(section, key, value, words)
-        return number
-
-    def truth(self, section: str, key: str, default: bool) -> bool:
-        value = self.raw(section, key).lower()
-        if not value:
-            return default
-        if value not in configparser.ConfigParser.BOOLEAN_STATES:
-            self.bad(section, key, value, "true, false, yes, no, on, off, 1 or 0")
-            return default
-        return configparser.ConfigParser.BOOLEAN_STATES[value]
-
-    def choice(self, section: str, key: str, default: str, allowed: tuple[str, ...]) -> str:
-        value = self.raw(section, key) or default
-        if value not in allowed:
-            near = difflib.get_close_matches(value, allowed, 1)
-            self.bad(
-                section, key, value, " or ".join(allowed) + (f" (did you mean {near[0]}?)" if near else "")
-            )
-        return value
-
-    def path(self, section: str, key: str, default: str | None) -> Path:
-        value = self.text(section, key, default, None, "an absolute path")
-        # the path ends up in files of supervisord and buildout, where these would change the meaning
-        if value and (not value.startswith("/") or re.search(r"[\s%\"'\\$*?\[\],;#\x00-\x1f\x7f]", value)):
-            words = "an absolute path without spaces, quotes and any of % $ * ? [ ] , ; # and backslash"
-            self.bad(section, key, value, words)
-        elif ".." in value.split("/"):
-            self.bad(section, key, value, "an absolute path without ..")
-        return Path(re.sub("/+", "/", value) or "/")
-
-    def own_path(self, section: str, key: str, default: str | None) -> Path:
-        """A directory that becomes the node's own: its owner and mode are set, and ``teardown --purge`` empties it."""
-        path = self.path(section, key, default)
-        if self.raw(section, key) and str(path) in _SYSTEM_DIRECTORIES:
-            self.bad(section, key, str(path), "a directory of its own, such as /srv/slapgrid")
-        return path
-
-    def optional_path(self, section: str, key: str) -> Path | None:
-        return self.path(section, key, "") if self.raw(section, key) else None
-
-
 def load(path: Path) -> Config:
     """Read a configuration file and its drop-ins ``<file>.d/*.cfg``.
 
@@ -253,9 +163,10 @@ def load(path: Path) -> Config:
     files = (path, *drop_ins)
     parser = configparser.ConfigParser(interpolation=None, strict=True, inline_comment_prefixes=(";", "#"))
     for file in files:
-        _read(parser, file)
-    reader = _Reader(parser, files)
+        config_reader.read(parser, file)
+    reader = Reader(parser, files)
     _warn_unknown(reader)
+    _check_shapes(reader)
     config = _build(path, reader)
     _check_together(config, reader)
     if reader.problems:
@@ -268,59 +179,15 @@ def load(path: Path) -> Config:
     return config
 
 
-def _read(parser: configparser.ConfigParser, file: Path) -> None:
-    try:
-        content = file.read_bytes()
-        # some editors begin a file with a byte order mark
-        parser.read_string(content.decode("utf-8-sig"), source=str(file))
-    except OSError as error:
-        raise PartitiondError(
-            "config.unreadable",
-            f"cannot read the configuration: {error.strerror}",
-            resource=str(file),
-            hint="name another file with -c FILE",
-        ) from error
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise PartitiondError(
-            "config.unreadable",
-            f"cannot read the configuration: byte 0x{content[error.start]:02x} is not UTF-8",
-            resource=f"{file}:{line}",
-            hint="write the file in UTF-8",
-        ) from error
-    except configparser.Error as error:
-        raise PartitiondError(
-            "config.syntax",
-            _syntax_error(error),
-            resource=f"{file}:{_syntax_line(error)}",
-            hint="a section is [name], a setting is key = value; each only once",
-        ) from error
-
-
-def _syntax_error(error: configparser.Error) -> str:
-    if isinstance(error, configparser.DuplicateOptionError):
-        return f"{error.option} is set a second time in [{error.section}]"
-    if isinstance(error, configparser.DuplicateSectionError):
-        return f"section [{error.section}] begins a second time"
-    if isinstance(error, configparser.MissingSectionHeaderError):
-        return f"{error.line.strip()!r} stands before the first section"
-    if isinstance(error, configparser.ParsingError):
-        return "; ".join(f"line {number}: {text} is no setting" for number, text in error.errors)
-    return " ".join(str(error).split())
-
-
-def _syntax_line(error: configparser.Error) -> int:
-    """The line of the first mistake."""
-    if found := getattr(error, "errors", None):
-        return int(found[0][0])
-    return int(getattr(error, "lineno", None) or 1)
-
-
-def _check_together(config: Config, reader: _Reader) -> None:
+def _check_together(config: Config, reader: Reader) -> None:
     """What each value allows alone, but not beside the others."""
     if config.software_user == "root":
         reader.bad(
             "slapformat", "software_user", "root", "a user of its own: what it runs comes from releases"
+        )
+    if len(str(config.run_dir)) > _RUN_DIR_LENGTH:
+        reader.bad(
+            "partitiond", "run_dir", str(config.run_dir), f"a path of at most {_RUN_DIR_LENGTH} characters"
         )
     members = {f"{config.user_base}{index}" for index in range(config.partition_amount)}
     if config.software_user in members:
@@ -334,11 +201,53 @@ def _check_together(config: Config, reader: _Reader) -> None:
         index = (
             path.relative_to(config.instance_root).parts if path.is_relative_to(config.instance_root) else ()
         )
+        if key != "software_root" and path.is_relative_to(config.software_root):
+            # the software user could put files of its own in the place of root's
+            reader.bad(section, key, str(path), "a directory outside of software_root")
         if index and re.fullmatch(re.escape(config.partition_base) + "[0-9]+", index[0]):
             reader.bad(section, key, str(path), "a directory outside of the partitions")
 
 
-def _warn_unknown(reader: _Reader) -> None:
+# keys that are read to refuse nonsense already, although nothing acts on them yet
+_ADDRESS_AND_PORT = re.compile(
+    r"(?:[0-9.]+|\[[0-9a-fA-F:.]+\]):"
+    r"(?:[1-9][0-9]{0,3}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5])"
+)
+_SHAPES = {
+    "bridge_ports": (
+        re.compile(r"[A-Za-z0-9_.-]{1,15}(?:[\s,]+[A-Za-z0-9_.-]{1,15})*"),
+        "names of interfaces",
+    ),
+    "tap_guard": (re.compile(r"lan|strict|off"), "lan, strict or off"),
+    "metrics_listen": (_ADDRESS_AND_PORT, "an address and a port such as 127.0.0.1:9816, or empty"),
+    "master_fingerprint": (re.compile(r"sha256:[0-9a-f]{64}"), "sha256: and 64 lower-case hex digits"),
+    "report_ambiguous": (re.compile(r"hold|resend"), "hold or resend"),
+    "buildout_version": (re.compile(r"[0-9]+(?:\.[0-9]+)*"), "a version such as 4.2.0"),
+    "ipv4_partition_network": (
+        re.compile(r"[0-9]+(?:\.[0-9]+){3}/[0-9]{1,2}"),
+        "a network such as 10.64.0.0/16",
+    ),
+}
+# a node that was told to be left alone must not be changed
+_REFUSED = {
+    "alter_network": (False, "partitiond owns the node's network", "true"),
+    "alter_user": (False, "partitiond owns the partitions' users", "true"),
+    "dry_run": (True, "partitiond plan shows what would be done", "false"),
+}
+
+
+def _check_shapes(reader: Reader) -> None:
+    """Refuse bad values of keys that nothing else reads."""
+    for key, (shape, words) in _SHAPES.items():
+        value = reader.raw("partitiond", key)
+        if value and not shape.fullmatch(value):
+            reader.bad("partitiond", key, value, words)
+    for key, (refused, why, allowed) in _REFUSED.items():
+        if reader.truth("slapformat", key, not refused) == refused:
+            reader.bad("slapformat", key, reader.raw("slapformat", key), f"{allowed} ({why})")
+
+
+def _warn_unknown(reader: Reader) -> None:
     sections = (*_KNOWN, *_OPEN_SECTIONS, *_LATER_SECTIONS)
     for section in reader.parser.sections():
         if section in _LATER_SECTIONS:
@@ -351,7 +260,7 @@ def _warn_unknown(reader: _Reader) -> None:
             )
 
 
-def _warn_keys(reader: _Reader, section: str, known: frozenset[str]) -> None:
+def _warn_keys(reader: Reader, section: str, known: frozenset[str]) -> None:
     for key in reader.parser[section]:
         if key in ("bridge_name", "no_bridge"):
             reader.warnings.append(
@@ -368,24 +277,35 @@ def _suggest(word: str, known: frozenset[str] | tuple[str, ...]) -> str:
     return f", did you mean {near[0]!r}?" if near else ""
 
 
-def _master_url(reader: _Reader) -> str:
+def _master_url(reader: Reader) -> str:
     value = reader.text("slapos", "master_url", None, None, "an http:// or https:// URL")
-    if value and not re.fullmatch(r"https?://[^\s\"'%$\\]+", value):
+    if value and not (re.fullmatch(r"https?://[^\s\"'%$\\]+", value) and _names_a_host(value)):
         reader.bad("slapos", "master_url", value, "an http:// or https:// URL")
     return value
 
 
-def _ipv4_network(reader: _Reader) -> ipaddress.IPv4Network:
+def _names_a_host(url: str) -> bool:
+    try:
+        parts = urllib.parse.urlsplit(url)
+        return bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        return False
+
+
+def _ipv4_network(reader: Reader) -> ipaddress.IPv4Network:
     words = "an IPv4 network such as 10.0.0.0/16 with room for all partitions"
     value = reader.raw("slapformat", "ipv4_local_network") or "10.0.0.0/16"
     try:
-        return ipaddress.IPv4Network(value, strict=False)
+        network = ipaddress.IPv4Network(value, strict=False)
     except ValueError:
         reader.bad("slapformat", "ipv4_local_network", value, words)
         return ipaddress.IPv4Network("10.0.0.0/16")
+    if network.prefixlen < 8 or network.is_loopback or network.is_multicast or network.is_link_local:
+        reader.bad("slapformat", "ipv4_local_network", value, words)
+    return network
 
 
-def _build(path: Path, reader: _Reader) -> Config:
+def _build(path: Path, reader: Reader) -> Config:
     name: Callable[[str, str], str] = lambda key, default: reader.text(  # noqa: E731 - five readers of one shape
         "slapformat", key, default, _NAME, "lower-case letters, digits, - and _, at most 25"
     )
@@ -471,7 +391,7 @@ def _build(path: Path, reader: _Reader) -> Config:
     )
 
 
-def _tunnels(reader: _Reader) -> list[OperatorTunnel]:
+def _tunnels(reader: Reader) -> list[OperatorTunnel]:
     found = []
     for section in reader.parser.sections():
         if not section.startswith("tunnel "):

@@ -6,6 +6,7 @@ import ipaddress
 import logging
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from netplan import apply as netplan_apply
@@ -13,7 +14,7 @@ from netplan import model as netmodel
 from netplan import observe as netplan_observe
 from netplan import plan as netplan_plan
 from netplan.model import DesiredNetwork
-from partitiond import directories, execute, node, resource_file, services, tunnels, users
+from partitiond import directories, execute, node, resource_file, services, tun_device, tunnels, users
 from partitiond.directories import DirectorySpec
 from partitiond.errors import FAMILY, PartitiondError, sentence
 from partitiond.users import UserOperation, UserSpec
@@ -32,7 +33,17 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _ROUNDS = 3
-PARTS = ("users", "directories", "network", "identities", "resources", "services", "tunnels", "leavers")
+PARTS = (
+    "users",
+    "directories",
+    "network",
+    "devices",
+    "identities",
+    "resources",
+    "services",
+    "tunnels",
+    "leavers",
+)
 # include/uapi/linux/if_addr.h: temporary, dadfailed, deprecated, tentative
 _UNUSABLE = 0x01 | 0x08 | 0x20 | 0x40
 
@@ -54,6 +65,7 @@ class Plan:
     users: tuple[UserOperation, ...] = ()
     directories: tuple[directories.DirectoryOperation, ...] = ()
     network: tuple[netmodel.Operation, ...] = ()
+    devices: tuple[tun_device.DeviceOperation, ...] = ()
     identities: tuple[tunnels.IdentityOperation, ...] = ()
     resources: tuple[resource_file.ResourceOperation, ...] = ()
     services: tuple[services.ServiceOperation, ...] = ()
@@ -91,12 +103,33 @@ def observe(context: Context) -> Observation:
     database = users.observe()
     # what is wanted hangs on the node's own address, and how much must be looked at on what is wanted
     first = netplan_observe.observe(DesiredNetwork(interface=config.ipv6_interface))
+    _check_bridge(config, first)
     here = own_addresses(config, first)
     base = choose_base(here, context.store.base())
     found = node.build(config, base, base in here, database.numbers(), _taken_ipv4(config, first))
     network = netplan_observe.observe(found.network())
     context.node = found
     return Observation(database, network, context.supervisor.processes(), found)
+
+
+def refuse_other_node(context: Context, database: users.UserDatabase) -> None:
+    """Refuse to touch a machine that carries a node of another configuration: its marks are the same as ours.
+
+    Told by the homes of our users, which lie below the roots of the configuration that made them.
+    """
+    roots = (context.config.instance_root, context.config.software_root)
+    strangers = [
+        user
+        for user in database.users.values()
+        if user.ours and not any(Path(user.home).is_relative_to(root) for root in roots)
+    ]
+    if strangers:
+        raise PartitiondError(
+            "node.other",
+            f"this machine carries a node of partitiond with other roots: {strangers[0].name} lives in {strangers[0].home}",
+            resource=str(context.config.file),
+            hint="tear that node down with its own configuration first, or set instance_root and software_root back",
+        )
 
 
 def _refuse_busy(context: Context, target: Node) -> None:
@@ -109,6 +142,21 @@ def _refuse_busy(context: Context, target: Node) -> None:
             f"partition_amount leaves no place for {', '.join(busy)}, which still has an instance",
             resource=str(context.config.file),
             hint="destroy the instance at the master and run partitiond sync report, or set partition_amount back",
+        )
+
+
+def _check_bridge(config: Config, network: ObservedNetwork) -> None:
+    """Refuse a bridge that is not there before anything is changed."""
+    if config.bridge is None:
+        return
+    link = network.links.get(config.bridge)
+    if link is None or link.kind != "bridge":
+        there = ", ".join(sorted(one.name for one in network.links.values() if one.kind == "bridge"))
+        raise PartitiondError(
+            "network.no_bridge",
+            f"{config.bridge} is {'no bridge' if link else 'not there'}",
+            resource=str(config.file),
+            hint=f"make the bridge, or set bridge in [partitiond] to {there or 'nothing: taps are not bridged then'}",
         )
 
 
@@ -201,6 +249,7 @@ def desired_directories(target: Node) -> tuple[DirectorySpec, ...]:
 def plan(context: Context, seen: Observation) -> Plan:
     """Compare everything. Raises a family error when the desired state cannot be (a taken uid, a name in the way)."""
     target = seen.node
+    refuse_other_node(context, seen.users)
     # a user that is missing gets the number that it is planned with: its directories are no drift of their own
     numbers = {item.user: (item.uid, item.gid) for item in target.partitions} | seen.users.numbers()
     _refuse_busy(context, target)
@@ -214,6 +263,7 @@ def plan(context: Context, seen: Observation) -> Plan:
         leavers=tuple(operation for operation in people if not operation.spec),
         directories=directories.plan(desired_directories(target), numbers),
         network=netplan_plan.plan(target.network(), seen.network),
+        devices=tun_device.plan(taps=context.config.create_tap and bool(target.partitions)),
         identities=tunnels.plan_identities(target),
         resources=resource_file.plan(target),
         services=services.plan(context, target, seen.processes),
@@ -224,7 +274,11 @@ def plan(context: Context, seen: Observation) -> Plan:
         ),
         refused=(
             *tunnels.homeless(target),
-            *(refusal for wanted in wanted_tunnels for refusal in wanted.refused),
+            *(
+                refusal
+                for wanted in wanted_tunnels
+                for refusal in (*wanted.refused, *tunnels.held_back(wanted))
+            ),
         ),
     )
 
@@ -235,7 +289,7 @@ def tunnels_of(
     """The tunnels of a partition: none while it is stopped or being destroyed."""
     life = context.store.instance(partition.id)
     if life.life in ("stopped", "destroying") or (life.life == "failed" and life.wanted == "stopped"):
-        return tunnels.PartitionTunnels(partition, (), (), {}, ())
+        return tunnels.PartitionTunnels(partition)
     return tunnels.desired(target, partition, certificates)
 
 
@@ -283,6 +337,7 @@ def _run(context: Context, seen: Observation, todo: Plan) -> list[tuple[str, Exc
         failures.append((failed.id, error))
     config = context.config
     calls: list[tuple[str, Callable[[], None]]] = [
+        *((one.id, tun_device.apply) for one in todo.devices),
         *((one.id, partial(tunnels.make_identity, config, one.owner)) for one in todo.identities),
         *((one.id, partial(resource_file.write, seen.node, one.owner)) for one in todo.resources),
         *((one.id, partial(services.apply, context, one)) for one in todo.services),

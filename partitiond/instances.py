@@ -19,7 +19,7 @@ from netplan.errors import NetplanError
 from partitiond import buildout, certificates, converge, destroy_guard, execute, files, tunnels
 from partitiond.errors import FAMILY, PartitiondError, sentence
 from partitiond.state import InstanceState
-from partitiond.supervision import PROGRAM_NAME, Group, Program
+from partitiond.supervision import MOST_PROGRAMS, PROGRAM_NAME, Group, Program
 from slap_client.errors import SlapError
 
 if TYPE_CHECKING:
@@ -294,6 +294,24 @@ def _run(context: Context, partition: Partition, entry: PartitionDocument) -> No
             context.supervisor.update()
         if group.programs:
             context.supervisor.start_group(group.name)
+            _look(context, partition)
+
+
+def _look(context: Context, partition: Partition) -> None:
+    """Fail when supervisord could not even start a program (it has no descriptors left, or the file cannot be run)."""
+    dead = [
+        process.name
+        for process in context.supervisor.processes()
+        if process.group == partition.id and process.state in ("FATAL", "BACKOFF")
+    ]
+    if dead:
+        raise PartitiondError(
+            "instance.start",
+            f"could not be started: {', '.join(sorted(dead))}",
+            resource=partition.id,
+            hint=f"read {context.supervisor.log}",
+            retryable=True,
+        )
 
 
 def process_group(context: Context, partition: Partition) -> Group:
@@ -316,6 +334,13 @@ def process_group(context: Context, partition: Partition) -> Group:
 
 def _without_doubles(partition: str, programs: Sequence[Program]) -> list[Program]:
     kept: dict[str, Program] = {}
+    if len(programs) > MOST_PROGRAMS:
+        raise PartitiondError(
+            "instance.too_many_programs",
+            f"etc/run and etc/service have {len(programs)} programs; at most {MOST_PROGRAMS} are started",
+            resource=partition,
+            hint="a release with so many must be divided into several instances",
+        )
     for program in programs:
         if program.name in kept:
             logger.warning(

@@ -1,14 +1,15 @@
 """A throw-away machine made of private namespaces, for the demo and the tests.
 
 Promises: network, mounts, processes, System V IPC and the host name are private; ``/etc``, ``/run``, ``/var``, ``/tmp``,
-``/srv`` and ``/dev`` are private copies or empty; the first process reaps orphans and takes everything down with it
-when the command ends or this process is killed, so nothing is left on the host.
+``/srv`` and ``/dev`` are private copies or empty, and the host's other files can only be read; the first process reaps
+orphans and takes everything down with it when the command ends or this process is killed, so nothing is left on the host.
 """
 
 from __future__ import annotations
 
 import argparse
 import ctypes
+import errno
 import os
 import shutil
 import signal
@@ -25,7 +26,8 @@ if TYPE_CHECKING:
 # include/uapi/linux/sched.h, include/uapi/linux/mount.h, include/uapi/linux/prctl.h
 CLONE_NEWNS, CLONE_NEWUTS, CLONE_NEWIPC = 0x00020000, 0x04000000, 0x08000000
 CLONE_NEWPID, CLONE_NEWNET = 0x20000000, 0x40000000
-MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_BIND, MS_REC, MS_PRIVATE = 2, 4, 8, 4096, 16384, 1 << 18
+MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REMOUNT, MS_BIND = 1, 2, 4, 8, 32, 4096
+MS_REC, MS_PRIVATE = 16384, 1 << 18
 PR_SET_PDEATHSIG = 1
 
 MARKER = "PARTITIOND_SANDBOX"
@@ -184,6 +186,17 @@ def _lay_out(binds: Sequence[tuple[str, str]], keep_opt: bool) -> None:
         Path(target).mkdir(parents=True, exist_ok=True)
         _mount(f"/proc/self/fd/{descriptor}", target, "", MS_BIND | MS_REC)
         os.close(descriptor)
+    _protect_the_rest()
+
+
+def _protect_the_rest() -> None:
+    """What is shown of the host's own files can be read only: root in here must not be able to change the host."""
+    try:
+        _mount("none", "/", "", MS_REMOUNT | MS_BIND | MS_RDONLY)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        # the root of a plain chroot is no mount of its own, so nothing can be said of it
 
 
 def _private_etc() -> None:

@@ -13,12 +13,13 @@ if TYPE_CHECKING:
     from partitiond.node import Node, Partition
     from partitiond.supervision import Process
     from partitiond.tunnels import PartitionTunnels
-    from stunnel_mgr.model import Tunnel
+    from stunnel_mgr.model import Refused, Tunnel
 
 # what this version leaves open, by name, as long as it is so
 _OPEN_CASES = (
     "datagrams that reach a foreign wildcard socket are not stopped (cgroup BPF is not there yet)",
     "an unbound client of a partition on the same node has the node's own source address",
+    "another user can listen on a partition's address (nobody reaches it there) and so keep its own service out",
     "frames from taps are not filtered (tap_guard is not there yet)",
 )
 
@@ -117,7 +118,7 @@ def tunnel_list(context: Context) -> dict[str, Any]:
     seen = converge.observe(context)
     wanted = _tunnels(context, seen)
     everything = [tunnel for one in wanted.values() for tunnel in one.tunnels]
-    listening = sessions.listening([tunnel.listen for tunnel in everything])
+    listeners = sessions.listeners([tunnel.listen for tunnel in everything])
     counted = sessions.count_sessions([tunnel.listen for tunnel in everything])
     running = {process.group for process in seen.processes if process.pid}
     rows = []
@@ -127,27 +128,43 @@ def tunnel_list(context: Context) -> dict[str, Any]:
             {"fingerprint": identity.fingerprint, "not_after": _not_after(identity)} if identity else None
         )
         for tunnel in wanted[item.id].tunnels:
-            up = tunnel.listen in listening and tunnels.group_name(item.id) in running
-            rows.append(_tunnel_row(tunnel, up, certificate, counted.get(tunnel.listen, 0)))
-        rows += [
-            {
-                "name": refusal.name,
-                "partition": item.id,
-                "mode": None,
-                "listen": None,
-                "connect": None,
-                "state": "refused",
-                "reason": f"{refusal.file}{f':{refusal.line}' if refusal.line else ''}: {refusal.reason}",
-                "allowed": [],
-                "certificate": certificate,
-                "sessions": 0,
-            }
-            for refusal in wanted[item.id].refused
-        ]
+            blocked = wanted[item.id].blocked.get(tunnel.name)
+            up = (
+                not blocked
+                and item.uid in listeners.get(tunnel.listen, ())
+                and tunnels.group_name(item.id) in running
+            )
+            reason = (
+                blocked or tunnel.idle_reason or "stunnel does not listen there; partitiond apply says why"
+            )
+            sessions_now = counted.get(tunnel.listen, 0) if up else 0
+            rows.append(_tunnel_row(tunnel, None if up else reason, certificate, sessions_now))
+        rows += [_refused_row(refusal, certificate) for refusal in wanted[item.id].refused]
+    rows += [_refused_row(refusal, None) for refusal in tunnels.homeless(seen.node)]
     return {"tunnels": rows}
 
 
-def _tunnel_row(tunnel: Tunnel, up: bool, certificate: dict[str, str] | None, count: int) -> dict[str, Any]:
+def _refused_row(refusal: Refused, certificate: dict[str, str] | None) -> dict[str, Any]:
+    # what a bad declaration meant to be is not known
+    place = f"{refusal.file}:{refusal.line}" if refusal.line else refusal.file
+    return {
+        "name": refusal.name,
+        "partition": refusal.partition,
+        "mode": None,
+        "listen": None,
+        "connect": None,
+        "state": "refused",
+        "reason": f"{place}: {refusal.reason}",
+        "allowed": [],
+        "certificate": certificate,
+        "sessions": 0,
+    }
+
+
+def _tunnel_row(
+    tunnel: Tunnel, reason: str | None, certificate: dict[str, str] | None, count: int
+) -> dict[str, Any]:
+    """A valid tunnel: up, or down for a reason."""
     from stunnel_mgr.model import format_endpoint  # noqa: PLC0415 - keeps this module's head to what all verbs need
 
     return {
@@ -156,8 +173,8 @@ def _tunnel_row(tunnel: Tunnel, up: bool, certificate: dict[str, str] | None, co
         "mode": tunnel.mode,
         "listen": format_endpoint(tunnel.listen),
         "connect": format_endpoint(tunnel.connect),
-        "state": "up" if up else "down",
-        "reason": None if up else tunnel.idle_reason or "stunnel does not listen; partitiond apply starts it",
+        "state": "down" if reason else "up",
+        "reason": reason,
         "allowed": [pin.fingerprint for pin in tunnel.pins],
         "certificate": certificate,
         "sessions": count,

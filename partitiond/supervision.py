@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
     from partitiond.config import Config
 
+# of one partition; each takes three descriptors of supervisord, which all partitions share
+MOST_PROGRAMS = 100
+_MOST_DESCRIPTORS = 20000
 PROGRAM_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,99}")
 _GROUP_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,99}")
 _SOCKET_LIMIT = 104  # struct sockaddr_un holds 108 bytes; supervisord makes a longer temporary name beside it
@@ -157,7 +160,7 @@ class Supervisor:
         self.log = root / "var" / "log" / "supervisord.log"
         self.pidfile = root / "var" / "run" / "supervisord.pid"
         # each descriptor up to minfds is closed one by one before every exec: near the need, not far above
-        self._minfds = min(1024 + 16 * config.partition_amount, _hard_limit())
+        self._minfds = min(1024 + 100 * config.partition_amount, _MOST_DESCRIPTORS, _hard_limit())
 
     def render(self) -> str:
         """Return the text of supervisord.conf."""

@@ -11,7 +11,7 @@ from netplan import observe as netplan_observe
 from netplan import plan as netplan_plan
 from netplan.model import DesiredNetwork
 from partitiond import execute, files, users
-from partitiond.converge import Outcome
+from partitiond.converge import Outcome, refuse_other_node
 from partitiond.errors import FAMILY, sentence
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 def run(context: Context, *, purge: bool) -> Outcome:
     """Take everything down. What cannot be removed is in the outcome's failures; the rest is done all the same."""
     outcome = Outcome()
+    refuse_other_node(context, users.observe())
     with context.applying:
         steps: list[tuple[str, Callable[[], None]]] = [
             ("supervisord", lambda: _supervisord(context)),

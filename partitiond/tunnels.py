@@ -6,12 +6,14 @@ user can read; a changed configuration is loaded with SIGHUP, which keeps live s
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import shutil
+import socket
 import stat
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -19,13 +21,13 @@ from partitiond import files
 from partitiond.errors import PartitiondError
 from partitiond.operation import Operation
 from partitiond.supervision import Group, Program, Supervisor
-from stunnel_mgr import conflicts, declaration, render, verdict
+from stunnel_mgr import conflicts, declaration, render, sessions, verdict
 from stunnel_mgr.errors import TunnelError
 from stunnel_mgr.model import Refused, Tunnel, TunnelContext
 from stunnel_mgr.syntax import Entry
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterable, Mapping, Sequence
     from pathlib import Path
 
     from partitiond.config import Config
@@ -34,6 +36,8 @@ if TYPE_CHECKING:
 _DECLARATION_LIMIT = 64 * 1024
 _PIN_LIMIT = 64 * 1024
 _MOST_TUNNELS = 100  # of one partition
+_MOST_PINS = 500  # likewise: a tenant must not make the whole node's plan slow
+_USUAL_PROGRAM = "/usr/bin/stunnel4"
 _VERDICT_SECONDS = 10.0
 # what stunnel has loaded, as a hash: a crash between writing the files and SIGHUP shows up as a difference
 _LOADED = "loaded"
@@ -50,13 +54,13 @@ def directory_of(config: Config, partition: str) -> Path:
     return config.state_dir / "tunnels" / partition
 
 
-def stunnel_program() -> str:
-    """Absolute path of stunnel. Raises PartitiondError ``tunnel.no_stunnel``."""
+def stunnel_program() -> str | None:
+    """Absolute path of stunnel, or None where it is not installed."""
     for name in ("stunnel4", "stunnel"):
         found = shutil.which(name, path="/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
         if found:
             return found
-    raise PartitiondError("tunnel.no_stunnel", "stunnel is not installed", hint="apt install stunnel4")
+    return None
 
 
 # --- identities -------------------------------------------------------------------------------------------------------
@@ -144,13 +148,17 @@ def remove_identity(config: Config, partition: Partition) -> None:
 
 @dataclass(frozen=True, slots=True)
 class PartitionTunnels:
-    """All tunnels of a partition: the valid ones, the refused ones, and what stunnel must be given."""
+    """All tunnels of a partition: the valid ones, the refused ones, and what stunnel must be given.
+
+    ``blocked`` are valid ones that are left out for now, by public name, with the reason.
+    """
 
     partition: Partition
-    tunnels: tuple[Tunnel, ...]
-    refused: tuple[Refused, ...]
-    files: Mapping[str, str]
-    services: tuple[str, ...]
+    tunnels: tuple[Tunnel, ...] = ()
+    refused: tuple[Refused, ...] = ()
+    files: Mapping[str, str] = field(default_factory=dict)
+    services: tuple[str, ...] = ()
+    blocked: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def fingerprint(self) -> str:
@@ -192,8 +200,53 @@ def desired(node: Node, partition: Partition, certificates: Mapping[str, str]) -
     kept, clashing = conflicts.resolve_conflicts(found)
     everything = tuple(refused) + tuple(clashing)
     directory = directory_of(node.config, partition.id)
-    rendered = render.render(partition.id, kept, directory=str(directory))
-    return PartitionTunnels(partition, tuple(kept), everything, rendered.files, rendered.services)
+    blocked = _blocked(partition, directory, kept)
+    free = [tunnel for tunnel in kept if tunnel.name not in blocked]
+    rendered = render.render(partition.id, free, directory=str(directory))
+    return PartitionTunnels(partition, tuple(kept), everything, rendered.files, rendered.services, blocked)
+
+
+def _blocked(partition: Partition, directory: Path, kept: Sequence[Tunnel]) -> dict[str, str]:
+    """Tunnels whose port somebody else has: one of these closes every listener of a stunnel that is given it.
+
+    They are left out until the port is free, which the next plan sees. A port is our own stunnel's when the partition's user
+    listens there and the tunnel is in the configuration on disk; any other is tried, as only the kernel knows what a
+    listener on all addresses excludes.
+    """
+    active = [tunnel for tunnel in kept if not tunnel.idle_reason]
+    if not active:
+        return {}
+    listeners = sessions.listeners([tunnel.listen for tunnel in active])
+    loaded = _on_disk(directory, [render.CONFIG_FILE]).get(render.CONFIG_FILE, "")
+    found = {}
+    for tunnel in active:
+        own = partition.uid in listeners.get(tunnel.listen, ()) and f"\n[{tunnel.short_name}]\n" in loaded
+        if not own and not _port_is_free(tunnel):
+            users = ", ".join(f"uid {uid}" for uid in sorted(listeners.get(tunnel.listen, ()))) or "somebody"
+            found[tunnel.name] = f"port {tunnel.listen_port} is taken: {users} listens there"
+    return found
+
+
+def held_back(wanted: PartitionTunnels) -> tuple[Refused, ...]:
+    """The blocked tunnels, to be told of like the refused ones."""
+    files_of = {tunnel.name: tunnel.file for tunnel in wanted.tunnels}
+    return tuple(
+        Refused(name, wanted.partition.id, files_of[name], None, reason)
+        for name, reason in wanted.blocked.items()
+    )
+
+
+def _port_is_free(tunnel: Tunnel) -> bool:
+    """Whether stunnel could listen; an address that the node does not have yet is no obstacle (IP_FREEBIND)."""
+    host, port = tunnel.listen
+    with socket.socket(socket.AF_INET6 if host.version == 6 else socket.AF_INET, socket.SOCK_STREAM) as probe:
+        # as stunnel does: connections that are just ending do not count, listeners do
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((str(host), port))
+        except OSError as error:
+            return error.errno != errno.EADDRINUSE
+    return True
 
 
 def _read_declarations(
@@ -206,6 +259,10 @@ def _read_declarations(
                 file = str(partition.path / "etc" / "tunnel" / name)
                 if name in everything[_MOST_TUNNELS:]:
                     refused.append(_refusal(partition, name, file, f"more than {_MOST_TUNNELS} tunnels"))
+                    continue
+                if sum(len(tunnel.pins) for tunnel in found) > _MOST_PINS:
+                    reason = f"the partition's tunnels name more than {_MOST_PINS} certificates"
+                    refused.append(_refusal(partition, name, file, reason))
                     continue
                 try:
                     text = files.read(name, dir_fd=descriptor, limit=_DECLARATION_LIMIT).decode("utf-8")
@@ -258,7 +315,7 @@ def homeless(node: Node) -> tuple[Refused, ...]:
     known = {partition.id for partition in node.partitions}
     return tuple(
         Refused(
-            given.name,
+            f"{given.partition or '?'}/{given.name}",
             given.partition,
             given.file,
             given.line,
@@ -304,7 +361,9 @@ def certificates_of(node: Node) -> dict[str, str]:
 def group(config: Config, partition: Partition) -> Group:
     """The supervisord group of a partition's stunnel."""
     configuration = directory_of(config, partition.id) / render.CONFIG_FILE
-    program = Program("stunnel", "stunnel", f"{stunnel_program()} {configuration}", restart=True)
+    program = Program(
+        "stunnel", "stunnel", f"{stunnel_program() or _USUAL_PROGRAM} {configuration}", restart=True
+    )
     return Group(
         name=group_name(partition.id),
         user=partition.user,
@@ -357,7 +416,7 @@ def _loaded(directory: Path) -> str | None:
         return None
 
 
-def _on_disk(directory: Path, names: Mapping[str, str]) -> dict[str, str]:
+def _on_disk(directory: Path, names: Iterable[str]) -> dict[str, str]:
     found = {}
     for name in names:
         try:
@@ -375,6 +434,13 @@ def apply(operation: TunnelOperation, config: Config, supervisor: Supervisor) ->
     if not wanted.files:
         _take_down(supervisor, partition, directory)
         return
+    if stunnel_program() is None:
+        raise PartitiondError(
+            "tunnel.no_stunnel",
+            "stunnel is not installed",
+            resource=partition.id,
+            hint="apt install stunnel4",
+        )
     (directory / _LOADED).unlink(missing_ok=True)
     _write_files(directory, wanted)
     name = group_name(partition.id)

@@ -11,6 +11,9 @@ from datetime import datetime
 from ipaddress import IPv4Address, IPv6Address
 from typing import Literal
 
+MAX_PINS = 256
+"""Most certificates that one tunnel names, repetitions counted: reading one costs about half a millisecond."""
+
 IPAddress = IPv4Address | IPv6Address
 Endpoint = tuple[IPAddress, int]
 Mode = Literal["server", "client"]

@@ -12,13 +12,14 @@ import hashlib
 import re
 import ssl
 from collections.abc import Mapping
+from functools import lru_cache
 
 from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec, ed448, ed25519, rsa
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from .model import Pin
+from .model import MAX_PINS, Pin
 
 MAX_DER = 16 * 1024
 """Longest certificate, in bytes; usual ones have 0.4 to 3 KB."""
@@ -58,6 +59,8 @@ def pins_from_pem(data: bytes) -> tuple[Pin, ...]:
         raise ValueError("the file has a damaged PEM certificate")
     if not blocks:
         raise ValueError("the file has no PEM certificate")
+    if len(blocks) > MAX_PINS:
+        raise ValueError(f"the file has {len(blocks)} certificates; allowed: at most {MAX_PINS}")
     return tuple(pin_from_der(_pem_to_der(block)) for block in blocks)
 
 
@@ -76,8 +79,9 @@ def pin_from_fingerprint(text: str, local_certificates: Mapping[str, str]) -> Pi
     return pin
 
 
+@lru_cache(maxsize=1024)
 def pin_from_der(der: bytes) -> Pin:
-    """Check one certificate and make the pin of it. Raises ValueError."""
+    """Check one certificate and make the pin of it; what was checked before is remembered. Raises ValueError."""
     if len(der) > MAX_DER:
         raise ValueError(f"the certificate has {len(der)} bytes; allowed: {MAX_DER}")
     try:

@@ -37,13 +37,25 @@ def observe_sockets(endpoints: Collection[Endpoint], *, proc_net: Path = PROC_NE
     wanted = {_kernel_text(endpoint): endpoint for endpoint in endpoints}
     listening = set()
     sessions = Counter[Endpoint]()
-    for local, state in _sockets(proc_net):
+    for local, state, _ in _sockets(proc_net):
         if endpoint := wanted.get(local):
             if state == _LISTEN:
                 listening.add(endpoint)
             elif state == _ESTABLISHED:
                 sessions[endpoint] += 1
     return TunnelSockets(frozenset(listening), {endpoint: sessions[endpoint] for endpoint in endpoints})
+
+
+def listeners(
+    endpoints: Collection[Endpoint], *, proc_net: Path = PROC_NET
+) -> Mapping[Endpoint, frozenset[int]]:
+    """Find the users (uid) that listen at exactly these endpoints."""
+    wanted = {_kernel_text(endpoint): endpoint for endpoint in endpoints}
+    found: dict[Endpoint, frozenset[int]] = {}
+    for local, state, uid in _sockets(proc_net) if wanted else ():
+        if state == _LISTEN and (endpoint := wanted.get(local)):
+            found[endpoint] = found.get(endpoint, frozenset()) | {uid}
+    return found
 
 
 def count_sessions(endpoints: Collection[Endpoint], *, proc_net: Path = PROC_NET) -> Mapping[Endpoint, int]:
@@ -69,17 +81,17 @@ def _words(host: IPAddress) -> str:
     return "".join(f"{word:08X}" for word in struct.unpack(f"={len(packed) // 4}I", packed))
 
 
-def _sockets(proc_net: Path) -> Iterator[tuple[str, str]]:
-    """Give local address and state of each socket, as the kernel writes them."""
+def _sockets(proc_net: Path) -> Iterator[tuple[str, str, int]]:
+    """Give local address, state and user of each socket, as the kernel writes them."""
     for name in ("tcp", "tcp6"):
         path = proc_net / name
         try:
             with path.open(encoding="ascii", errors="replace") as table:
                 next(table, None)  # the heading
                 for line in table:
-                    fields = line.split(None, 4)
-                    if len(fields) == 5:
-                        yield fields[1], fields[3]
+                    fields = line.split(None, 8)
+                    if len(fields) == 9 and fields[7].isdigit():
+                        yield fields[1], fields[3], int(fields[7])
         except FileNotFoundError:
             continue  # a kernel without IPv6
         except OSError as error:

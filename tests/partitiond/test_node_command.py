@@ -121,8 +121,14 @@ def test_warnings_go_to_stderr_and_can_be_silenced(command, node_config):
 def test_a_time_that_is_none(command, node_config):
     node = node_config(0, interface="lo")
     done = command("usage", "--json", "--from", "yesterday", "-c", node.path)
-    assert done.returncode == 1
-    assert parsed(done)["error"]["code"] == "usage.time"
+    assert done.returncode == 64
+    assert "'yesterday' is no ISO 8601 time" in parsed(done)["error"]["message"]
+
+
+def test_usage_of_an_unknown_partition(command, node_config):
+    node = node_config(0, interface="lo")
+    done = command("usage", "--partition", "nope", "--json", "-c", node.path)
+    assert (done.returncode, parsed(done)["error"]["code"]) == (1, "usage.unknown_partition")
 
 
 def test_an_unknown_partition(command, node_config):

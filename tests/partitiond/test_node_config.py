@@ -268,3 +268,38 @@ def test_the_amount_may_stand_in_slapos(load):
         "[slapformat]", "partition_amount = 2\n[slapformat]"
     )
     assert load(text).partition_amount == 2
+
+
+@pytest.mark.parametrize(
+    ("section", "line"),
+    [
+        ("slapformat", "alter_network = false"),
+        ("slapformat", "alter_user = no"),
+        ("slapformat", "dry_run = true"),
+        ("slapformat", "ipv4_local_network = 127.0.0.0/8"),
+        ("slapformat", "ipv4_local_network = 0.0.0.0/0"),
+        ("slapos", "master_url = http://["),
+        ("slapos", "master_url = http://master:99999/"),
+        ("partitiond", "tap_guard = bogus"),
+        ("partitiond", "metrics_listen = 127.0.0.1:99999"),
+        ("partitiond", "master_fingerprint = bogus"),
+        ("partitiond", "report_ambiguous = bogus"),
+        ("partitiond", "buildout_version = newest"),
+        ("partitiond", "ipv4_partition_network = foo"),
+        ("partitiond", "run_dir = /run/" + "x" * 120),
+        ("partitiond", "state_dir = /srv/t/software/state"),
+        ("slapos", "instance_root = /srv/t/software/instance"),
+    ],
+)
+def test_what_nothing_may_act_on_is_refused(load, section, line):
+    key = line.split(" ")[0]
+    text = "\n".join(one for one in GOOD.splitlines() if not one.startswith(f"{key} "))
+    text = (
+        text.replace(f"[{section}]", f"[{section}]\n{line}")
+        if f"[{section}]" in text
+        else f"{text}\n[{section}]\n{line}\n"
+    )
+    with pytest.raises(PartitiondError, match=key) as caught:
+        load(text + "\n")
+    assert caught.value.code == "config.value"
+    assert f"slapos.cfg:{text.splitlines().index(line) + 1}: {key}" in str(caught.value)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from json_schemas import parsed
 
-from partitiond import verbs
+from partitiond import tunnels, verbs
 from partitiond.context import Context
 
 PATIENCE = 20.0
@@ -253,3 +253,103 @@ def test_a_killed_supervisord_leaves_no_second_stunnel(bridge, node_config):
     assert (outcome["failures"], outcome["left"]) == ([], [])
     assert len(owned({5000})) == 1
     assert verbs.plan(context)["operations"] == []
+
+
+LISTENER = """
+import socket, sys, time
+with socket.create_server(("::", int(sys.argv[1])), family=socket.AF_INET6):
+    print("listening", flush=True)
+    time.sleep(1000)
+"""
+
+
+def states(command, node):
+    found = parsed(command("tunnel", "list", "--json", "-c", node.path))["tunnels"]
+    return {one["name"]: (one["state"], one["reason"]) for one in found}
+
+
+def test_a_port_that_another_tenant_takes_costs_that_tunnel_alone(bridge, node_config, command):
+    node = node_config(2)
+    assert command("apply", "-q", "-c", node.path).returncode == 0
+    own = pin(node, "slappart0", "cert", "")
+    text = "mode = server\nlisten = {}\nconnect = 5000\nallow = " + own + "\n"
+    declare(node, "slappart1", "good", text.format(4555))
+    assert command("apply", "-q", "-c", node.path).returncode == 0
+    before = owned({5001})
+    squatter = subprocess.Popen(as_user("slapuser0", LISTENER, 4777), stdout=subprocess.PIPE, text=True)
+    try:
+        assert squatter.stdout.readline() == "listening\n"
+        declare(node, "slappart1", "third", text.format(4777))
+        assert command("apply", "-q", "-c", node.path).returncode == 3
+        found = states(command, node)
+        assert found["slappart1/good"] == ("up", None)
+        assert found["slappart1/third"][0] == "down"
+        assert "port 4777 is taken" in found["slappart1/third"][1]
+        assert owned({5001}) == before  # the same stunnel, never ended
+        assert verbs.plan(Context.of(node.load()))["operations"] == []
+        # also when stunnel is started anew
+        Context.of(node.load()).supervisor.stop_group("slappart1-tunnel")
+        assert command("apply", "-q", "-c", node.path).returncode == 3
+        assert states(command, node)["slappart1/good"] == ("up", None)
+    finally:
+        squatter.kill()
+        squatter.communicate()
+    # the port is free again: the next pass sees it
+    assert len(verbs.plan(Context.of(node.load()))["operations"]) == 1
+    assert command("apply", "-q", "-c", node.path).returncode == 0
+    assert states(command, node)["slappart1/third"] == ("up", None)
+
+
+def test_what_a_tenant_makes_us_read_is_bounded(bridge, node_config, monkeypatch):
+    """A declaration may name a file of many certificates again and again; each costs half a millisecond to read."""
+    node = node_config(2)
+    context = Context.of(node.load())
+    verbs.apply(context, [])
+    user = pwd.getpwnam("slapuser0").pw_uid
+    certificate = pem(resource(node, "slappart0")["certificate"])
+    (node.instance / "slappart0" / "many.pem").write_text(certificate * 100)
+    os.chown(node.instance / "slappart0" / "many.pem", user, 0)
+    again = "\n".join(" file:many.pem" for _ in range(4000))
+    for index in range(110):
+        declare(
+            node,
+            "slappart0",
+            f"t{index}",
+            f"mode = server\nlisten = {4000 + index}\nconnect = 1\nallow =\n{again}\n",
+        )
+    read = []
+    original = tunnels._read_below
+    monkeypatch.setattr(tunnels, "_read_below", lambda *words: read.append(1) or original(*words))
+    outcome = verbs.apply(context, ["slappart1"])
+    assert (outcome["failures"], outcome["left"]) == ([], [])
+    refused = verbs.plan(context)["refused"]
+    assert len(refused) == 110
+    assert {one["reason"].split(";")[0] for one in refused} == {
+        "allow: more than 256 certificates",
+        "more than 100 tunnels",
+    }
+    # three readings of 100 certificates pass the bound of 256, in each of 100 declarations, in each of the looks
+    assert len(read) <= 3 * 100 * 5
+
+
+def test_without_stunnel_the_rest_is_repaired(bridge, node_config, monkeypatch):
+    node = node_config(1)
+    context = Context.of(node.load())
+    verbs.apply(context, [])
+    own = pin(node, "slappart0", "cert", "")
+    declare(node, "slappart0", "in", f"mode = server\nlisten = 4000\nconnect = 5000\nallow = {own}\n")
+    subprocess.run(["/usr/sbin/ip", "link", "delete", "slaptap0"], check=True)
+    monkeypatch.setattr(tunnels, "stunnel_program", lambda: None)
+    outcome = verbs.apply(context, [])
+    assert [one["code"] for one in outcome["failures"]] == ["tunnel.no_stunnel"]
+    assert Path("/sys/class/net/slaptap0").exists()
+
+
+def test_an_operators_tunnel_for_nobody_is_listed(bridge, node_config, command):
+    node = node_config(
+        1, **{"tunnel op": {"partition": "nope", "mode": "server", "listen": 4000, "connect": 1}}
+    )
+    assert command("apply", "-q", "-c", node.path).returncode == 3
+    state, reason = states(command, node)["nope/op"]
+    assert state == "refused"
+    assert "is no partition of this node" in reason
