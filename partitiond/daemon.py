@@ -103,6 +103,7 @@ class Daemon:
     def __init__(self, config: Config) -> None:
         self.context = Context.of(config)
         self._done = threading.Event()
+        self._torn_down = False
         self._known_drift: frozenset[tuple[str, str]] = frozenset()
         stop, intervals = self.context.stop, config.intervals
         capacity = Lane("capacity", intervals.capacity, lambda: lanes.capacity(self.context), stop)
@@ -142,7 +143,7 @@ class Daemon:
             server.server_close()
             (config.run_dir / "control.sock").unlink(missing_ok=True)
             self._join()
-        logger.info("ended; supervisord and what it runs go on")
+        logger.info("ended" if self._torn_down else "ended; supervisord and what it runs go on")
         return 0
 
     def _start_up(self) -> None:
@@ -219,6 +220,7 @@ class Daemon:
         self.context.stop.set()
         self._join()
         answer = verbs.tear_down(self.context, purge=purge)
+        self._torn_down = True
         threading.Timer(0.2, self._end).start()
         return answer
 
