@@ -14,7 +14,17 @@ from netplan import model as netmodel
 from netplan import observe as netplan_observe
 from netplan import plan as netplan_plan
 from netplan.model import DesiredNetwork
-from partitiond import directories, execute, node, resource_file, services, tun_device, tunnels, users
+from partitiond import (
+    directories,
+    execute,
+    identities,
+    node,
+    resource_file,
+    services,
+    tun_device,
+    tunnels,
+    users,
+)
 from partitiond.directories import DirectorySpec
 from partitiond.errors import FAMILY, PartitiondError, sentence
 from partitiond.users import UserOperation, UserSpec
@@ -66,7 +76,7 @@ class Plan:
     directories: tuple[directories.DirectoryOperation, ...] = ()
     network: tuple[netmodel.Operation, ...] = ()
     devices: tuple[tun_device.DeviceOperation, ...] = ()
-    identities: tuple[tunnels.IdentityOperation, ...] = ()
+    identities: tuple[identities.IdentityOperation, ...] = ()
     resources: tuple[resource_file.ResourceOperation, ...] = ()
     services: tuple[services.ServiceOperation, ...] = ()
     tunnels: tuple[tunnels.TunnelOperation, ...] = ()
@@ -241,7 +251,7 @@ def desired_directories(target: Node) -> tuple[DirectorySpec, ...]:
         own += (
             DirectorySpec(item.path, item.user, item.user, 0o750, item.id),
             DirectorySpec(config.log_dir / item.id, root, item.user, 0o750, item.id),
-            DirectorySpec(tunnels.directory_of(config, item.id), root, item.user, 0o750, item.id),
+            DirectorySpec(identities.directory_of(config, item.id), root, item.user, 0o750, item.id),
         )
     return tuple(own)
 
@@ -264,7 +274,7 @@ def plan(context: Context, seen: Observation) -> Plan:
         directories=directories.plan(desired_directories(target), numbers),
         network=netplan_plan.plan(target.network(), seen.network),
         devices=tun_device.plan(taps=context.config.create_tap and bool(target.partitions)),
-        identities=tunnels.plan_identities(target),
+        identities=identities.plan(target),
         resources=resource_file.plan(target),
         services=services.plan(context, target, seen.processes),
         tunnels=tuple(
@@ -338,7 +348,7 @@ def _run(context: Context, seen: Observation, todo: Plan) -> list[tuple[str, Exc
     config = context.config
     calls: list[tuple[str, Callable[[], None]]] = [
         *((one.id, tun_device.apply) for one in todo.devices),
-        *((one.id, partial(tunnels.make_identity, config, one.owner)) for one in todo.identities),
+        *((one.id, partial(identities.make, config, one.owner)) for one in todo.identities),
         *((one.id, partial(resource_file.write, seen.node, one.owner)) for one in todo.resources),
         *((one.id, partial(services.apply, context, one)) for one in todo.services),
         *((one.id, partial(tunnels.apply, one, config, context.supervisor)) for one in todo.tunnels),

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from accounting.errors import AccountingError
 from netplan.errors import NetplanError
-from partitiond import buildout, certificates, converge, destroy_guard, execute, files, tunnels
+from partitiond import buildout, certificates, converge, destroy_guard, execute, files, identities, tunnels
 from partitiond.errors import FAMILY, PartitiondError, sentence
 from partitiond.state import InstanceState
 from partitiond.supervision import MOST_PROGRAMS, PROGRAM_NAME, Group, Program
@@ -410,7 +410,7 @@ def _clean(context: Context, node: Node, partition: Partition) -> None:
     context.meters.forget(partition.id)
     execute.end_processes_of(partition.uid, partition.gid)
     certificates.remove(context, partition)
-    tunnels.remove_identity(context.config, partition)
+    identities.remove(context.config, partition)
     with files.directory(partition.path) as descriptor:
         files.empty(descriptor)
     logs = context.config.log_dir / partition.id

@@ -13,7 +13,7 @@ import secrets
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from partitiond import files, tunnels
+from partitiond import files, identities
 from partitiond.errors import PartitiondError
 from partitiond.operation import Operation
 
@@ -40,7 +40,7 @@ def netmask6(prefixlen: int) -> str:
 def content(node: Node, partition: Partition) -> bytes:
     """What the file should hold now."""
     network = partition.network
-    identity = tunnels.read_identity(node.config, partition)
+    identity = identities.read(node.config, partition)
     value: dict[str, Any] = {
         "reference": partition.id,
         "address_list": addresses(partition),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from partitiond import converge, tunnels
+from partitiond import converge, identities, tunnels
 from stunnel_mgr import sessions
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ def tunnel_list(context: Context) -> dict[str, Any]:
     running = {process.group for process in seen.processes if process.pid}
     rows = []
     for item in seen.node.partitions:
-        identity = tunnels.read_identity(context.config, item)
+        identity = identities.read(context.config, item)
         certificate = (
             {"fingerprint": identity.fingerprint, "not_after": _not_after(identity)} if identity else None
         )
@@ -181,7 +181,7 @@ def _tunnel_row(
     }
 
 
-def _not_after(identity: tunnels.PublicIdentity) -> str:
+def _not_after(identity: identities.PublicIdentity) -> str:
     from cryptography import x509  # noqa: PLC0415 - slow to import, only for this verb
 
     found = x509.load_pem_x509_certificate(identity.certificate_pem.encode())

@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import os
 import shutil
 import socket
-import stat
 import time
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
 
-from partitiond import files
+from partitiond import files, identities
 from partitiond.errors import PartitiondError
 from partitiond.operation import Operation
 from partitiond.supervision import Group, Program, Supervisor
@@ -41,17 +39,11 @@ _USUAL_PROGRAM = "/usr/bin/stunnel4"
 _VERDICT_SECONDS = 10.0
 # what stunnel has loaded, as a hash: a crash between writing the files and SIGHUP shows up as a difference
 _LOADED = "loaded"
-CERTIFICATE_FILE, KEY_FILE = render.IDENTITY_FILES["partition"]
 
 
 def group_name(partition: str) -> str:
     """The supervisord group of a partition's stunnel."""
     return f"{partition}-tunnel"
-
-
-def directory_of(config: Config, partition: str) -> Path:
-    """Where identity, pins and configuration of a partition's tunnels lie."""
-    return config.state_dir / "tunnels" / partition
 
 
 def stunnel_program() -> str | None:
@@ -61,86 +53,6 @@ def stunnel_program() -> str | None:
         if found:
             return found
     return None
-
-
-# --- identities -------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class PublicIdentity:
-    """What others may know of a partition's identity."""
-
-    certificate_pem: str
-    certificate_base64: str
-    fingerprint: str
-
-
-@dataclass(frozen=True, slots=True)
-class IdentityOperation(Operation):
-    """Make a partition's identity."""
-
-    owner: Partition
-
-
-def read_identity(config: Config, partition: Partition) -> PublicIdentity | None:
-    """Read what is published; None when it is missing or damaged. Cheap: no key is parsed."""
-    import ssl  # noqa: PLC0415 - only where identities are looked at
-    from base64 import b64encode  # noqa: PLC0415
-
-    directory = directory_of(config, partition.id)
-    try:
-        pem = (directory / CERTIFICATE_FILE).read_text("ascii")
-        key = os.lstat(directory / KEY_FILE)
-        der = ssl.PEM_cert_to_DER_cert(pem)
-    except (OSError, ValueError):
-        return None
-    if (
-        not stat.S_ISREG(key.st_mode)
-        or (key.st_uid, stat.S_IMODE(key.st_mode)) != (partition.uid, 0o400)
-        or not key.st_size
-    ):
-        return None
-    return PublicIdentity(pem, b64encode(der).decode(), "sha256:" + hashlib.sha256(der).hexdigest())
-
-
-def plan_identities(node: Node) -> tuple[IdentityOperation, ...]:
-    """Which identities must be made."""
-    return tuple(
-        IdentityOperation(
-            id=f"identity/{partition.id}",
-            resource="identity",
-            action="create",
-            partition=partition.id,
-            before=None,
-            after="a self-signed P-256 certificate",
-            reason="missing, damaged or readable by others",
-            owner=partition,
-        )
-        for partition in node.partitions
-        if read_identity(node.config, partition) is None
-    )
-
-
-def make_identity(config: Config, partition: Partition) -> None:
-    """Make a new identity; the certificate is written last, so that half a pair is never taken for a whole one."""
-    from stunnel_mgr.identity import make_identity as generate  # noqa: PLC0415 - cryptography is slow to import
-
-    identity = generate(partition.id)
-    directory = directory_of(config, partition.id)
-    (directory / CERTIFICATE_FILE).unlink(missing_ok=True)
-    with files.directory(directory) as descriptor:
-        files.write(
-            KEY_FILE, identity.key_pem, dir_fd=descriptor, mode=0o400, owner=(partition.uid, partition.gid)
-        )
-        files.write(CERTIFICATE_FILE, identity.certificate_pem, dir_fd=descriptor, mode=0o444)
-
-
-def remove_identity(config: Config, partition: Partition) -> None:
-    """Remove identity, pins and configuration: the next instance of the partition is somebody else."""
-    directory = directory_of(config, partition.id)
-    if directory.is_dir():
-        with files.directory(directory) as descriptor:
-            files.empty(descriptor)
 
 
 # --- declarations -----------------------------------------------------------------------------------------------------
@@ -199,7 +111,7 @@ def desired(node: Node, partition: Partition, certificates: Mapping[str, str]) -
     _read_declarations(partition, context, found, refused)
     kept, clashing = conflicts.resolve_conflicts(found)
     everything = tuple(refused) + tuple(clashing)
-    directory = directory_of(node.config, partition.id)
+    directory = identities.directory_of(node.config, partition.id)
     blocked = _blocked(partition, directory, kept)
     free = [tunnel for tunnel in kept if tunnel.name not in blocked]
     rendered = render.render(partition.id, free, directory=str(directory))
@@ -354,13 +266,13 @@ class TunnelOperation(Operation):
 
 def certificates_of(node: Node) -> dict[str, str]:
     """PEM certificates of the node's partitions by fingerprint, for ``sha256:`` pins."""
-    found = (read_identity(node.config, partition) for partition in node.partitions)
+    found = (identities.read(node.config, partition) for partition in node.partitions)
     return {identity.fingerprint: identity.certificate_pem for identity in found if identity}
 
 
 def group(config: Config, partition: Partition) -> Group:
     """The supervisord group of a partition's stunnel."""
-    configuration = directory_of(config, partition.id) / render.CONFIG_FILE
+    configuration = identities.directory_of(config, partition.id) / render.CONFIG_FILE
     program = Program(
         "stunnel", "stunnel", f"{stunnel_program() or _USUAL_PROGRAM} {configuration}", restart=True
     )
@@ -381,7 +293,7 @@ def plan(
     """Compare one partition's tunnels with the disk and supervisord. ``running`` are the groups that run."""
     partition = wanted.partition
     name = group_name(partition.id)
-    directory = directory_of(config, partition.id)
+    directory = identities.directory_of(config, partition.id)
     if not wanted.files:
         if supervisor.group_text(name) is None and not (directory / render.CONFIG_FILE).exists():
             return ()
@@ -430,7 +342,7 @@ def apply(operation: TunnelOperation, config: Config, supervisor: Supervisor) ->
     """Run one operation. Raises PartitiondError ``tunnel.reload`` with what stunnel said."""
     wanted = operation.wanted
     partition = wanted.partition
-    directory = directory_of(config, partition.id)
+    directory = identities.directory_of(config, partition.id)
     if not wanted.files:
         _take_down(supervisor, partition, directory)
         return

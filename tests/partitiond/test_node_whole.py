@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from json_schemas import parsed, validate
 
-from partitiond import tunnels, verbs
+from partitiond import identities, verbs
 from partitiond.context import Context
 from partitiond.errors import PartitiondError
 
@@ -329,7 +329,7 @@ def key_readable(node):
 
 
 def certificate_damaged(node):
-    (key_of(node).parent / tunnels.CERTIFICATE_FILE).write_bytes(b"no certificate")
+    (key_of(node).parent / identities.CERTIFICATE_FILE).write_bytes(b"no certificate")
 
 
 def supervisord_killed(node):
@@ -359,7 +359,7 @@ def nonlocal_bind_off(node):
 
 
 def key_of(node):
-    return node.state / "tunnels" / "slappart1" / tunnels.KEY_FILE
+    return node.state / "tunnels" / "slappart1" / identities.KEY_FILE
 
 
 @pytest.mark.parametrize(

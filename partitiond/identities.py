@@ -1,0 +1,107 @@
+"""Tunnel identities: the self-signed certificate and key by which each partition's tunnels are known.
+
+Promises: the key can be read by the partition's user alone and lies in a directory of root's; half a pair is never taken for
+a whole one; no master and no authority is needed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from partitiond import files
+from partitiond.operation import Operation
+from stunnel_mgr import render
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from partitiond.config import Config
+    from partitiond.node import Node, Partition
+
+CERTIFICATE_FILE, KEY_FILE = render.IDENTITY_FILES["partition"]
+
+
+def directory_of(config: Config, partition: str) -> Path:
+    """Where identity, pins and configuration of a partition's tunnels lie."""
+    return config.state_dir / "tunnels" / partition
+
+
+@dataclass(frozen=True, slots=True)
+class PublicIdentity:
+    """What others may know of a partition's identity."""
+
+    certificate_pem: str
+    certificate_base64: str
+    fingerprint: str
+
+
+@dataclass(frozen=True, slots=True)
+class IdentityOperation(Operation):
+    """Make a partition's identity."""
+
+    owner: Partition
+
+
+def read(config: Config, partition: Partition) -> PublicIdentity | None:
+    """Read what is published; None when it is missing or damaged. Cheap: no key is parsed."""
+    import ssl  # noqa: PLC0415 - only where identities are looked at
+    from base64 import b64encode  # noqa: PLC0415
+
+    directory = directory_of(config, partition.id)
+    try:
+        pem = (directory / CERTIFICATE_FILE).read_text("ascii")
+        key = os.lstat(directory / KEY_FILE)
+        der = ssl.PEM_cert_to_DER_cert(pem)
+    except (OSError, ValueError):
+        return None
+    if (
+        not stat.S_ISREG(key.st_mode)
+        or (key.st_uid, stat.S_IMODE(key.st_mode)) != (partition.uid, 0o400)
+        or not key.st_size
+    ):
+        return None
+    return PublicIdentity(pem, b64encode(der).decode(), "sha256:" + hashlib.sha256(der).hexdigest())
+
+
+def plan(node: Node) -> tuple[IdentityOperation, ...]:
+    """Which identities must be made."""
+    return tuple(
+        IdentityOperation(
+            id=f"identity/{partition.id}",
+            resource="identity",
+            action="create",
+            partition=partition.id,
+            before=None,
+            after="a self-signed P-256 certificate",
+            reason="missing, damaged or readable by others",
+            owner=partition,
+        )
+        for partition in node.partitions
+        if read(node.config, partition) is None
+    )
+
+
+def make(config: Config, partition: Partition) -> None:
+    """Make a new identity; the certificate is written last, so that half a pair is never taken for a whole one."""
+    from stunnel_mgr.identity import make_identity as generate  # noqa: PLC0415 - cryptography is slow to import
+
+    identity = generate(partition.id)
+    directory = directory_of(config, partition.id)
+    (directory / CERTIFICATE_FILE).unlink(missing_ok=True)
+    with files.directory(directory) as descriptor:
+        files.write(
+            KEY_FILE, identity.key_pem, dir_fd=descriptor, mode=0o400, owner=(partition.uid, partition.gid)
+        )
+        files.write(CERTIFICATE_FILE, identity.certificate_pem, dir_fd=descriptor, mode=0o444)
+
+
+def remove(config: Config, partition: Partition) -> None:
+    """Remove identity, pins and configuration: the next instance of the partition is somebody else."""
+    directory = directory_of(config, partition.id)
+    if directory.is_dir():
+        with files.directory(directory) as descriptor:
+            files.empty(descriptor)
