@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import ipaddress
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from netplan import apply as netplan_apply
 from netplan import model as netmodel
@@ -35,9 +35,11 @@ if TYPE_CHECKING:
     from netplan.model import Address, ObservedNetwork
     from partitiond.config import Config
     from partitiond.context import Context
+    from partitiond.identities import PublicIdentity
     from partitiond.node import Node, Partition
     from partitiond.operation import AnyOperation
     from partitiond.supervision import Process
+    from partitiond.tunnels import PartitionTunnels
     from stunnel_mgr.model import Refused
 
 logger = logging.getLogger(__name__)
@@ -70,7 +72,7 @@ class Observation:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The operations by part, in the order in which they are applied."""
+    """The operations by part, in the order in which they are applied; ``declared`` are the tunnels they come from."""
 
     users: tuple[UserOperation, ...] = ()
     directories: tuple[directories.DirectoryOperation, ...] = ()
@@ -82,6 +84,7 @@ class Plan:
     tunnels: tuple[tunnels.TunnelOperation, ...] = ()
     leavers: tuple[UserOperation, ...] = ()
     refused: tuple[Refused, ...] = ()
+    declared: Mapping[str, PartitionTunnels] = field(default_factory=dict)
 
     def __iter__(self) -> Iterator[AnyOperation]:
         """All operations in order."""
@@ -100,11 +103,6 @@ class Outcome:
     failures: list[tuple[str, Exception]] = field(default_factory=list)
     left: tuple[AnyOperation, ...] = ()
     refused: tuple[Refused, ...] = ()
-
-    @property
-    def complete(self) -> bool:
-        """Whether nothing failed, nothing is left and nothing was refused."""
-        return not (self.failures or self.left or self.refused)
 
 
 def observe(context: Context) -> Observation:
@@ -263,8 +261,8 @@ def plan(context: Context, seen: Observation) -> Plan:
     # a user that is missing gets the number that it is planned with: its directories are no drift of their own
     numbers = {item.user: (item.uid, item.gid) for item in target.partitions} | seen.users.numbers()
     _refuse_busy(context, target)
-    certificates = tunnels.certificates_of(target)
-    wanted_tunnels = [tunnels_of(context, target, item, certificates) for item in target.partitions]
+    published = identities.observe(target)
+    wanted_tunnels = declared_tunnels(context, target, published)
     running = frozenset(process.group for process in seen.processes if process.pid)
     people = users.plan(desired_users(target), seen.users)
     return Plan(
@@ -274,44 +272,56 @@ def plan(context: Context, seen: Observation) -> Plan:
         directories=directories.plan(desired_directories(target), numbers),
         network=netplan_plan.plan(target.network(), seen.network),
         devices=tun_device.plan(taps=context.config.create_tap and bool(target.partitions)),
-        identities=identities.plan(target),
-        resources=resource_file.plan(target),
+        identities=identities.plan(target, published),
+        resources=resource_file.plan(target, published),
         services=services.plan(context, target, seen.processes),
         tunnels=tuple(
             operation
-            for wanted in wanted_tunnels
+            for wanted in wanted_tunnels.values()
             for operation in tunnels.plan(wanted, context.config, context.supervisor, running)
         ),
         refused=(
             *tunnels.homeless(target),
             *(
                 refusal
-                for wanted in wanted_tunnels
+                for wanted in wanted_tunnels.values()
                 for refusal in (*wanted.refused, *tunnels.held_back(wanted))
             ),
         ),
+        declared=wanted_tunnels,
     )
 
 
-def tunnels_of(
+def declared_tunnels(
+    context: Context, target: Node, published: Mapping[str, PublicIdentity | None]
+) -> dict[str, PartitionTunnels]:
+    """The tunnels of each partition by its id; ``published`` are the identities that are there."""
+    certificates = {one.fingerprint: one.certificate_pem for one in published.values() if one}
+    found = [_tunnels_of(context, target, item, certificates) for item in target.partitions]
+    return {one.partition.id: one for one in tunnels.settle(context.config, found)}
+
+
+def _tunnels_of(
     context: Context, target: Node, partition: Partition, certificates: Mapping[str, str]
-) -> tunnels.PartitionTunnels:
+) -> PartitionTunnels:
     """The tunnels of a partition: none while it is stopped or being destroyed."""
     life = context.store.instance(partition.id)
     if life.life in ("stopped", "destroying") or (life.life == "failed" and life.wanted == "stopped"):
         return tunnels.PartitionTunnels(partition)
-    return tunnels.desired(target, partition, certificates)
+    return tunnels.declared(target, partition, certificates)
 
 
 def _only(whole: Plan, names: frozenset[str]) -> Plan:
     """The part of a plan that concerns some partitions; what belongs to the whole node stays, as they stand on it."""
     if not names:
         return whole
-    parts = {
+    parts: dict[str, Any] = {
         part: tuple(operation for operation in getattr(whole, part) if operation.partition in (None, *names))
         for part in PARTS
     }
-    return Plan(**parts, refused=tuple(refusal for refusal in whole.refused if refusal.partition in names))
+    return replace(
+        whole, **parts, refused=tuple(refusal for refusal in whole.refused if refusal.partition in names)
+    )
 
 
 def apply(context: Context, *, only: frozenset[str] = frozenset()) -> Outcome:

@@ -17,6 +17,7 @@ from partitiond.operation import Operation
 from stunnel_mgr import render
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     from partitiond.config import Config
@@ -67,8 +68,13 @@ def read(config: Config, partition: Partition) -> PublicIdentity | None:
     return PublicIdentity(pem, b64encode(der).decode(), "sha256:" + hashlib.sha256(der).hexdigest())
 
 
-def plan(node: Node) -> tuple[IdentityOperation, ...]:
-    """Which identities must be made."""
+def observe(node: Node) -> dict[str, PublicIdentity | None]:
+    """Read what all partitions publish, by partition."""
+    return {partition.id: read(node.config, partition) for partition in node.partitions}
+
+
+def plan(node: Node, published: Mapping[str, PublicIdentity | None]) -> tuple[IdentityOperation, ...]:
+    """Which identities must be made; ``published`` are those that are there."""
     return tuple(
         IdentityOperation(
             id=f"identity/{partition.id}",
@@ -81,7 +87,7 @@ def plan(node: Node) -> tuple[IdentityOperation, ...]:
             owner=partition,
         )
         for partition in node.partitions
-        if read(node.config, partition) is None
+        if published[partition.id] is None
     )
 
 

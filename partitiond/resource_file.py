@@ -18,6 +18,9 @@ from partitiond.errors import PartitiondError
 from partitiond.operation import Operation
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from partitiond.identities import PublicIdentity
     from partitiond.node import Node, Partition
 
 NAME = ".slapos-resource"
@@ -37,10 +40,9 @@ def netmask6(prefixlen: int) -> str:
     return str(ipaddress.IPv6Network(("::", prefixlen)).netmask)
 
 
-def content(node: Node, partition: Partition) -> bytes:
+def content(partition: Partition, identity: PublicIdentity | None) -> bytes:
     """What the file should hold now."""
     network = partition.network
-    identity = identities.read(node.config, partition)
     value: dict[str, Any] = {
         "reference": partition.id,
         "address_list": addresses(partition),
@@ -84,7 +86,7 @@ def addresses(partition: Partition) -> list[dict[str, str]]:
     return found
 
 
-def plan(node: Node) -> tuple[ResourceOperation, ...]:
+def plan(node: Node, published: Mapping[str, PublicIdentity | None]) -> tuple[ResourceOperation, ...]:
     """Which files are missing or differ; a file that cannot be read as a plain one differs."""
     operations = []
     for partition in node.partitions:
@@ -97,7 +99,7 @@ def plan(node: Node) -> tuple[ResourceOperation, ...]:
         except PartitiondError as error:
             operations.append(_operation(partition, "change", str(error)))
             continue
-        if found != content(node, partition):
+        if found != content(partition, published[partition.id]):
             operations.append(_operation(partition, "change", "says something else"))
     return tuple(operations)
 
@@ -121,7 +123,7 @@ def write(node: Node, partition: Partition) -> None:
     A directory in its place, which only the tenant can have made, is moved aside: else it would hold up the node's plan.
     """
     with files.directory(partition.path) as descriptor:
-        text = content(node, partition)
+        text = content(partition, identities.read(node.config, partition))
         try:
             files.write(NAME, text, dir_fd=descriptor, mode=0o644)
         except IsADirectoryError:

@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     from partitiond.converge import Observation, Plan
     from partitiond.node import Node, Partition
     from partitiond.supervision import Process
-    from partitiond.tunnels import PartitionTunnels
     from stunnel_mgr.model import Refused, Tunnel
 
 # what this version leaves open, by name, as long as it is so
@@ -29,7 +28,6 @@ def node(context: Context) -> dict[str, Any]:
     seen = converge.observe(context)
     todo = converge.plan(context, seen)
     config = context.config
-    wanted = _tunnels(context, seen)
     return {
         "node": {
             "computer_id": config.computer_id,
@@ -39,9 +37,7 @@ def node(context: Context) -> dict[str, Any]:
             "open_cases": _open_cases(seen.node),
             "drift": [operation.id for operation in todo if operation.partition is None],
         },
-        "partitions": [
-            _partition(context, item, seen, todo, wanted[item.id]) for item in seen.node.partitions
-        ],
+        "partitions": [_partition(context, item, seen, todo) for item in seen.node.partitions],
     }
 
 
@@ -64,16 +60,7 @@ def partition(context: Context, name: str) -> dict[str, Any] | None:
     return next((item for item in node(context)["partitions"] if item["id"] == name), None)
 
 
-def _tunnels(context: Context, seen: Observation) -> dict[str, PartitionTunnels]:
-    certificates = tunnels.certificates_of(seen.node)
-    return {
-        item.id: converge.tunnels_of(context, seen.node, item, certificates) for item in seen.node.partitions
-    }
-
-
-def _partition(
-    context: Context, item: Partition, seen: Observation, todo: Plan, wanted: PartitionTunnels
-) -> dict[str, Any]:
+def _partition(context: Context, item: Partition, seen: Observation, todo: Plan) -> dict[str, Any]:
     state = context.store.instance(item.id)
     network = item.network
     drift = [operation.id for operation in todo if operation.partition == item.id]
@@ -104,7 +91,7 @@ def _partition(
         "software_release": state.software_release,
         "instance_guid": state.instance_guid,
         "processes": [_process(process) for process in seen.processes if process.group == item.id],
-        "tunnels": [tunnel.name for tunnel in wanted.tunnels],
+        "tunnels": [tunnel.name for tunnel in todo.declared[item.id].tunnels],
         "drift": drift,
     }
 
@@ -116,14 +103,13 @@ def _process(process: Process) -> dict[str, Any]:
 def tunnel_list(context: Context) -> dict[str, Any]:
     """The contract's ``tunnel list`` object."""
     seen = converge.observe(context)
-    wanted = _tunnels(context, seen)
-    everything = [tunnel for one in wanted.values() for tunnel in one.tunnels]
-    listeners = sessions.listeners([tunnel.listen for tunnel in everything])
-    counted = sessions.count_sessions([tunnel.listen for tunnel in everything])
+    published = identities.observe(seen.node)
+    wanted = converge.declared_tunnels(context, seen.node, published)
+    sockets = sessions.observe_sockets([tunnel.listen for one in wanted.values() for tunnel in one.tunnels])
     running = {process.group for process in seen.processes if process.pid}
     rows = []
     for item in seen.node.partitions:
-        identity = identities.read(context.config, item)
+        identity = published[item.id]
         certificate = (
             {"fingerprint": identity.fingerprint, "not_after": _not_after(identity)} if identity else None
         )
@@ -131,13 +117,13 @@ def tunnel_list(context: Context) -> dict[str, Any]:
             blocked = wanted[item.id].blocked.get(tunnel.name)
             up = (
                 not blocked
-                and item.uid in listeners.get(tunnel.listen, ())
+                and item.uid in sockets.owners.get(tunnel.listen, ())
                 and tunnels.group_name(item.id) in running
             )
             reason = (
                 blocked or tunnel.idle_reason or "stunnel does not listen there; partitiond apply says why"
             )
-            sessions_now = counted.get(tunnel.listen, 0) if up else 0
+            sessions_now = sockets.sessions[tunnel.listen] if up else 0
             rows.append(_tunnel_row(tunnel, None if up else reason, certificate, sessions_now))
         rows += [_refused_row(refusal, certificate) for refusal in wanted[item.id].refused]
     rows += [_refused_row(refusal, None) for refusal in tunnels.homeless(seen.node)]

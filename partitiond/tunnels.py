@@ -11,7 +11,7 @@ import hashlib
 import shutil
 import socket
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
     from partitiond.config import Config
     from partitiond.node import Node, Partition
+    from partitiond.operation import Action
 
 _DECLARATION_LIMIT = 64 * 1024
 _PIN_LIMIT = 64 * 1024
@@ -73,14 +74,22 @@ class PartitionTunnels:
     blocked: Mapping[str, str] = field(default_factory=dict)
 
     @property
+    def active(self) -> tuple[Tunnel, ...]:
+        """The tunnels that somebody may use."""
+        return tuple(tunnel for tunnel in self.tunnels if not tunnel.idle_reason)
+
+    @property
     def fingerprint(self) -> str:
         """A hash of everything that stunnel loads."""
         text = "".join(f"{name}\0{body}\0" for name, body in sorted(self.files.items()))
         return hashlib.sha256(text.encode()).hexdigest()
 
 
-def desired(node: Node, partition: Partition, certificates: Mapping[str, str]) -> PartitionTunnels:
-    """Read a partition's declarations and the operator's for it; ``certificates`` are the node's by fingerprint."""
+def declared(node: Node, partition: Partition, certificates: Mapping[str, str]) -> PartitionTunnels:
+    """Read a partition's declarations and the operator's for it; ``certificates`` are the node's by fingerprint.
+
+    What stunnel must be given is added by :func:`settle`, which looks at the ports of all partitions at once.
+    """
     context = TunnelContext(
         partition=partition.id,
         ipv4=partition.ipv4,
@@ -110,31 +119,39 @@ def desired(node: Node, partition: Partition, certificates: Mapping[str, str]) -
             )
     _read_declarations(partition, context, found, refused)
     kept, clashing = conflicts.resolve_conflicts(found)
-    everything = tuple(refused) + tuple(clashing)
-    directory = identities.directory_of(node.config, partition.id)
-    blocked = _blocked(partition, directory, kept)
-    free = [tunnel for tunnel in kept if tunnel.name not in blocked]
-    rendered = render.render(partition.id, free, directory=str(directory))
-    return PartitionTunnels(partition, tuple(kept), everything, rendered.files, rendered.services, blocked)
+    return PartitionTunnels(partition, tuple(kept), tuple(refused) + tuple(clashing))
 
 
-def _blocked(partition: Partition, directory: Path, kept: Sequence[Tunnel]) -> dict[str, str]:
+def settle(config: Config, everything: Sequence[PartitionTunnels]) -> tuple[PartitionTunnels, ...]:
+    """Decide which tunnels can run now, and render what each stunnel must be given. Raises TunnelError."""
+    sockets = sessions.observe_sockets([tunnel.listen for one in everything for tunnel in one.active])
+    return tuple(_settled(config, one, sockets) for one in everything)
+
+
+def _settled(config: Config, one: PartitionTunnels, sockets: sessions.TunnelSockets) -> PartitionTunnels:
+    directory = identities.directory_of(config, one.partition.id)
+    blocked = _blocked(one, directory, sockets)
+    free = [tunnel for tunnel in one.tunnels if tunnel.name not in blocked]
+    rendered = render.render(one.partition.id, free, directory=str(directory))
+    return replace(one, files=rendered.files, services=rendered.services, blocked=blocked)
+
+
+def _blocked(one: PartitionTunnels, directory: Path, sockets: sessions.TunnelSockets) -> dict[str, str]:
     """Tunnels whose port somebody else has: one of these closes every listener of a stunnel that is given it.
 
     They are left out until the port is free, which the next plan sees. A port is our own stunnel's when the partition's user
     listens there and the tunnel is in the configuration on disk; any other is tried, as only the kernel knows what a
     listener on all addresses excludes.
     """
-    active = [tunnel for tunnel in kept if not tunnel.idle_reason]
-    if not active:
+    if not one.active:
         return {}
-    listeners = sessions.listeners([tunnel.listen for tunnel in active])
     loaded = _on_disk(directory, [render.CONFIG_FILE]).get(render.CONFIG_FILE, "")
     found = {}
-    for tunnel in active:
-        own = partition.uid in listeners.get(tunnel.listen, ()) and f"\n[{tunnel.short_name}]\n" in loaded
+    for tunnel in one.active:
+        owners = sockets.owners.get(tunnel.listen, frozenset())
+        own = one.partition.uid in owners and f"\n[{tunnel.short_name}]\n" in loaded
         if not own and not _port_is_free(tunnel):
-            users = ", ".join(f"uid {uid}" for uid in sorted(listeners.get(tunnel.listen, ()))) or "somebody"
+            users = ", ".join(f"uid {uid}" for uid in sorted(owners)) or "somebody"
             found[tunnel.name] = f"port {tunnel.listen_port} is taken: {users} listens there"
     return found
 
@@ -264,12 +281,6 @@ class TunnelOperation(Operation):
     wanted: PartitionTunnels
 
 
-def certificates_of(node: Node) -> dict[str, str]:
-    """PEM certificates of the node's partitions by fingerprint, for ``sha256:`` pins."""
-    found = (identities.read(node.config, partition) for partition in node.partitions)
-    return {identity.fingerprint: identity.certificate_pem for identity in found if identity}
-
-
 def group(config: Config, partition: Partition) -> Group:
     """The supervisord group of a partition's stunnel."""
     configuration = identities.directory_of(config, partition.id) / render.CONFIG_FILE
@@ -307,12 +318,12 @@ def plan(
     return ()
 
 
-def _operation(wanted: PartitionTunnels, action: str, reason: str) -> TunnelOperation:
-    names = ", ".join(tunnel.short_name for tunnel in wanted.tunnels if not tunnel.idle_reason)
+def _operation(wanted: PartitionTunnels, action: Action, reason: str) -> TunnelOperation:
+    names = ", ".join(tunnel.short_name for tunnel in wanted.active)
     return TunnelOperation(
         id=f"tunnels/{wanted.partition.id}",
         resource="tunnels",
-        action="create" if action == "create" else "remove" if action == "remove" else "change",
+        action=action,
         partition=wanted.partition.id,
         before=None if action == "create" else "stunnel",
         after=names or None,

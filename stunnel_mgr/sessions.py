@@ -20,12 +20,17 @@ _LISTEN = "0A"
 
 @dataclass(frozen=True, slots=True)
 class TunnelSockets:
-    """Of the endpoints asked for: those that somebody listens on, and the established sessions at each (0
-    included).
+    """Of the endpoints asked for: the users (uid) that listen there, where somebody does, and the established
+    sessions at each (0 included).
     """
 
-    listening: frozenset[Endpoint]
+    owners: Mapping[Endpoint, frozenset[int]]
     sessions: Mapping[Endpoint, int]
+
+    @property
+    def listening(self) -> frozenset[Endpoint]:
+        """The endpoints that somebody listens on."""
+        return frozenset(self.owners)
 
 
 def observe_sockets(endpoints: Collection[Endpoint], *, proc_net: Path = PROC_NET) -> TunnelSockets:
@@ -35,27 +40,15 @@ def observe_sockets(endpoints: Collection[Endpoint], *, proc_net: Path = PROC_NE
     else.
     """
     wanted = {_kernel_text(endpoint): endpoint for endpoint in endpoints}
-    listening = set()
+    owners: dict[Endpoint, frozenset[int]] = {}
     sessions = Counter[Endpoint]()
-    for local, state, _ in _sockets(proc_net):
+    for local, state, uid in _sockets(proc_net) if wanted else ():
         if endpoint := wanted.get(local):
             if state == _LISTEN:
-                listening.add(endpoint)
+                owners[endpoint] = owners.get(endpoint, frozenset()) | {uid}
             elif state == _ESTABLISHED:
                 sessions[endpoint] += 1
-    return TunnelSockets(frozenset(listening), {endpoint: sessions[endpoint] for endpoint in endpoints})
-
-
-def listeners(
-    endpoints: Collection[Endpoint], *, proc_net: Path = PROC_NET
-) -> Mapping[Endpoint, frozenset[int]]:
-    """Find the users (uid) that listen at exactly these endpoints."""
-    wanted = {_kernel_text(endpoint): endpoint for endpoint in endpoints}
-    found: dict[Endpoint, frozenset[int]] = {}
-    for local, state, uid in _sockets(proc_net) if wanted else ():
-        if state == _LISTEN and (endpoint := wanted.get(local)):
-            found[endpoint] = found.get(endpoint, frozenset()) | {uid}
-    return found
+    return TunnelSockets(owners, {endpoint: sessions[endpoint] for endpoint in endpoints})
 
 
 def count_sessions(endpoints: Collection[Endpoint], *, proc_net: Path = PROC_NET) -> Mapping[Endpoint, int]:
