@@ -112,30 +112,23 @@ def build_software(context: Context, url: str) -> None:
     )
     with _log(software_log(config, url), f"building {url}") as log:
         for command in steps:
-            _software_step(context, directory, url, command, log)
+            outcome = _as_software_user(context, directory, command, log)
+            if not outcome.ok:
+                raise _build_error("software.build", url, outcome, software_log(config, url))
         _link_eggs(config.software_root, directory, owner.pw_uid, owner.pw_gid)
         # eggs come without bytecode and partition users cannot write it: a third of each instance's time (measured).
         # Some eggs hold files of other Pythons, which do not compile: no failure.
         compile_all = [sys.executable, "-I", "-c", _COMPILE, str(directory / "eggs")]
-        execute.as_user(
-            config.software_user,
-            config.software_user,
-            compile_all,
-            cwd=directory,
-            env=_environment(config, directory),
-            log=log,
-            stop=context.stop,
-            record=session_record(config, "software"),
-        )
+        _as_software_user(context, directory, compile_all, log)
     with files.directory(config.software_root, directory.name) as descriptor:
         content = time.asctime().encode() + b"\n"
         numbers = (owner.pw_uid, owner.pw_gid)
         files.write(COMPLETED, content, dir_fd=descriptor, mode=0o644, owner=numbers, durable=True)
 
 
-def _software_step(context: Context, directory: Path, url: str, command: list[str], log: int) -> None:
+def _as_software_user(context: Context, directory: Path, command: list[str], log: int) -> execute.Outcome:
     config = context.config
-    outcome = execute.as_user(
+    return execute.as_user(
         config.software_user,
         config.software_user,
         command,
@@ -145,8 +138,6 @@ def _software_step(context: Context, directory: Path, url: str, command: list[st
         stop=context.stop,
         record=session_record(config, "software"),
     )
-    if not outcome.ok:
-        raise _build_error("software.build", url, outcome, software_log(config, url))
 
 
 def _environment(config: Config, directory: Path) -> dict[str, str]:

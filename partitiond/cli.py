@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 OK, ERROR, CHANGES, DEGRADED, WRONG_USE = 0, 1, 2, 3, 64
 _WAIT_FOR_OTHERS = 30.0
+DEFAULT_FILE = "/etc/opt/slapos/slapos.cfg"
 
 
 class _WrongUseError(Exception):
@@ -41,7 +42,7 @@ class _Parser(argparse.ArgumentParser):
 def _common() -> _Parser:
     """Options that stand before or after the verb; absent ones leave no trace, so that neither place hides the other."""
     common = _Parser(add_help=False, argument_default=argparse.SUPPRESS)
-    common.add_argument("-c", "--cfg", metavar="FILE", help="configuration [/etc/opt/slapos/slapos.cfg]")
+    common.add_argument("-c", "--cfg", metavar="FILE", help=f"configuration [{DEFAULT_FILE}]")
     common.add_argument("-v", "--verbose", action="count", help="say more; twice: with tracebacks")
     common.add_argument("-q", "--quiet", action="store_true", help="say only what went wrong")
     common.add_argument("--json", action="store_true", help="print one JSON object")
@@ -89,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit status."""
     options = parser().parse_args(arguments)
     for name, value in (
-        ("cfg", "/etc/opt/slapos/slapos.cfg"),
+        ("cfg", DEFAULT_FILE),
         ("verbose", 0),
         ("quiet", False),
         ("json", False),

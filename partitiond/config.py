@@ -7,6 +7,7 @@ with file, line, key, what was read and what is allowed; an unknown key is a war
 from __future__ import annotations
 
 import configparser
+import dataclasses
 import difflib
 import ipaddress
 import re
@@ -20,12 +21,10 @@ from partitiond.config_reader import Reader
 from partitiond.errors import PartitiondError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Mapping
 
 # the control socket lies below it, and struct sockaddr_un holds 108 bytes
 _RUN_DIR_LENGTH = 90
-
-DEFAULT_FILE = Path("/etc/opt/slapos/slapos.cfg")
 
 _SLAPOS_KEYS = frozenset(
     (
@@ -89,6 +88,7 @@ _OWN_DIRECTORIES = (
 )
 
 _NAME = re.compile(r"[a-z_][a-z0-9_-]{0,24}")
+_TAP_NAME = re.compile(r"[a-z][a-z0-9_-]{0,10}")
 _INTERFACE = re.compile(r"[A-Za-z0-9_.-]{1,15}")
 _COMPUTER = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 
@@ -292,58 +292,88 @@ def _names_a_host(url: str) -> bool:
         return False
 
 
-def _ipv4_network(reader: Reader) -> ipaddress.IPv4Network:
+def _amount(reader: Reader) -> int:
+    elsewhere = reader.raw("slapos", "partition_amount") and not reader.raw("slapformat", "partition_amount")
+    return reader.number("slapos" if elsewhere else "slapformat", "partition_amount", None, 0, 10000)
+
+
+def _name(reader: Reader, key: str, default: str) -> str:
+    words = "lower-case letters, digits, - and _, at most 25"
+    return reader.text("slapformat", key, default, _NAME, words)
+
+
+def _link(reader: Reader, section: str, key: str, default: str | None) -> str:
+    words = "a name of a network interface, at most 15 characters"
+    return reader.text(section, key, default, _INTERFACE, words)
+
+
+def _refuse_iptables(reader: Reader) -> None:
+    chosen = reader.choice("partitiond", "packet_filter", "nftables", ("nftables", "iptables"))
+    if chosen == "iptables":
+        reader.problems.append(
+            f"{reader.place('partitiond', 'packet_filter')}: packet_filter = 'iptables' is not there yet; allowed: nftables"
+        )
+
+
+def _ipv4_network(reader: Reader, amount: int) -> ipaddress.IPv4Network:
     words = "an IPv4 network such as 10.0.0.0/16 with room for all partitions"
     value = reader.raw("slapformat", "ipv4_local_network") or "10.0.0.0/16"
     try:
         network = ipaddress.IPv4Network(value, strict=False)
     except ValueError:
         reader.bad("slapformat", "ipv4_local_network", value, words)
-        return ipaddress.IPv4Network("10.0.0.0/16")
+        network = ipaddress.IPv4Network("10.0.0.0/16")
     if network.prefixlen < 8 or network.is_loopback or network.is_multicast or network.is_link_local:
         reader.bad("slapformat", "ipv4_local_network", value, words)
+    if network.num_addresses < amount + 3:
+        words = f"a network with room for {amount} partitions"
+        reader.bad("slapformat", "ipv4_local_network", str(network), words)
     return network
 
 
-def _build(path: Path, reader: Reader) -> Config:
-    name: Callable[[str, str], str] = lambda key, default: reader.text(  # noqa: E731 - five readers of one shape
-        "slapformat", key, default, _NAME, "lower-case letters, digits, - and _, at most 25"
-    )
-    link: Callable[[str, str, str | None], str] = lambda section, key, default: reader.text(  # noqa: E731 - likewise
-        section, key, default, _INTERFACE, "a name of a network interface, at most 15 characters"
-    )
-    elsewhere = reader.raw("slapos", "partition_amount") and not reader.raw("slapformat", "partition_amount")
-    amount_section = "slapos" if elsewhere else "slapformat"
-    amount = reader.number(amount_section, "partition_amount", None, 0, 10000)
-    interface = link("slapformat", "interface_name", None)
-    bridge = link("partitiond", "bridge", "")
-    reader.choice("partitiond", "packet_filter", "nftables", ("nftables", "iptables"))
-    if reader.raw("partitiond", "packet_filter") == "iptables":
-        reader.problems.append(
-            f"{reader.place('partitiond', 'packet_filter')}: packet_filter = 'iptables' is not there yet; allowed: nftables"
-        )
-    network = _ipv4_network(reader)
-    if network.num_addresses < amount + 3:
-        reader.bad(
-            "slapformat", "ipv4_local_network", str(network), f"a network with room for {amount} partitions"
-        )
-    tap_base = reader.text(
-        "slapformat", "tap_base_name", "slaptap", re.compile(r"[a-z][a-z0-9_-]{0,10}"), "1 to 11 characters"
-    )
-    uid_base = reader.number("partitiond", "uid_base", 5000, 100, 2**31 - 1 - 10000)
+def _prefix_shift(reader: Reader, amount: int) -> int:
     shift = reader.number("slapformat", "ipv6_prefixshift", 16, 2, 64)
     if 2**shift < 4 * amount:
-        reader.bad(
-            "slapformat", "ipv6_prefixshift", str(shift), f"a number s with 2^s ≥ 4 × {amount} partitions"
-        )
-    key_file, cert_file = (
-        reader.optional_path("slapos", "key_file"),
-        reader.optional_path("slapos", "cert_file"),
-    )
+        words = f"a number s with 2^s ≥ 4 × {amount} partitions"
+        reader.bad("slapformat", "ipv6_prefixshift", str(shift), words)
+    return shift
+
+
+def _key_pair(reader: Reader) -> tuple[Path | None, Path | None]:
+    key_file = reader.optional_path("slapos", "key_file")
+    cert_file = reader.optional_path("slapos", "cert_file")
     if (key_file is None) != (cert_file is None):
         reader.problems.append(
             f"{reader.place('slapos', '')}: key_file and cert_file go together; one is missing"
         )
+    return key_file, cert_file
+
+
+def _enforced(reader: Reader) -> bool:
+    return reader.choice("partitiond", "address_ownership", "enforce", ("enforce", "off")) == "enforce"
+
+
+def _intervals(reader: Reader) -> Intervals:
+    defaults = dataclasses.asdict(Intervals())
+    return Intervals(
+        **{
+            lane: reader.number("partitiond", f"{lane}_interval", int(seconds), 1, 10**8)
+            for lane, seconds in defaults.items()
+        }
+    )
+
+
+def _build(path: Path, reader: Reader) -> Config:
+    amount = _amount(reader)
+    interface = _link(reader, "slapformat", "interface_name", None)
+    bridge = _link(reader, "partitiond", "bridge", "")
+    _refuse_iptables(reader)
+    network = _ipv4_network(reader, amount)
+    tap_words = "1 to 11 characters"
+    tap_base = reader.text("slapformat", "tap_base_name", "slaptap", _TAP_NAME, tap_words)
+    uid_base = reader.number("partitiond", "uid_base", 5000, 100, 2**31 - 1 - 10000)
+    shift = _prefix_shift(reader, amount)
+    key_file, cert_file = _key_pair(reader)
     return Config(
         file=path,
         computer_id=reader.text(
@@ -353,32 +383,24 @@ def _build(path: Path, reader: Reader) -> Config:
         software_root=reader.own_path("slapos", "software_root", None),
         instance_root=reader.own_path("slapos", "instance_root", None),
         interface=interface,
-        ipv6_interface=link("slapformat", "ipv6_interface", interface) or interface,
+        ipv6_interface=_link(reader, "slapformat", "ipv6_interface", interface) or interface,
         partition_amount=amount,
         bridge=bridge or None,
         create_tap=reader.truth("slapformat", "create_tap", True),
         ipv6_range=reader.truth("slapformat", "partition_has_ipv6_range", True),
         ipv6_prefixshift=shift,
         ipv4_network=network,
-        partition_base=name("partition_base_name", "slappart"),
-        user_base=name("user_base_name", "slapuser"),
+        partition_base=_name(reader, "partition_base_name", "slappart"),
+        user_base=_name(reader, "user_base_name", "slapuser"),
         tap_base=tap_base,
-        software_user=name("software_user", "slapsoft"),
+        software_user=_name(reader, "software_user", "slapsoft"),
         uid_base=uid_base,
         state_dir=reader.own_path("partitiond", "state_dir", "/var/lib/partitiond"),
         log_dir=reader.own_path("partitiond", "log_dir", "/var/log/partitiond"),
         run_dir=reader.own_path("partitiond", "run_dir", "/run/partitiond"),
-        address_ownership=reader.choice("partitiond", "address_ownership", "enforce", ("enforce", "off"))
-        == "enforce",
+        address_ownership=_enforced(reader),
         destroy_guard=reader.truth("partitiond", "destroy_guard", True),
-        intervals=Intervals(
-            **{
-                lane: reader.number(
-                    "partitiond", f"{lane}_interval", int(getattr(Intervals(), lane)), 1, 10**8
-                )
-                for lane in ("capacity", "software", "instances", "report", "meter")
-            }
-        ),
+        intervals=_intervals(reader),
         key_file=key_file,
         cert_file=cert_file,
         certificate_repository=reader.optional_path("slapos", "certificate_repository_path"),

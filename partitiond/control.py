@@ -18,6 +18,7 @@ from http.server import BaseHTTPRequestHandler
 from typing import TYPE_CHECKING, Any
 
 from partitiond.errors import FAMILY, PartitiondError
+from partitiond.unix_http import UnixConnection
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -124,19 +125,9 @@ def serve(path: Path, handle: Callable[[str, str, dict[str, Any]], dict[str, Any
         os.umask(mask)
 
 
-class _Connection(http.client.HTTPConnection):
-    def __init__(self, path: Path) -> None:
-        super().__init__("localhost", timeout=None)
-        self._path = path
-
-    def connect(self) -> None:
-        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.sock.connect(str(self._path))
-
-
 def call(path: Path, method: str, target: str, body: dict[str, Any] | None = None) -> dict[str, Any] | None:
     """Ask the daemon; None when none listens. Raises the daemon's own error as a PartitiondError."""
-    connection = _Connection(path)
+    connection = UnixConnection(str(path), None)  # a build may take hours
     try:
         try:
             connection.request(method, target, None if body is None else json.dumps(body))

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from partitiond.config import Config
-    from partitiond.instances import Result
+    from partitiond.passes import Result
 
 logger = logging.getLogger(__name__)
 

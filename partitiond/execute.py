@@ -169,7 +169,7 @@ def _end_session(session: int, uid: int | None = None) -> None:
     is not given to another process as long as one of its members lives.
     """
     for _ in range(100):
-        found = [pid for pid in _pids() if _session_of(pid) == session and uid in (None, _user_of(pid))]
+        found = [pid for pid in pids() if _session_of(pid) == session and uid in (None, _user_of(pid))]
         if not found:
             return
         for pid in found:
@@ -178,7 +178,8 @@ def _end_session(session: int, uid: int | None = None) -> None:
         time.sleep(0.01)
 
 
-def _pids() -> list[int]:
+def pids() -> list[int]:
+    """All processes that can be seen."""
     return [int(name) for name in os.listdir("/proc") if name.isdigit()]  # noqa: PTH208 - names suffice
 
 
@@ -244,4 +245,4 @@ def end_processes_of(uid: int, gid: int) -> None:
 
 def _has_processes(uid: int) -> bool:
     """Whether the user has a process that is not a zombie."""
-    return any(_user_of(pid) == uid for pid in _pids())
+    return any(_user_of(pid) == uid for pid in pids())

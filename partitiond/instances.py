@@ -11,19 +11,19 @@ import logging
 import os
 import stat
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from accounting.errors import AccountingError
 from netplan.errors import NetplanError
 from partitiond import buildout, certificates, converge, destroy_guard, execute, files, identities, tunnels
 from partitiond.errors import FAMILY, PartitiondError, sentence
+from partitiond.passes import Result, pause_after, report
 from partitiond.state import InstanceState
 from partitiond.supervision import MOST_PROGRAMS, PROGRAM_NAME, Group, Program
-from slap_client.errors import SlapError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from partitiond.context import Context
     from partitiond.node import Node, Partition
@@ -33,20 +33,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _FREE = InstanceState("")
-_FIRST_PAUSE, _LONGEST_PAUSE = 60.0, 3600.0
-
-
-@dataclass(slots=True)
-class Result:
-    """What a pass did: one line per thing done, and the failures as (resource, error)."""
-
-    done: list[str]
-    failures: list[tuple[str, Exception]]
-
-
-def pause_after(failures: int) -> float:
-    """Seconds until the next try after so many failures in a row."""
-    return float(min(_LONGEST_PAUSE, _FIRST_PAUSE * 2 ** min(failures - 1, 10)))
 
 
 def run_pass(
@@ -165,7 +151,7 @@ def _retire(
         )
     )
     context.wake_report()
-    _report(lambda: context.client.instance_stopped(partition.id), partition.id)
+    report(lambda: context.client.instance_stopped(partition.id), partition.id)
     return "stopped, to be destroyed"
 
 
@@ -256,7 +242,7 @@ def _failed(context: Context, partition: Partition, state: InstanceState, error:
             reported=True,
         )
     )
-    _report(lambda: context.client.instance_error(state.partition, str(error)), state.partition)
+    report(lambda: context.client.instance_error(state.partition, str(error)), state.partition)
     raise error
 
 
@@ -265,17 +251,8 @@ def _tell(context: Context, state: InstanceState) -> None:
     if state.reported or state.life not in ("started", "stopped"):
         return
     tell = context.client.instance_started if state.life == "started" else context.client.instance_stopped
-    if _report(lambda: tell(state.partition), state.partition):
+    if report(lambda: tell(state.partition), state.partition):
         context.store.save_instance(replace(state, reported=True))
-
-
-def _report(call: Callable[[], object], partition: str) -> bool:
-    try:
-        call()
-    except SlapError as error:
-        logger.warning("%s: the master did not take a report: %s", partition, sentence(error))
-        return False
-    return True
 
 
 def _run(context: Context, partition: Partition, entry: PartitionDocument) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from partitiond import __version__, converge, instances, softwares
 from partitiond.errors import PartitiondError
-from partitiond.instances import Result
+from partitiond.passes import Result
 from slap_client.capacity import CapacityNode, CapacityPartition, CapacityTap, capacity_description
 from slap_client.errors import SlapError
 

@@ -9,12 +9,9 @@ from typing import TYPE_CHECKING
 
 from partitiond import buildout
 from partitiond.errors import FAMILY, sentence
-from partitiond.instances import Result, pause_after
-from slap_client.errors import SlapError
+from partitiond.passes import Result, pause_after, report
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from partitiond.context import Context
     from partitiond.state import SoftwareState
     from slap_client.documents import ComputerDocument
@@ -48,14 +45,14 @@ def _build(context: Context, state: SoftwareState, force: bool) -> str | None:
     url = state.url
     if buildout.completed(context.config, url) and not force:
         if not state.available or not state.reported:
-            reported = _report(lambda: context.client.software_available(url), url)
+            reported = report(lambda: context.client.software_available(url), url)
             context.store.save_software(
                 replace(state, available=True, reported=reported, failures=0, error=None)
             )
         return None
     if state.failures and time.time() < state.next_try and not force:
         return None
-    _report(lambda: context.client.software_building(url), url)
+    report(lambda: context.client.software_building(url), url)
     logger.info("%s: building, log in %s", url, buildout.software_log(context.config, url))
     try:
         buildout.build_software(context, url)
@@ -63,7 +60,7 @@ def _build(context: Context, state: SoftwareState, force: bool) -> str | None:
         if not context.stop.is_set():
             _failed(context, state, error)
         raise
-    reported = _report(lambda: context.client.software_available(url), url)
+    reported = report(lambda: context.client.software_available(url), url)
     context.store.save_software(
         replace(state, available=True, reported=reported, failures=0, next_try=0.0, error=None)
     )
@@ -82,7 +79,7 @@ def _failed(context: Context, state: SoftwareState, error: Exception) -> None:
             error=str(error)[-4000:],
         )
     )
-    _report(lambda: context.client.software_error(state.url, str(error)), state.url)
+    report(lambda: context.client.software_error(state.url, str(error)), state.url)
 
 
 def _remove(context: Context, url: str) -> str | None:
@@ -94,12 +91,3 @@ def _remove(context: Context, url: str) -> str | None:
     context.store.forget_software(url)
     context.client.software_destroyed(url)
     return "removed"
-
-
-def _report(call: Callable[[], object], url: str) -> bool:
-    try:
-        call()
-    except SlapError as error:
-        logger.warning("%s: the master did not take a report: %s", url, sentence(error))
-        return False
-    return True

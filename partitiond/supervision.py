@@ -11,7 +11,6 @@ import http.client
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from partitiond import execute, files
 from partitiond.errors import PartitiondError
+from partitiond.unix_http import UnixConnection
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 # of one partition; each takes three descriptors of supervisord, which all partitions share
 MOST_PROGRAMS = 100
 _MOST_DESCRIPTORS = 20000
+_ANSWER_SECONDS = 90
 PROGRAM_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,99}")
 _GROUP_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,99}")
 _SOCKET_LIMIT = 104  # struct sockaddr_un holds 108 bytes; supervisord makes a longer temporary name beside it
@@ -124,24 +125,13 @@ def _unusable(text: str) -> PartitiondError:
     )
 
 
-class _UnixConnection(http.client.HTTPConnection):
-    def __init__(self, path: str) -> None:
-        super().__init__("localhost", timeout=90)
-        self._path = path
-
-    def connect(self) -> None:
-        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.sock.settimeout(self.timeout)
-        self.sock.connect(self._path)
-
-
 class _UnixTransport(xmlrpc.client.Transport):
     def __init__(self, path: str) -> None:
         super().__init__()
         self._path = path
 
     def make_connection(self, host: Any) -> http.client.HTTPConnection:
-        connection = _UnixConnection(self._path)
+        connection = UnixConnection(self._path, _ANSWER_SECONDS)
         self._connection = (host, connection)  # where the base class finds what it has to close
         return connection
 
@@ -354,7 +344,7 @@ def end_orphans(server_socket: Path) -> None:
     mark = f"SUPERVISOR_SERVER_URL=unix://{server_socket}".encode()
     for number in (signal.SIGTERM, signal.SIGKILL):
         deadline = time.monotonic() + 5
-        while found := [pid for pid in _pids() if mark in _environ(pid)]:
+        while found := [pid for pid in execute.pids() if pid != os.getpid() and mark in _environ(pid)]:
             for pid in found:
                 try:
                     os.kill(pid, number)
@@ -363,11 +353,6 @@ def end_orphans(server_socket: Path) -> None:
             if time.monotonic() > deadline:
                 break
             time.sleep(0.05)
-
-
-def _pids() -> list[int]:
-    own = os.getpid()
-    return [int(name) for name in os.listdir("/proc") if name.isdigit() and int(name) != own]  # noqa: PTH208 - names suffice
 
 
 def _environ(pid: int) -> list[bytes]:

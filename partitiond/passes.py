@@ -1,0 +1,40 @@
+"""What the passes over software and over instances have in common: their result, their pauses, their reports."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from partitiond.errors import sentence
+from slap_client.errors import SlapError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+logger = logging.getLogger(__name__)
+
+_FIRST_PAUSE, _LONGEST_PAUSE = 60.0, 3600.0
+
+
+@dataclass(slots=True)
+class Result:
+    """What a pass did: one line per thing done, and the failures as (resource, error)."""
+
+    done: list[str]
+    failures: list[tuple[str, Exception]]
+
+
+def pause_after(failures: int) -> float:
+    """Seconds until the next try after so many failures in a row."""
+    return float(min(_LONGEST_PAUSE, _FIRST_PAUSE * 2 ** min(failures - 1, 10)))
+
+
+def report(call: Callable[[], object], resource: str) -> bool:
+    """Tell the master something; whether it took it. What it did not take holds up nothing."""
+    try:
+        call()
+    except SlapError as error:
+        logger.warning("%s: the master did not take a report: %s", resource, sentence(error))
+        return False
+    return True
