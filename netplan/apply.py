@@ -9,24 +9,41 @@ import errno
 import secrets
 from collections.abc import Callable, Iterable, Sequence
 from itertools import groupby
+from pathlib import Path
+from socket import AF_INET, AF_INET6
 from typing import NamedTuple
 
-from netplan import nftables, rtnetlink
+from netplan import moving, nftables, rtnetlink
 from netplan.errors import NetplanError
 from netplan.filter_state import load_filter
-from netplan.model import (
+from netplan.model import MOVED_MARK, Moving
+from netplan.netlink import NETLINK_ROUTE, NetlinkSocket, Refusal, Request
+from netplan.operations import (
     AddressOperation,
+    BridgeOperation,
     Operation,
+    PortOperation,
     RefusedOperation,
     RouteOperation,
     RuleOperation,
     SysctlOperation,
     TapOperation,
 )
-from netplan.netlink import NETLINK_ROUTE, NetlinkSocket, Refusal, Request
-from netplan.observe import NONLOCAL_BIND
-from netplan.packet_filter import FORGET, NOTE, REMOVE, FilterOperation
+from netplan.packet_filter import REMOVE, FilterOperation, note_text
 from netplan.taps import make_taps
+
+# What a bridge takes over of its first port: whether it hears router advertisements, and how strictly it
+# speaks for the node (Documentation/networking/ip-sysctl).
+_LIKE_THE_PORT = (
+    *(
+        f"ipv6/conf/{{}}/{key}"
+        for key in ("accept_ra", "autoconf", "forwarding", "use_tempaddr", "proxy_ndp")
+    ),
+    *(
+        f"ipv4/conf/{{}}/{key}"
+        for key in ("forwarding", "rp_filter", "proxy_arp", "arp_ignore", "arp_announce")
+    ),
+)
 
 
 class Failure(NamedTuple):
@@ -84,7 +101,7 @@ def _filter(_sock: NetlinkSocket, group: Sequence[FilterOperation]) -> list[Fail
     for one in group:
         try:
             if one.wanted:
-                load_filter(one.wanted, one.loaded, note=one.note)
+                load_filter(one.wanted, one.loaded, one.notes)
             else:
                 nftables.run(REMOVE)
         except NetplanError as error:
@@ -96,19 +113,111 @@ def _sysctl(_sock: NetlinkSocket, group: Sequence[SysctlOperation]) -> list[Fail
     failures = []
     for one in group:
         try:
-            if (
-                one.note and one.enable
-            ):  # first the note: a crash in between leaves one too many, not one too few
-                nftables.run(NOTE)
-            NONLOCAL_BIND.write_text("1" if one.enable else "0", encoding="ascii")
-            if one.note and not one.enable:
-                nftables.run(FORGET)
+            # first the note: a crash in between leaves one too many, not one too few
+            if one.note and one.action != "remove":
+                nftables.run(note_text("add", one.setting.note))
+            one.setting.path.write_text(one.value, encoding="ascii")
+            if one.note and one.action == "remove":
+                nftables.run(note_text("delete", one.setting.note))
         except NetplanError as error:
             failures.append(Failure(one, error))
+        except FileNotFoundError:
+            continue  # the module that had the setting is gone, and with it what it did
         except OSError as error:
-            message = f"cannot write {NONLOCAL_BIND}: {error.strerror}"
-            failures.append(Failure(one, NetplanError("network.sysctl", message, resource=one.id)))
+            failures.append(Failure(one, _unwritable(one.setting.path, one.id, error)))
     return failures
+
+
+def _unwritable(path: Path, resource: str, error: OSError) -> NetplanError:
+    message = f"cannot write {path}: {error.strerror}"
+    hint = "is /proc/sys read-only, as in a container?"
+    return NetplanError("network.sysctl", message, resource=resource, hint=hint)
+
+
+def _bridges(sock: NetlinkSocket, group: Sequence[BridgeOperation]) -> list[Failure]:
+    gone = [
+        _Step(one, rtnetlink.delete_link(one.name), (errno.ENODEV,))
+        for one in group
+        if one.action == "remove"
+    ]
+    made = [
+        _Step(one, rtnetlink.make_bridge(one.name, one.index, one.mac))
+        for one in group
+        if one.mac is not None
+    ]
+    failures = _send(sock, gone + made) if gone or made else []
+    failed = {one.operation.id for one in failures}
+    kept = [one for one in group if one.action != "remove" and one.id not in failed]
+    for one in kept:
+        if one.like is not None:
+            failures += _copy_settings(one, one.like)
+    up = (
+        _Step(one, rtnetlink.set_link(one.name, alias=one.alias, mac=None, master=None, up=True))
+        for one in kept
+    )
+    return failures + _send(sock, up)
+
+
+def _copy_settings(one: BridgeOperation, port: str) -> list[Failure]:
+    for setting in _LIKE_THE_PORT:
+        source, target = (Path("/proc/sys/net", setting.format(name)) for name in (port, one.name))
+        try:
+            value = source.read_text(encoding="ascii")
+            if target.read_text(encoding="ascii") != value:
+                target.write_text(value, encoding="ascii")
+        except FileNotFoundError:
+            continue  # no IPv6 in this kernel
+        except OSError as error:
+            return [Failure(one, _unwritable(target, one.id, error))]
+    return []
+
+
+def _ports(sock: NetlinkSocket, group: Sequence[PortOperation]) -> list[Failure]:
+    """Put each port in or out and move what is its own, in two writes.
+
+    The second is sent only when the kernel took the first: else the node's addresses would end on a bridge
+    that leads nowhere.
+    """
+    failures = []
+    for one in group:
+        link = rtnetlink.set_link(one.name, alias=one.alias, mac=None, master=one.master, up=True)
+        failed = _send(sock, [_Step(one, link)])
+        failures += failed or _send(sock, _moves(one))
+    return failures
+
+
+def _moves(one: PortOperation) -> list[_Step]:
+    """Return the steps of a move, such that at each of them an address and its routes are somewhere.
+
+    IPv4 drops routes that name an address as their source when that leaves any link
+    (net/ipv4/fib_frontend.c, fib_del_ifaddr), so the routes are set once more at the end.
+    """
+    addresses = [item for item in one.moving if not item.is_route]
+    # the kernel puts a new IPv6 address before those that are there: so they keep their order
+    addresses = [
+        *(item for item in addresses if item.family == AF_INET),
+        *(item for item in reversed(addresses) if item.family == AF_INET6),
+    ]
+    # a gateway must be reachable by a route that is there already
+    routes = sorted((item for item in one.moving if item.is_route), key=lambda item: bool(item.packed))
+    put = [
+        _Step(one, moving.put_address(item, one.target, one.names, one.protocol or _unmarked(item)))
+        for item in addresses
+    ]
+    over = [_Step(one, moving.put_route(item, one.target)) for item in routes]
+    # the first IPv4 address of a network takes the others with it, unless it goes last; and IPv6 leaves a prefix
+    # route behind when an address without one outlives it (net/ipv6/addrconf.c, check_cleanup_prefix_route)
+    going = [
+        *(item for item in addresses[::-1] if not moving.has_prefix_route(item)),
+        *(item for item in addresses[::-1] if moving.has_prefix_route(item)),
+    ]
+    take = [_Step(one, moving.take_address(item), (errno.EADDRNOTAVAIL,)) for item in going]
+    early = [step._replace(fine=(errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EINVAL)) for step in over]
+    return [*put, *early, *take, *over]
+
+
+def _unmarked(item: Moving) -> int:
+    return 0 if item.protocol == MOVED_MARK else item.protocol
 
 
 def _taps(sock: NetlinkSocket, group: Sequence[TapOperation]) -> list[Failure]:
@@ -116,7 +225,10 @@ def _taps(sock: NetlinkSocket, group: Sequence[TapOperation]) -> list[Failure]:
     kept = [one for one in group if one.action != "remove"]
     failures = _remove_taps(sock, gone) if gone else []
     try:
-        failed = make_taps((one.name, one.owner) for one in kept if one.owner is not None)
+        failed = make_taps((one.name, one.owner) for one in kept if one.owner is not None and not one.tun)
+        failed |= make_taps(
+            ((one.name, one.owner) for one in kept if one.owner is not None and one.tun), tun=True
+        )
     except NetplanError as error:
         return [*failures, *(Failure(one, error) for one in kept)]
     failures += (Failure(one, failed[one.name]) for one in kept if one.name in failed)
@@ -144,21 +256,45 @@ def _remove_taps(sock: NetlinkSocket, group: Sequence[TapOperation]) -> list[Fai
 
 def _addresses(sock: NetlinkSocket, group: Sequence[AddressOperation]) -> list[Failure]:
     steps: list[_Step] = []
+    missing: list[Failure] = []
+    links = _new_links(sock, group)
     for one in group:
         steps += (_Step(one, rtnetlink.delete_address(old), (errno.EADDRNOTAVAIL,)) for old in one.delete)
-        if one.add:
-            steps.append(_Step(one, rtnetlink.set_address(one.add)))
-    return _send(sock, steps)
+        if one.on is not None and one.on not in links:
+            missing.append(_no_link(one, one.on))
+        elif one.add:
+            link = links[one.on] if one.on is not None else one.add.link
+            steps.append(_Step(one, rtnetlink.set_address(one.add._replace(link=link))))
+    return missing + _send(sock, steps)
 
 
 def _routes(sock: NetlinkSocket, group: Sequence[RouteOperation]) -> list[Failure]:
     steps: list[_Step] = []
+    missing: list[Failure] = []
+    links = _new_links(sock, group)
     for one in group:
         if one.delete:
             steps.append(_Step(one, rtnetlink.delete_route(one.delete), (errno.ESRCH,)))
-        if one.add:
-            steps.append(_Step(one, rtnetlink.set_route(one.add)))
-    return _send(sock, steps)
+        if one.on is not None and one.on not in links:
+            missing.append(_no_link(one, one.on))
+        elif one.add:
+            link = links[one.on] if one.on is not None else one.add.link
+            steps.append(_Step(one, rtnetlink.set_route(one.add._replace(link=link))))
+    return missing + _send(sock, steps)
+
+
+def _new_links(
+    sock: NetlinkSocket, group: Sequence[AddressOperation] | Sequence[RouteOperation]
+) -> dict[str, int]:
+    """Return the numbers of the links that operations before these have made."""
+    if all(one.on is None for one in group):
+        return {}
+    return {name: link.ifindex for name, link in rtnetlink.links(sock).items()}
+
+
+def _no_link(one: Operation, name: str) -> Failure:
+    message = f"left undone: {name}, which it is for, could not be made"
+    return Failure(one, NetplanError("network.blocked", message, resource=one.id, retryable=True))
 
 
 def _rules(sock: NetlinkSocket, group: Sequence[RuleOperation]) -> list[Failure]:
@@ -198,6 +334,8 @@ _HANDLERS: dict[type[Operation], Callable[..., list[Failure]]] = {
     RefusedOperation: _refused,
     FilterOperation: _filter,
     SysctlOperation: _sysctl,
+    BridgeOperation: _bridges,
+    PortOperation: _ports,
     TapOperation: _taps,
     AddressOperation: _addresses,
     RouteOperation: _routes,

@@ -20,8 +20,8 @@ _TRIES = 3
 
 
 class Traffic(NamedTuple):
-    """What one address of a partition carried; ``family`` is ``ipv6``, ``ipv4`` or ``range``, ``scope``
-    ``remote`` or ``local``.
+    """What one address of a partition carried; ``family`` is ``ipv6``, ``range``, ``ipv4`` (the private
+    one), ``public4`` or ``routable4``, ``scope`` ``remote`` or ``local``.
 
     ``in`` is towards the partition.
     """
@@ -101,7 +101,7 @@ def _reading(epoch: str, values: list[nfnetlink.CounterValue]) -> CounterReading
 
 
 def read_taps() -> tuple[TapTraffic, ...]:
-    """Read the counters of all our taps in one dump.
+    """Read the counters of all our taps and tuns in one dump.
 
     What the guest sends is counted before anything is filtered; what it is sent is counted when it reads it.
     """
@@ -119,7 +119,7 @@ def read_taps() -> tuple[TapTraffic, ...]:
             link.rx_packets,
         )
         for link in links
-        if link.alias.startswith(ALIAS_MARK)
+        if link.alias.startswith(ALIAS_MARK) and "/" not in link.alias
     )
 
 

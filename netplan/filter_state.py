@@ -103,17 +103,17 @@ def _contents(
     )
 
 
-def load_filter(wanted: Filter, loaded: FilterContents, *, note: bool) -> None:
+def load_filter(wanted: Filter, loaded: FilterContents, notes: Sequence[str] = ()) -> None:
     """Bring the packet filter from ``loaded`` to ``wanted`` in one transaction; note in a second what was
     loaded.
 
-    ``note``: see :meth:`netplan.packet_filter.Filter.transaction`.  Raises ``network.packet_filter``; what
+    ``notes``: see :meth:`netplan.packet_filter.Filter.transaction`.  Raises ``network.packet_filter``; what
     was in force then stays.
     """
     with NetlinkSocket(NETLINK_NETFILTER) as sock:
         for _ in range(_TRIES):
             before = generation(sock)
-            _run_first(wanted.transactions(loaded, note=note))
+            _run_first(wanted.transactions(loaded, notes))
             if generation(sock) == _after(before) and _note(sock, wanted, _after(before)):
                 return
             # what is there now is not known, but it is ours: next time all is filled again

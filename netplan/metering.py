@@ -19,7 +19,10 @@ _TYPE = {
     "ipv6": "type ipv6_addr : counter",
     "range": "type ipv6_addr : counter; flags interval",
     "ipv4": "type ipv4_addr : counter",
+    "public4": "type ipv4_addr : counter",
+    "routable4": "type ipv4_addr : counter",
 }
+_VERSION = {"ipv6": "6", "range": "6", "ipv4": "4", "public4": "4", "routable4": "4"}
 _HOOKS = {"meter_in": "input priority 10", "meter_out": "output priority 300"}
 
 
@@ -57,6 +60,10 @@ def _addresses(partition: PartitionNetwork) -> Iterator[tuple[str, str]]:
         yield "range", text(partition.ipv6_range)
     if partition.ipv4:
         yield "ipv4", text(partition.ipv4)
+    if partition.public_ipv4:
+        yield "public4", text(partition.public_ipv4)
+    if partition.routable_ipv4:
+        yield "routable4", text(partition.routable_ipv4.interface.ip)
 
 
 def _chains(families: Sequence[str]) -> dict[str, list[str]]:
@@ -72,7 +79,7 @@ def _chains(families: Sequence[str]) -> dict[str, list[str]]:
                     *(
                         f"counter name {protocol} {side} map @{family}_{scope}_{direction} accept"
                         for family in families
-                        if (family == "ipv4") == (version == "4")
+                        if _VERSION[family] == version
                     ),
                 ]
         chains[f"meter_{direction}"] = [

@@ -1,4 +1,4 @@
-"""The nouns of the node's network: what is wanted, what was seen, and the operations between them.  No I/O.
+"""The nouns of the node's network: what is wanted and what was seen.  No I/O.
 
 Wanted things are dataclasses that refuse nonsense when they are made.  Seen things come in thousands and are
 compared, not kept, so they are named tuples of plain integers and bytes: making 500 ``ipaddress`` objects
@@ -8,52 +8,113 @@ costs more than reading the kernel.
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from ipaddress import IPv4Address, IPv6Address, IPv6Interface, IPv6Network
+from ipaddress import IPv4Address, IPv4Interface, IPv6Address, IPv6Interface, IPv6Network
 from socket import AF_INET, AF_INET6, inet_ntop
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from netplan.errors import NetplanError
 
 PROTOCOL_MARK = 112
 """The address protocol (IFA_PROTO) and route protocol of what we made; rt_protos of iproute2 leaves 112 free.
 
-Kernels before 5.18 ignore IFA_PROTO: there every pass would find our addresses unmarked.  A fallback is still
-to come.
+Kernels before 5.18 ignore IFA_PROTO; :mod:`netplan.rtnetlink` tells how an address is marked there.
 """
+
+MOVED_MARK = 113
+"""The address protocol of what was moved from a port to its bridge, so that it can be moved back."""
 
 ALIAS_MARK = "partitiond:"
 """What the alias of each of our links starts with; the partition's id follows."""
 
+BRIDGE_ALIAS = ALIAS_MARK + "bridge/"
+"""The alias of a bridge that we made; no partition's id has a slash."""
+
+PORT_ALIAS = ALIAS_MARK + "port/"
+"""What the alias of a port that we put into the bridge starts with; the alias that it had before follows."""
+
 _PARTITION_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}")
 _LINK_NAME = re.compile(r"[A-Za-z0-9_.-]{1,15}")  # IFNAMSIZ is 16 with the final NUL
 _MAC = re.compile(r"([0-9a-f]{2}:){5}[0-9a-f]{2}")
-
-Action = Literal["create", "change", "remove"]
 
 
 @dataclass(frozen=True, slots=True)
 class TapSpec:
     """A persistent tap: its name, who may open it, the MAC of the host's end, the bridge it is a port of
     (None: routed).
+
+    Of a routed tap, ``ipv6`` is the host's end; its network is routed to the guest, who has the first address
+    of it. ``ipv4`` is the guest's own address.
     """
 
     name: str
     owner_uid: int
     mac: str
     bridge: str | None = None
+    ipv6: IPv6Interface | None = None
+    ipv4: IPv4Address | None = None
 
     def __post_init__(self) -> None:
-        if not _LINK_NAME.fullmatch(self.name) or self.name in {".", ".."}:
-            raise _invalid(f"tap/{self.name}", f"{self.name!r} cannot be the name of a network interface")
+        _check_link(self.name)
         if not _MAC.fullmatch(self.mac):
             raise _invalid(
                 f"tap/{self.name}", f"{self.mac!r} is no MAC (six lower-case hex pairs and colons)"
             )
+        if self.bridge and (self.ipv6 or self.ipv4):
+            raise _invalid(f"tap/{self.name}", "a tap in a bridge has no addresses of its own")
+
+
+@dataclass(frozen=True, slots=True)
+class TunSpec:
+    """A persistent tun: its name, who may open it, and the host's addresses on it with their networks."""
+
+    name: str
+    owner_uid: int
+    ipv6: IPv6Interface | None = None
+    ipv4: IPv4Interface | None = None
+
+    def __post_init__(self) -> None:
+        _check_link(self.name)
+
+
+@dataclass(frozen=True, slots=True)
+class BridgeSpec:
+    """The bridge of the taps, made where it is missing, and the interfaces that belong into it.
+
+    What a port has of addresses and routes moves to the bridge with it.  ``mac`` is that of a bridge without
+    ports; with ports it takes that of the first, so that neighbours notice nothing.
+    """
+
+    name: str
+    mac: str
+    ports: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in (self.name, *self.ports):
+            _check_link(name)
+        if self.name in self.ports:
+            raise _invalid(f"bridge/{self.name}", "a bridge cannot be a port of itself")
+        _unique("port", self.ports)
+
+
+@dataclass(frozen=True, slots=True)
+class RoutableIPv4:
+    """An IPv4 address that the world reaches, with its network, and the gateway that its packets leave by."""
+
+    interface: IPv4Interface
+    gateway: IPv4Address
+
+    def __post_init__(self) -> None:
+        if self.gateway == self.interface.ip:
+            raise _invalid(f"address/{self.interface.ip}", "an address cannot be its own gateway")
 
 
 @dataclass(frozen=True, slots=True)
 class PartitionNetwork:
-    """The share of the network that one partition owns; ``uid`` is the user that its processes run as."""
+    """The share of the network that one partition owns; ``uid`` is the user that its processes run as.
+
+    ``ipv4`` is private: only that user reaches it.  ``public_ipv4`` takes the place of ``ipv6`` on a node
+    without IPv6.
+    """
 
     id: str
     index: int
@@ -62,6 +123,15 @@ class PartitionNetwork:
     ipv6: IPv6Interface | None = None
     ipv6_range: IPv6Network | None = None
     ipv4: IPv4Address | None = None
+    tun: TunSpec | None = None
+    public_ipv4: IPv4Address | None = None
+    routable_ipv4: RoutableIPv4 | None = None
+
+    @property
+    def world_ipv4(self) -> tuple[IPv4Address, ...]:
+        """The IPv4 addresses that others reach: that of an IPv4-only node, and the routable one."""
+        routable = self.routable_ipv4.interface.ip if self.routable_ipv4 else None
+        return tuple(one for one in (self.public_ipv4, routable) if one is not None)
 
     def __post_init__(self) -> None:
         # the id becomes part of nft's text and of link aliases
@@ -77,10 +147,12 @@ class PartitionNetwork:
 class DesiredNetwork:
     """What the node's network should have.  Without partitions and interface: nothing that is ours.
 
-    ``host_ipv6`` is the source hint for unbound IPv6 traffic; ``ownership`` False leaves only metering in the
-    packet filter; ``packet_filter`` False leaves no packet filter at all; ``local_source_table`` gives
-    unbound clients of a partition on the same host the host's source address (where cgroup BPF is not there
-    to do better).
+    ``interface`` gets the partitions' addresses, ``ipv4_interface`` those of IPv4 where that is another one.
+    ``bridge`` None: no bridge is made, one that is there may still be named by taps.  ``host_ipv6`` is the
+    source hint for unbound IPv6 traffic; ``ownership`` False leaves only metering in the packet filter;
+    ``packet_filter`` False leaves no packet filter at all; ``local_source_table`` gives unbound clients of a
+    partition on the same host the host's source address, ``host_ipv6`` or ``host_ipv4`` (where cgroup BPF is
+    not there to do better).
     """
 
     interface: str | None = None
@@ -89,25 +161,37 @@ class DesiredNetwork:
     ownership: bool = True
     packet_filter: bool = True
     local_source_table: bool = False
+    host_ipv4: IPv4Address | None = None
+    bridge: BridgeSpec | None = None
+    ipv4_interface: str | None = None
 
     def __post_init__(self) -> None:
         partitions = self.partitions
         _unique("partition", (one.id for one in partitions))
         _unique("uid", (one.uid for one in partitions))
-        _unique("tap", (one.tap.name for one in partitions if one.tap))
+        _unique("interface", (link.name for one in partitions for link in (one.tap, one.tun) if link))
         own = () if self.host_ipv6 is None else (self.host_ipv6,)
         _unique("address", (*own, *(one.ipv6.ip for one in partitions if one.ipv6)))
-        _unique("address", (one.ipv4 for one in partitions if one.ipv4))
+        own4 = () if self.host_ipv4 is None else (self.host_ipv4,)
+        _unique(
+            "address",
+            (*own4, *(ip for one in partitions for ip in (one.ipv4, *one.world_ipv4) if ip)),
+        )
         _unique("range", (one.ipv6_range for one in partitions if one.ipv6_range))
-        if self.interface is None and any(one.ipv6 or one.ipv4 for one in partitions):
+        if self.interface is None and any(one.ipv6 or one.ipv4 or one.world_ipv4 for one in partitions):
             raise _invalid("interface", "addresses are wanted, but no interface to put them on")
-        if self.local_source_table and self.host_ipv6 is None:
-            raise _invalid("rule/localtab", "a local source table needs host_ipv6")
+        if self.local_source_table and self.host_ipv6 is None and self.host_ipv4 is None:
+            raise _invalid("rule/localtab", "a local source table needs host_ipv6 or host_ipv4")
 
     @property
     def filtered(self) -> bool:
         """Whether there shall be a packet filter."""
         return self.packet_filter and bool(self.partitions)
+
+
+def _check_link(name: str) -> None:
+    if not _LINK_NAME.fullmatch(name) or name in {".", ".."}:
+        raise _invalid(f"link/{name}", f"{name!r} cannot be the name of a network interface")
 
 
 def _unique(resource: str, values: Iterable[object]) -> None:
@@ -132,8 +216,8 @@ def address_text(packed: bytes) -> str:
 
 
 class Link(NamedTuple):
-    """A network interface.  ``tap_owner`` is -1 for a tap without owner and for what is no tap; ``master`` 0
-    for none.
+    """A network interface.  ``tap`` False with kind ``tun`` is a tun; ``tap_owner`` is -1 for one without
+    owner and for what is neither; ``master`` 0 for none.
     """
 
     ifindex: int
@@ -163,8 +247,8 @@ class Address(NamedTuple):
 
 
 class Route(NamedTuple):
-    """An IPv6 route; ``destination``, ``gateway`` and ``source`` packed, empty for none (a default route has
-    no destination).
+    """A route; ``destination``, ``gateway`` and ``source`` packed, empty for none (a default route has no
+    destination).
 
     ``flags`` says whether the gateway counts as on-link although no prefix covers it (RTNH_F_ONLINK).
     """
@@ -179,6 +263,7 @@ class Route(NamedTuple):
     metric: int
     source: bytes
     flags: int
+    family: int = AF_INET6
 
     def text(self) -> str:
         """Return the destination as ``address/prefixlen`` or ``default``."""
@@ -186,11 +271,37 @@ class Route(NamedTuple):
 
 
 class Rule(NamedTuple):
-    """An IPv6 routing rule that matches everything: preference, table, and who made it (FRA_PROTOCOL)."""
+    """A routing rule: preference, table, who made it (FRA_PROTOCOL), and the one source address that it
+    matches (empty: everything).
+    """
 
     preference: int
     table: int
     protocol: int
+    family: int = AF_INET6
+    source: bytes = b""
+
+
+class Moving(NamedTuple):
+    """An address or route that moves to another link with its port, as the kernel wrote it.
+
+    ``message`` is the payload of its netlink message. ``packed`` is the address, or the gateway of a route
+    (empty for none); ``prefixlen`` is that of the address, and -1 for a route.
+    """
+
+    message: bytes
+    text: str
+    link: int
+    family: int
+    packed: bytes
+    prefixlen: int
+    protocol: int
+    source: bytes = b""
+
+    @property
+    def is_route(self) -> bool:
+        """Whether it is a route."""
+        return self.prefixlen < 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,84 +338,18 @@ class FilterState:
 class ObservedNetwork:
     """What the kernel has, as far as :func:`netplan.plan.plan` needs it.
 
-    ``routes`` are those with our mark, the local ones to ``lo``, and the default routes of the main table.
-    ``nonlocal_bind_note``: our table says that ``ip_nonlocal_bind`` was off before we came.
+    ``routes`` are those with our mark, the local ones to ``lo``, and those of the main table that a plan looks
+    at. ``moving`` is what the ports of the bridge, or a bridge that goes, have of addresses and routes.
+    ``sysctls`` are the settings that a plan may change (absent: not in this kernel), ``notes`` the names of
+    those that we changed, as our table says. ``address_marks``: the kernel keeps IFA_PROTO.
     """
 
     links: Mapping[str, Link]
     addresses: tuple[Address, ...] = ()
     routes: tuple[Route, ...] = ()
     rules: tuple[Rule, ...] = ()
-    nonlocal_bind: bool = False
-    nonlocal_bind_note: bool = False
+    moving: tuple[Moving, ...] = ()
+    sysctls: Mapping[str, str] = field(default_factory=dict)
+    notes: frozenset[str] = frozenset()
+    address_marks: bool = True
     filter: FilterState = field(default_factory=FilterState)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Operation:
-    """One step of a plan.  The strings are for people; subclasses carry what :mod:`netplan.apply` needs."""
-
-    id: str
-    action: Action
-    partition: str | None = None
-    before: str | None = None
-    after: str | None = None
-    reason: str
-
-    @property
-    def resource(self) -> str:
-        """The kind of thing: what stands before the first slash of the id."""
-        return self.id.partition("/")[0]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RefusedOperation(Operation):
-    """Something that must not be done; it stays in the plan until a person resolves it."""
-
-    error: NetplanError
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SysctlOperation(Operation):
-    """``ip_nonlocal_bind`` on or off; ``note``: with a note in our table that it was off before, or taking
-    that note away.
-    """
-
-    enable: bool
-    note: bool
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TapOperation(Operation):
-    """A tap to be made (or given to ``owner``, when not None), and then set up; or removed."""
-
-    name: str
-    owner: int | None = None
-    alias: str | None = None
-    mac: str | None = None
-    master: int | None = None
-    up: bool = False
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AddressOperation(Operation):
-    """Addresses to take away first, then the one to set (None: none)."""
-
-    delete: tuple[Address, ...] = ()
-    add: Address | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RouteOperation(Operation):
-    """A route to set, or one to take away."""
-
-    delete: Route | None = None
-    add: Route | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RuleOperation(Operation):
-    """Routing rules to make, then rules to take away, in this order."""
-
-    add: tuple[Rule, ...] = ()
-    delete: tuple[Rule, ...] = ()

@@ -7,6 +7,7 @@ when somebody wants it.
 Layouts: include/uapi/linux/netlink.h; netlink(7).
 """
 
+import errno
 import os
 import socket
 import struct
@@ -141,12 +142,15 @@ class NetlinkSocket:
         """Close the socket."""
         self._socket.close()
 
-    def dump(self, kind: int, payload: bytes) -> list[Message]:
-        """Return all that the kernel has of a kind.  A dump that a change ran into is taken again."""
+    def dump(self, kind: int, payload: bytes, *, absent: bool = False) -> list[Message]:
+        """Return all that the kernel has of a kind.  A dump that a change ran into is taken again.
+
+        ``absent``: what is asked for may not be there (ENOENT, as a routing table), which is nothing then.
+        """
         for _ in range(_DUMP_TRIES):
             sequence = self._send([Request(kind, NLM_F_DUMP, payload)], acknowledge=False)
             found: list[Message] = []
-            if self._collect(sequence, found):
+            if self._collect(sequence, found, fine=errno.ENOENT if absent else 0):
                 return found
         raise NetplanError(
             "network.netlink", "the network keeps changing while it is being read", retryable=True
@@ -219,7 +223,7 @@ class NetlinkSocket:
             yield Message(kind, data, position + 16, position + length), number, message_flags
             position += (length + 3) & ~3
 
-    def _collect(self, sequence: int, found: list[Message]) -> bool:
+    def _collect(self, sequence: int, found: list[Message], fine: int) -> bool:
         """Read a dump to its end; False when it must be taken again."""
         consistent = True
         while True:
@@ -232,7 +236,7 @@ class NetlinkSocket:
                     found.append(message)
                     continue
                 refusal = _refusal(message)
-                if refusal.errno:
+                if refusal.errno not in {0, fine}:
                     raise NetplanError(
                         "network.netlink", f"the kernel refused to list: {refusal.text()}", retryable=True
                     )

@@ -1,48 +1,76 @@
 """Reading back what the kernel has: a handful of dumps, each filtered by the kernel as far as it can."""
 
-from pathlib import Path
+import os
+from collections.abc import Mapping
+from ipaddress import IPv4Network
+from socket import AF_INET
+from typing import NamedTuple
 
-from netplan import rtnetlink
+from netplan import rtnetlink, sysctls
 from netplan.errors import NetplanError
 from netplan.filter_state import observe_filter
-from netplan.model import PROTOCOL_MARK, DesiredNetwork, Link, ObservedNetwork, Route
+from netplan.model import PORT_ALIAS, PROTOCOL_MARK, Address, DesiredNetwork, Link, ObservedNetwork, Route
+from netplan.moving import observe_moving
 from netplan.netlink import NETLINK_NETFILTER, NETLINK_ROUTE, NetlinkSocket
-from netplan.nfnetlink import has_counter
-from netplan.packet_filter import NONLOCAL_BIND_NOTE, render
-
-NONLOCAL_BIND = Path("/proc/sys/net/ipv6/ip_nonlocal_bind")
-"""Of the network namespace of the thread that reads it (net/sysctl_net.c)."""
+from netplan.packet_filter import render
 
 LOOPBACK = 1
 """The index of lo in every network namespace (LOOPBACK_IFINDEX, include/net/flow.h)."""
 
 
-def observe(desired: DesiredNetwork) -> ObservedNetwork:
+_ADDRESS_MARKS_SINCE = (5, 18)  # commit 47f0bd503210, "net: Add new protocol attribute to IP addresses"
+
+
+class Look(NamedTuple):
+    """A first look at the network, before it is known what is wanted of it: links by name, and addresses."""
+
+    links: Mapping[str, Link]
+    addresses: tuple[Address, ...]
+
+
+def look() -> Look:
+    """Return the links and addresses of the network namespace of this thread; raises like :func:`observe`."""
+    with NetlinkSocket(NETLINK_ROUTE) as sock:
+        return Look(rtnetlink.links(sock), rtnetlink.addresses(sock))
+
+
+def observe(desired: DesiredNetwork, seen: Look | None = None) -> ObservedNetwork:
     """Return what the network namespace of this thread has, as far as a plan towards ``desired`` needs it.
 
-    Raises ``network.no_interface`` when the interface for the addresses does not exist, ``network.netlink``
-    when the kernel does not answer.
+    ``seen`` is a look that was just taken. Raises ``network.no_interface`` when the interface for the
+    addresses does not exist, ``network.netlink`` when the kernel does not answer.
     """
+    links, addresses = seen or look()
     with NetlinkSocket(NETLINK_ROUTE) as sock:
-        links = rtnetlink.links(sock)
-        if desired.interface is not None and desired.interface not in links:
-            raise _no_interface(desired.interface, links)
-        addresses = rtnetlink.addresses(sock)
-        routes = _routes(sock, desired)
-        rules = rtnetlink.rules(sock)
+        for name in (desired.interface, desired.ipv4_interface):
+            to_be_made = desired.bridge is not None and desired.bridge.name == name
+            if name is not None and name not in links and not to_be_made:
+                raise _no_interface(name, links)
+        routes = _routes(sock, desired, links)
+        rules = (*rtnetlink.rules(sock), *rtnetlink.rules(sock, AF_INET))
+        sources = _leaving(desired, links)
+        moving = observe_moving(sock, sources) if sources else ()
+    with NetlinkSocket(NETLINK_NETFILTER) as sock:
+        notes = sysctls.read_notes(sock)
     return ObservedNetwork(
         links=links,
         addresses=addresses,
         routes=routes,
         rules=rules,
-        nonlocal_bind=_read_nonlocal_bind(),
-        nonlocal_bind_note=_nonlocal_bind_noted(),
+        moving=moving,
+        sysctls=sysctls.read(),
+        notes=notes,
+        address_marks=_kernel() >= _ADDRESS_MARKS_SINCE,
         filter=observe_filter(render(desired) if desired.filtered else None),
     )
 
 
-def _no_interface(name: str, links: dict[str, Link]) -> NetplanError:
-    there = ", ".join(sorted(link.name for link in links.values() if not link.tap))
+def _kernel() -> tuple[int, ...]:
+    return tuple(int(one) for one in os.uname().release.split("-")[0].split(".")[:2])
+
+
+def _no_interface(name: str, links: Mapping[str, Link]) -> NetplanError:
+    there = ", ".join(sorted(link.name for link in links.values() if link.kind != "tun"))
     return NetplanError(
         "network.no_interface",
         f"there is no network interface {name}",
@@ -51,26 +79,54 @@ def _no_interface(name: str, links: dict[str, Link]) -> NetplanError:
     )
 
 
-def _routes(sock: NetlinkSocket, desired: DesiredNetwork) -> tuple[Route, ...]:
-    """Return our marked routes; where something of the kind is wanted, also the local ones of lo and the
-    default routes.
+def _routes(sock: NetlinkSocket, desired: DesiredNetwork, links: Mapping[str, Link]) -> tuple[Route, ...]:
+    """Return our marked routes; where something of the kind is wanted, also the local ones of lo, the default
+    routes and those over our taps.
     """
     found = list(rtnetlink.routes(sock, protocol=PROTOCOL_MARK))
+    found += rtnetlink.routes(sock, family=AF_INET, protocol=PROTOCOL_MARK)
     if any(one.ipv6_range for one in desired.partitions):
         found += rtnetlink.routes(sock, table=rtnetlink.TABLE_LOCAL, link=LOOPBACK)
-    if desired.host_ipv6 is not None:
+    taps = {
+        links[one.tap.name].ifindex
+        for one in desired.partitions
+        if one.tap and (one.tap.ipv6 or one.tap.ipv4) and one.tap.name in links
+    }
+    if desired.host_ipv6 is not None or taps:
         main = rtnetlink.routes(sock, table=rtnetlink.TABLE_MAIN, kind=rtnetlink.ROUTE_UNICAST)
-        found += (route for route in main if route.prefixlen == 0)
+        found += (route for route in main if route.prefixlen == 0 or route.link in taps)
+    if taps and any(one.tap and one.tap.ipv4 for one in desired.partitions):
+        table, kind = rtnetlink.TABLE_MAIN, rtnetlink.ROUTE_UNICAST
+        main = rtnetlink.routes(sock, family=AF_INET, table=table, kind=kind)
+        found += (route for route in main if route.link in taps)
     return tuple(dict.fromkeys(found))
 
 
-def _read_nonlocal_bind() -> bool:
-    try:
-        return NONLOCAL_BIND.read_text(encoding="ascii").strip() != "0"
-    except FileNotFoundError:  # no IPv6 in this kernel
-        return False
+def _leaving(desired: DesiredNetwork, links: Mapping[str, Link]) -> frozenset[int]:
+    """Return the links that may have to give addresses and routes away: ports to be, and bridges of ports
+    that are no longer wanted.
+    """
+    ports = desired.bridge.ports if desired.bridge else ()
+    sources = {links[name].ifindex for name in ports if name in links}
+    bridge = links.get(desired.bridge.name) if desired.bridge else None
+    for link in links.values():
+        stays = link.name in ports and bridge is not None and link.master == bridge.ifindex
+        if link.alias.startswith(PORT_ALIAS) and link.master and not stays:
+            sources.add(link.master)
+    return frozenset(sources)
 
 
-def _nonlocal_bind_noted() -> bool:
-    with NetlinkSocket(NETLINK_NETFILTER) as sock:
-        return has_counter(sock, NONLOCAL_BIND_NOTE)
+def routed_elsewhere(network: IPv4Network) -> tuple[IPv4Network, ...]:
+    """Return the networks inside ``network``, smaller than it, that this node uses or routes somewhere; none of
+    ours, no single addresses of its own.
+    """
+    with NetlinkSocket(NETLINK_ROUTE) as sock:
+        routes = rtnetlink.routes(
+            sock, family=AF_INET, table=rtnetlink.TABLE_MAIN, kind=rtnetlink.ROUTE_UNICAST
+        )
+    found = {
+        IPv4Network((route.destination, route.prefixlen))
+        for route in routes
+        if route.protocol != PROTOCOL_MARK and route.prefixlen > network.prefixlen
+    }
+    return tuple(sorted(one for one in found if one.subnet_of(network)))

@@ -30,6 +30,7 @@ def ownership(partitions: Sequence[PartitionNetwork]) -> Part:
     """Return the sets and chains that hold each address to its partition's user."""
     six = [(one.uid, text(one.ipv6)) for one in partitions if one.ipv6]
     four = [(one.uid, text(one.ipv4)) for one in partitions if one.ipv4]
+    world4 = [(one.uid, text(address)) for one in partitions for address in one.world_ipv4]
     ranges = [(one.uid, text(one.ipv6_range)) for one in partitions if one.ipv6_range]
     sets = {
         "address6": "type ipv6_addr",
@@ -43,7 +44,7 @@ def ownership(partitions: Sequence[PartitionNetwork]) -> Part:
         "owner6": [f"{uid} . {address}" for uid, address in six],
         "self6": [f"{address} . {address}" for _, address in six],
         "private4": [address for _, address in four],
-        "owner4": [f"{uid} . {address}" for uid, address in four],
+        "owner4": [f"{uid} . {address}" for uid, address in (*four, *world4)],
         "denied_by": [f'{one.uid} : "{DENIED}/{one.id}"' for one in partitions],
     }
     if ranges:
@@ -53,16 +54,24 @@ def ownership(partitions: Sequence[PartitionNetwork]) -> Part:
         }
         elements["range6"] = [network for _, network in ranges]
         elements["range_owner6"] = [f"{uid} . {network}" for uid, network in ranges]
+    if world4:
+        sets |= {"address4": "type ipv4_addr", "self4": "type ipv4_addr . ipv4_addr"}
+        elements["address4"] = [address for _, address in world4]
+        elements["self4"] = [f"{address} . {address}" for _, address in world4]
     counters = [DENIED, "spoofed_in", "private_in", *(f"{DENIED}/{one.id}" for one in partitions)]
     maps = {"denied_by": "type uid : counter"}
-    return Part(sets, maps, elements, counters, _chains(ranges=bool(ranges)), _HOOKS)
+    return Part(sets, maps, elements, counters, _chains(ranges=bool(ranges), world4=bool(world4)), _HOOKS)
 
 
-def _chains(*, ranges: bool) -> dict[str, tuple[str, ...]]:
-    """Return the chains; without ranges they do without the look-ups for them."""
+def _chains(*, ranges: bool, world4: bool) -> dict[str, tuple[str, ...]]:
+    """Return the chains; without ranges, or IPv4 addresses that the world reaches, they do without the look-ups
+    for them.
+    """
     spoofed = ["ip6 saddr @address6 counter name spoofed_in drop"]
     if ranges:
         spoofed.append("ip6 saddr @range6 counter name spoofed_in drop")
+    if world4:
+        spoofed.append("ip saddr @address4 counter name spoofed_in drop")
     chains: dict[str, tuple[str, ...]] = {
         # a drop on output is EPERM for send(2) by itself; only connect(2) of TCP would wait, without an RST
         "deny": (*_COUNT_DENIED, "meta l4proto tcp reject with tcp reset", "drop"),
@@ -75,6 +84,9 @@ def _chains(*, ranges: bool) -> dict[str, tuple[str, ...]]:
     }
     if ranges:
         chains["ranged6"] = ("meta skuid . ip6 saddr @range_owner6 accept", "meta skuid != 0 goto deny")
+    if world4:
+        chains["same4"] = ("icmp type echo-request accept", "meta skuid != 0 goto deny")
+        chains["foreign4"] = ("ip saddr . ip daddr @self4 goto same4", "meta skuid != 0 goto deny")
     chains |= {
         "out6": (
             "meta skuid . ip6 saddr @owner6 accept",
@@ -85,6 +97,7 @@ def _chains(*, ranges: bool) -> dict[str, tuple[str, ...]]:
         "out4": (
             "ip daddr @private4 meta skuid != 0 meta skuid . ip daddr != @owner4 goto deny",
             "meta skuid . ip saddr @owner4 accept",
+            *(["ip saddr @address4 goto foreign4"] if world4 else []),
             "ip saddr @private4 meta skuid != 0 goto deny",
             "meta skuid != 0 fib saddr type != local goto deny_unanswered",
         ),

@@ -18,22 +18,17 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 from netplan.metering import metering
-from netplan.model import DesiredNetwork, FilterContents, Operation
+from netplan.model import DesiredNetwork, FilterContents
 from netplan.nfnetlink import TABLE
+from netplan.operations import Operation
 from netplan.ownership import ownership
 from netplan.ruleset import Part
+from netplan.sysctls import NOTES
 
 FINGERPRINT_CHAIN = "fingerprint"
 """A chain that no hook reaches; the comments of its rules say what was loaded (:mod:`netplan.filter_state`).
 """
 
-NONLOCAL_BIND_NOTE = "found/ip_nonlocal_bind/0"
-"""A counter that says: ip_nonlocal_bind was 0 before we came.  It lives as long as the setting itself, until
-a reboot.
-"""
-
-NOTE = f"add counter inet {TABLE} {NONLOCAL_BIND_NOTE}\n"
-FORGET = f"delete counter inet {TABLE} {NONLOCAL_BIND_NOTE}\n"
 REMOVE = f"delete table inet {TABLE}\n"
 
 
@@ -56,10 +51,10 @@ class Filter:
     structure: str
     fingerprint: str
 
-    def transaction(self, loaded: FilterContents, *, note: bool = False) -> str:
+    def transaction(self, loaded: FilterContents, notes: Sequence[str] = ()) -> str:
         """Return the text that brings the table from ``loaded`` to this state.
 
-        ``note`` adds :data:`NONLOCAL_BIND_NOTE`, which otherwise stays as it is.
+        ``notes`` of kernel settings (:mod:`netplan.sysctls`) are added; those that are there stay.
         """
         parts = [f"add table inet {TABLE}\n"]
         if loaded.intact:
@@ -68,23 +63,23 @@ class Filter:
             parts.append(f"flush table inet {TABLE}\n")
         # counters come first: nft 1.0.6 sends the elements of a new interval map together with the map itself
         parts.append(_block(f"counter {name} {{ }}" for name in sorted(self.counters - loaded.counters)))
-        parts += ("" if loaded.intact else self.declarations, NOTE if note else "")
+        parts += ("" if loaded.intact else self.declarations, *(note_text("add", one) for one in notes))
         less, more = self._difference(loaded)
         parts += (*less, *self._stale(loaded), *more)
         parts.append("" if loaded.intact else self.rules)
         return "".join(parts)
 
-    def transactions(self, loaded: FilterContents, *, note: bool = False) -> Iterator[str]:
+    def transactions(self, loaded: FilterContents, notes: Sequence[str] = ()) -> Iterator[str]:
         """Yield the texts to try in this order, each good for more than the one before.
 
         Changes alone; everything filled again; the table replaced, for what cannot be changed in place (such
         as the type of a set).  Only with the last do the counters begin anew, which their epoch tells.
         """
-        yield self.transaction(loaded, note=note)
-        yield self.transaction(replace(loaded, elements={}, intact=False), note=note)
-        note = note or NONLOCAL_BIND_NOTE in loaded.counters
+        yield self.transaction(loaded, notes)
+        yield self.transaction(replace(loaded, elements={}, intact=False), notes)
+        there = {one for one in loaded.counters if one.startswith(NOTES)}
         opening = f"add table inet {TABLE}\ndelete table inet {TABLE}\n"
-        yield opening + self.transaction(FilterContents(), note=note)
+        yield opening + self.transaction(FilterContents(), sorted(there.union(notes)))
 
     def _difference(self, loaded: FilterContents) -> tuple[list[str], list[str]]:
         """Return what takes elements away and what adds them."""
@@ -109,9 +104,10 @@ class Filter:
             ("map", loaded.maps, self.maps.keys()),
             ("set", loaded.sets, self.sets.keys()),
             ("chain", loaded.chains, self.chains),
-            ("counter", loaded.counters, self.counters | {NONLOCAL_BIND_NOTE}),
+            ("counter", loaded.counters, self.counters),
         ):
-            yield from (f"delete {kind} inet {TABLE} {name}\n" for name in sorted(there - ours))
+            gone = (name for name in sorted(there - ours) if kind != "counter" or not name.startswith(NOTES))
+            yield from (f"delete {kind} inet {TABLE} {name}\n" for name in gone)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,7 +116,12 @@ class FilterOperation(Operation):
 
     wanted: Filter | None = None
     loaded: FilterContents = field(default_factory=FilterContents)
-    note: bool = False
+    notes: tuple[str, ...] = ()
+
+
+def note_text(verb: str, note: str) -> str:
+    """Return the command that adds or deletes a note of a kernel setting."""
+    return f"{verb} counter inet {TABLE} {note}\n"
 
 
 def _elements(verb: str, name: str, elements: Sequence[str]) -> str:

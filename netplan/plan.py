@@ -3,30 +3,27 @@ decides.
 
 Order, so that nothing is ever reachable without its rules:
 
-1. what is ours and no longer wanted goes (rules, routes, addresses, taps; the note of ``ip_nonlocal_bind`` as
-   it
-   was);
+1. what is ours and no longer wanted goes (rules, routes, addresses, taps, ports, bridge; kernel settings as
+   they were);
 2. the packet filter: made, changed, or removed when nothing is left to guard;
-3. what is missing comes: ``ip_nonlocal_bind``, taps, addresses, routes, rules.
+3. what is missing comes: kernel settings, bridge, ports, taps, addresses, routes, rules.
 
 :func:`netplan.apply.apply` leaves step 3 undone when step 2 failed.
 """
 
-from netplan.model import (
-    DesiredNetwork,
-    FilterState,
-    ObservedNetwork,
-    Operation,
-    SysctlOperation,
-)
+from collections.abc import Iterator
+
+from netplan.model import DesiredNetwork, FilterState, ObservedNetwork
+from netplan.operations import Operation, SysctlOperation
 from netplan.packet_filter import FilterOperation, render
 from netplan.plan_addresses import address_operations
+from netplan.plan_bridge import after, bridge_operations
 from netplan.plan_routes import route_operations
 from netplan.plan_rules import rule_operations
 from netplan.plan_taps import tap_operations
+from netplan.sysctls import ALL, Sysctl, needed
 
 _FILTER = "filter/partitiond"
-_SYSCTL = "sysctl/net.ipv6.ip_nonlocal_bind"
 _REASONS = 5  # of drift that are named one by one
 
 
@@ -35,11 +32,17 @@ def plan(desired: DesiredNetwork, observed: ObservedNetwork) -> tuple[Operation,
     nothing to do.
     """
     packet_filter = filter_operations(desired, observed)
+    bridging = tuple(bridge_operations(desired, observed))
+    bridged = after(bridging, observed)
+    if any(name and name not in bridged.links for name in (desired.interface, desired.ipv4_interface)):
+        # what stands in the way of the bridge has to go first, by somebody else's hand
+        return bridging
     changes = (
         *sysctl_operations(desired, observed, noting=bool(packet_filter)),
-        *tap_operations(desired, observed),
-        *address_operations(desired, observed),
-        *route_operations(desired, observed),
+        *bridging,
+        *tap_operations(desired, bridged),
+        *address_operations(desired, bridged),
+        *route_operations(desired, bridged),
         *rule_operations(desired, observed),
     )
     removals = [one for one in changes if one.action == "remove"]
@@ -61,7 +64,7 @@ def filter_operations(desired: DesiredNetwork, observed: ObservedNetwork) -> tup
     reason = _filter_reason(loaded, wanted.fingerprint)
     if not reason:
         return ()
-    note = _raises(desired, observed) and not observed.nonlocal_bind_note
+    notes = tuple(one.note for one in _unlike(desired, observed) if one.name not in observed.notes)
     return (
         FilterOperation(
             id=_FILTER,
@@ -71,7 +74,7 @@ def filter_operations(desired: DesiredNetwork, observed: ObservedNetwork) -> tup
             reason=reason,
             wanted=wanted,
             loaded=loaded.contents,
-            note=note,
+            notes=notes,
         ),
     )
 
@@ -87,38 +90,39 @@ def _filter_reason(loaded: FilterState, wanted: str) -> str:
 
 def sysctl_operations(
     desired: DesiredNetwork, observed: ObservedNetwork, *, noting: bool
-) -> tuple[SysctlOperation, ...]:
-    """Ranges can only be bound to when ``ip_nonlocal_bind`` is 1; where we found it 1, it stays so.
+) -> Iterator[SysctlOperation]:
+    """Yield the settings to change and those to give back; what we found as we want it, stays so.
 
-    That it was 0 is noted by the packet filter's own transaction (``noting``), else by this operation.
+    What was there before is noted by the packet filter's own transaction (``noting``), else by the operation.
     """
-    if _raises(desired, observed):
-        noted = observed.nonlocal_bind_note or not desired.filtered or noting
-        why = "partitions have ranges, and without it nobody can bind to their addresses"
-        return (
-            SysctlOperation(
-                id=_SYSCTL,
-                action="create",
-                before="0",
-                after="1",
-                reason=why,
-                enable=True,
-                note=not noted,
-            ),
+    wanted = needed(desired)
+    for one in _unlike(desired, observed):
+        yield SysctlOperation(
+            id=f"sysctl/{one.name}",
+            action="create",
+            before=one.other,
+            after=one.wanted,
+            reason=one.why,
+            setting=one,
+            value=one.wanted,
+            note=desired.filtered and not noting and one.name not in observed.notes,
         )
-    if observed.nonlocal_bind_note and not _has_ranges(desired):
-        why = "no partition has a range any more, and it was 0 before"
-        return (
-            SysctlOperation(
-                id=_SYSCTL, action="remove", before="1", after="0", reason=why, enable=False, note=True
-            ),
-        )
-    return ()
+    for one in ALL:
+        if one.name in observed.notes and one not in wanted:
+            yield SysctlOperation(
+                id=f"sysctl/{one.name}",
+                action="remove",
+                before=observed.sysctls.get(one.name, one.wanted),
+                after=one.other,
+                reason="no longer needed, and this is what it was before",
+                setting=one,
+                value=one.other,
+                note=True,
+            )
 
 
-def _raises(desired: DesiredNetwork, observed: ObservedNetwork) -> bool:
-    return _has_ranges(desired) and not observed.nonlocal_bind
-
-
-def _has_ranges(desired: DesiredNetwork) -> bool:
-    return any(one.ipv6_range for one in desired.partitions)
+def _unlike(desired: DesiredNetwork, observed: ObservedNetwork) -> Iterator[Sysctl]:
+    """Yield the settings that are needed and not so."""
+    for one in needed(desired):
+        if observed.sysctls.get(one.name, one.wanted) != one.wanted:
+            yield one

@@ -1,20 +1,19 @@
-"""The plan for the partitions' own addresses on the interface: IPv6 with the interface's prefix length,
-private IPv4 as /32.
+"""The plan for the partitions' own addresses: on the interface IPv6 with the interface's prefix length and
+IPv4 as /32, on routed taps and tuns the host's ends.
 """
 
 from collections.abc import Iterator
+from ipaddress import IPv4Interface, IPv6Interface
 
 from netplan.errors import NetplanError
 from netplan.model import (
     PROTOCOL_MARK,
     Address,
-    AddressOperation,
     DesiredNetwork,
     ObservedNetwork,
-    Operation,
-    RefusedOperation,
     address_text,
 )
+from netplan.operations import AddressOperation, Operation, RefusedOperation
 from netplan.rtnetlink import (
     IFA_F_DADFAILED,
     IFA_F_DEPRECATED,
@@ -29,19 +28,30 @@ _UNUSABLE = {IFA_F_DADFAILED: "duplicate address detection failed", IFA_F_TENTAT
 
 def address_operations(desired: DesiredNetwork, observed: ObservedNetwork) -> Iterator[Operation]:
     """Yield what the wanted addresses need, then the removal of those with our mark that nobody wants there."""
-    link = observed.links[desired.interface].ifindex if desired.interface else 0
+    link, link4 = interfaces(desired, observed)
     seen: dict[bytes, list[Address]] = {}
     for address in observed.addresses:
         seen.setdefault(address.packed, []).append(address)
     names = {one.ifindex: one.name for one in observed.links.values()}
     wanted = set()
-    for partition, address in _wanted(desired, link):
-        wanted.add(address.packed)
-        operation = _operation(partition, address, seen.get(address.packed, []), names)
+    for partition, address in _wanted(desired, link, link4):
+        wanted.add((address.link, address.packed))
+        operation = _operation(
+            partition, address, seen.get(address.packed, []), names, markable=observed.address_marks
+        )
+        if operation is not None:
+            yield operation
+    for partition, name, address in _ends(desired):
+        here = observed.links.get(name)
+        at = address._replace(link=here.ifindex) if here else address
+        wanted.add((at.link, at.packed))
+        operation = _operation(
+            partition, at, seen.get(at.packed, []), names, markable=observed.address_marks, on=name
+        )
         if operation is not None:
             yield operation
     for address in observed.addresses:
-        if address.protocol == PROTOCOL_MARK and not (address.packed in wanted and address.link == link):
+        if address.protocol == PROTOCOL_MARK and (address.link, address.packed) not in wanted:
             yield AddressOperation(
                 id=_resource(address),
                 action="remove",
@@ -51,18 +61,51 @@ def address_operations(desired: DesiredNetwork, observed: ObservedNetwork) -> It
             )
 
 
-def _wanted(desired: DesiredNetwork, link: int) -> Iterator[tuple[str, Address]]:
+def interfaces(desired: DesiredNetwork, observed: ObservedNetwork) -> tuple[int, int]:
+    """Return the numbers of the links for the partitions' IPv6 and IPv4 addresses; 0 for none."""
+    link, link4 = (
+        observed.links[name].ifindex if name else 0
+        for name in (desired.interface, desired.ipv4_interface or desired.interface)
+    )
+    return link, link4
+
+
+def _wanted(desired: DesiredNetwork, link: int, link4: int) -> Iterator[tuple[str, Address]]:
     # The on-link route stays that of the interface's own address: 500 addresses do not each bring it again.
     for one in desired.partitions:
         if one.ipv6:
             flags = IFA_F_NODAD | IFA_F_NOPREFIXROUTE
             yield one.id, Address(link, one.ipv6.packed, one.ipv6.network.prefixlen, PROTOCOL_MARK, flags)
-        if one.ipv4:
-            yield one.id, Address(link, one.ipv4.packed, 32, PROTOCOL_MARK, 0)
+        for ipv4 in (one.ipv4, *one.world_ipv4):
+            if ipv4:
+                yield one.id, Address(link4, ipv4.packed, 32, PROTOCOL_MARK, 0)
+
+
+def _ends(desired: DesiredNetwork) -> Iterator[tuple[str, str, Address]]:
+    """Yield partition, link and address of the host's ends; link number 0: the link may be still to be made."""
+    for one in desired.partitions:
+        if one.tap and one.tap.ipv6:
+            # its network is routed by the guest's address (netplan.plan_routes), as slapformat does
+            flags = IFA_F_NODAD | IFA_F_NOPREFIXROUTE
+            yield one.id, one.tap.name, _on_link(one.tap.ipv6, flags)
+        if one.tun and one.tun.ipv6:
+            yield one.id, one.tun.name, _on_link(one.tun.ipv6, IFA_F_NODAD)
+        if one.tun and one.tun.ipv4:
+            yield one.id, one.tun.name, _on_link(one.tun.ipv4, 0)
+
+
+def _on_link(interface: IPv4Interface | IPv6Interface, flags: int) -> Address:
+    return Address(0, interface.packed, interface.network.prefixlen, PROTOCOL_MARK, flags)
 
 
 def _operation(
-    partition: str, wanted: Address, seen: list[Address], names: dict[int, str]
+    partition: str,
+    wanted: Address,
+    seen: list[Address],
+    names: dict[int, str],
+    *,
+    markable: bool,
+    on: str = "",
 ) -> Operation | None:
     here = next((one for one in seen if one.link == wanted.link), None)
     foreign = [one for one in seen if one.protocol != PROTOCOL_MARK and not _adoptable(one, wanted)]
@@ -73,11 +116,12 @@ def _operation(
             id=_resource(wanted),
             action="create",
             partition=partition,
-            after=_describe(wanted, names),
+            after=f"{wanted.text()} on {on}" if on else _describe(wanted, names),
             reason="missing",
             add=wanted,
+            on=on or None,
         )
-    reasons = list(_differences(here, wanted))
+    reasons = list(_differences(here, wanted, markable=markable))
     if not reasons:
         return None
     again = here.prefixlen != wanted.prefixlen or any(here.flags & flag for flag in _UNUSABLE)
@@ -102,7 +146,7 @@ def _adoptable(address: Address, wanted: Address) -> bool:
     return address.link == wanted.link and address.prefixlen == wanted.prefixlen
 
 
-def _differences(here: Address, wanted: Address) -> Iterator[str]:
+def _differences(here: Address, wanted: Address, *, markable: bool) -> Iterator[str]:
     if here.prefixlen != wanted.prefixlen:
         yield f"prefix length is {here.prefixlen}, should be {wanted.prefixlen}"
     for flag, words in _UNUSABLE.items():
@@ -112,7 +156,8 @@ def _differences(here: Address, wanted: Address) -> Iterator[str]:
         yield "preferred lifetime is not 0, so others' traffic may leave with it"
     if wanted.flags & IFA_F_NODAD and not here.flags & IFA_F_NODAD:
         yield "duplicate address detection is on"
-    if here.protocol != PROTOCOL_MARK:
+    # before Linux 5.18 an address that keeps its prefix route cannot be marked
+    if here.protocol != PROTOCOL_MARK and (markable or here.flags & IFA_F_NOPREFIXROUTE):
         yield "is not marked as ours"
 
 

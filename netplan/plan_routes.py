@@ -1,5 +1,5 @@
-"""The plan for IPv6 routes: ranges, a default route that says which source to use, and the local source
-table.
+"""The plan for routes: ranges, routed taps, gateways of routable addresses, a default route that says which
+source to use, and the local source table.
 
 Why the default route: without a source hint, choosing one costs the kernel 143 µs per unconnected packet at
 500 addresses (facts/packets.md, B7).  The host's own route is not touched: ours is a copy of the best one
@@ -7,28 +7,45 @@ with a better metric and the hint, made anew when the original changes and remov
 """
 
 from collections.abc import Iterator
-from ipaddress import IPv6Address
+from ipaddress import IPv4Address, IPv6Address
+from socket import AF_INET, AF_INET6
+from typing import NamedTuple
 
 from netplan.model import (
     PROTOCOL_MARK,
     DesiredNetwork,
     ObservedNetwork,
-    Operation,
+    PartitionNetwork,
     Route,
-    RouteOperation,
     address_text,
 )
+from netplan.operations import Operation, RouteOperation
+from netplan.plan_addresses import interfaces
 from netplan.rtnetlink import ROUTE_LOCAL, ROUTE_UNICAST, TABLE_LOCAL, TABLE_LOCAL_SOURCE, TABLE_MAIN
 
+TABLE_GATEWAYS = TABLE_LOCAL_SOURCE + 1
+"""The first of our tables for gateways of routable addresses: one for each gateway, in their order."""
+
 _LOOPBACK = 1
-_METRIC = 1024  # what the kernel gives a route that names none (IP6_RT_PRIO_USER)
+_METRIC = 1024  # what the kernel gives an IPv6 route that names none (IP6_RT_PRIO_USER)
+_ONLINK = 4  # RTNH_F_ONLINK: the gateway is a neighbour although no prefix covers it
+
+
+class _Wanted(NamedTuple):
+    """A route that shall be; ``on`` is its link when that may still have to be made."""
+
+    partition: str | None
+    identity: str
+    route: Route
+    on: str | None = None
 
 
 def route_operations(desired: DesiredNetwork, observed: ObservedNetwork) -> Iterator[Operation]:
     """Yield what the wanted routes need, then the removal of those with our mark that nobody wants."""
     wanted = set()
     seen = {route._replace(protocol=0): route for route in observed.routes}
-    for partition, identity, route in _wanted(desired, observed):
+    names = {link.ifindex: link.name for link in observed.links.values()}
+    for partition, identity, route, on in _wanted(desired, observed):
         wanted.add(route)
         here = seen.get(route._replace(protocol=0))
         if here is None or here.protocol != PROTOCOL_MARK:
@@ -36,40 +53,114 @@ def route_operations(desired: DesiredNetwork, observed: ObservedNetwork) -> Iter
                 id=identity,
                 action="change" if here else "create",
                 partition=partition,
-                before=_describe(here, observed) if here else None,
-                after=_describe(route, observed),
+                before=_describe(here, names) if here else None,
+                after=_describe(route, names, on),
                 reason="is not marked as ours" if here else "missing",
                 add=route,
+                on=None if route.link else on,
             )
     for route in observed.routes:
         if route.protocol == PROTOCOL_MARK and route not in wanted:
             yield RouteOperation(
                 id=_identity(route),
                 action="remove",
-                before=_describe(route, observed),
+                before=_describe(route, names),
                 reason="no longer wanted",
                 delete=route,
             )
 
 
-def _wanted(desired: DesiredNetwork, observed: ObservedNetwork) -> Iterator[tuple[str | None, str, Route]]:
+def _wanted(desired: DesiredNetwork, observed: ObservedNetwork) -> Iterator[_Wanted]:
     for one in desired.partitions:
         if one.ipv6_range:
             network = one.ipv6_range
             route = _local(TABLE_LOCAL, network.network_address.packed, network.prefixlen)
-            yield one.id, _identity(route), route
-        if one.ipv6 and desired.local_source_table and desired.host_ipv6:
-            route = _local(TABLE_LOCAL_SOURCE, one.ipv6.packed, 128, desired.host_ipv6.packed)
-            yield one.id, _identity(route), route
+            yield _Wanted(one.id, _identity(route), route)
+        if desired.local_source_table:
+            yield from _local_sources(one, desired)
+        yield from _tap_routes(one, observed)
+    yield from _gateway_routes(desired, interfaces(desired, observed)[1])
     if desired.host_ipv6 is not None:
         route_with_hint = _default(desired.host_ipv6, observed)
         if route_with_hint:
-            yield None, _identity(route_with_hint), route_with_hint
+            yield _Wanted(None, _identity(route_with_hint), route_with_hint)
+
+
+def _gateway_routes(desired: DesiredNetwork, link: int) -> Iterator[_Wanted]:
+    """Yield for each gateway of routable addresses the way to it, and to the networks that need none."""
+    tables = gateway_tables(desired)
+    wanted: dict[Route, None] = {}
+    for one in desired.partitions:
+        if one.routable_ipv4:
+            gateway, network = one.routable_ipv4.gateway, one.routable_ipv4.interface.network
+            default = _in_table(tables[gateway], link, b"", 0, gateway.packed, _ONLINK)
+            wanted[default] = None
+            if network.prefixlen < network.max_prefixlen:
+                near = _in_table(
+                    tables[gateway], link, network.network_address.packed, network.prefixlen, b"", 0
+                )
+                wanted[near] = None
+    for route in wanted:
+        yield _Wanted(None, _identity(route), route)
+
+
+def _in_table(table: int, link: int, destination: bytes, length: int, gateway: bytes, flags: int) -> Route:
+    return Route(
+        table, ROUTE_UNICAST, PROTOCOL_MARK, destination, length, gateway, link, 0, b"", flags, AF_INET
+    )
+
+
+def gateway_tables(desired: DesiredNetwork) -> dict[IPv4Address, int]:
+    """Return the number of our routing table for each gateway of a routable address."""
+    gateways = sorted({one.routable_ipv4.gateway for one in desired.partitions if one.routable_ipv4})
+    return {gateway: TABLE_GATEWAYS + place for place, gateway in enumerate(gateways)}
+
+
+def local_sources(one: PartitionNetwork, desired: DesiredNetwork) -> Iterator[tuple[bytes, bytes]]:
+    """Yield each address of a partition that others on this host connect to, and the source they shall have."""
+    if one.ipv6 and desired.host_ipv6:
+        yield one.ipv6.packed, desired.host_ipv6.packed
+    if desired.host_ipv4:
+        yield from ((ipv4.packed, desired.host_ipv4.packed) for ipv4 in one.world_ipv4)
+
+
+def _local_sources(one: PartitionNetwork, desired: DesiredNetwork) -> Iterator[_Wanted]:
+    for address, source in local_sources(one, desired):
+        route = _local(TABLE_LOCAL_SOURCE, address, 8 * len(address), source)
+        yield _Wanted(one.id, _identity(route), route)
+
+
+def _tap_routes(one: PartitionNetwork, observed: ObservedNetwork) -> Iterator[_Wanted]:
+    """Yield the routes to what lies behind a routed tap: the guest, and its network by way of the guest."""
+    if one.tap is None or not (one.tap.ipv6 or one.tap.ipv4):
+        return
+    here = observed.links.get(one.tap.name)
+    link = here.ifindex if here else 0
+    routes = []
+    if one.tap.ipv4:
+        routes.append(_over(link, one.tap.ipv4.packed, 32, b""))
+    if one.tap.ipv6:
+        network = one.tap.ipv6.network
+        guest = (network.network_address + 1).packed
+        routes += (
+            _over(link, guest, 128, b""),
+            _over(link, network.network_address.packed, network.prefixlen, guest),
+        )
+    for route in routes:
+        yield _Wanted(one.id, _identity(route), route, one.tap.name)
+
+
+def _over(link: int, destination: bytes, length: int, gateway: bytes) -> Route:
+    family, metric = (AF_INET6, _METRIC) if len(destination) == 16 else (AF_INET, 0)
+    return Route(
+        TABLE_MAIN, ROUTE_UNICAST, PROTOCOL_MARK, destination, length, gateway, link, metric, b"", 0, family
+    )
 
 
 def _local(table: int, destination: bytes, length: int, source: bytes = b"") -> Route:
+    family, metric = (AF_INET6, _METRIC) if len(destination) == 16 else (AF_INET, 0)
     return Route(
-        table, ROUTE_LOCAL, PROTOCOL_MARK, destination, length, b"", _LOOPBACK, _METRIC, source, flags=0
+        table, ROUTE_LOCAL, PROTOCOL_MARK, destination, length, b"", _LOOPBACK, metric, source, 0, family
     )
 
 
@@ -83,6 +174,7 @@ def _default(source: IPv6Address, observed: ObservedNetwork) -> Route | None:
         route
         for route in observed.routes
         if route.table == TABLE_MAIN
+        and route.family == AF_INET6
         and route.kind == ROUTE_UNICAST
         and route.prefixlen == 0
         and route.protocol != PROTOCOL_MARK
@@ -95,18 +187,19 @@ def _default(source: IPv6Address, observed: ObservedNetwork) -> Route | None:
 
 
 def _identity(route: Route) -> str:
+    if route.table >= TABLE_GATEWAYS:
+        return f"gateway/{route.table}/{route.text()}"
     kind = {TABLE_LOCAL: "range", TABLE_LOCAL_SOURCE: "source"}.get(route.table, "route")
     return f"{kind}/{route.text()}"
 
 
-def _describe(route: Route, observed: ObservedNetwork) -> str:
-    link = next((one.name for one in observed.links.values() if one.ifindex == route.link), str(route.link))
+def _describe(route: Route, names: dict[int, str], on: str | None = None) -> str:
     words = [f"local {route.text()}" if route.kind == ROUTE_LOCAL else route.text()]
     if route.gateway:
         words.append(f"via {address_text(route.gateway)}")
-    words.append(f"dev {link}")
+    words.append(f"dev {on or names.get(route.link, route.link)}")
     if route.source:
         words.append(f"src {address_text(route.source)}")
-    if route.kind != ROUTE_LOCAL:
+    if route.kind != ROUTE_LOCAL and route.metric:
         words.append(f"metric {route.metric}")
     return " ".join(words)

@@ -1,6 +1,6 @@
-"""The plan for taps: missing, not as wanted, taken by somebody else, no longer wanted."""
+"""The plan for taps and tuns: missing, not as wanted, taken by somebody else, no longer wanted."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from netplan.errors import NetplanError
 from netplan.model import (
@@ -8,34 +8,39 @@ from netplan.model import (
     DesiredNetwork,
     Link,
     ObservedNetwork,
-    Operation,
     PartitionNetwork,
-    RefusedOperation,
-    TapOperation,
     TapSpec,
+    TunSpec,
 )
+from netplan.operations import Operation, RefusedOperation, TapOperation
 
 
 def tap_operations(desired: DesiredNetwork, observed: ObservedNetwork) -> Iterator[Operation]:
-    """Yield what the wanted taps need, then the removal of those with our mark that nobody wants."""
+    """Yield what the wanted taps and tuns need, then the removal of those with our mark that nobody wants."""
     wanted = set()
+    names = {link.ifindex: link.name for link in observed.links.values()}
     for partition in desired.partitions:
         if partition.tap is not None:
             wanted.add(partition.tap.name)
-            yield from _wanted(partition, partition.tap, observed)
+            yield from _wanted(partition, partition.tap, observed, names)
+        if partition.tun is not None:
+            wanted.add(partition.tun.name)
+            yield from _wanted_tun(partition, partition.tun, observed)
     for link in observed.links.values():
-        if link.tap and link.alias.startswith(ALIAS_MARK) and link.name not in wanted:
+        if link.kind == "tun" and link.alias.startswith(ALIAS_MARK) and link.name not in wanted:
             yield TapOperation(
-                id=f"tap/{link.name}",
+                id=f"{_kind(link)}/{link.name}",
                 action="remove",
                 partition=link.alias.removeprefix(ALIAS_MARK),
-                before=_describe(link, observed),
+                before=_describe(link, names),
                 reason="no longer wanted",
                 name=link.name,
             )
 
 
-def _wanted(partition: PartitionNetwork, tap: TapSpec, observed: ObservedNetwork) -> Iterator[Operation]:
+def _wanted(
+    partition: PartitionNetwork, tap: TapSpec, observed: ObservedNetwork, names: Mapping[int, str]
+) -> Iterator[Operation]:
     bridge = observed.links.get(tap.bridge) if tap.bridge else None
     link = observed.links.get(tap.name)
     if tap.bridge and (bridge is None or bridge.kind != "bridge"):
@@ -49,7 +54,7 @@ def _wanted(partition: PartitionNetwork, tap: TapSpec, observed: ObservedNetwork
             "create the bridge, or change its name",
         )
         return
-    if link is not None and (taken := _taken(link, tap, observed)):
+    if link is not None and (taken := _taken(link, tap, names)):
         hint = f"remove or rename that interface, or change tap_base_name (ip link delete {tap.name})"
         yield _refused(partition, tap, link, "network.name_taken", taken, hint)
         return
@@ -69,51 +74,111 @@ def _wanted(partition: PartitionNetwork, tap: TapSpec, observed: ObservedNetwork
             master=master or None,
             up=True,
         )
-    elif reasons := list(_differences(link, tap, alias, master, observed)):
+    elif reasons := list(_differences(link, tap, alias, master, names)):
         yield TapOperation(
             id=f"tap/{tap.name}",
             action="change",
             partition=partition.id,
-            before=_describe(link, observed),
+            before=_describe(link, names),
             after=_wish(tap),
             reason=", ".join(reasons),
             name=tap.name,
             owner=tap.owner_uid if link.tap_owner != tap.owner_uid else None,
             alias=alias if link.alias != alias else None,
-            mac=tap.mac if link.mac != tap.mac else None,
+            mac=tap.mac if _foreign_mac(link, tap) else None,
             master=master if link.master != master else None,
             up=not link.up,
         )
 
 
-def _taken(link: Link, tap: TapSpec, observed: ObservedNetwork) -> str:
+def _wanted_tun(partition: PartitionNetwork, tun: TunSpec, observed: ObservedNetwork) -> Iterator[Operation]:
+    link = observed.links.get(tun.name)
+    identity, alias, wish = f"tun/{tun.name}", ALIAS_MARK + partition.id, f"tun of uid {tun.owner_uid}"
+    if link is None:
+        yield TapOperation(
+            id=identity,
+            action="create",
+            partition=partition.id,
+            after=wish,
+            reason="missing",
+            name=tun.name,
+            tun=True,
+            owner=tun.owner_uid,
+            alias=alias,
+            up=True,
+        )
+        return
+    ours = link.alias.startswith(ALIAS_MARK)
+    if link.kind != "tun" or link.tap or not (ours or link.tap_owner == tun.owner_uid):
+        message = f"{link.name} is there and not ours ({_describe(link, {})})"
+        hint = f"remove or rename that interface (ip link delete {tun.name})"
+        error = NetplanError("network.name_taken", message, resource=identity, hint=hint)
+        yield RefusedOperation(
+            id=identity, action="change", partition=partition.id, reason=message, error=error
+        )
+        return
+    reasons = [] if link.tap_owner == tun.owner_uid else [f"owner is {_owner(link)}"]
+    reasons += [] if link.up else ["is down"]
+    reasons += [] if link.alias == alias else ["is not marked as this partition's"]
+    if reasons:
+        yield TapOperation(
+            id=identity,
+            action="change",
+            partition=partition.id,
+            before=_describe(link, {}),
+            after=wish,
+            reason=", ".join(reasons),
+            name=tun.name,
+            tun=True,
+            owner=tun.owner_uid if link.tap_owner != tun.owner_uid else None,
+            alias=alias if link.alias != alias else None,
+            up=not link.up,
+        )
+
+
+def _taken(link: Link, tap: TapSpec, names: Mapping[int, str]) -> str:
     """Say why a like-named link cannot be taken over; a tap of the right owner is (slapformat made it)."""
     if not link.tap:
         return f"an interface of another kind ({link.kind or 'physical'}) is called {link.name}"
     if not link.alias.startswith(ALIAS_MARK) and link.tap_owner != tap.owner_uid:
-        return f"{link.name} is not ours ({_describe(link, observed)})"
+        return f"{link.name} is not ours ({_describe(link, names)})"
     return ""
 
 
 def _differences(
-    link: Link, tap: TapSpec, alias: str, master: int, observed: ObservedNetwork
+    link: Link, tap: TapSpec, alias: str, master: int, names: Mapping[int, str]
 ) -> Iterator[str]:
     if link.tap_owner != tap.owner_uid:
         yield f"owner is {_owner(link)}, should be {tap.owner_uid}"
     if link.master != master:
-        yield f"is in {_name(link.master, observed)}, should be in {tap.bridge or 'no bridge'}"
+        yield f"is in {_name(link.master, names)}, should be in {tap.bridge or 'no bridge'}"
     if not link.up:
         yield "is down"
-    if link.mac != tap.mac:
+    if _foreign_mac(link, tap):
         yield f"address is {link.mac}, should be {tap.mac}"
     if link.alias != alias:
         yield f"alias is {link.alias!r}, should be {alias!r}" if link.alias else "is not marked as ours"
 
 
-def _describe(link: Link, observed: ObservedNetwork) -> str:
-    where = f"in {_name(link.master, observed)}" if link.master else "routed"
+def _foreign_mac(link: Link, tap: TapSpec) -> bool:
+    """Whether the MAC of the host's end must change: it could become that of the bridge.
+
+    A routed tap keeps what it has, for its guest knows the host by it.
+    """
+    return bool(tap.bridge) and link.mac != tap.mac
+
+
+def _kind(link: Link) -> str:
+    return "tap" if link.tap else "tun"
+
+
+def _describe(link: Link, names: Mapping[int, str]) -> str:
+    state = "" if link.up else ", down"
+    if link.kind == "tun" and not link.tap:
+        return f"tun of uid {_owner(link)}{state}"
+    where = f"in {_name(link.master, names)}" if link.master else "routed"
     kind = f"tap of uid {_owner(link)}" if link.tap else link.kind or "interface"
-    return f"{kind}, {link.mac}, {where}{'' if link.up else ', down'}"
+    return f"{kind}, {link.mac}, {where}{state}"
 
 
 def _wish(tap: TapSpec) -> str:
@@ -124,10 +189,8 @@ def _owner(link: Link) -> str:
     return "nobody" if link.tap_owner < 0 else str(link.tap_owner)
 
 
-def _name(index: int, observed: ObservedNetwork) -> str:
-    if not index:
-        return "no bridge"
-    return next((link.name for link in observed.links.values() if link.ifindex == index), f"link {index}")
+def _name(index: int, names: Mapping[int, str]) -> str:
+    return names.get(index, f"link {index}") if index else "no bridge"
 
 
 def _refused(

@@ -1,6 +1,10 @@
 """Links, addresses, routes and rules as rtnetlink messages: only the attributes that partitiond needs.
 
 Layouts: include/uapi/linux/{rtnetlink,if_link,if_addr,if_tun,fib_rules}.h; rtnetlink(7).
+
+How our addresses are told from others: by IFA_PROTO, which kernels before 5.18 neither keep nor give back.  So
+each also has a metric for its prefix route (IFA_RT_PRIORITY, Linux 4.18) of our own, which all kernels give
+back, and which moves nothing: our addresses have no prefix route.
 """
 
 import socket
@@ -8,8 +12,9 @@ import struct
 import sys
 from typing import NamedTuple
 
-from netplan.model import Address, Link, Route, Rule
+from netplan.model import PROTOCOL_MARK, Address, Link, Route, Rule
 from netplan.netlink import (
+    NLA_F_NESTED,
     NLM_F_CREATE,
     NLM_F_EXCL,
     NLM_F_REPLACE,
@@ -32,7 +37,7 @@ IFA_F_DEPRECATED = 0x20
 IFA_F_TENTATIVE = 0x40
 IFA_F_NOPREFIXROUTE = 0x200
 
-_RTM_DELLINK, _RTM_GETLINK, _RTM_SETLINK = 17, 18, 19
+_RTM_NEWLINK, _RTM_DELLINK, _RTM_GETLINK, _RTM_SETLINK = 16, 17, 18, 19
 _RTM_NEWADDR, _RTM_DELADDR, _RTM_GETADDR = 20, 21, 22
 _RTM_NEWROUTE, _RTM_DELROUTE, _RTM_GETROUTE = 24, 25, 26
 _RTM_NEWRULE, _RTM_DELRULE, _RTM_GETRULE = 32, 33, 34
@@ -41,6 +46,7 @@ _IFLA_ADDRESS, _IFLA_IFNAME, _IFLA_MASTER, _IFLA_LINKINFO, _IFLA_IFALIAS = 1, 3,
 _IFLA_STATS64, _IFLA_GROUP, _IFLA_EXT_MASK = 23, 27, 29
 _IFLA_INFO_KIND, _IFLA_INFO_DATA = 1, 2
 _IFLA_TUN_OWNER, _IFLA_TUN_TYPE = 1, 3
+_IFLA_BR_FORWARD_DELAY, _IFLA_BR_STP_STATE = 1, 5
 _LINK_ATTRIBUTES = frozenset(
     (_IFLA_ADDRESS, _IFLA_IFNAME, _IFLA_MASTER, _IFLA_LINKINFO, _IFLA_IFALIAS, _IFLA_STATS64, _IFLA_GROUP)
 )
@@ -48,8 +54,10 @@ _RTEXT_FILTER_SKIP_STATS = 8
 _IFF_UP = 1
 _IFF_TAP = 2
 
-_IFA_ADDRESS, _IFA_LOCAL, _IFA_CACHEINFO, _IFA_FLAGS, _IFA_PROTO = 1, 2, 6, 8, 11
-_ADDRESS_ATTRIBUTES = frozenset((_IFA_ADDRESS, _IFA_LOCAL, _IFA_FLAGS, _IFA_PROTO))
+_IFA_ADDRESS, _IFA_LOCAL, _IFA_CACHEINFO, _IFA_FLAGS, _IFA_RT_PRIORITY, _IFA_PROTO = 1, 2, 6, 8, 9, 11
+_ADDRESS_ATTRIBUTES = frozenset((_IFA_ADDRESS, _IFA_LOCAL, _IFA_FLAGS, _IFA_RT_PRIORITY, _IFA_PROTO))
+_PRIORITY_MARK = 0x70617274  # "part"
+_SCOPE_LINK = 253
 _SCOPE_HOST = 254
 _FOREVER = 0xFFFFFFFF
 
@@ -58,8 +66,8 @@ _ROUTE_ATTRIBUTES = frozenset((_RTA_DST, _RTA_OIF, _RTA_GATEWAY, _RTA_PRIORITY, 
 
 _RTNH_F_ONLINK = 4
 
-_FRA_PRIORITY, _FRA_TABLE, _FRA_PROTOCOL = 6, 15, 21
-_RULE_ATTRIBUTES = frozenset((_FRA_PRIORITY, _FRA_TABLE, _FRA_PROTOCOL))
+_FRA_SRC, _FRA_PRIORITY, _FRA_TABLE, _FRA_PROTOCOL = 2, 6, 15, 21
+_RULE_ATTRIBUTES = frozenset((_FRA_SRC, _FRA_PRIORITY, _FRA_TABLE, _FRA_PROTOCOL))
 _FR_ACT_TO_TBL = 1
 
 _IFINFO = struct.Struct("=BxHiII")  # family, type, index, flags, change
@@ -160,6 +168,32 @@ def set_link(
     return Request(_RTM_SETLINK, 0, b"".join(parts))
 
 
+def make_bridge(name: str, index: int, mac: str) -> Request:
+    """Ask for a bridge with that number, without spanning tree, whose ports forward at once.
+
+    Without STP a port still waits twice the forward delay (net/bridge/br_stp_if.c, br_stp_enable_port), which
+    would cut the node off for 30 s.
+    """
+    data = attribute(_IFLA_BR_FORWARD_DELAY, _U32.pack(0)) + attribute(_IFLA_BR_STP_STATE, _U32.pack(0))
+    info = attribute(_IFLA_INFO_KIND, b"bridge\0") + attribute(_IFLA_INFO_DATA | NLA_F_NESTED, data)
+    payload = b"".join(
+        (
+            _IFINFO.pack(0, 0, index, 0, 0),
+            attribute(_IFLA_IFNAME, name.encode() + b"\0"),
+            attribute(_IFLA_ADDRESS, bytes.fromhex(mac.replace(":", ""))),
+            attribute(_IFLA_LINKINFO | NLA_F_NESTED, info),
+        )
+    )
+    return Request(_RTM_NEWLINK, NLM_F_CREATE | NLM_F_EXCL, payload)
+
+
+def delete_link(name: str) -> Request:
+    """Ask for the removal of a link."""
+    return Request(
+        _RTM_DELLINK, 0, _IFINFO.pack(0, 0, 0, 0, 0) + attribute(_IFLA_IFNAME, name.encode() + b"\0")
+    )
+
+
 def delete_group(group: int) -> Request:
     """Ask for the removal of every link of a group in one go.
 
@@ -181,9 +215,10 @@ def _address(message: Message) -> Address:
     # on point-to-point links IFA_ADDRESS is the peer and IFA_LOCAL our own (if_addr.h); plain IPv6 has no
     # IFA_LOCAL
     packed = have.get(_IFA_LOCAL) or have.get(_IFA_ADDRESS, b"")
-    return Address(
-        link, packed, prefixlen, _number(have.get(_IFA_PROTO)), _number(have.get(_IFA_FLAGS), flags)
-    )
+    protocol = _number(have.get(_IFA_PROTO))
+    if not protocol and _number(have.get(_IFA_RT_PRIORITY)) == _PRIORITY_MARK:
+        protocol = PROTOCOL_MARK
+    return Address(link, packed, prefixlen, protocol, _number(have.get(_IFA_FLAGS), flags))
 
 
 def set_address(address: Address) -> Request:
@@ -191,10 +226,12 @@ def set_address(address: Address) -> Request:
 
     Deprecated means a preferred lifetime of 0: no outgoing IPv6 traffic is given that source by itself (RFC
     6724, rule 3). IPv4 does not look at it, but leaves out addresses of scope ``host`` (net/ipv4/devinet.c,
-    inet_select_addr).
+    inet_select_addr), which those without a network of their own are.
     """
     ipv6 = len(address.packed) == 16
-    family, scope = (socket.AF_INET6, 0) if ipv6 else (socket.AF_INET, _SCOPE_HOST)
+    family = socket.AF_INET6 if ipv6 else socket.AF_INET
+    alone = address.prefixlen == 32 if not ipv6 else bool(address.flags & IFA_F_NOPREFIXROUTE)
+    scope = _SCOPE_HOST if alone and not ipv6 else 0
     payload = b"".join(
         (
             _IFADDR.pack(family, address.prefixlen, address.flags & 0xFF, scope, address.link),
@@ -203,6 +240,7 @@ def set_address(address: Address) -> Request:
             attribute(_IFA_FLAGS, _U32.pack(address.flags)),
             attribute(_IFA_CACHEINFO, _CACHEINFO.pack(0, _FOREVER, 0, 0)),
             attribute(_IFA_PROTO, bytes((address.protocol,))),
+            attribute(_IFA_RT_PRIORITY, _U32.pack(_PRIORITY_MARK)) if alone else b"",
         )
     )
     return Request(_RTM_NEWADDR, NLM_F_CREATE | NLM_F_REPLACE, payload)
@@ -217,20 +255,26 @@ def delete_address(address: Address) -> Request:
 
 
 def routes(
-    sock: NetlinkSocket, *, table: int = 0, protocol: int = 0, kind: int = 0, link: int = 0
+    sock: NetlinkSocket,
+    *,
+    family: int = socket.AF_INET6,
+    table: int = 0,
+    protocol: int = 0,
+    kind: int = 0,
+    link: int = 0,
 ) -> tuple[Route, ...]:
-    """Return the IPv6 routes that match what is not 0; the kernel itself filters (ip6_fib.c, inet6_dump_fib)."""
-    payload = _RTMSG.pack(socket.AF_INET6, 0, 0, 0, 0, protocol, 0, kind, 0)
+    """Return the routes that match what is not 0; the kernel itself filters (ip6_fib.c, inet6_dump_fib)."""
+    payload = _RTMSG.pack(family, 0, 0, 0, 0, protocol, 0, kind, 0)
     if table:
         payload += attribute(_RTA_TABLE, _U32.pack(table))
     if link:
         payload += attribute(_RTA_OIF, _U32.pack(link))
-    return tuple(map(_route, sock.dump(_RTM_GETROUTE, payload)))
+    return tuple(map(_route, sock.dump(_RTM_GETROUTE, payload, absent=True)))
 
 
 def _route(message: Message) -> Route:
     _, data, start, end = message
-    _, prefixlen, _, _, table, protocol, _, kind, flags = _RTMSG.unpack_from(data, start)
+    family, prefixlen, _, _, table, protocol, _, kind, flags = _RTMSG.unpack_from(data, start)
     have = attributes(data, start + 12, end, _ROUTE_ATTRIBUTES)
     return Route(
         _number(have.get(_RTA_TABLE), table),
@@ -243,6 +287,7 @@ def _route(message: Message) -> Route:
         _number(have.get(_RTA_PRIORITY)),
         have.get(_RTA_PREFSRC, b""),
         flags & _RTNH_F_ONLINK,
+        family,
     )
 
 
@@ -257,18 +302,14 @@ def delete_route(route: Route) -> Request:
 
 
 def _route_payload(route: Route) -> bytes:
+    # IPv6 has no scopes of routes; in IPv4 a next hop is looked up among routes of a narrower one, see
+    # fib_check_nh in net/ipv4/fib_semantics.c
+    scope = 0
+    if route.family == socket.AF_INET:
+        scope = _SCOPE_HOST if route.kind == ROUTE_LOCAL else 0 if route.gateway else _SCOPE_LINK
+    head = (route.family, route.prefixlen, 0, 0, min(route.table, 255), route.protocol, scope, route.kind)
     parts = [
-        _RTMSG.pack(
-            socket.AF_INET6,
-            route.prefixlen,
-            0,
-            0,
-            min(route.table, 255),
-            route.protocol,
-            0,
-            route.kind,
-            route.flags,
-        ),
+        _RTMSG.pack(*head, route.flags),
         attribute(_RTA_TABLE, _U32.pack(route.table)),
         attribute(_RTA_PRIORITY, _U32.pack(route.metric)),
     ]
@@ -284,12 +325,13 @@ def _route_payload(route: Route) -> bytes:
     return b"".join(parts)
 
 
-def rules(sock: NetlinkSocket) -> tuple[Rule, ...]:
-    """Return the IPv6 rules that send everything to a table."""
+def rules(sock: NetlinkSocket, family: int = socket.AF_INET6) -> tuple[Rule, ...]:
+    """Return the rules that send everything, or what comes from one address, to a table."""
     found = []
-    for _, data, start, end in sock.dump(_RTM_GETRULE, _RTMSG.pack(socket.AF_INET6, *[0] * 8)):
+    whole = 8 * (16 if family == socket.AF_INET6 else 4)
+    for _, data, start, end in sock.dump(_RTM_GETRULE, _RTMSG.pack(family, *[0] * 8)):
         _, dst_len, src_len, _, table, _, _, action, flags = _RTMSG.unpack_from(data, start)
-        if dst_len or src_len or flags or action != _FR_ACT_TO_TBL:
+        if dst_len or src_len not in {0, whole} or flags or action != _FR_ACT_TO_TBL:
             continue
         have = attributes(data, start + 12, end, _RULE_ATTRIBUTES)
         found.append(
@@ -297,6 +339,8 @@ def rules(sock: NetlinkSocket) -> tuple[Rule, ...]:
                 _number(have.get(_FRA_PRIORITY)),
                 _number(have.get(_FRA_TABLE), table),
                 _number(have.get(_FRA_PROTOCOL)),
+                family,
+                have.get(_FRA_SRC, b""),
             )
         )
     return tuple(found)
@@ -313,9 +357,11 @@ def delete_rule(rule: Rule) -> Request:
 
 
 def _rule_payload(rule: Rule) -> bytes:
+    head = (rule.family, 0, 8 * len(rule.source), 0, min(rule.table, 255), 0, 0, _FR_ACT_TO_TBL)
     return b"".join(
         (
-            _RTMSG.pack(socket.AF_INET6, 0, 0, 0, min(rule.table, 255), 0, 0, _FR_ACT_TO_TBL, 0),
+            _RTMSG.pack(*head, 0),
+            attribute(_FRA_SRC, rule.source) if rule.source else b"",
             attribute(_FRA_PRIORITY, _U32.pack(rule.preference)),
             attribute(_FRA_TABLE, _U32.pack(rule.table)),
             attribute(_FRA_PROTOCOL, bytes((rule.protocol,))),

@@ -16,12 +16,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from partitiond import config_reader
+from partitiond import config_network, config_reader
 from partitiond.config_reader import Reader
 from partitiond.errors import PartitiondError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+    from partitiond.config_network import NetworkKeys
 
 # the control socket lies below it, and struct sockaddr_un holds 108 bytes
 _RUN_DIR_LENGTH = 90
@@ -60,13 +62,9 @@ _NOT_YET = {
     "promise_timeout": "promises",
     "software_min_free_space": "a check of free space",
     "instance_min_free_space": "a check of free space",
-    "bridge_ports": "moving a physical interface into the bridge",
-    "ipv4_partition_network": "IPv4-only nodes",
     "tap_guard": "the guard of tap frames",
     "metrics_listen": "the metrics listener",
     "master_fingerprint": "pinning the master's certificate",
-    "create_tun": "tun interfaces",
-    "tap_gateway_interface": "routed tap IPv4",
     "instance_storage_home": "external data directories",
 }
 _KNOWN: Mapping[str, frozenset[str]] = {
@@ -75,8 +73,16 @@ _KNOWN: Mapping[str, frozenset[str]] = {
     "partitiond": _OWN_KEYS,
 }
 # sections with a meaning of their own for other programs or with free keys
-_OPEN_SECTIONS = ("slapproxy", "slapconsole", "networkcache", "tinc", "accounting", "firewall")
-_LATER_SECTIONS = ("routable_ipv4", "block_devices", "tap_allow")
+_OPEN_SECTIONS = (
+    "slapproxy",
+    "slapconsole",
+    "networkcache",
+    "tinc",
+    "accounting",
+    "firewall",
+    "routable_ipv4",
+)
+_LATER_SECTIONS = ("block_devices", "tap_allow")
 
 # each is made the node's own
 _OWN_DIRECTORIES = (
@@ -127,7 +133,7 @@ class Config:
     interface: str
     partition_amount: int
     ipv6_interface: str
-    bridge: str | None
+    network: NetworkKeys
     create_tap: bool
     ipv6_range: bool
     ipv6_prefixshift: int
@@ -189,6 +195,7 @@ def _check_together(config: Config, reader: Reader) -> None:
         reader.bad(
             "partitiond", "run_dir", str(config.run_dir), f"a path of at most {_RUN_DIR_LENGTH} characters"
         )
+    _check_networks(config, reader)
     members = {f"{config.user_base}{index}" for index in range(config.partition_amount)}
     if config.software_user in members:
         reader.bad("slapformat", "software_user", config.software_user, "no user of a partition")
@@ -208,25 +215,30 @@ def _check_together(config: Config, reader: Reader) -> None:
             reader.bad(section, key, str(path), "a directory outside of the partitions")
 
 
+def _check_networks(config: Config, reader: Reader) -> None:
+    world = config.network.partition_network
+    if world and world.overlaps(config.ipv4_network):
+        words = f"a network apart from the private {config.ipv4_network}"
+        reader.bad("partitiond", "ipv4_partition_network", str(world), words)
+    for partition, routable in config.network.routable.items():
+        if any(routable.interface.ip in one for one in (world, config.ipv4_network) if one):
+            words = "an address outside of ipv4_local_network and ipv4_partition_network"
+            reader.bad("routable_ipv4", partition, str(routable.interface), words)
+    if config.create_tap and config.network.create_tun and config.tap_base == "slaptun":
+        reader.bad("slapformat", "tap_base_name", "slaptun", "another name: tun interfaces are called so")
+
+
 # keys that are read to refuse nonsense already, although nothing acts on them yet
 _ADDRESS_AND_PORT = re.compile(
     r"(?:[0-9.]+|\[[0-9a-fA-F:.]+\]):"
     r"(?:[1-9][0-9]{0,3}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5])"
 )
 _SHAPES = {
-    "bridge_ports": (
-        re.compile(r"[A-Za-z0-9_.-]{1,15}(?:[\s,]+[A-Za-z0-9_.-]{1,15})*"),
-        "names of interfaces",
-    ),
     "tap_guard": (re.compile(r"lan|strict|off"), "lan, strict or off"),
     "metrics_listen": (_ADDRESS_AND_PORT, "an address and a port such as 127.0.0.1:9816, or empty"),
     "master_fingerprint": (re.compile(r"sha256:[0-9a-f]{64}"), "sha256: and 64 lower-case hex digits"),
     "report_ambiguous": (re.compile(r"hold|resend"), "hold or resend"),
     "buildout_version": (re.compile(r"[0-9]+(?:\.[0-9]+)*"), "a version such as 4.2.0"),
-    "ipv4_partition_network": (
-        re.compile(r"[0-9]+(?:\.[0-9]+){3}/[0-9]{1,2}"),
-        "a network such as 10.64.0.0/16",
-    ),
 }
 # a node that was told to be left alone must not be changed
 _REFUSED = {
@@ -368,7 +380,9 @@ def _build(path: Path, reader: Reader) -> Config:
     interface = _link(reader, "slapformat", "interface_name", None)
     bridge = _link(reader, "partitiond", "bridge", "")
     _refuse_iptables(reader)
-    network = _ipv4_network(reader, amount)
+    local_network = _ipv4_network(reader, amount)
+    ipv6_interface = _link(reader, "slapformat", "ipv6_interface", interface) or interface
+    partition_base = _name(reader, "partition_base_name", "slappart")
     tap_words = "1 to 11 characters"
     tap_base = reader.text("slapformat", "tap_base_name", "slaptap", _TAP_NAME, tap_words)
     uid_base = reader.number("partitiond", "uid_base", 5000, 100, 2**31 - 1 - 10000)
@@ -383,14 +397,20 @@ def _build(path: Path, reader: Reader) -> Config:
         software_root=reader.own_path("slapos", "software_root", None),
         instance_root=reader.own_path("slapos", "instance_root", None),
         interface=interface,
-        ipv6_interface=_link(reader, "slapformat", "ipv6_interface", interface) or interface,
+        ipv6_interface=ipv6_interface,
         partition_amount=amount,
-        bridge=bridge or None,
+        network=config_network.read(
+            reader,
+            interface=interface,
+            ipv6_interface=ipv6_interface,
+            bridge=bridge or None,
+            partitions=frozenset(f"{partition_base}{index}" for index in range(amount)),
+        ),
         create_tap=reader.truth("slapformat", "create_tap", True),
         ipv6_range=reader.truth("slapformat", "partition_has_ipv6_range", True),
         ipv6_prefixshift=shift,
-        ipv4_network=network,
-        partition_base=_name(reader, "partition_base_name", "slappart"),
+        ipv4_network=local_network,
+        partition_base=partition_base,
         user_base=_name(reader, "user_base_name", "slapuser"),
         tap_base=tap_base,
         software_user=_name(reader, "software_user", "slapsoft"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import logging
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -10,11 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from netplan import apply as netplan_apply
-from netplan import model as netmodel
 from netplan import observe as netplan_observe
 from netplan import plan as netplan_plan
-from netplan.model import DesiredNetwork
+from netplan.model import BRIDGE_ALIAS
+from netplan.operations import RefusedOperation
 from partitiond import (
+    addressing,
+    choices,
     directories,
     execute,
     identities,
@@ -32,8 +33,8 @@ from partitiond.users import UserOperation, UserSpec
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
-    from netplan.model import Address, ObservedNetwork
-    from partitiond.config import Config
+    from netplan.model import ObservedNetwork
+    from netplan.operations import Operation as NetworkOperation
     from partitiond.context import Context
     from partitiond.identities import PublicIdentity
     from partitiond.node import Node, Partition
@@ -56,8 +57,6 @@ PARTS = (
     "tunnels",
     "leavers",
 )
-# include/uapi/linux/if_addr.h: temporary, dadfailed, deprecated, tentative
-_UNUSABLE = 0x01 | 0x08 | 0x20 | 0x40
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +75,7 @@ class Plan:
 
     users: tuple[UserOperation, ...] = ()
     directories: tuple[directories.DirectoryOperation, ...] = ()
-    network: tuple[netmodel.Operation, ...] = ()
+    network: tuple[NetworkOperation, ...] = ()
     devices: tuple[tun_device.DeviceOperation, ...] = ()
     identities: tuple[identities.IdentityOperation, ...] = ()
     resources: tuple[resource_file.ResourceOperation, ...] = ()
@@ -109,13 +108,21 @@ def observe(context: Context) -> Observation:
     """Look at the node. Raises a family error when the interface is missing or the user database cannot be read."""
     config = context.config
     database = users.observe()
-    # what is wanted hangs on the node's own address, and how much must be looked at on what is wanted
-    first = netplan_observe.observe(DesiredNetwork(interface=config.ipv6_interface))
-    _check_bridge(config, first)
-    here = own_addresses(config, first)
-    base = choose_base(here, context.store.base())
-    found = node.build(config, base, base in here, database.numbers(), _taken_ipv4(config, first))
-    network = netplan_observe.observe(found.network())
+    look = netplan_observe.look()
+    here = addressing.own_ipv6(config, look)
+    base = addressing.choose_base(here, context.store.base())
+    rules = addressing.rules(config, base, look)
+    choice = choices.choose(rules, {})
+    found = node.build(
+        config,
+        rules.base,
+        base in here,
+        database.numbers(),
+        choice.chosen,
+        addressing.own_ipv4(config, look),
+        rules.tap_gateway,
+    )
+    network = netplan_observe.observe(found.network(), look)
     context.node = found
     return Observation(database, network, context.supervisor.processes(), found)
 
@@ -153,66 +160,17 @@ def _refuse_busy(context: Context, target: Node) -> None:
         )
 
 
-def _check_bridge(config: Config, network: ObservedNetwork) -> None:
-    """Refuse a bridge that is not there before anything is changed."""
-    if config.bridge is None:
-        return
-    link = network.links.get(config.bridge)
-    if link is None or link.kind != "bridge":
-        there = ", ".join(sorted(one.name for one in network.links.values() if one.kind == "bridge"))
-        raise PartitiondError(
-            "network.no_bridge",
-            f"{config.bridge} is {'no bridge' if link else 'not there'}",
-            resource=str(config.file),
-            hint=f"make the bridge, or set bridge in [partitiond] to {there or 'nothing: taps are not bridged then'}",
-        )
+def _refuse_first_bridge(operations: tuple[NetworkOperation, ...], network: ObservedNetwork) -> None:
+    """Refuse to start with a bridge that cannot be made or filled, before anything is changed.
 
-
-def own_addresses(config: Config, network: ObservedNetwork) -> list[ipaddress.IPv6Interface]:
-    """The node's own global IPv6 addresses on its interface."""
-    link = network.links[config.ipv6_interface].ifindex
-    return [
-        ipaddress.IPv6Interface((address.packed, address.prefixlen))
-        for address in network.addresses
-        if address.link == link and _usable(address)
-    ]
-
-
-def choose_base(
-    here: list[ipaddress.IPv6Interface], remembered: ipaddress.IPv6Interface | None
-) -> ipaddress.IPv6Interface | None:
-    """The address of which those of the partitions are derived; None on a node that never had one. Pure.
-
-    The one chosen before stays as long as its network is there, and also while the interface has no address at all: a
-    router that is silent for a while must not take the partitions' addresses away. Else that of the largest subnet, then the
-    lowest, as slapformat chooses.
+    On a node whose bridge stands, a port that is gone is a failure among others: the rest is kept up.
     """
-    if remembered is not None:
-        same = [one for one in here if one.network == remembered.network]
-        if remembered in here or not here:
-            return remembered
-        if same:
-            return min(same, key=lambda one: int(one.ip))
-    return min(here, key=lambda one: (one.network.prefixlen, int(one.ip)), default=None)
-
-
-def _usable(address: Address) -> bool:
-    if len(address.packed) != 16 or address.protocol == netmodel.PROTOCOL_MARK or address.flags & _UNUSABLE:
-        return False
-    ip = ipaddress.IPv6Address(address.packed)
-    return not (ip.is_link_local or ip.is_loopback or ip.is_multicast) and address.prefixlen < 127
-
-
-def _taken_ipv4(config: Config, network: ObservedNetwork) -> frozenset[ipaddress.IPv4Address]:
-    """The node's own IPv4 addresses in the private network; a /32 of the interface may be a partition's already."""
-    link = network.links[config.ipv6_interface].ifindex
-    return frozenset(
-        ip
-        for address in network.addresses
-        if len(address.packed) == 4
-        and not (address.link == link and address.prefixlen == 32)
-        and (ip := ipaddress.IPv4Address(address.packed)) in config.ipv4_network
-    )
+    stands = any(link.alias == BRIDGE_ALIAS for link in network.links.values())
+    for one in operations:
+        if not isinstance(one, RefusedOperation):
+            continue
+        if one.resource == "bridge" or (one.resource == "port" and not stands):
+            raise one.error
 
 
 def desired_users(target: Node) -> tuple[UserSpec, ...]:
@@ -261,6 +219,8 @@ def plan(context: Context, seen: Observation) -> Plan:
     # a user that is missing gets the number that it is planned with: its directories are no drift of their own
     numbers = {item.user: (item.uid, item.gid) for item in target.partitions} | seen.users.numbers()
     _refuse_busy(context, target)
+    network = netplan_plan.plan(target.network(), seen.network)
+    _refuse_first_bridge(network, seen.network)
     published = identities.observe(target)
     wanted_tunnels = declared_tunnels(context, target, published)
     running = frozenset(process.group for process in seen.processes if process.pid)
@@ -270,7 +230,7 @@ def plan(context: Context, seen: Observation) -> Plan:
         # a user goes last, when nothing of it runs and nothing is its own any more
         leavers=tuple(operation for operation in people if not operation.spec),
         directories=directories.plan(desired_directories(target), numbers),
-        network=netplan_plan.plan(target.network(), seen.network),
+        network=network,
         devices=tun_device.plan(taps=context.config.create_tap and bool(target.partitions)),
         identities=identities.plan(target, published),
         resources=resource_file.plan(target, published),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import platform
+from ipaddress import IPv4Interface
 from typing import TYPE_CHECKING
 
 from partitiond import __version__, converge, instances, softwares
@@ -60,20 +61,23 @@ def capacity(context: Context) -> Result:
 
 
 def description(target: Node) -> dict[str, Value]:
-    """The document that slapformat posts (slapos.core 1.26). Raises PartitiondError for a node without IPv6."""
-    config = target.config
-    if target.base is None:
+    """The document that slapformat posts (slapos.core 1.26). Raises PartitiondError for a node without an address."""
+    config, keys = target.config, target.config.network
+    address = target.host_ipv4 if keys.partition_network else target.base
+    if address is None:
+        family = "IPv4" if keys.partition_network else "IPv6"
         raise PartitiondError(
-            "capacity.no_ipv6",
-            f"{config.ipv6_interface} has no global IPv6 address to offer",
-            resource=config.ipv6_interface,
-            hint="give the interface a global IPv6 address",
+            f"capacity.no_{family.lower()}",
+            f"{keys.interface} has no global {family} address to offer",
+            resource=keys.interface,
+            hint=f"give the interface a global {family} address"
+            + ("" if keys.partition_network else ", or set ipv4_partition_network on a node without IPv6"),
             retryable=True,
         )
     return capacity_description(
         CapacityNode(
             reference=config.computer_id,
-            address=target.base,
+            address=address,
             instance_root=str(config.instance_root),
             software_root=str(config.software_root),
             software_user=config.software_user,
@@ -85,8 +89,10 @@ def description(target: Node) -> dict[str, Value]:
             version=f"partitiond/{__version__}",
             ipv6_prefixshift=config.ipv6_prefixshift,
             partition_has_ipv6_range=config.ipv6_range,
+            tap_gateway_interface=keys.tap_gateway_interface or "",
+            tap_ipv6=keys.tap_ipv6,
         ),
-        [_offer(item, target.base.network.prefixlen) for item in target.partitions],
+        [_offer(item, target) for item in target.partitions],
     )
 
 
@@ -98,19 +104,39 @@ def _distribution() -> tuple[str, str, str]:
     return (found.get("ID", ""), found.get("VERSION_ID", ""), found.get("NAME", ""))
 
 
-def _offer(partition: Partition, prefixlen: int) -> CapacityPartition:
+def _offer(partition: Partition, target: Node) -> CapacityPartition:
     network = partition.network
+    world = target.config.network.partition_network
     return CapacityPartition(
         reference=partition.id,
         path=str(partition.path),
         user=partition.user,
         ipv4=partition.ipv4,
         ipv6=partition.ipv6,
-        ipv6_prefixlen=prefixlen,
+        ipv6_prefixlen=network.ipv6.network.prefixlen if network.ipv6 else 128,
         ipv6_range=network.ipv6_range,
-        # the production master wants a tap name for each partition, whether there is a tap or not
-        tap=CapacityTap(network.tap.name if network.tap else f"route_{partition.id}"),
+        public_ipv4=IPv4Interface((int(network.public_ipv4), world.prefixlen))
+        if network.public_ipv4 and world
+        else None,
+        tap=_tap(partition, target),
     )
+
+
+def _tap(partition: Partition, target: Node) -> CapacityTap:
+    """The tap; its IPv4 is what the master gives back as ``full_ip_list``: the routable one, else the guest's own."""
+    network = partition.network
+    # the production master wants a tap name for each partition, whether there is a tap or not
+    name = network.tap.name if network.tap else f"route_{partition.id}"
+    guest = network.tap.ipv6.network.network_address + 1 if network.tap and network.tap.ipv6 else None
+    ipv6 = network.tap.ipv6 if network.tap else None
+    if network.routable_ipv4:
+        routable = network.routable_ipv4
+        return CapacityTap(name, routable.interface, routable.gateway, ipv6, guest)
+    if network.tap and network.tap.ipv4 and target.tap_gateway:
+        gateway = target.tap_gateway
+        own = IPv4Interface((int(network.tap.ipv4), gateway.network.prefixlen))
+        return CapacityTap(name, own, gateway.ip, ipv6, guest)
+    return CapacityTap(name, ipv6=ipv6, ipv6_gateway=guest)
 
 
 def software(context: Context, *, force: bool = False) -> Result:

@@ -98,7 +98,7 @@ def _addresses(reading: counters.CounterReading, known: dict[str, Partition]) ->
         yield TrafficReading(
             partition=traffic.partition,
             address=address,
-            family="ipv4" if traffic.family == "ipv4" else "ipv6",
+            family="ipv6" if traffic.family in ("ipv6", "range") else "ipv4",
             scope="local" if traffic.scope == "local" else "remote",
             epoch=reading.epoch,
             bytes_in=traffic.bytes_in,
@@ -109,9 +109,15 @@ def _addresses(reading: counters.CounterReading, known: dict[str, Partition]) ->
 
 
 def _address(partition: Partition, family: str) -> str | None:
-    found = {"ipv4": partition.ipv4, "ipv6": partition.ipv6, "range": partition.network.ipv6_range}.get(
-        family
-    )
+    network = partition.network
+    routable = network.routable_ipv4.interface.ip if network.routable_ipv4 else None
+    found = {
+        "ipv4": partition.ipv4,
+        "ipv6": partition.ipv6,
+        "range": network.ipv6_range,
+        "public4": network.public_ipv4,
+        "routable4": routable,
+    }.get(family)
     return None if found is None else str(found)
 
 

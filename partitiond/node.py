@@ -1,4 +1,4 @@
-"""The node as it should be: one value computed from the configuration and the node's own IPv6 address."""
+"""The node as it should be: one value computed from the configuration and the addresses that were chosen."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from netplan import addresses
-from netplan.model import DesiredNetwork, PartitionNetwork, TapSpec
+from netplan.model import BridgeSpec, DesiredNetwork, PartitionNetwork, TapSpec, TunSpec
 
 if TYPE_CHECKING:
     import ipaddress
     from collections.abc import Mapping
     from pathlib import Path
 
+    from partitiond.choices import Chosen
     from partitiond.config import Config
 
 
@@ -38,12 +39,18 @@ class Partition:
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """The desired node; ``base_is_here`` is false while the interface has lost its own address."""
+    """The desired node; ``base_is_here`` is false while the interface has lost its own address.
+
+    ``host_ipv4`` is the node's own IPv4, where partitions have some that others reach; ``tap_gateway`` that of
+    ``tap_gateway_interface``.
+    """
 
     config: Config
     base: ipaddress.IPv6Interface | None
     base_is_here: bool
     partitions: tuple[Partition, ...]
+    host_ipv4: ipaddress.IPv4Interface | None = None
+    tap_gateway: ipaddress.IPv4Interface | None = None
 
     def partition(self, name: str) -> Partition | None:
         """Return the partition of that id, or None."""
@@ -53,14 +60,23 @@ class Node:
         """What netplan should make."""
         # the kernel takes no source hint that is not an address of the host
         host = self.base.ip if self.base and self.base_is_here else None
+        host4 = self.host_ipv4.ip if self.host_ipv4 else None
+        config, keys = self.config, self.config.network
+        bridge = None
+        if keys.bridge:
+            mac = addresses.bridge_mac(config.computer_id)
+            bridge = BridgeSpec(keys.bridge, mac, keys.bridge_ports)
         return DesiredNetwork(
-            interface=self.config.ipv6_interface,
+            interface=keys.interface,
+            ipv4_interface=keys.ipv4_interface,
             partitions=tuple(partition.network for partition in self.partitions),
             host_ipv6=host,
-            ownership=self.config.address_ownership,
+            host_ipv4=host4,
+            bridge=bridge,
+            ownership=config.address_ownership,
             # else an unbound client of a partition on this node would have that partition's own address as its source,
             # which the ownership rules refuse
-            local_source_table=host is not None and self.config.address_ownership,
+            local_source_table=bool(host or host4) and config.address_ownership,
         )
 
 
@@ -69,49 +85,48 @@ def build(
     base: ipaddress.IPv6Interface | None,
     base_is_here: bool,
     uids: Mapping[str, tuple[int, int]],
-    taken_ipv4: frozenset[ipaddress.IPv4Address],
+    chosen: Mapping[str, Chosen],
+    host_ipv4: ipaddress.IPv4Interface | None = None,
+    tap_gateway: ipaddress.IPv4Interface | None = None,
 ) -> Node:
     """Compute the node.
 
-    ``uids`` maps the names of existing users to their (uid, gid): a user that exists keeps its number. ``taken_ipv4``
-    are addresses that something else on this node uses. Raises NetplanError when the prefix has no room.
+    ``uids`` maps the names of existing users to their (uid, gid): a user that exists keeps its number. ``chosen`` has the
+    addresses of each partition.
     """
     partitions = tuple(
-        _partition(config, base, index, uids, taken_ipv4) for index in range(config.partition_amount)
+        _partition(config, index, uids, chosen[f"{config.partition_base}{index}"])
+        for index in range(config.partition_amount)
     )
-    return Node(config=config, base=base, base_is_here=base_is_here, partitions=partitions)
+    return Node(config, base, base_is_here, partitions, host_ipv4, tap_gateway)
 
 
-def _partition(
-    config: Config,
-    base: ipaddress.IPv6Interface | None,
-    index: int,
-    uids: Mapping[str, tuple[int, int]],
-    taken_ipv4: frozenset[ipaddress.IPv4Address],
-) -> Partition:
+def _partition(config: Config, index: int, uids: Mapping[str, tuple[int, int]], chosen: Chosen) -> Partition:
     name, user = f"{config.partition_base}{index}", f"{config.user_base}{index}"
     uid, gid = uids.get(user, (config.uid_base + index, config.uid_base + index))
-    tap = None
+    tap = tun = None
     if config.create_tap:
         tap = TapSpec(
             name=f"{config.tap_base}{index}",
             owner_uid=uid,
             mac=addresses.host_tap_mac(config.computer_id, name),
-            bridge=config.bridge,
+            bridge=config.network.bridge,
+            ipv6=chosen.tap_ipv6,
+            ipv4=chosen.tap_ipv4,
         )
-    ipv4 = addresses.private_ipv4(config.ipv4_network, index, taken_ipv4)
+    if config.network.create_tun:
+        tun = TunSpec(f"slaptun{index}", uid, chosen.tun_ipv6, chosen.tun_ipv4)
     network = PartitionNetwork(
         id=name,
         index=index,
         uid=uid,
         tap=tap,
-        ipv6=addresses.partition_ipv6(base, index) if base else None,
-        ipv6_range=(
-            addresses.partition_range(base, index, config.ipv6_prefixshift)
-            if base and config.ipv6_range
-            else None
-        ),
-        ipv4=ipv4,
+        tun=tun,
+        ipv6=chosen.ipv6,
+        ipv6_range=chosen.ipv6_range,
+        ipv4=chosen.ipv4,
+        public_ipv4=chosen.public_ipv4,
+        routable_ipv4=config.network.routable.get(name),
     )
     return Partition(
         id=name,
@@ -120,7 +135,7 @@ def _partition(
         uid=uid,
         gid=gid,
         path=config.instance_root / name,
-        ipv4=ipv4,
+        ipv4=chosen.ipv4,
         network=network,
         guest_mac=addresses.tap_mac(config.computer_id, name) if tap else None,
     )

@@ -13,6 +13,7 @@ import secrets
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from netplan import addresses as netaddresses
 from partitiond import files, identities
 from partitiond.errors import PartitiondError
 from partitiond.operation import Operation
@@ -40,28 +41,14 @@ def netmask6(prefixlen: int) -> str:
     return str(ipaddress.IPv6Network(("::", prefixlen)).netmask)
 
 
-def content(partition: Partition, identity: PublicIdentity | None) -> bytes:
+def content(node: Node, partition: Partition, identity: PublicIdentity | None) -> bytes:
     """What the file should hold now."""
     network = partition.network
     value: dict[str, Any] = {
         "reference": partition.id,
-        "address_list": addresses(partition),
-        "tap": {
-            "name": network.tap.name,
-            "bridge": network.tap.bridge or "",
-            "mac": partition.guest_mac,
-            "ipv4_addr": "",
-            "ipv4_netmask": "",
-            "ipv4_gateway": "",
-            "ipv4_network": "",
-            "ipv6_addr": "",
-            "ipv6_netmask": "",
-            "ipv6_gateway": "",
-            "ipv6_network": "",
-        }
-        if network.tap
-        else {},
-        "tun": None,
+        "address_list": addresses(node, partition),
+        "tap": _tap(node, partition),
+        "tun": _tun(partition),
         "ipv6_range": {
             "addr": str(network.ipv6_range.network_address),
             "netmask": netmask6(network.ipv6_range.prefixlen),
@@ -74,15 +61,78 @@ def content(partition: Partition, identity: PublicIdentity | None) -> bytes:
         "certificate": identity.certificate_base64 if identity else "",
         "certificate_fingerprint": identity.fingerprint if identity else "",
     }
+    if network.routable_ipv4:
+        routable = network.routable_ipv4
+        value["routable_ipv4"] = {
+            "addr": str(routable.interface.ip),
+            "netmask": str(routable.interface.netmask),
+            "network": str(routable.interface.network.network_address),
+            "gateway": str(routable.gateway),
+        }
     return json.dumps(value, indent=2, sort_keys=True).encode() + b"\n"
 
 
-def addresses(partition: Partition) -> list[dict[str, str]]:
-    """The partition's addresses with their netmasks, as slapformat lists them."""
+def _tap(node: Node, partition: Partition) -> dict[str, str]:
+    """The tap as slapformat writes it: of a routed one the guest's IPv4, the host's IPv6, and the guest's as gateway."""
+    tap = partition.network.tap
+    if tap is None:
+        return {}
+    value = dict.fromkeys(
+        (
+            *("ipv4_addr", "ipv4_netmask", "ipv4_gateway", "ipv4_network"),
+            *("ipv6_addr", "ipv6_netmask", "ipv6_gateway", "ipv6_network"),
+        ),
+        "",
+    )
+    value |= {"name": tap.name, "bridge": tap.bridge or "", "mac": partition.guest_mac or ""}
+    if tap.ipv4 and node.tap_gateway:
+        value |= {
+            "ipv4_addr": str(tap.ipv4),
+            "ipv4_netmask": str(node.tap_gateway.netmask),
+            "ipv4_gateway": str(node.tap_gateway.ip),
+            "ipv4_network": str(node.tap_gateway.network.network_address),
+        }
+    if tap.ipv6:
+        guest = str(netaddresses.range_gateway(tap.ipv6.network))
+        value |= {
+            "ipv6_addr": str(tap.ipv6.ip),
+            "ipv6_netmask": netmask6(tap.ipv6.network.prefixlen),
+            "ipv6_gateway": guest,
+            "ipv6_network": f"{guest}/{tap.ipv6.network.prefixlen}",
+        }
+    return value
+
+
+def _tun(partition: Partition) -> dict[str, str] | None:
+    """The tun as slapformat writes it, without the networks that it keeps to itself."""
+    tun = partition.network.tun
+    if tun is None:
+        return None
+    value = {"name": tun.name}
+    if tun.ipv4:
+        value |= {
+            "ipv4_addr": str(tun.ipv4.ip),
+            "ipv4_netmask": str(tun.ipv4.netmask),
+            "ipv4_network": f"{tun.ipv4.ip}/{tun.ipv4.netmask}",
+        }
+    if tun.ipv6:
+        value |= {
+            "ipv6_addr": str(tun.ipv6.ip),
+            "ipv6_netmask": netmask6(tun.ipv6.network.prefixlen),
+            "ipv6_network": f"{tun.ipv6.ip}/{tun.ipv6.network.prefixlen}",
+        }
+    return value
+
+
+def addresses(node: Node, partition: Partition) -> list[dict[str, str]]:
+    """The partition's addresses with their netmasks, as slapformat lists them: the private one, then the public one."""
     found = [{"addr": str(partition.ipv4), "netmask": _IPV4_MASK}]
-    if partition.network.ipv6:
-        base = partition.network.ipv6
+    network, world = partition.network, node.config.network.partition_network
+    if network.ipv6:
+        base = network.ipv6
         found.append({"addr": str(base.ip), "netmask": netmask6(base.network.prefixlen)})
+    elif network.public_ipv4 and world:
+        found.append({"addr": str(network.public_ipv4), "netmask": str(world.netmask)})
     return found
 
 
@@ -99,7 +149,7 @@ def plan(node: Node, published: Mapping[str, PublicIdentity | None]) -> tuple[Re
         except PartitiondError as error:
             operations.append(_operation(partition, "change", str(error)))
             continue
-        if found != content(partition, published[partition.id]):
+        if found != content(node, partition, published[partition.id]):
             operations.append(_operation(partition, "change", "says something else"))
     return tuple(operations)
 
@@ -123,7 +173,7 @@ def write(node: Node, partition: Partition) -> None:
     A directory in its place, which only the tenant can have made, is moved aside: else it would hold up the node's plan.
     """
     with files.directory(partition.path) as descriptor:
-        text = content(partition, identities.read(node.config, partition))
+        text = content(node, partition, identities.read(node.config, partition))
         try:
             files.write(NAME, text, dir_fd=descriptor, mode=0o644)
         except IsADirectoryError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from partitiond import converge, identities, tunnels
@@ -32,8 +33,8 @@ def node(context: Context) -> dict[str, Any]:
         "node": {
             "computer_id": config.computer_id,
             "master": {"url": config.master_url, **context.master.as_json()},
-            "interface": config.ipv6_interface,
-            "bridge": config.bridge,
+            "interface": config.network.interface,
+            "bridge": config.network.bridge,
             "open_cases": _open_cases(seen.node),
             "drift": [operation.id for operation in todo if operation.partition is None],
         },
@@ -46,13 +47,38 @@ def _open_cases(target: Node) -> list[str]:
     found = list(_OPEN_CASES)
     if not config.address_ownership:
         found.insert(0, "address_ownership is off: every user may use every address of the node")
-    if config.create_tap and not config.bridge:
-        found.append("taps are made, but neither bridged (bridge is empty) nor routed yet")
-    if target.base is None:
-        found.append(f"{config.ipv6_interface} has no global IPv6 address, so partitions have none either")
+    found += _forwarding(target)
+    interface = config.network.interface
+    if config.network.partition_network:
+        if target.host_ipv4 is None:
+            found.append(f"{interface} has no IPv4 address of its own")
+    elif target.base is None:
+        found.append(f"{interface} has no global IPv6 address, so partitions have none either")
     elif not target.base_is_here:
-        found.append(f"{config.ipv6_interface} has lost {target.base}; the partitions' addresses are kept")
+        found.append(f"{interface} has lost {target.base}; the partitions' addresses are kept")
     return found
+
+
+def _forwarding(target: Node) -> list[str]:
+    """What keeps guests behind routed taps from the world. A setting of the whole node, which is the operator's to make."""
+    taps = [item.network.tap for item in target.partitions if item.network.tap]
+    wanted = (
+        ("ipv6", "net.ipv6.conf.all.forwarding", any(tap.ipv6 for tap in taps)),
+        ("ipv4", "net.ipv4.ip_forward", any(tap.ipv4 for tap in taps)),
+    )
+    return [
+        f"{name} is 0: guests behind routed taps reach this node only ({family}); sysctl -w {name}=1"
+        + (" (and accept_ra=2 where the node hears router advertisements)" if family == "ipv6" else "")
+        for family, name, needed in wanted
+        if needed and _is_off(Path("/proc/sys", *name.split(".")))
+    ]
+
+
+def _is_off(setting: Path) -> bool:
+    try:
+        return setting.read_text("ascii").strip() == "0"
+    except FileNotFoundError:
+        return True
 
 
 def partition(context: Context, name: str) -> dict[str, Any] | None:
@@ -75,17 +101,29 @@ def _partition(context: Context, item: Partition, seen: Observation, todo: Plan)
             "name": network.tap.name,
             "mac": item.guest_mac,
             "bridge": network.tap.bridge,
-            "ipv4": None,
-            "ipv6": None,
+            "ipv4": str(network.tap.ipv4) if network.tap.ipv4 else None,
+            "ipv6": str(network.tap.ipv6.ip) if network.tap.ipv6 else None,
+            "ipv6_prefixlen": network.tap.ipv6.network.prefixlen if network.tap.ipv6 else None,
         }
         if network.tap
+        else None,
+        "tun": {
+            "name": network.tun.name,
+            "ipv4": str(network.tun.ipv4.ip) if network.tun.ipv4 else None,
+            "ipv6": str(network.tun.ipv6.ip) if network.tun.ipv6 else None,
+        }
+        if network.tun
         else None,
         "ipv6": str(item.ipv6) if item.ipv6 else None,
         "ipv6_prefixlen": network.ipv6.network.prefixlen if network.ipv6 else None,
         "ipv6_range": str(network.ipv6_range.network_address) if network.ipv6_range else None,
         "ipv6_range_prefixlen": network.ipv6_range.prefixlen if network.ipv6_range else None,
         "ipv4": str(item.ipv4),
-        "routable_ipv4": None,
+        "public_ipv4": str(network.public_ipv4) if network.public_ipv4 else None,
+        "routable_ipv4": str(network.routable_ipv4.interface.ip) if network.routable_ipv4 else None,
+        "routable_ipv4_prefixlen": network.routable_ipv4.interface.network.prefixlen
+        if network.routable_ipv4
+        else None,
         "vpn_ipv4": None,
         "block_devices": [],
         "software_release": state.software_release,

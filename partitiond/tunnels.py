@@ -94,6 +94,7 @@ def declared(node: Node, partition: Partition, certificates: Mapping[str, str]) 
         partition=partition.id,
         ipv4=partition.ipv4,
         ipv6=partition.ipv6,
+        ipv4_public=partition.network.public_ipv4,
         local_certificates=certificates,
         read_file=lambda path: _read_below(partition, path),
     )

@@ -5,7 +5,7 @@ import errno
 import os
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from ipaddress import IPv4Network, IPv6Interface
 
@@ -13,9 +13,11 @@ from pyroute2 import IPRoute
 
 from netplan.addresses import host_tap_mac, partition_ipv6, partition_range, private_ipv4
 from netplan.apply import apply
-from netplan.model import DesiredNetwork, Operation, PartitionNetwork, TapSpec
+from netplan.model import DesiredNetwork, PartitionNetwork, TapSpec
 from netplan.observe import observe
+from netplan.operations import Operation
 from netplan.plan import plan
+from netplan.sysctls import BRIDGE_FILTERS
 
 CLONE_NEWNET = 0x40000000
 LIBC = ctypes.CDLL(None, use_errno=True)
@@ -86,6 +88,9 @@ class Node:
 
 
 def wire(ipr: IPRoute, neighbour: int) -> int:
+    for setting in BRIDGE_FILTERS:  # where br_netfilter is loaded, they are 1 in every new namespace
+        with suppress(FileNotFoundError):
+            setting.path.write_text("0")
     ipr.link("set", index=1, state="up")
     ipr.link("add", ifname="br0", kind="bridge")
     bridge = ipr.link_lookup(ifname="br0")[0]

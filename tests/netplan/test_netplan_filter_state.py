@@ -202,7 +202,7 @@ def test_elements_are_read_back_as_they_were_written(node, ranges):
     rendered = render(desired)
     assert contents.intact
     assert contents.elements == {name: frozenset(values) for name, values in rendered.elements.items()}
-    assert contents.counters - {"found/ip_nonlocal_bind/0"} == rendered.counters
+    assert contents.counters - {"found/net.ipv6.ip_nonlocal_bind/0"} == rendered.counters
     assert (contents.sets, contents.maps) == (rendered.sets.keys(), rendered.maps.keys())
     assert contents.chains == rendered.chains
 

@@ -60,7 +60,7 @@ def test_the_defaults_are_those_of_slapos_core_and_of_the_contract(load):
     assert (found.partition_base, found.user_base, found.tap_base) == ("slappart", "slapuser", "slaptap")
     assert (found.software_user, found.uid_base, found.ipv6_prefixshift) == ("slapsoft", 5000, 16)
     assert found.ipv4_network == ipaddress.IPv4Network("10.0.0.0/16")
-    assert (found.interface, found.ipv6_interface, found.bridge) == ("br0", "br0", None)
+    assert (found.interface, found.ipv6_interface, found.network.bridge) == ("br0", "br0", None)
     assert (found.create_tap, found.ipv6_range, found.address_ownership, found.destroy_guard) == (True,) * 4
     assert (found.state_dir, found.log_dir, found.run_dir) == (
         Path("/var/lib/partitiond"),
@@ -196,7 +196,7 @@ def test_an_unknown_section_is_a_warning_with_a_suggestion(load):
 def test_the_bridge_of_old_configurations_is_pointed_to_the_new_key(load):
     text, line = with_setting("slapformat", "bridge_name", "br9")
     found = load(text)
-    assert found.bridge is None
+    assert found.network.bridge is None
     assert f"slapos.cfg:{line}: bridge_name is not read; set bridge in [partitiond]" in found.warnings[0]
 
 

@@ -1,0 +1,155 @@
+"""What the node's own addresses say: which are its own, of which those of the partitions are derived, what is taken."""
+
+from __future__ import annotations
+
+import ipaddress
+from typing import TYPE_CHECKING
+
+from netplan import observe as netplan_observe
+from netplan.model import MOVED_MARK, PROTOCOL_MARK
+from partitiond.choices import Rules
+from partitiond.errors import PartitiondError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from netplan.model import Address
+    from netplan.observe import Look
+    from partitiond.config import Config
+
+# include/uapi/linux/if_addr.h: temporary, dadfailed, deprecated, tentative
+_UNUSABLE = 0x01 | 0x08 | 0x20 | 0x40
+
+
+def own_ipv6(config: Config, look: Look) -> list[ipaddress.IPv6Interface]:
+    """The node's own global IPv6 addresses on the interface of the partitions; none on an IPv4-only node.
+
+    Before an interface is moved into the bridge, what it has counts: it will be there.
+    """
+    if config.network.partition_network is not None:
+        return []
+    links = _links(config, look, config.network.interface)
+    return [
+        ipaddress.IPv6Interface((address.packed, address.prefixlen))
+        for address in look.addresses
+        if address.link in links and _usable(address)
+    ]
+
+
+def own_ipv4(config: Config, look: Look) -> ipaddress.IPv4Interface | None:
+    """The node's own first IPv4 address there; None where no partition has an IPv4 address that others reach."""
+    keys = config.network
+    if keys.partition_network is None and not keys.routable:
+        return None
+    links = _links(config, look, keys.ipv4_interface)
+    return next(
+        (
+            ipaddress.IPv4Interface((int(ip), address.prefixlen))
+            for address, ip in _ipv4(look)
+            if address.link in links and _is_own(config, ip)
+        ),
+        None,
+    )
+
+
+def _is_own(config: Config, ip: ipaddress.IPv4Address) -> bool:
+    routable = {one.interface.ip for one in config.network.routable.values()}
+    return not (ip in config.ipv4_network or ip in routable or ip.is_loopback or ip.is_link_local)
+
+
+def _links(config: Config, look: Look, interface: str) -> frozenset[int]:
+    keys = config.network
+    names = (interface, *keys.bridge_ports) if interface == keys.bridge else (interface,)
+    return frozenset(look.links[name].ifindex for name in names if name in look.links)
+
+
+def _usable(address: Address) -> bool:
+    if len(address.packed) != 16 or address.protocol == PROTOCOL_MARK or address.flags & _UNUSABLE:
+        return False
+    ip = ipaddress.IPv6Address(address.packed)
+    return not (ip.is_link_local or ip.is_loopback or ip.is_multicast) and address.prefixlen < 127
+
+
+def choose_base(
+    here: list[ipaddress.IPv6Interface], remembered: ipaddress.IPv6Interface | None
+) -> ipaddress.IPv6Interface | None:
+    """The address of which those of the partitions are derived; None on a node that never had one. Pure.
+
+    The one chosen before stays as long as its network is there, and also while the interface has no address at all: a
+    router that is silent for a while must not take the partitions' addresses away. Else that of the largest subnet, then the
+    lowest, as slapformat chooses.
+    """
+    if remembered is not None:
+        same = [one for one in here if one.network == remembered.network]
+        if remembered in here or not here:
+            return remembered
+        if same:
+            return min(same, key=lambda one: int(one.ip))
+    return min(here, key=lambda one: (one.network.prefixlen, int(one.ip)), default=None)
+
+
+def rules(config: Config, base: ipaddress.IPv6Interface | None, look: Look) -> Rules:
+    """What the addresses of the partitions are chosen by. Raises NetplanError, PartitiondError."""
+    keys = config.network
+    routed = config.create_tap and keys.bridge is None
+    return Rules(
+        partitions=tuple(f"{config.partition_base}{index}" for index in range(config.partition_amount)),
+        base=None if keys.partition_network else base,
+        prefixshift=config.ipv6_prefixshift,
+        ipv4_network=config.ipv4_network,
+        partition_network=keys.partition_network,
+        ipv6_range=config.ipv6_range,
+        tap_ipv6=routed and keys.tap_ipv6,
+        tap_gateway=_tap_gateway(config, look) if routed else None,
+        tun_ipv6=keys.create_tun and keys.tun_ipv6,
+        tun_ipv4=keys.create_tun,
+        taken=_taken(config, look),
+        elsewhere=_elsewhere(config),
+    )
+
+
+def _tap_gateway(config: Config, look: Look) -> ipaddress.IPv4Interface | None:
+    name = config.network.tap_gateway_interface
+    if name is None:
+        return None
+    link = look.links.get(name)
+    found = [(address, ip) for address, ip in _ipv4(look) if link and address.link == link.ifindex]
+    if not found:
+        raise PartitiondError(
+            "network.no_gateway",
+            f"tap_gateway_interface {name} has no IPv4 address" if link else f"there is no interface {name}",
+            resource=str(config.file),
+            hint="give it the address that guests shall use as their gateway, or empty tap_gateway_interface",
+        )
+    address, ip = found[0]
+    return ipaddress.IPv4Interface((int(ip), address.prefixlen))
+
+
+def _ipv4(look: Look) -> Iterator[tuple[Address, ipaddress.IPv4Address]]:
+    """Every IPv4 address that is not ours."""
+    for address in look.addresses:
+        if len(address.packed) == 4 and address.protocol != PROTOCOL_MARK:
+            yield address, ipaddress.IPv4Address(address.packed)
+
+
+def _taken(config: Config, look: Look) -> frozenset[ipaddress.IPv4Address]:
+    """IPv4 addresses of the node itself; a private /32 of the interface may be a partition's already (slapformat's)."""
+    links = _links(config, look, config.network.ipv4_interface)
+    own = {
+        ip
+        for address, ip in _ipv4(look)
+        if not (
+            address.link in links
+            and address.prefixlen == 32
+            and ip in config.ipv4_network
+            and address.protocol != MOVED_MARK
+        )
+    }
+    return frozenset(own | {one.interface.ip for one in config.network.routable.values()})
+
+
+def _elsewhere(config: Config) -> tuple[ipaddress.IPv4Network, ...]:
+    networks = (config.ipv4_network, config.network.partition_network)
+    return tuple(
+        found for network in networks if network for found in netplan_observe.routed_elsewhere(network)
+    )
