@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 OK, ERROR, CHANGES, DEGRADED, WRONG_USE = 0, 1, 2, 3, 64
 _WAIT_FOR_OTHERS = 30.0
 DEFAULT_FILE = "/etc/opt/slapos/slapos.cfg"
+_FORCE = "take busy partitions away, too: what runs in them is ended, their data stays"
+_LONGEST_TRIAL = 86400.0
 
 
 class _WrongUseError(Exception):
@@ -49,6 +51,13 @@ def _common() -> _Parser:
     return common
 
 
+def _timeout(text: str) -> float:
+    seconds = float(text)
+    if not 1 <= seconds <= _LONGEST_TRIAL:
+        raise ValueError
+    return seconds
+
+
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the whole command line."""
     common = _common()
@@ -63,6 +72,13 @@ def parser() -> argparse.ArgumentParser:
     verb("plan", "show what apply would do, and why; touches nothing")
     apply = verb("apply", "converge the node once, then look again")
     apply.add_argument("--partition", action="append", default=[], metavar="ID", help="only this partition")
+    apply.add_argument("--force", action="store_true", help=_FORCE)
+    attempt = verb("try", "apply, and take it back by itself unless it is confirmed in time")
+    attempt.add_argument(
+        "--timeout", type=_timeout, default=120.0, metavar="S", help="seconds to confirm it [120]"
+    )
+    attempt.add_argument("--force", action="store_true", help=_FORCE)
+    verb("confirm", "keep what is on trial")
     sync = verb("sync", "one pass of a lane")
     sync.add_argument("lane", choices=("capacity", "software", "instances", "usage", "report"))
     sync.add_argument("--force", action="store_true", help="also what is not due")
@@ -192,6 +208,14 @@ def _context(options: argparse.Namespace) -> Context:
     return Context.of(_config(options))
 
 
+def _reading(options: argparse.Namespace) -> Context:
+    """For verbs that show the node: by what is in force, which during and after a trial is not always the file."""
+    from partitiond import rollback  # noqa: PLC0415 - as above
+    from partitiond.context import Context  # noqa: PLC0415 - as above
+
+    return Context.of(rollback.in_force(_config(options)))
+
+
 def _changing(
     options: argparse.Namespace, path: str, body: dict[str, Any], alone: Callable[[Context], dict[str, Any]]
 ) -> dict[str, Any]:
@@ -239,20 +263,38 @@ def _exit(value: dict[str, Any]) -> int:
 
 
 def _apply(options: argparse.Namespace) -> int:
-    from partitiond import present, verbs  # noqa: PLC0415 - as above
+    from partitiond import alone, present  # noqa: PLC0415 - as above
 
-    names = list(options.partition)
-    value = _changing(options, "/1/apply", {"partitions": names}, lambda context: verbs.apply(context, names))
+    names, force = list(options.partition), options.force
+    body = {"partitions": names, "force": force}
+    value = _changing(options, "/1/apply", body, lambda context: alone.apply(context, names, force=force))
     _print(options, "apply", value, present.applied)
     return _exit(value)
 
 
-def _sync(options: argparse.Namespace) -> int:
+def _try(options: argparse.Namespace) -> int:
+    from partitiond import alone, present  # noqa: PLC0415 - as above
+
+    timeout, force = options.timeout, options.force
+    body = {"timeout": timeout, "force": force}
+    value = _changing(options, "/1/try", body, lambda context: alone.try_out(context, timeout, force=force))
+    _print(options, "try", value, present.tried)
+    return _exit(value)
+
+
+def _confirm(options: argparse.Namespace) -> int:
     from partitiond import present, verbs  # noqa: PLC0415 - as above
+
+    _print(options, "confirm", verbs.confirm(_config(options).state_dir), present.confirmed)
+    return OK
+
+
+def _sync(options: argparse.Namespace) -> int:
+    from partitiond import alone, present  # noqa: PLC0415 - as above
 
     lane, force = options.lane, options.force
     body = {"lane": lane, "force": force}
-    value = _changing(options, "/1/sync", body, lambda context: verbs.sync(context, lane, force=force))
+    value = _changing(options, "/1/sync", body, lambda context: alone.sync(context, lane, force=force))
     _print(options, "sync", value, present.synced)
     return _exit(value)
 
@@ -271,7 +313,7 @@ def _teardown(options: argparse.Namespace) -> int:
 def _status(options: argparse.Namespace) -> int:
     from partitiond import control, present, status  # noqa: PLC0415 - as above
 
-    context = _context(options)
+    context = _reading(options)
     # the daemon knows when the master last answered
     value = control.call(context.config.run_dir / "control.sock", "GET", "/1/status") or status.node(context)
     _print(options, "status", value, present.status)
@@ -281,7 +323,7 @@ def _status(options: argparse.Namespace) -> int:
 def _show(options: argparse.Namespace) -> int:
     from partitiond import present, status  # noqa: PLC0415 - as above
 
-    value = status.partition(_context(options), options.partition)
+    value = status.partition(_reading(options), options.partition)
     if value is None:
         raise PartitiondError(
             "show.unknown_partition",
@@ -330,7 +372,7 @@ def _tunnel(options: argparse.Namespace) -> int:
     if options.tunnel_verb is None:
         sys.stderr.write("partitiond tunnel: name a verb: list\n")
         return WRONG_USE
-    _print(options, "tunnel-list", status.tunnel_list(_context(options)), present.tunnels)
+    _print(options, "tunnel-list", status.tunnel_list(_reading(options)), present.tunnels)
     return OK
 
 
@@ -346,6 +388,8 @@ _VERBS: dict[str, Callable[[argparse.Namespace], int]] = {
     "run": _run,
     "plan": _plan,
     "apply": _apply,
+    "try": _try,
+    "confirm": _confirm,
     "sync": _sync,
     "status": _status,
     "show": _show,

@@ -158,6 +158,8 @@ class Config:
     offline_builds: bool
     tunnels: tuple[OperatorTunnel, ...] = ()
     warnings: tuple[str, ...] = field(default=(), compare=False)
+    # file and drop-ins as one text, which reads back as the same configuration
+    text: str = field(default="", compare=False, repr=False)
 
 
 def load(path: Path) -> Config:
@@ -430,6 +432,7 @@ def _build(path: Path, reader: Reader) -> Config:
         offline_builds=reader.truth("partitiond", "offline_builds", False),
         tunnels=tuple(_tunnels(reader)),
         warnings=tuple(reader.warnings),
+        text=config_reader.merged(reader.parser),
     )
 
 

@@ -153,6 +153,19 @@ def read(parser: configparser.ConfigParser, file: Path) -> None:
         ) from error
 
 
+def merged(parser: configparser.ConfigParser) -> str:
+    """All sections as one text that :func:`read` takes for the same; comments and the order of files are gone.
+
+    Not ``ConfigParser.write``, which from Python 3.14 on refuses some of what it has read.
+    """
+    lines = []
+    for section in parser.sections():
+        lines.append(f"[{section}]")
+        # a line that begins with white space goes on with the value
+        lines += (f"{key} = {value}".replace("\n", "\n\t") for key, value in parser[section].items())
+    return "".join(f"{line}\n" for line in lines)
+
+
 def _syntax_error(error: configparser.Error) -> str:
     if isinstance(error, configparser.DuplicateOptionError):
         return f"{error.option} is set a second time in [{error.section}]"

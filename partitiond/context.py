@@ -59,6 +59,11 @@ class Context:
             master=MasterContact(state / "master.json"),
         )
 
+    def adopt(self, config: Config) -> None:
+        """Put another configuration into force; the caller holds ``applying``."""
+        self.config = config
+        self.supervisor = Supervisor(config)
+
     @property
     def client(self) -> SlapClient:
         """The connection to the master, one per thread: a lane that waits for an answer holds up no other."""

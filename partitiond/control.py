@@ -125,9 +125,14 @@ def serve(path: Path, handle: Callable[[str, str, dict[str, Any]], dict[str, Any
         os.umask(mask)
 
 
-def call(path: Path, method: str, target: str, body: dict[str, Any] | None = None) -> dict[str, Any] | None:
-    """Ask the daemon; None when none listens. Raises the daemon's own error as a PartitiondError."""
-    connection = UnixConnection(str(path), None)  # a build may take hours
+def call(
+    path: Path, method: str, target: str, body: dict[str, Any] | None = None, *, timeout: float | None = None
+) -> dict[str, Any] | None:
+    """Ask the daemon; None when none listens. Raises the daemon's own error as a PartitiondError.
+
+    ``timeout`` in seconds; None to wait for ever: a build may take hours.
+    """
+    connection = UnixConnection(str(path), timeout)
     try:
         try:
             connection.request(method, target, None if body is None else json.dumps(body))

@@ -19,9 +19,11 @@ from partitiond import (
     directories,
     execute,
     identities,
+    last_good,
     node,
     resource_file,
     services,
+    trial,
     tun_device,
     tunnels,
     users,
@@ -93,15 +95,21 @@ class Plan:
     def __len__(self) -> int:
         return sum(1 for _ in self)
 
+    @property
+    def stands(self) -> bool:
+        """Whether what everything stands on is as it should be; what single tenants run may be in trouble."""
+        return not (self.users or self.directories or self.network or self.leavers)
+
 
 @dataclass(slots=True)
 class Outcome:
-    """What an apply did and what is left."""
+    """What an apply did and what is left; ``stands``: nothing of what everything stands on."""
 
     done: int = 0
     failures: list[tuple[str, Exception]] = field(default_factory=list)
     left: tuple[AnyOperation, ...] = ()
     refused: tuple[Refused, ...] = ()
+    stands: bool = False
 
 
 def observe(context: Context) -> Observation:
@@ -147,16 +155,23 @@ def refuse_other_node(context: Context, database: users.UserDatabase) -> None:
         )
 
 
-def _refuse_busy(context: Context, target: Node) -> None:
-    """Refuse to take partitions away that still have an instance: nobody destroyed it."""
+def _busy(context: Context, target: Node, database: users.UserDatabase) -> list[str]:
+    """Partitions that are to go and still have an instance; what has no user any more is gone already."""
     known = {item.id for item in target.partitions}
-    busy = sorted(name for name in context.store.instances() if name not in known)
+    here = {user.partition for user in database.users.values() if user.ours}
+    return sorted(name for name in context.store.instances() if name not in known and name in here)
+
+
+def _refuse_busy(context: Context, target: Node, database: users.UserDatabase) -> None:
+    """Refuse to take partitions away that still have an instance: nobody destroyed it."""
+    busy = _busy(context, target, database)
     if busy:
         raise PartitiondError(
             "node.shrinks_busy",
             f"partition_amount leaves no place for {', '.join(busy)}, which still has an instance",
             resource=str(context.config.file),
-            hint="destroy the instance at the master and run partitiond sync report, or set partition_amount back",
+            hint="destroy the instance at the master and run partitiond sync report, or set partition_amount back;"
+            " --force ends it and keeps its data",
         )
 
 
@@ -212,13 +227,17 @@ def desired_directories(target: Node) -> tuple[DirectorySpec, ...]:
     return tuple(own)
 
 
-def plan(context: Context, seen: Observation) -> Plan:
-    """Compare everything. Raises a family error when the desired state cannot be (a taken uid, a name in the way)."""
+def plan(context: Context, seen: Observation, *, force: bool = False) -> Plan:
+    """Compare everything; with ``force`` also busy partitions go.
+
+    Raises a family error when the desired state cannot be (a taken uid, a name in the way).
+    """
     target = seen.node
     refuse_other_node(context, seen.users)
     # a user that is missing gets the number that it is planned with: its directories are no drift of their own
     numbers = {item.user: (item.uid, item.gid) for item in target.partitions} | seen.users.numbers()
-    _refuse_busy(context, target)
+    if not force:
+        _refuse_busy(context, target, seen.users)
     network = netplan_plan.plan(target.network(), seen.network)
     _refuse_first_bridge(network, seen.network)
     published = identities.observe(target)
@@ -284,8 +303,8 @@ def _only(whole: Plan, names: frozenset[str]) -> Plan:
     )
 
 
-def apply(context: Context, *, only: frozenset[str] = frozenset()) -> Outcome:
-    """Bring the node where it should be and verify by looking again.
+def apply(context: Context, *, only: frozenset[str] = frozenset(), force: bool = False) -> Outcome:
+    """Bring the node where it should be and verify by looking again; with ``force`` also busy partitions go.
 
     More than one round is taken while a round makes progress: a tunnel may need the identity that the round before made.
     Raises a family error when nothing can be done at all.
@@ -294,7 +313,7 @@ def apply(context: Context, *, only: frozenset[str] = frozenset()) -> Outcome:
     with context.applying:
         for _ in range(_ROUNDS):
             seen = observe(context)
-            todo = _only(plan(context, seen), only)
+            todo = _only(plan(context, seen, force=force), only)
             outcome.left, outcome.refused = tuple(todo), todo.refused
             if not todo:
                 context.store.save_base(seen.node.base)
@@ -302,8 +321,12 @@ def apply(context: Context, *, only: frozenset[str] = frozenset()) -> Outcome:
             outcome.failures = _run(context, seen, todo)
             outcome.done += len(todo) - len(outcome.failures)
             if outcome.failures:
-                outcome.left = tuple(_only(plan(context, observe(context)), only))
+                todo = _only(plan(context, observe(context), force=force), only)
+                outcome.left = tuple(todo)
                 break
+        outcome.stands = todo.stands
+        if not only and outcome.stands and not trial.is_open(context.config.state_dir):
+            last_good.save(context.config)
     return outcome
 
 
@@ -324,16 +347,19 @@ def _run(context: Context, seen: Observation, todo: Plan) -> list[tuple[str, Exc
         *((one.id, partial(tunnels.apply, one, config, context.supervisor)) for one in todo.tunnels),
     ]
     if todo.leavers:
-        calls.append(("users", partial(_remove_users, seen, todo.leavers)))
+        calls.append(("users", partial(_remove_users, context, seen, todo.leavers)))
     for name, call in calls:
         _try(failures, name, call)
     return failures
 
 
-def _remove_users(seen: Observation, leavers: tuple[UserOperation, ...]) -> None:
+def _remove_users(context: Context, seen: Observation, leavers: tuple[UserOperation, ...]) -> None:
     for leaver in leavers:
         user = seen.users.users[leaver.id.partition("/")[2]]
         execute.end_processes_of(user.uid, user.gid)
+        if leaver.partition is not None:
+            # whose the data is stays known; should there be room again, the instance is due
+            context.store.make_due(leaver.partition)
     users.apply(leavers)
 
 

@@ -95,6 +95,20 @@ def applied(value: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def tried(value: dict[str, Any]) -> str:
+    """``try``."""
+    lines = [applied(value)]
+    if value["trial"]:
+        end = f"at {value['trial']['deadline']} everything is as it was before, unless you run"
+        lines.append(f"on trial: {colour(end, 'bold')}: partitiond confirm")
+    return "\n".join(lines)
+
+
+def confirmed(value: dict[str, Any]) -> str:
+    """``confirm``."""
+    return f"confirmed, {value['seconds_left']:.0f} s before it would have been taken back: {value['config']}"
+
+
 def synced(value: dict[str, Any]) -> str:
     """``sync``."""
     lines = [*value["done"], *_failures(value["failures"])]
@@ -130,9 +144,21 @@ def status(value: dict[str, Any]) -> str:
     lines.append(
         table(("partition", "state", "user", "IPv6", "IPv4", "tap", "processes", "tunnels", "drift"), rows)
     )
+    if node["trial"]:
+        lines.append(colour(_trial(node["trial"]), "yellow"))
     lines += [f"open: {text}" for text in node["open_cases"]]
     lines += [f"drift: {text}" for text in node["drift"]]
     return "\n".join(lines)
+
+
+def _trial(found: dict[str, Any]) -> str:
+    words = {
+        "applying": "is being applied",
+        "pending": f"is taken back in {found['seconds_left']:.0f} s; partitiond confirm keeps it",
+        "confirmed": "is confirmed",
+        "rolling back": "is being taken back",
+    }
+    return f"trial: what is in force {words[found['state']]}"
 
 
 def _running(processes: Sequence[dict[str, Any]]) -> str | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from ipaddress import IPv6Interface
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
@@ -16,6 +16,7 @@ from partitiond import files
 from partitiond.errors import PartitiondError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
 InstanceLife = Literal["free", "started", "stopped", "destroying", "failed"]
@@ -67,6 +68,7 @@ class Store:
         self._instances = state_dir / "instances"
         self._software = state_dir / "software"
         self._base = state_dir / "base-address"
+        self._of_addresses = (self._base,)
 
     def instance(self, partition: str) -> InstanceState:
         """The state of a partition; a free one when nothing is known."""
@@ -86,6 +88,12 @@ class Store:
             path.unlink(missing_ok=True)
         else:
             self._write(path, dataclasses.asdict(state))
+
+    def make_due(self, partition: str) -> None:
+        """Let the next pass configure the instance and start it, whatever the master says of its timestamp."""
+        state = self.instance(partition)
+        if state.life != "free" and state.timestamp is not None:
+            self.save_instance(replace(state, timestamp=None))
 
     def software(self, url: str) -> SoftwareState:
         """The state of a release."""
@@ -116,6 +124,19 @@ class Store:
         """Remember the base; nothing is written when it is the same."""
         if base is not None and base != self.base():
             files.write_path(self._base, f"{base}\n".encode(), mode=0o600)
+
+    def memory(self) -> dict[str, str | None]:
+        """What the addresses of partitions hang on, by file: a trial that is taken back must not have changed it."""
+        return {path.name: _text(path) for path in self._of_addresses}
+
+    def restore(self, memory: Mapping[str, str | None]) -> None:
+        """Remember again what :meth:`memory` gave."""
+        for path in self._of_addresses:
+            text = memory.get(path.name)
+            if text is None:
+                path.unlink(missing_ok=True)
+            elif text != _text(path):
+                files.write_path(path, text.encode(), mode=0o600)
 
     def forget_software(self, url: str) -> None:
         """Forget a release that was removed."""
@@ -154,6 +175,13 @@ def _state(kind: type[State], path: Path, found: dict[str, Any]) -> State:
     if isinstance(value, InstanceState) and value.life not in get_args(InstanceLife):
         raise _damaged(path, f"life is {value.life!r}")
     return value
+
+
+def _text(path: Path) -> str | None:
+    try:
+        return path.read_text("utf-8")
+    except FileNotFoundError:
+        return None
 
 
 def _damaged(path: Path, why: str) -> PartitiondError:

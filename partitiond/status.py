@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from partitiond import converge, identities, tunnels
+from partitiond import converge, identities, last_good, trial, tunnels
 from stunnel_mgr import sessions
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ def node(context: Context) -> dict[str, Any]:
             "master": {"url": config.master_url, **context.master.as_json()},
             "interface": config.network.interface,
             "bridge": config.network.bridge,
+            "trial": trial.as_json(config.state_dir),
             "open_cases": _open_cases(seen.node),
             "drift": [operation.id for operation in todo if operation.partition is None],
         },
@@ -47,6 +48,9 @@ def _open_cases(target: Node) -> list[str]:
     found = list(_OPEN_CASES)
     if not config.address_ownership:
         found.insert(0, "address_ownership is off: every user may use every address of the node")
+    rejected = last_good.rejected_file(config)
+    if rejected is not None:
+        found.insert(0, rejected.sentence())
     found += _forwarding(target)
     interface = config.network.interface
     if config.network.partition_network:

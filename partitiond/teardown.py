@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from netplan import apply as netplan_apply
 from netplan import observe as netplan_observe
 from netplan import plan as netplan_plan
 from netplan.model import DesiredNetwork
-from partitiond import execute, files, users
+from partitiond import execute, files, last_good, users
 from partitiond.converge import Outcome, refuse_other_node
 from partitiond.errors import FAMILY, sentence
 
@@ -43,6 +42,7 @@ def run(context: Context, *, purge: bool) -> Outcome:
             except (*FAMILY, OSError) as error:
                 outcome.failures.append((name, error))
                 logger.warning("%s: %s", name, sentence(error))
+    outcome.stands = not outcome.failures
     return outcome
 
 
@@ -72,8 +72,9 @@ def _users() -> None:
 
 def _state(context: Context) -> None:
     """Make every instance due again, so that a node set up anew configures and starts it."""
-    for state in context.store.instances().values():
-        context.store.save_instance(replace(state, timestamp=None))
+    for partition in context.store.instances():
+        context.store.make_due(partition)
+    last_good.forget(context.config.state_dir)
 
 
 def _purge(config: Config) -> None:

@@ -58,6 +58,12 @@ class User:
         """Whether it carries our mark."""
         return self.gecos.split(" ")[0] == MARK
 
+    @property
+    def partition(self) -> str | None:
+        """The partition that the mark names; None for the software user."""
+        name = self.gecos.partition(" ")[2]
+        return None if name == "software" else name or None
+
 
 @dataclass(frozen=True, slots=True)
 class UserDatabase:
@@ -159,12 +165,11 @@ def _wanted_uid(spec: UserSpec, user: User | None) -> str:
 
 
 def _removal(user: User) -> UserOperation:
-    partition = user.gecos.partition(" ")[2]
     return UserOperation(
         id=f"user/{user.name}",
         resource="user",
         action="remove",
-        partition=None if partition == "software" else partition or None,
+        partition=user.partition,
         before=f"uid {user.uid}, home {user.home}",
         after=None,
         reason="carries our mark but is not wanted any more",

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from partitiond import converge, lanes, teardown
+from partitiond import converge, lanes, last_good, rollback, teardown, trial
 from partitiond.errors import FAMILY, PartitiondError
 from partitiond.operation import as_json
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+    from pathlib import Path
 
+    from partitiond.config import Config
     from partitiond.context import Context
     from partitiond.converge import Outcome
 
@@ -21,8 +23,8 @@ def plan(context: Context) -> dict[str, Any]:
     return {"operations": [as_json(operation) for operation in found], "refused": _refused(found.refused)}
 
 
-def apply(context: Context, partitions: list[str]) -> dict[str, Any]:
-    """``apply``. Raises PartitiondError ``apply.unknown_partition``."""
+def apply(context: Context, partitions: list[str], *, force: bool = False) -> dict[str, Any]:
+    """``apply``. Raises PartitiondError ``apply.unknown_partition``, ``trial.pending``."""
     known = {f"{context.config.partition_base}{index}" for index in range(context.config.partition_amount)}
     for name in partitions:
         if name not in known:
@@ -32,7 +34,26 @@ def apply(context: Context, partitions: list[str]) -> dict[str, Any]:
                 resource=name,
                 hint="partitiond status lists them",
             )
-    return _outcome(converge.apply(context, only=frozenset(partitions)))
+    rollback.refuse_other(context.config)
+    outcome = converge.apply(context, only=frozenset(partitions), force=force)
+    last_good.accept(context.config.state_dir)  # put into force by word
+    return _outcome(outcome)
+
+
+def try_out(
+    context: Context, new: Config, timeout: float, *, force: bool, before: Config | None, lasting: bool
+) -> dict[str, Any]:
+    """``try``; the arguments are those of :func:`partitiond.tryout.run`."""
+    from partitiond import tryout  # noqa: PLC0415 - only for this verb
+
+    found, outcome = tryout.run(context, new, timeout, force=force, before=before, lasting=lasting)
+    return {"trial": trial.as_json(new.state_dir) if found else None, **_outcome(outcome)}
+
+
+def confirm(state_dir: Path) -> dict[str, Any]:
+    """``confirm``: the same with and without a daemon."""
+    found = trial.confirm(state_dir)
+    return {"config": found.config, "seconds_left": round(found.seconds_left(), 1)}
 
 
 def _outcome(outcome: Outcome) -> dict[str, Any]:
@@ -76,5 +97,6 @@ def sync(context: Context, lane: str, *, force: bool) -> dict[str, Any]:
 
 
 def tear_down(context: Context, *, purge: bool) -> dict[str, Any]:
-    """``teardown``."""
+    """``teardown``; with it a trial is over."""
+    trial.abandon(context.config.state_dir)
     return _outcome(teardown.run(context, purge=purge))
