@@ -116,7 +116,10 @@ def observe(context: Context) -> Observation:
     base = choose_base(here, context.store.base())
     found = node.build(config, base, base in here, database.numbers(), _taken_ipv4(config, first))
     network = netplan_observe.observe(found.network())
-    context.node = found
+    if (
+        config is context.current.config
+    ):  # and not that of a pass that began before another one came into force
+        context.node = found
     return Observation(database, network, context.supervisor.processes(), found)
 
 
@@ -324,17 +327,28 @@ def _only(whole: Plan, names: frozenset[str]) -> Plan:
     )
 
 
-def apply(context: Context, *, only: frozenset[str] = frozenset()) -> Outcome:
+def look(context: Context) -> tuple[Observation, Plan]:
+    """Look at the whole node; what the kernel told of it until now is answered by that. Raises as observe and plan do."""
+    context.looking()
+    seen = observe(context)
+    return seen, plan(context, seen)
+
+
+def apply(
+    context: Context, *, only: frozenset[str] = frozenset(), first: tuple[Observation, Plan] | None = None
+) -> Outcome:
     """Bring the node where it should be and verify by looking again.
 
     More than one round is taken while a round makes progress: a tunnel may need the identity that the round before made.
-    Raises a family error when nothing can be done at all.
+    ``first``: what a look gave that was taken while ``applying`` is held. Raises a family error when nothing can be done
+    at all.
     """
     outcome = Outcome()
-    with context.applying:
+    # the settings in force now, also in a pass that began with others: it would take back what came since
+    with context.applying, context.steady():
         for _ in range(_ROUNDS):
-            seen = observe(context)
-            todo = _only(plan(context, seen), only)
+            seen, whole = first or _look(context, only)
+            first, todo = None, _only(whole, only)
             outcome.left, outcome.refused = tuple(todo), todo.refused
             if not todo:
                 context.store.save_base(seen.node.base)
@@ -342,9 +356,16 @@ def apply(context: Context, *, only: frozenset[str] = frozenset()) -> Outcome:
             outcome.failures = _run(context, seen, todo)
             outcome.done += len(todo) - len(outcome.failures)
             if outcome.failures:
-                outcome.left = tuple(_only(plan(context, observe(context)), only))
+                outcome.left = tuple(_only(_look(context, only)[1], only))
                 break
     return outcome
+
+
+def _look(context: Context, only: frozenset[str]) -> tuple[Observation, Plan]:
+    if not only:
+        return look(context)
+    seen = observe(context)  # what is not repaired is not answered either
+    return seen, plan(context, seen)
 
 
 def _run(context: Context, seen: Observation, todo: Plan) -> list[tuple[str, Exception]]:
