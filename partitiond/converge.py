@@ -131,7 +131,10 @@ def observe(context: Context) -> Observation:
         rules.tap_gateway,
     )
     network = netplan_observe.observe(found.network(), look)
-    context.node = found
+    if (
+        config is context.current.config
+    ):  # and not that of a pass that began before another one came into force
+        context.node = found
     return Observation(database, network, context.supervisor.processes(), found)
 
 
@@ -303,17 +306,32 @@ def _only(whole: Plan, names: frozenset[str]) -> Plan:
     )
 
 
-def apply(context: Context, *, only: frozenset[str] = frozenset(), force: bool = False) -> Outcome:
+def look(context: Context, *, force: bool = False) -> tuple[Observation, Plan]:
+    """Look at the whole node; what the kernel told of it until now is answered by that. Raises as observe and plan do."""
+    context.looking()
+    seen = observe(context)
+    return seen, plan(context, seen, force=force)
+
+
+def apply(
+    context: Context,
+    *,
+    only: frozenset[str] = frozenset(),
+    force: bool = False,
+    first: tuple[Observation, Plan] | None = None,
+) -> Outcome:
     """Bring the node where it should be and verify by looking again; with ``force`` also busy partitions go.
 
     More than one round is taken while a round makes progress: a tunnel may need the identity that the round before made.
-    Raises a family error when nothing can be done at all.
+    ``first``: what a look gave that was taken while ``applying`` is held. Raises a family error when nothing can be done
+    at all.
     """
     outcome = Outcome()
-    with context.applying:
+    # the settings in force now, also in a pass that began with others: it would take back what came since
+    with context.applying, context.steady():
         for _ in range(_ROUNDS):
-            seen = observe(context)
-            todo = _only(plan(context, seen, force=force), only)
+            seen, whole = first or _look(context, only, force=force)
+            first, todo = None, _only(whole, only)
             outcome.left, outcome.refused = tuple(todo), todo.refused
             if not todo:
                 context.store.save_base(seen.node.base)
@@ -321,13 +339,20 @@ def apply(context: Context, *, only: frozenset[str] = frozenset(), force: bool =
             outcome.failures = _run(context, seen, todo)
             outcome.done += len(todo) - len(outcome.failures)
             if outcome.failures:
-                todo = _only(plan(context, observe(context), force=force), only)
+                todo = _only(_look(context, only, force=force)[1], only)
                 outcome.left = tuple(todo)
                 break
         outcome.stands = todo.stands
         if not only and outcome.stands and not trial.is_open(context.config.state_dir):
             last_good.save(context.config)
     return outcome
+
+
+def _look(context: Context, only: frozenset[str], *, force: bool) -> tuple[Observation, Plan]:
+    if not only:
+        return look(context, force=force)
+    seen = observe(context)  # what is not repaired is not answered either
+    return seen, plan(context, seen, force=force)
 
 
 def _run(context: Context, seen: Observation, todo: Plan) -> list[tuple[str, Exception]]:

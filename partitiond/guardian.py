@@ -198,7 +198,9 @@ class _Guardian:
             finally:
                 context.meters.close()
         if outcome is not None and not outcome.stands:
-            left = ", ".join(one.id for one in outcome.left) or ", ".join(name for name, _ in outcome.failures)
+            left = ", ".join(one.id for one in outcome.left) or ", ".join(
+                name for name, _ in outcome.failures
+            )
             raise PartitiondError("trial.not_taken_back", f"left: {left}", resource=str(self._state_dir))
 
     def _wait(self) -> None:

@@ -10,7 +10,7 @@ import platform
 from ipaddress import IPv4Interface
 from typing import TYPE_CHECKING
 
-from partitiond import __version__, converge, instances, softwares
+from partitiond import __version__, converge, instances, softwares, trial
 from partitiond.errors import PartitiondError
 from partitiond.passes import Result
 from slap_client.capacity import CapacityNode, CapacityPartition, CapacityTap, capacity_description
@@ -49,7 +49,9 @@ def ask(context: Context) -> ComputerDocument:
 
 
 def capacity(context: Context) -> Result:
-    """Tell the master what this node has."""
+    """Tell the master what this node has; nothing as long as that may be taken back."""
+    if trial.is_open(context.config.state_dir):
+        return Result(["not posted while a configuration is on trial"], [])
     target = converge.observe(context).node
     if not target.partitions:
         raise PartitiondError(

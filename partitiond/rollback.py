@@ -9,7 +9,6 @@ import logging
 from typing import TYPE_CHECKING
 
 from partitiond import converge, last_good, teardown, trial
-from partitiond.converge import Outcome
 from partitiond.errors import FAMILY, PartitiondError, sentence
 
 if TYPE_CHECKING:
@@ -17,6 +16,7 @@ if TYPE_CHECKING:
 
     from partitiond.config import Config
     from partitiond.context import Context
+    from partitiond.converge import Outcome
     from partitiond.trial import Trial
 
 logger = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ def settle(context: Context) -> Trial | None:
 def _close(context: Context, found: Trial, why: str, problem: str) -> None:
     claimed = trial.claim(context.config.state_dir, found.id, why)
     if claimed is not None:
-        trial.close(context.config.state_dir, claimed, [problem])
+        _tell(context, trial.close(context.config.state_dir, claimed, [problem]))
 
 
 def roll_back(context: Context, identity: str, why: str, *, last: bool) -> Outcome | None:
@@ -73,9 +73,15 @@ def roll_back(context: Context, identity: str, why: str, *, last: bool) -> Outco
         for name, error in outcome.failures:
             logger.warning("%s: %s", name, sentence(error))
         if last or outcome.stands:
-            rejected = trial.close(state_dir, claimed, dict.fromkeys(left))
-            logger.warning("%s", rejected.sentence())
+            _tell(context, trial.close(state_dir, claimed, dict.fromkeys(left)))
         return outcome
+
+
+def _tell(context: Context, rejected: last_good.Rejected) -> None:
+    logger.warning("%s", rejected.sentence())
+    context.events.record(
+        "trial.rolled_back", rejected.sentence(), resource=rejected.config, reason=rejected.why
+    )
 
 
 def _before(state_dir: Path, config: Config) -> Config:
@@ -104,7 +110,7 @@ def in_force(config: Config) -> Config:
         if found.fingerprint == last_good.fingerprint(config):
             return config
         return last_good.read(trial.tried_path(state_dir), config.file)
-    if found is not None and found.state == "rolling back" or last_good.is_rejected(config):
+    if (found is not None and found.state == "rolling back") or last_good.is_rejected(config):
         return last_good.load(state_dir, config.file) or config
     return config
 

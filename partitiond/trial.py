@@ -266,9 +266,7 @@ def claim(state_dir: Path, identity: str, why: str) -> Trial | None:
 def close(state_dir: Path, trial: Trial, left: Iterable[str] = ()) -> last_good.Rejected:
     """It is taken back; what was tried is remembered as rejected."""
     at = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
-    rejected = last_good.Rejected(
-        trial.fingerprint, trial.config, at, trial.why, trial.before, tuple(left)
-    )
+    rejected = last_good.Rejected(trial.fingerprint, trial.config, at, trial.why, trial.before, tuple(left))
     with _turn(state_dir):
         found = read(state_dir)
         if found is not None and found.id == trial.id:

@@ -7,7 +7,6 @@ apply that fails is taken back at once.
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from partitiond import converge, guardian, last_good, rollback, trial, users
@@ -23,7 +22,13 @@ logger = logging.getLogger(__name__)
 
 
 def run(
-    context: Context, new: Config, timeout: float, *, force: bool = False, before: Config | None, lasting: bool
+    context: Context,
+    new: Config,
+    timeout: float,
+    *,
+    force: bool = False,
+    before: Config | None,
+    lasting: bool,
 ) -> tuple[Trial | None, Outcome]:
     """Put ``new`` into force on trial for ``timeout`` seconds; no trial when there is nothing to do.
 
@@ -41,7 +46,10 @@ def run(
                 new.state_dir, begun.id, trial.log_path(new.state_dir), may_be_killed=not lasting
             ):
                 outcome = _apply(context, begun, force=force, lasting=lasting)
-                return trial.applied(new.state_dir, begun), outcome
+                pending = trial.applied(new.state_dir, begun)
+                message = f"{begun.config} is on trial for {timeout:g} s"
+                context.events.record("trial.begun", message, resource=begun.config)
+                return pending, outcome
         except PartitiondError as error:
             if error.code == "trial.no_guardian":
                 trial.abandon(new.state_dir)
@@ -118,7 +126,9 @@ def _apply(context: Context, begun: Trial, *, force: bool, lasting: bool) -> Out
         "trial.failed",
         why + ("; everything is as it was before" if whole else "; it is still being taken back"),
         resource=begun.config,
-        hint="correct the configuration, then try again" if whole else "partitiond status says how it goes on",
+        hint="correct the configuration, then try again"
+        if whole
+        else "partitiond status says how it goes on",
     ) from cause
 
 

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 from partitiond import converge, lanes, last_good, rollback, teardown, trial
 from partitiond.errors import FAMILY, PartitiondError
+from partitiond.events import EventLog
 from partitiond.operation import as_json
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
-    from pathlib import Path
 
     from partitiond.config import Config
     from partitiond.context import Context
@@ -37,6 +37,7 @@ def apply(context: Context, partitions: list[str], *, force: bool = False) -> di
     rollback.refuse_other(context.config)
     outcome = converge.apply(context, only=frozenset(partitions), force=force)
     last_good.accept(context.config.state_dir)  # put into force by word
+    record(context, outcome)
     return _outcome(outcome)
 
 
@@ -50,10 +51,26 @@ def try_out(
     return {"trial": trial.as_json(new.state_dir) if found else None, **_outcome(outcome)}
 
 
-def confirm(state_dir: Path) -> dict[str, Any]:
+def confirm(config: Config) -> dict[str, Any]:
     """``confirm``: the same with and without a daemon."""
-    found = trial.confirm(state_dir)
+    found = trial.confirm(config.state_dir)
+    message = f"{found.config} is confirmed, {found.seconds_left():.0f} s before the end of its trial"
+    EventLog(config.log_dir).record("trial.confirmed", message, resource=found.config)
     return {"config": found.config, "seconds_left": round(found.seconds_left(), 1)}
+
+
+def record(context: Context, outcome: Outcome) -> None:
+    """Record in the log of events what an apply did; nothing when it did nothing."""
+    failed = [name for name, _ in outcome.failures]
+    if not (outcome.done or failed):
+        return
+    message = f"{outcome.done} done, {len(failed)} failed, {len(outcome.left)} left"
+    context.events.record(
+        "apply.failed" if failed else "apply.done",
+        message,
+        done=outcome.done,
+        failures=_failures(outcome.failures) or None,
+    )
 
 
 def _outcome(outcome: Outcome) -> dict[str, Any]:
@@ -99,4 +116,7 @@ def sync(context: Context, lane: str, *, force: bool) -> dict[str, Any]:
 def tear_down(context: Context, *, purge: bool) -> dict[str, Any]:
     """``teardown``; with it a trial is over."""
     trial.abandon(context.config.state_dir)
-    return _outcome(teardown.run(context, purge=purge))
+    outcome = teardown.run(context, purge=purge)
+    if not purge:  # else the log is gone, too
+        context.events.record("node.removed", "all that was made of the system is taken back; data is kept")
+    return _outcome(outcome)
