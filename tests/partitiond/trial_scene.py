@@ -207,15 +207,20 @@ def as_before(before):
     return machine() == before
 
 
-def guardians():
-    """Pids of the guardians that are alive."""
-    found = []
+def processes():
+    """Commands of all that is alive, by pid."""
+    found = {}
     for name in filter(str.isdigit, os.listdir("/proc")):  # noqa: PTH208 - names suffice
         with contextlib.suppress(OSError):
             state = Path("/proc", name, "stat").read_bytes().rpartition(b")")[2].split()[0]
-            if state != b"Z" and b"partitiond.guardian" in Path("/proc", name, "cmdline").read_bytes():
-                found.append(int(name))
+            if state != b"Z":
+                found[int(name)] = Path("/proc", name, "cmdline").read_bytes()
     return found
+
+
+def guardians():
+    """Pids of the guardians that are alive."""
+    return [pid for pid, command in processes().items() if b"partitiond.guardian" in command]
 
 
 class Daemon:
