@@ -9,7 +9,7 @@ import logging
 import platform
 from typing import TYPE_CHECKING
 
-from partitiond import __version__, converge, instances, softwares
+from partitiond import __version__, converge, instances, softwares, storage
 from partitiond.errors import PartitiondError
 from partitiond.passes import Result
 from slap_client.capacity import CapacityNode, CapacityPartition, CapacityTap, capacity_description
@@ -70,6 +70,7 @@ def description(target: Node) -> dict[str, Value]:
             hint="give the interface a global IPv6 address",
             retryable=True,
         )
+    data = storage.observe(config)
     return capacity_description(
         CapacityNode(
             reference=config.computer_id,
@@ -85,8 +86,9 @@ def description(target: Node) -> dict[str, Value]:
             version=f"partitiond/{__version__}",
             ipv6_prefixshift=config.ipv6_prefixshift,
             partition_has_ipv6_range=config.ipv6_range,
+            instance_storage_home=str(config.instance_storage_home) if config.instance_storage_home else None,
         ),
-        [_offer(item, target.base.network.prefixlen) for item in target.partitions],
+        [_offer(item, target.base.network.prefixlen, data) for item in target.partitions],
     )
 
 
@@ -98,7 +100,7 @@ def _distribution() -> tuple[str, str, str]:
     return (found.get("ID", ""), found.get("VERSION_ID", ""), found.get("NAME", ""))
 
 
-def _offer(partition: Partition, prefixlen: int) -> CapacityPartition:
+def _offer(partition: Partition, prefixlen: int, data: storage.Observed) -> CapacityPartition:
     network = partition.network
     return CapacityPartition(
         reference=partition.id,
@@ -108,6 +110,7 @@ def _offer(partition: Partition, prefixlen: int) -> CapacityPartition:
         ipv6=partition.ipv6,
         ipv6_prefixlen=prefixlen,
         ipv6_range=network.ipv6_range,
+        external_storage=tuple(data.paths(partition.id)),
         # the production master wants a tap name for each partition, whether there is a tap or not
         tap=CapacityTap(network.tap.name if network.tap else f"route_{partition.id}"),
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from partitiond import converge, identities, tunnels
+from partitiond.refusal import Refusal
 from stunnel_mgr import sessions
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ def node(context: Context) -> dict[str, Any]:
             "master": {"url": config.master_url, **context.master.as_json()},
             "interface": config.ipv6_interface,
             "bridge": config.bridge,
-            "open_cases": _open_cases(seen.node),
+            "open_cases": [*_open_cases(seen.node), *_refused_resources(todo)],
             "drift": [operation.id for operation in todo if operation.partition is None],
         },
         "partitions": [_partition(context, item, seen, todo) for item in seen.node.partitions],
@@ -53,6 +54,15 @@ def _open_cases(target: Node) -> list[str]:
     elif not target.base_is_here:
         found.append(f"{config.ipv6_interface} has lost {target.base}; the partitions' addresses are kept")
     return found
+
+
+def _refused_resources(todo: Plan) -> list[str]:
+    """What is refused but the tunnels, which have a list of their own."""
+    return [
+        f"{one.name}{f' of {one.partition}' if one.partition else ''} is refused: {one.reason}"
+        for one in todo.refused
+        if isinstance(one, Refusal)
+    ]
 
 
 def partition(context: Context, name: str) -> dict[str, Any] | None:
@@ -87,7 +97,7 @@ def _partition(context: Context, item: Partition, seen: Observation, todo: Plan)
         "ipv4": str(item.ipv4),
         "routable_ipv4": None,
         "vpn_ipv4": None,
-        "block_devices": [],
+        "block_devices": seen.block_devices.given(item),
         "software_release": state.software_release,
         "instance_guid": state.instance_guid,
         "processes": [_process(process) for process in seen.processes if process.group == item.id],
