@@ -15,18 +15,21 @@ from netplan.model import BRIDGE_ALIAS
 from netplan.operations import RefusedOperation
 from partitiond import (
     addressing,
+    block_devices,
     choices,
+    device_access,
     directories,
     execute,
     identities,
     node,
     resource_file,
     services,
+    storage,
     tun_device,
     tunnels,
     users,
 )
-from partitiond.directories import DirectorySpec
+from partitiond.directories import DirectoryOperation, DirectorySpec
 from partitiond.errors import FAMILY, PartitiondError, sentence
 from partitiond.users import UserOperation, UserSpec
 
@@ -39,6 +42,7 @@ if TYPE_CHECKING:
     from partitiond.identities import PublicIdentity
     from partitiond.node import Node, Partition
     from partitiond.operation import AnyOperation
+    from partitiond.refusal import Refusal
     from partitiond.supervision import Process
     from partitiond.tunnels import PartitionTunnels
     from stunnel_mgr.model import Refused
@@ -47,10 +51,13 @@ logger = logging.getLogger(__name__)
 
 _ROUNDS = 3
 PARTS = (
+    "withdrawals",
     "users",
     "directories",
+    "storage",
     "network",
     "devices",
+    "grants",
     "identities",
     "resources",
     "services",
@@ -67,22 +74,27 @@ class Observation:
     network: ObservedNetwork
     processes: tuple[Process, ...]
     node: Node
+    block_devices: block_devices.Observed
+    storage: storage.Observed
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
     """The operations by part, in the order in which they are applied; ``declared`` are the tunnels they come from."""
 
+    withdrawals: tuple[block_devices.WithdrawOperation, ...] = ()
     users: tuple[UserOperation, ...] = ()
-    directories: tuple[directories.DirectoryOperation, ...] = ()
+    directories: tuple[DirectoryOperation, ...] = ()
+    storage: tuple[DirectoryOperation, ...] = ()
     network: tuple[NetworkOperation, ...] = ()
     devices: tuple[tun_device.DeviceOperation, ...] = ()
+    grants: tuple[block_devices.GrantOperation, ...] = ()
     identities: tuple[identities.IdentityOperation, ...] = ()
     resources: tuple[resource_file.ResourceOperation, ...] = ()
     services: tuple[services.ServiceOperation, ...] = ()
     tunnels: tuple[tunnels.TunnelOperation, ...] = ()
     leavers: tuple[UserOperation, ...] = ()
-    refused: tuple[Refused, ...] = ()
+    refused: tuple[Refused | Refusal, ...] = ()
     declared: Mapping[str, PartitionTunnels] = field(default_factory=dict)
 
     def __iter__(self) -> Iterator[AnyOperation]:
@@ -101,7 +113,7 @@ class Outcome:
     done: int = 0
     failures: list[tuple[str, Exception]] = field(default_factory=list)
     left: tuple[AnyOperation, ...] = ()
-    refused: tuple[Refused, ...] = ()
+    refused: tuple[Refused | Refusal, ...] = ()
 
 
 def observe(context: Context) -> Observation:
@@ -124,7 +136,14 @@ def observe(context: Context) -> Observation:
     )
     network = netplan_observe.observe(found.network(), look)
     context.node = found
-    return Observation(database, network, context.supervisor.processes(), found)
+    return Observation(
+        database,
+        network,
+        context.supervisor.processes(),
+        found,
+        block_devices.observe(config, found.partitions, database),
+        storage.observe(config),
+    )
 
 
 def refuse_other_node(context: Context, database: users.UserDatabase) -> None:
@@ -225,7 +244,12 @@ def plan(context: Context, seen: Observation) -> Plan:
     wanted_tunnels = declared_tunnels(context, target, published)
     running = frozenset(process.group for process in seen.processes if process.pid)
     people = users.plan(desired_users(target), seen.users)
+    disks = block_devices.plan(seen.block_devices)
+    data, unusable = storage.plan(target, seen.storage, numbers)
     return Plan(
+        withdrawals=disks.withdrawals,
+        grants=disks.grants,
+        storage=data,
         users=tuple(operation for operation in people if operation.spec),
         # a user goes last, when nothing of it runs and nothing is its own any more
         leavers=tuple(operation for operation in people if not operation.spec),
@@ -233,7 +257,7 @@ def plan(context: Context, seen: Observation) -> Plan:
         network=network,
         devices=tun_device.plan(taps=context.config.create_tap and bool(target.partitions)),
         identities=identities.plan(target, published),
-        resources=resource_file.plan(target, published),
+        resources=resource_file.plan(target, published, _holdings(seen)),
         services=services.plan(context, target, seen.processes),
         tunnels=tuple(
             operation
@@ -241,6 +265,8 @@ def plan(context: Context, seen: Observation) -> Plan:
             for operation in tunnels.plan(wanted, context.config, context.supervisor, running)
         ),
         refused=(
+            *disks.refused,
+            *unusable,
             *tunnels.homeless(target),
             *(
                 refusal
@@ -250,6 +276,14 @@ def plan(context: Context, seen: Observation) -> Plan:
         ),
         declared=wanted_tunnels,
     )
+
+
+def _holdings(seen: Observation) -> dict[str, resource_file.Holdings]:
+    devices = seen.block_devices.given_names()
+    return {
+        item.id: resource_file.Holdings(tuple(devices.get(item.id, ())), tuple(seen.storage.paths(item.id)))
+        for item in seen.node.partitions
+    }
 
 
 def declared_tunnels(
@@ -310,6 +344,12 @@ def apply(context: Context, *, only: frozenset[str] = frozenset()) -> Outcome:
 def _run(context: Context, seen: Observation, todo: Plan) -> list[tuple[str, Exception]]:
     """Run a plan part by part; a part that others stand on must succeed, the rest fail alone."""
     failures: list[tuple[str, Exception]] = []
+    # before any user is made: it might get the number of one that still had a device
+    kept = frozenset(
+        one.uid
+        for one in todo.withdrawals
+        if not _try(failures, one.id, partial(device_access.withdraw, one))
+    )
     users.apply(todo.users)
     numbers = users.observe().numbers() if todo.users else seen.users.numbers()
     directories.apply(todo.directories, numbers)
@@ -317,29 +357,45 @@ def _run(context: Context, seen: Observation, todo: Plan) -> list[tuple[str, Exc
         failures.append((failed.id, error))
     config = context.config
     calls: list[tuple[str, Callable[[], None]]] = [
+        *((one.id, partial(directories.apply, (one,), numbers)) for one in todo.storage),
         *((one.id, tun_device.apply) for one in todo.devices),
+        # what could not be taken from one is given to no other
+        *((one.id, partial(device_access.grant, one)) for one in todo.grants if not kept),
         *((one.id, partial(identities.make, config, one.owner)) for one in todo.identities),
-        *((one.id, partial(resource_file.write, seen.node, one.owner)) for one in todo.resources),
+        *((one.id, partial(_write_resource, seen, one.owner)) for one in todo.resources),
         *((one.id, partial(services.apply, context, one)) for one in todo.services),
         *((one.id, partial(tunnels.apply, one, config, context.supervisor)) for one in todo.tunnels),
     ]
     if todo.leavers:
-        calls.append(("users", partial(_remove_users, seen, todo.leavers)))
+        calls.append(("users", partial(_remove_users, seen, todo.leavers, kept)))
     for name, call in calls:
         _try(failures, name, call)
     return failures
 
 
-def _remove_users(seen: Observation, leavers: tuple[UserOperation, ...]) -> None:
+def _write_resource(seen: Observation, partition: Partition) -> None:
+    # what was given a moment ago is already in it
+    devices = tuple(device_access.given_now(seen.block_devices, partition))
+    holdings = resource_file.Holdings(devices, tuple(seen.storage.paths(partition.id)))
+    resource_file.write(seen.node, partition, holdings)
+
+
+def _remove_users(seen: Observation, leavers: tuple[UserOperation, ...], kept: frozenset[int]) -> None:
+    """Remove users; ``kept`` are those that still have a device: the next one with their number would have it."""
+    going = []
     for leaver in leavers:
         user = seen.users.users[leaver.id.partition("/")[2]]
         execute.end_processes_of(user.uid, user.gid)
-    users.apply(leavers)
+        if user.uid not in kept:
+            going.append(leaver)
+    users.apply(going)
 
 
-def _try(failures: list[tuple[str, Exception]], name: str, call: Callable[[], None]) -> None:
+def _try(failures: list[tuple[str, Exception]], name: str, call: Callable[[], None]) -> bool:
     try:
         call()
     except (*FAMILY, OSError) as error:
         failures.append((name, error))
         logger.warning("%s: %s", name, sentence(error))
+        return False
+    return True

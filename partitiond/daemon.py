@@ -22,10 +22,12 @@ from partitiond.lock import exclusive
 from slap_client.backoff import Backoff
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from partitiond.config import Config
     from partitiond.passes import Result
+    from partitiond.refusal import Refusal
+    from stunnel_mgr.model import Refused
 
 logger = logging.getLogger(__name__)
 
@@ -105,6 +107,7 @@ class Daemon:
         self._done = threading.Event()
         self._torn_down = False
         self._known_drift: frozenset[tuple[str, str]] = frozenset()
+        self._known_refusals: frozenset[tuple[str, str]] = frozenset()
         stop, intervals = self.context.stop, config.intervals
         capacity = Lane("capacity", intervals.capacity, lambda: lanes.capacity(self.context), stop)
         # the master answers nothing of use, slapproxy an error, about a node that it does not know yet
@@ -152,8 +155,7 @@ class Daemon:
         outcome = converge.apply(self.context)
         for name, error in outcome.failures:
             logger.error("%s: %s", name, sentence(error))
-        for refusal in outcome.refused:
-            logger.warning("%s: refused: %s", refusal.name, refusal.reason)
+        self._tell_refusals(outcome.refused)
 
     def _end(self) -> None:
         self.context.stop.set()
@@ -178,11 +180,19 @@ class Daemon:
         for name, reason in sorted(found - self._known_drift):
             logger.warning("drift: %s: %s", name, reason)
         self._known_drift = found
+        self._tell_refusals(todo.refused)
         if not found:
             return
         outcome = converge.apply(self.context)
         if outcome.done:
             logger.info("repaired: %d done, %d failed", outcome.done, len(outcome.failures))
+
+    def _tell_refusals(self, refused: Iterable[Refusal | Refused]) -> None:
+        """Say what is refused, once; it may come and go while the node runs, as disks do."""
+        found = frozenset((one.name, one.reason) for one in refused)
+        for name, reason in sorted(found - self._known_refusals):
+            logger.warning("%s: refused: %s", name, reason)
+        self._known_refusals = found
 
     def _report(self) -> Result:
         result = lanes.report(self.context)
