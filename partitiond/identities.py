@@ -10,10 +10,12 @@ import hashlib
 import os
 import stat
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from partitiond import files
 from partitiond.operation import Operation
+from partitiond.settled import Settled
 from stunnel_mgr import render
 
 if TYPE_CHECKING:
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
 
     from partitiond.config import Config
     from partitiond.node import Node, Partition
+
+_read: Settled[PublicIdentity | None] = Settled()
 
 CERTIFICATE_FILE, KEY_FILE = render.IDENTITY_FILES["partition"]
 
@@ -70,7 +74,16 @@ def read(config: Config, partition: Partition) -> PublicIdentity | None:
 
 def observe(node: Node) -> dict[str, PublicIdentity | None]:
     """Read what all partitions publish, by partition."""
-    return {partition.id: read(node.config, partition) for partition in node.partitions}
+    base = f"{node.config.state_dir}/tunnels"
+    return {
+        item.id: _read.get(
+            f"{base}/{item.id}",
+            (f"{base}/{item.id}/{CERTIFICATE_FILE}", f"{base}/{item.id}/{KEY_FILE}"),
+            item.uid,
+            partial(read, node.config, item),
+        )
+        for item in node.partitions
+    }
 
 
 def plan(node: Node, published: Mapping[str, PublicIdentity | None]) -> tuple[IdentityOperation, ...]:

@@ -11,12 +11,14 @@ import json
 import os
 import secrets
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from netplan import addresses as netaddresses
 from partitiond import files, identities
 from partitiond.errors import PartitiondError
 from partitiond.operation import Operation
+from partitiond.settled import Settled
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
 NAME = ".slapos-resource"
 _LIMIT = 64 * 1024
 _IPV4_MASK = "255.255.255.255"
+# the link of a tenant in its place is looked at itself (lstat), never what it leads to
+_is_right: Settled[bool] = Settled()
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,18 +155,24 @@ def plan(
     """Which files are missing or differ; a file that cannot be read as a plain one differs."""
     operations = []
     for partition in node.partitions:
+        path = f"{partition.path}/{NAME}"
+        given = (partition, published[partition.id], holdings[partition.id], node.tap_gateway)
         try:
-            with files.directory(partition.path) as descriptor:
-                found = files.read(NAME, dir_fd=descriptor, limit=_LIMIT, owners=frozenset((0,)))
+            right = _is_right.get(path, (path,), given, partial(_compare, node, *given[:3]))
         except FileNotFoundError:
             operations.append(_operation(partition, "create", "missing"))
-            continue
         except PartitiondError as error:
             operations.append(_operation(partition, "change", str(error)))
-            continue
-        if found != content(node, partition, published[partition.id], holdings[partition.id]):
-            operations.append(_operation(partition, "change", "says something else"))
+        else:
+            if not right:
+                operations.append(_operation(partition, "change", "says something else"))
     return tuple(operations)
+
+
+def _compare(node: Node, partition: Partition, identity: PublicIdentity | None, holdings: Holdings) -> bool:
+    with files.directory(partition.path) as descriptor:
+        found = files.read(NAME, dir_fd=descriptor, limit=_LIMIT, owners=frozenset((0,)))
+    return found == content(node, partition, identity, holdings)
 
 
 def _operation(partition: Partition, action: str, reason: str) -> ResourceOperation:

@@ -12,14 +12,18 @@ import os
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from partitiond.errors import PartitiondError
 from partitiond.operation import Operation
+from partitiond.settled import Settled
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+_read: Settled[UserDatabase] = Settled()
 
 MARK = "partitiond"
 SHELL = "/bin/sh"
@@ -81,6 +85,11 @@ class UserOperation(Operation):
 
 def observe(etc: Path = Path("/etc")) -> UserDatabase:
     """Read the database. Raises PartitiondError ``users.unreadable``."""
+    paths = tuple(f"{etc}/{name}" for name in ("passwd", "group", "shadow"))
+    return _read.get(str(etc), paths, None, partial(_observe, etc))
+
+
+def _observe(etc: Path) -> UserDatabase:
     files = {name: _lines(etc / name) for name in ("passwd", "group", "shadow")}
     shadow = {row[0]: row[1] for row in reversed(files["shadow"]) if len(row) > 1}
     users = {}
