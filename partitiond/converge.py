@@ -15,6 +15,7 @@ from netplan import observe as netplan_observe
 from netplan import plan as netplan_plan
 from netplan.model import DesiredNetwork
 from partitiond import (
+    choices,
     directories,
     execute,
     identities,
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
     from netplan.model import Address, ObservedNetwork
+    from partitiond.choices import Choice
     from partitiond.config import Config
     from partitiond.context import Context
     from partitiond.identities import PublicIdentity
@@ -68,6 +70,7 @@ class Observation:
     network: ObservedNetwork
     processes: tuple[Process, ...]
     node: Node
+    choice: Choice
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,12 +115,36 @@ def observe(context: Context) -> Observation:
     # what is wanted hangs on the node's own address, and how much must be looked at on what is wanted
     first = netplan_observe.observe(DesiredNetwork(interface=config.ipv6_interface))
     _check_bridge(config, first)
-    here = own_addresses(config, first)
-    base = choose_base(here, context.store.base())
-    found = node.build(config, base, base in here, database.numbers(), _taken_ipv4(config, first))
+    choice, base_is_here = _choose(context, first)
+    found = node.build(config, base_is_here, database.numbers(), choice)
     network = netplan_observe.observe(found.network())
     context.node = found
-    return Observation(database, network, context.supervisor.processes(), found)
+    return Observation(database, network, context.supervisor.processes(), found, choice)
+
+
+def _choose(context: Context, network: ObservedNetwork) -> tuple[Choice, bool]:
+    """Choose the addresses of the partitions; and whether the node's own, of which they are derived, is on the interface.
+
+    What slapos.core left is read only as long as there is a partition that was never in place. Raises a family error.
+    """
+    config, remembered, last = context.config, context.store.addresses(), context.choice
+    settled = remembered.keys() >= set(node.names(config))
+    formatted = None if settled else context.formatted.read()
+    partitions = {kept.ipv6 for kept in remembered.values()}
+    if formatted:
+        partitions |= {one.ipv6 for one in formatted.partitions}
+    here = _without(own_addresses(config, network), partitions)
+    base = choose_base(here, context.store.base(), formatted.base if formatted else None)
+    rules = node.rules(config, base, _taken_ipv4(config, network), _elsewhere_ipv4(config, network))
+    known = last and last.remembered is remembered and last.formatted is formatted
+    if last is None or not known or last.rules != rules:
+        found = choices.imported(formatted) if formatted else {}
+        choice = choices.choose(rules, remembered, found)
+        warnings = (*(formatted.warnings if formatted else ()), *choice.warnings)
+        for warning in warnings if last is None or last.warnings != warnings else ():
+            logger.warning("%s", warning)
+        last = context.choice = replace(choice, warnings=warnings, formatted=formatted)
+    return last, base in here
 
 
 def refuse_other_node(context: Context, database: users.UserDatabase) -> None:
@@ -178,21 +205,36 @@ def own_addresses(config: Config, network: ObservedNetwork) -> list[ipaddress.IP
     ]
 
 
+def _without(
+    here: list[ipaddress.IPv6Interface], partitions: set[ipaddress.IPv6Address | None]
+) -> list[ipaddress.IPv6Interface]:
+    """Leave out what slapos.core gave to partitions: it marks nothing, so they look like the node's own. In a network where
+    nothing would be left, one of them is both.
+    """
+    others = [one for one in here if one.ip not in partitions]
+    networks = {one.network for one in others}
+    return others + [one for one in here if one.network not in networks]
+
+
 def choose_base(
-    here: list[ipaddress.IPv6Interface], remembered: ipaddress.IPv6Interface | None
+    here: list[ipaddress.IPv6Interface],
+    remembered: ipaddress.IPv6Interface | None,
+    imported: ipaddress.IPv6Interface | None = None,
 ) -> ipaddress.IPv6Interface | None:
     """The address of which those of the partitions are derived; None on a node that never had one. Pure.
 
-    The one chosen before stays as long as its network is there, and also while the interface has no address at all: a
-    router that is silent for a while must not take the partitions' addresses away. Else that of the largest subnet, then the
-    lowest, as slapformat chooses.
+    The one chosen before, by us or by slapos.core (``imported``), stays as long as its network is there, and also while
+    the interface has no address at all: a router that is silent for a while must not take the partitions' addresses away.
+    Else that of the largest subnet, then the lowest, as slapformat chooses.
     """
-    if remembered is not None:
-        same = [one for one in here if one.network == remembered.network]
-        if remembered in here or not here:
-            return remembered
+    for before in (remembered, imported):
+        if before is None:
+            continue
+        if before in here or not here:
+            return before
+        same = [one for one in here if before.ip in one.network]
         if same:
-            return min(same, key=lambda one: int(one.ip))
+            return min(same, key=lambda one: (one.network != before.network, int(one.ip)))
     return min(here, key=lambda one: (one.network.prefixlen, int(one.ip)), default=None)
 
 
@@ -213,6 +255,19 @@ def _taken_ipv4(config: Config, network: ObservedNetwork) -> frozenset[ipaddress
         and not (address.link == link and address.prefixlen == 32)
         and (ip := ipaddress.IPv4Address(address.packed)) in config.ipv4_network
     )
+
+
+def _elsewhere_ipv4(config: Config, network: ObservedNetwork) -> tuple[ipaddress.IPv4Network, ...]:
+    """Networks inside of the private one that the node is in or routes somewhere: their hosts are others."""
+    outer = config.ipv4_network
+    of_addresses = ((one.packed, one.prefixlen, one.protocol) for one in network.addresses)
+    of_routes = ((one.destination, one.prefixlen, one.protocol) for one in network.routes)
+    found = {
+        ipaddress.IPv4Network((packed, prefixlen), strict=False)
+        for packed, prefixlen, protocol in (*of_addresses, *of_routes)
+        if outer.prefixlen < prefixlen < 32 and len(packed) == 4 and protocol != netmodel.PROTOCOL_MARK
+    }
+    return tuple(sorted(one for one in found if one.subnet_of(outer)))
 
 
 def desired_users(target: Node) -> tuple[UserSpec, ...]:
@@ -333,8 +388,7 @@ def apply(context: Context, *, only: frozenset[str] = frozenset()) -> Outcome:
     outcome = Outcome()
     with context.applying:
         for _ in range(_ROUNDS):
-            seen = observe(context)
-            todo = _only(plan(context, seen), only)
+            seen, todo = _look(context, only)
             outcome.left, outcome.refused = tuple(todo), todo.refused
             if not todo:
                 context.store.save_base(seen.node.base)
@@ -342,9 +396,20 @@ def apply(context: Context, *, only: frozenset[str] = frozenset()) -> Outcome:
             outcome.failures = _run(context, seen, todo)
             outcome.done += len(todo) - len(outcome.failures)
             if outcome.failures:
-                outcome.left = tuple(_only(plan(context, observe(context)), only))
+                outcome.left = tuple(_look(context, only)[1])
                 break
     return outcome
+
+
+def _look(context: Context, only: frozenset[str]) -> tuple[Observation, Plan]:
+    """Observe and plan; the addresses that are in place are remembered at once, whatever else may fail for long."""
+    seen = observe(context)
+    whole = plan(context, seen)
+    if not whole.directories:
+        context.store.save_addresses(
+            seen.choice.in_place(frozenset(operation.partition for operation in whole.network))
+        )
+    return seen, _only(whole, only)
 
 
 def _run(context: Context, seen: Observation, todo: Plan) -> list[tuple[str, Exception]]:

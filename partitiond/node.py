@@ -1,4 +1,4 @@
-"""The node as it should be: one value computed from the configuration and the node's own IPv6 address."""
+"""The node as it should be: one value computed from the configuration and the chosen addresses."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING
 
 from netplan import addresses
 from netplan.model import DesiredNetwork, PartitionNetwork, TapSpec
+from partitiond.choices import Rules
 
 if TYPE_CHECKING:
     import ipaddress
     from collections.abc import Mapping
     from pathlib import Path
 
+    from partitiond.choices import Choice, Chosen
     from partitiond.config import Config
 
 
@@ -66,29 +68,45 @@ class Node:
 
 def build(
     config: Config,
-    base: ipaddress.IPv6Interface | None,
     base_is_here: bool,
     uids: Mapping[str, tuple[int, int]],
-    taken_ipv4: frozenset[ipaddress.IPv4Address],
+    choice: Choice,
 ) -> Node:
     """Compute the node.
 
-    ``uids`` maps the names of existing users to their (uid, gid): a user that exists keeps its number. ``taken_ipv4``
-    are addresses that something else on this node uses. Raises NetplanError when the prefix has no room.
+    ``uids`` maps the names of existing users to their (uid, gid): a user that exists keeps its number. ``choice`` says
+    which addresses are whose.
     """
     partitions = tuple(
-        _partition(config, base, index, uids, taken_ipv4) for index in range(config.partition_amount)
+        _partition(config, index, uids, choice.chosen[name]) for index, name in enumerate(names(config))
     )
-    return Node(config=config, base=base, base_is_here=base_is_here, partitions=partitions)
+    return Node(config=config, base=choice.rules.base, base_is_here=base_is_here, partitions=partitions)
 
 
-def _partition(
+def names(config: Config) -> tuple[str, ...]:
+    """The ids of the partitions, by index."""
+    return tuple(f"{config.partition_base}{index}" for index in range(config.partition_amount))
+
+
+def rules(
     config: Config,
     base: ipaddress.IPv6Interface | None,
-    index: int,
-    uids: Mapping[str, tuple[int, int]],
-    taken_ipv4: frozenset[ipaddress.IPv4Address],
-) -> Partition:
+    taken: frozenset[ipaddress.IPv4Address],
+    elsewhere: tuple[ipaddress.IPv4Network, ...],
+) -> Rules:
+    """What the configuration and the node's own addresses say about those of the partitions."""
+    return Rules(
+        partitions=names(config),
+        base=base,
+        prefixshift=config.ipv6_prefixshift,
+        ipv4_network=config.ipv4_network,
+        ipv6_range=config.ipv6_range,
+        taken=taken,
+        elsewhere=elsewhere,
+    )
+
+
+def _partition(config: Config, index: int, uids: Mapping[str, tuple[int, int]], chosen: Chosen) -> Partition:
     name, user = f"{config.partition_base}{index}", f"{config.user_base}{index}"
     uid, gid = uids.get(user, (config.uid_base + index, config.uid_base + index))
     tap = None
@@ -99,19 +117,14 @@ def _partition(
             mac=addresses.host_tap_mac(config.computer_id, name),
             bridge=config.bridge,
         )
-    ipv4 = addresses.private_ipv4(config.ipv4_network, index, taken_ipv4)
     network = PartitionNetwork(
         id=name,
         index=index,
         uid=uid,
         tap=tap,
-        ipv6=addresses.partition_ipv6(base, index) if base else None,
-        ipv6_range=(
-            addresses.partition_range(base, index, config.ipv6_prefixshift)
-            if base and config.ipv6_range
-            else None
-        ),
-        ipv4=ipv4,
+        ipv6=chosen.ipv6,
+        ipv6_range=chosen.ipv6_range,
+        ipv4=chosen.ipv4,
     )
     return Partition(
         id=name,
@@ -120,7 +133,7 @@ def _partition(
         uid=uid,
         gid=gid,
         path=config.instance_root / name,
-        ipv4=ipv4,
+        ipv4=chosen.ipv4,
         network=network,
         guest_mac=addresses.tap_mac(config.computer_id, name) if tap else None,
     )
