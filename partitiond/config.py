@@ -157,6 +157,8 @@ class Config:
     maximum_periodicity: int
     shared_part_list: str
     offline_builds: bool
+    computer_xml: Path | None
+    computer_json: Path | None
     tunnels: tuple[OperatorTunnel, ...] = ()
     instance_storage_home: Path | None = None
     block_devices: tuple[OperatorDevice, ...] = ()
@@ -452,6 +454,8 @@ def _build(path: Path, reader: Reader) -> Config:
         maximum_periodicity=reader.number("slapos", "maximum_periodicity", 86400, -1, 10**8),
         shared_part_list=reader.raw("slapos", "shared_part_list"),
         offline_builds=reader.truth("partitiond", "offline_builds", False),
+        computer_xml=reader.optional_path("slapformat", "computer_xml"),
+        computer_json=reader.optional_path("slapformat", "computer_json"),
         tunnels=tuple(_tunnels(reader)),
         instance_storage_home=reader.optional_path(_storage_section(reader), "instance_storage_home"),
         block_devices=device_config.block_devices(reader, partition_base, amount),

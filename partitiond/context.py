@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from partitiond.master import MasterContact
 from partitiond.metering import Metering, ledger_path
+from partitiond.slapformat import Copies
 from partitiond.state import Store
 from partitiond.supervision import Supervisor
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+    from partitiond.choices import Choice
     from partitiond.config import Config
     from partitiond.node import Node
     from slap_client.client import SlapClient
@@ -32,7 +34,8 @@ def _nobody() -> None:
 class Context:
     """One node at work.
 
-    ``applying`` is held while the node is being changed; ``node`` is what the last look at it gave.
+    ``applying`` is held while the node is being changed; ``node`` is what the last look at it gave, ``choice`` the
+    addresses that it gave to the partitions. ``formatted`` is what slapos.core left.
     """
 
     config: Config
@@ -40,7 +43,9 @@ class Context:
     supervisor: Supervisor
     meters: Metering
     master: MasterContact
+    formatted: Copies
     node: Node | None = None
+    choice: Choice | None = None
     stop: threading.Event = field(default_factory=threading.Event)
     applying: threading.RLock = field(default_factory=threading.RLock)
     wake_report: Callable[[], None] = _nobody
@@ -57,6 +62,7 @@ class Context:
             supervisor=Supervisor(config),
             meters=Metering(ledger_path(state)),
             master=MasterContact(state / "master.json"),
+            formatted=Copies(config),
         )
 
     @property

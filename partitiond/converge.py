@@ -16,7 +16,6 @@ from netplan.operations import RefusedOperation
 from partitiond import (
     addressing,
     block_devices,
-    choices,
     device_access,
     directories,
     execute,
@@ -38,6 +37,7 @@ if TYPE_CHECKING:
 
     from netplan.model import ObservedNetwork
     from netplan.operations import Operation as NetworkOperation
+    from partitiond.choices import Choice
     from partitiond.context import Context
     from partitiond.identities import PublicIdentity
     from partitiond.node import Node, Partition
@@ -76,6 +76,7 @@ class Observation:
     node: Node
     block_devices: block_devices.Observed
     storage: storage.Observed
+    choice: Choice
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,19 +122,9 @@ def observe(context: Context) -> Observation:
     config = context.config
     database = users.observe()
     look = netplan_observe.look()
-    here = addressing.own_ipv6(config, look)
-    base = addressing.choose_base(here, context.store.base())
-    rules = addressing.rules(config, base, look)
-    choice = choices.choose(rules, {})
-    found = node.build(
-        config,
-        rules.base,
-        base in here,
-        database.numbers(),
-        choice.chosen,
-        addressing.own_ipv4(config, look),
-        rules.tap_gateway,
-    )
+    choice, base_is_here = addressing.choose(context, look)
+    host_ipv4 = addressing.own_ipv4(config, look)
+    found = node.build(config, base_is_here, database.numbers(), choice, host_ipv4)
     network = netplan_observe.observe(found.network(), look)
     context.node = found
     return Observation(
@@ -143,6 +134,7 @@ def observe(context: Context) -> Observation:
         found,
         block_devices.observe(config, found.partitions, database),
         storage.observe(config),
+        choice,
     )
 
 
@@ -327,8 +319,7 @@ def apply(context: Context, *, only: frozenset[str] = frozenset()) -> Outcome:
     outcome = Outcome()
     with context.applying:
         for _ in range(_ROUNDS):
-            seen = observe(context)
-            todo = _only(plan(context, seen), only)
+            seen, todo = _look(context, only)
             outcome.left, outcome.refused = tuple(todo), todo.refused
             if not todo:
                 context.store.save_base(seen.node.base)
@@ -336,9 +327,20 @@ def apply(context: Context, *, only: frozenset[str] = frozenset()) -> Outcome:
             outcome.failures = _run(context, seen, todo)
             outcome.done += len(todo) - len(outcome.failures)
             if outcome.failures:
-                outcome.left = tuple(_only(plan(context, observe(context)), only))
+                outcome.left = tuple(_look(context, only)[1])
                 break
     return outcome
+
+
+def _look(context: Context, only: frozenset[str]) -> tuple[Observation, Plan]:
+    """Observe and plan; the addresses that are in place are remembered at once, whatever else may fail for long."""
+    seen = observe(context)
+    whole = plan(context, seen)
+    if not whole.directories:
+        context.store.save_addresses(
+            seen.choice.in_place(frozenset(operation.partition for operation in whole.network))
+        )
+    return seen, _only(whole, only)
 
 
 def _run(context: Context, seen: Observation, todo: Plan) -> list[tuple[str, Exception]]:

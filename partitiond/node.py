@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-    from partitiond.choices import Chosen
+    from partitiond.choices import Choice, Chosen
     from partitiond.config import Config
 
 
@@ -82,23 +82,25 @@ class Node:
 
 def build(
     config: Config,
-    base: ipaddress.IPv6Interface | None,
     base_is_here: bool,
     uids: Mapping[str, tuple[int, int]],
-    chosen: Mapping[str, Chosen],
+    choice: Choice,
     host_ipv4: ipaddress.IPv4Interface | None = None,
-    tap_gateway: ipaddress.IPv4Interface | None = None,
 ) -> Node:
     """Compute the node.
 
-    ``uids`` maps the names of existing users to their (uid, gid): a user that exists keeps its number. ``chosen`` has the
-    addresses of each partition.
+    ``uids`` maps the names of existing users to their (uid, gid): a user that exists keeps its number. ``choice`` says
+    which addresses are whose.
     """
     partitions = tuple(
-        _partition(config, index, uids, chosen[f"{config.partition_base}{index}"])
-        for index in range(config.partition_amount)
+        _partition(config, index, uids, choice.chosen[name]) for index, name in enumerate(names(config))
     )
-    return Node(config, base, base_is_here, partitions, host_ipv4, tap_gateway)
+    return Node(config, choice.rules.base, base_is_here, partitions, host_ipv4, choice.rules.tap_gateway)
+
+
+def names(config: Config) -> tuple[str, ...]:
+    """The ids of the partitions, by index."""
+    return tuple(f"{config.partition_base}{index}" for index in range(config.partition_amount))
 
 
 def _partition(config: Config, index: int, uids: Mapping[str, tuple[int, int]], chosen: Chosen) -> Partition:
