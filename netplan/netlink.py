@@ -254,6 +254,17 @@ class NetlinkSocket:
                 return consistent
 
 
+def messages(data: bytes) -> Iterator[Message]:
+    """Yield the messages of one datagram of notifications."""
+    position = 0
+    while position + 16 <= len(data):
+        length, kind, _, _, _ = _HEADER.unpack_from(data, position)
+        if length < 16:
+            break
+        yield Message(kind, data, position + 16, position + length)
+        position += (length + 3) & ~3
+
+
 def _refusal(message: Message) -> Refusal:
     """Read an NLMSG_ERROR or NLMSG_DONE: errno 0 is success."""
     _, data, start, end = message

@@ -402,3 +402,7 @@ def _rule_payload(rule: Rule) -> bytes:
             attribute(_FRA_PROTOCOL, bytes((rule.protocol,))),
         )
     )
+
+
+# the same decoding for notifications, which come one at a time (netplan.relevance)
+read_link, read_address, read_route = _link, _address, _route

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 OK, ERROR, CHANGES, DEGRADED, WRONG_USE = 0, 1, 2, 3, 64
 _WAIT_FOR_OTHERS = 30.0
+_BEFORE = 10
 DEFAULT_FILE = "/etc/opt/slapos/slapos.cfg"
 
 
@@ -75,6 +76,12 @@ def parser() -> argparse.ArgumentParser:
     )
     usage.add_argument("--to", dest="end", metavar="T", help="ISO 8601 time")
     usage.add_argument("--partition", metavar="ID", help="only this partition")
+    events = verb("events", "what happened, as text or JSON lines")
+    events.add_argument("-f", "--follow", action="store_true", help="go on with what happens from now on")
+    events.add_argument("--partition", metavar="ID", help="only what concerns this partition")
+    events.add_argument(
+        "--from", dest="start", metavar="T", help="ISO 8601 time; without it: since the beginning"
+    )
     tunnel = verb("tunnel", "the encrypted tunnels")
     tunnel_verbs = tunnel.add_subparsers(dest="tunnel_verb", metavar="list", parser_class=_Parser)
     tunnel_verbs.add_parser("list", help="tunnels with state, peers, expiry, sessions", parents=[common])
@@ -324,6 +331,39 @@ def _time(text: str | None) -> float | None:
     return (found if found.tzinfo else found.replace(tzinfo=datetime.UTC)).timestamp()
 
 
+def _events(options: argparse.Namespace) -> int:
+    import contextlib  # noqa: PLC0415 - as above
+    from collections import deque  # noqa: PLC0415
+
+    from partitiond import event_reader, present  # noqa: PLC0415
+
+    start, found, name = _time(options.start), _config(options), options.partition
+
+    def wanted(event: dict[str, Any]) -> bool:
+        return event_reader.concerns(event, name) and event_reader.at(event) >= (start or 0.0)
+
+    with contextlib.closing(event_reader.Follower(found.log_dir)) as follower:
+        # as tail(1) does, whoever follows is shown the last few first
+        most = _BEFORE if options.follow and start is None else None
+        past = deque(filter(wanted, follower.past()), maxlen=most)
+        known = (f"{found.partition_base}{index}" for index in range(found.partition_amount))
+        if name is not None and not past and name not in known:
+            raise PartitiondError(
+                "events.unknown_partition",
+                "there is no such partition, and nothing is recorded of one",
+                resource=name,
+                hint="partitiond status lists them",
+            )
+        for event in past:
+            _print(options, "event", event, present.event)
+        sys.stdout.flush()
+        with contextlib.suppress(KeyboardInterrupt):  # which is how following ends
+            for event in filter(wanted, event_reader.follow(follower)) if options.follow else ():
+                _print(options, "event", event, present.event)
+                sys.stdout.flush()
+    return OK
+
+
 def _tunnel(options: argparse.Namespace) -> int:
     from partitiond import present, status  # noqa: PLC0415 - as above
 
@@ -350,6 +390,7 @@ _VERBS: dict[str, Callable[[argparse.Namespace], int]] = {
     "status": _status,
     "show": _show,
     "usage": _usage,
+    "events": _events,
     "tunnel": _tunnel,
     "teardown": _teardown,
     "demo": _demo,

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import threading
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from partitiond.events import EventLog
 from partitiond.master import MasterContact
 from partitiond.metering import Metering, ledger_path
 from partitiond.slapformat import Copies
@@ -13,7 +15,7 @@ from partitiond.state import Store
 from partitiond.supervision import Supervisor
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from partitiond.choices import Choice
@@ -30,26 +32,41 @@ def _nobody() -> None:
     """Wake nobody: without a daemon there is no other lane."""
 
 
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """The configuration in force and what follows from it; exchanged as a whole."""
+
+    config: Config
+    supervisor: Supervisor
+    events: EventLog
+    formatted: Copies
+
+    @classmethod
+    def of(cls, config: Config) -> Settings:
+        """Make the settings of a configuration."""
+        return cls(config, Supervisor(config), EventLog(config.log_dir), Copies(config))
+
+
 @dataclass(slots=True)
 class Context:
     """One node at work.
 
     ``applying`` is held while the node is being changed; ``node`` is what the last look at it gave, ``choice`` the
-    addresses that it gave to the partitions. ``formatted`` is what slapos.core left.
+    addresses that it gave to the partitions. ``looking`` is called right before a look at the whole node: what was told of
+    it until then is answered by that look.
     """
 
-    config: Config
+    current: Settings
     store: Store
-    supervisor: Supervisor
     meters: Metering
     master: MasterContact
-    formatted: Copies
     node: Node | None = None
     choice: Choice | None = None
     stop: threading.Event = field(default_factory=threading.Event)
     applying: threading.RLock = field(default_factory=threading.RLock)
     wake_report: Callable[[], None] = _nobody
     wake_instances: Callable[[], None] = _nobody
+    looking: Callable[[], None] = _nobody
     _local: threading.local = field(default_factory=threading.local)
 
     @classmethod
@@ -57,22 +74,61 @@ class Context:
         """Make the context of a configuration."""
         state = config.state_dir
         return cls(
-            config=config,
+            current=Settings.of(config),
             store=Store(state),
-            supervisor=Supervisor(config),
             meters=Metering(ledger_path(state)),
             master=MasterContact(state / "master.json"),
-            formatted=Copies(config),
         )
+
+    def adopt(self, config: Config) -> None:
+        """Put another configuration into force; the caller holds ``applying``."""
+        self.current = Settings.of(config)
+
+    @contextmanager
+    def steady(self) -> Iterator[None]:
+        """Let this thread see the settings that are in force now, and no others, until the end of the block."""
+        before = getattr(self._local, "settings", None)
+        self._local.settings = self.current
+        try:
+            yield
+        finally:
+            self._local.settings = before
+
+    @property
+    def _settings(self) -> Settings:
+        pinned: Settings | None = getattr(self._local, "settings", None)
+        return pinned or self.current
+
+    @property
+    def config(self) -> Config:
+        """The configuration: the one in force, or in a :meth:`steady` block the one that was in force at its begin."""
+        return self._settings.config
+
+    @property
+    def supervisor(self) -> Supervisor:
+        """The node's supervisord."""
+        return self._settings.supervisor
+
+    @property
+    def events(self) -> EventLog:
+        """The log of what happened."""
+        return self._settings.events
+
+    @property
+    def formatted(self) -> Copies:
+        """What slapos.core left."""
+        return self._settings.formatted
 
     @property
     def client(self) -> SlapClient:
         """The connection to the master, one per thread: a lane that waits for an answer holds up no other."""
-        client: SlapClient | None = getattr(self._local, "client", None)
-        if client is None:
+        config = self.config
+        held: tuple[Config, SlapClient] | None = getattr(self._local, "client", None)
+        if held is None or held[0] is not config:
             from slap_client.client import SlapClient  # noqa: PLC0415 - verbs that talk to no master need no HTTP
 
-            config = self.config
+            if held is not None:
+                held[1].close()
             client = SlapClient(
                 config.master_url,
                 config.computer_id,
@@ -80,5 +136,5 @@ class Context:
                 key_file=_text(config.key_file),
                 ca_file=_text(config.master_ca_file),
             )
-            self._local.client = client
-        return client
+            self._local.client = held = (config, client)
+        return held[1]

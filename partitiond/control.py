@@ -11,9 +11,12 @@ import http.client
 import json
 import logging
 import os
+import select
 import socket
 import socketserver
 import struct
+import threading
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler
 from typing import TYPE_CHECKING, Any
 
@@ -33,13 +36,49 @@ class Unknown(Exception):  # noqa: N818 - an answer, not an error: there is no s
     """What is asked for is not there."""
 
 
+@dataclass(frozen=True, slots=True)
+class Text:
+    """An answer that is no JSON."""
+
+    content_type: str
+    content: bytes
+
+
+Answer = dict[str, Any] | Text
+
+
 class _Server(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
     daemon_threads = True
     request_queue_size = 64
+    timeout = 0  # of handle_request, which is called when there is one
 
-    def __init__(self, path: Path, handle: Callable[[str, str, dict[str, Any]], dict[str, Any]]) -> None:
+    def __init__(self, path: Path, handle: Callable[[str, str, dict[str, Any]], Answer]) -> None:
         self.handle = handle
         super().__init__(str(path), _Handler)
+        self._wake, self._poke = os.pipe2(os.O_CLOEXEC)
+        self._ended = threading.Event()
+
+    def serve_forever(self, poll_interval: float = 0.5) -> None:  # noqa: ARG002 - signature of the base class
+        """Answer until ``shutdown``; waits without looking at the clock: an idle daemon sleeps."""
+        poll = select.poll()
+        for descriptor in (self.fileno(), self._wake):
+            poll.register(descriptor, select.POLLIN)
+        try:
+            while self._wake not in dict(poll.poll()):
+                self.handle_request()
+        finally:
+            self._ended.set()
+
+    def shutdown(self) -> None:
+        """End ``serve_forever``, which runs in another thread, and wait for that."""
+        os.write(self._poke, b"x")
+        self._ended.wait()
+
+    def server_close(self) -> None:
+        """Close the sockets."""
+        super().server_close()
+        os.close(self._wake)
+        os.close(self._poke)
 
     def handle_error(self, request: object, client_address: object) -> None:  # noqa: ARG002 - signature of the base class
         logger.debug("a client of the control socket went away")
@@ -98,14 +137,15 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             self._send(200, answer)
 
-    def _send(self, status: int, value: dict[str, Any]) -> None:
-        content = json.dumps(value).encode() + b"\n"
+    def _send(self, status: int, value: Answer) -> None:
+        if not isinstance(value, Text):
+            value = Text("application/json", json.dumps(value).encode() + b"\n")
         with contextlib.suppress(BrokenPipeError):
             self.send_response(status)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(content)))
+            self.send_header("Content-Type", value.content_type)
+            self.send_header("Content-Length", str(len(value.content)))
             self.end_headers()
-            self.wfile.write(content)
+            self.wfile.write(value.content)
 
     def address_string(self) -> str:
         """A Unix socket has no address of its peer."""
@@ -115,8 +155,11 @@ class _Handler(BaseHTTPRequestHandler):
         logger.debug(format, *args)
 
 
-def serve(path: Path, handle: Callable[[str, str, dict[str, Any]], dict[str, Any]]) -> _Server:
-    """Make the socket (root only, 0600) and return the server; the caller runs ``serve_forever`` in a thread."""
+def serve(path: Path, handle: Callable[[str, str, dict[str, Any]], Answer]) -> _Server:
+    """Make the socket (root only, 0600) and return the server; the caller runs ``serve_forever`` in a thread.
+
+    ``handle`` is given method, path (with its query) and the JSON object of the body.
+    """
     path.unlink(missing_ok=True)
     mask = os.umask(0o177)
     try:

@@ -126,7 +126,9 @@ def observe(context: Context) -> Observation:
     host_ipv4 = addressing.own_ipv4(config, look)
     found = node.build(config, base_is_here, database.numbers(), choice, host_ipv4)
     network = netplan_observe.observe(found.network(), look)
-    context.node = found
+    # and not that of a pass that began before another one came into force
+    if config is context.current.config:
+        context.node = found
     return Observation(
         database,
         network,
@@ -310,16 +312,29 @@ def _only(whole: Plan, names: frozenset[str]) -> Plan:
     )
 
 
-def apply(context: Context, *, only: frozenset[str] = frozenset()) -> Outcome:
+def look(context: Context) -> tuple[Observation, Plan]:
+    """Look at the whole node; what the kernel told of it until now is answered by that. Raises as observe and plan do."""
+    context.looking()
+    seen = observe(context)
+    return seen, plan(context, seen)
+
+
+def apply(
+    context: Context, *, only: frozenset[str] = frozenset(), first: tuple[Observation, Plan] | None = None
+) -> Outcome:
     """Bring the node where it should be and verify by looking again.
 
     More than one round is taken while a round makes progress: a tunnel may need the identity that the round before made.
-    Raises a family error when nothing can be done at all.
+    ``first``: what a look gave that was taken while ``applying`` is held. Raises a family error when nothing can be done
+    at all.
     """
     outcome = Outcome()
-    with context.applying:
+    # the settings in force now, also in a pass that began with others: it would take back what came since
+    with context.applying, context.steady():
         for _ in range(_ROUNDS):
-            seen, todo = _look(context, only)
+            seen, whole = first or _look(context, only)
+            first, todo = None, _only(whole, only)
+            _remember_addresses(context, seen, whole)
             outcome.left, outcome.refused = tuple(todo), todo.refused
             if not todo:
                 context.store.save_base(seen.node.base)
@@ -327,20 +342,25 @@ def apply(context: Context, *, only: frozenset[str] = frozenset()) -> Outcome:
             outcome.failures = _run(context, seen, todo)
             outcome.done += len(todo) - len(outcome.failures)
             if outcome.failures:
-                outcome.left = tuple(_look(context, only)[1])
+                seen, whole = _look(context, only)
+                outcome.left = tuple(_only(whole, only))
+                _remember_addresses(context, seen, whole)
                 break
     return outcome
 
 
 def _look(context: Context, only: frozenset[str]) -> tuple[Observation, Plan]:
-    """Observe and plan; the addresses that are in place are remembered at once, whatever else may fail for long."""
-    seen = observe(context)
-    whole = plan(context, seen)
+    if not only:
+        return look(context)
+    seen = observe(context)  # what is not repaired is not answered either
+    return seen, plan(context, seen)
+
+
+def _remember_addresses(context: Context, seen: Observation, whole: Plan) -> None:
+    """Remember the addresses that are in place, at once, whatever else may fail for long."""
     if not whole.directories:
-        context.store.save_addresses(
-            seen.choice.in_place(frozenset(operation.partition for operation in whole.network))
-        )
-    return seen, _only(whole, only)
+        pending = frozenset(operation.partition for operation in whole.network)
+        context.store.save_addresses(seen.choice.in_place(pending))
 
 
 def _run(context: Context, seen: Observation, todo: Plan) -> list[tuple[str, Exception]]:

@@ -8,26 +8,40 @@ from __future__ import annotations
 
 import logging
 import os
+import queue
 import random
 import signal
 import socket
 import threading
 import time
+import urllib.parse
 from typing import TYPE_CHECKING, Any
 
-from partitiond import control, converge, execute, lanes, status, verbs
+from partitiond import (
+    __version__,
+    control,
+    converge,
+    event_reader,
+    execute,
+    lanes,
+    metrics,
+    reload,
+    status,
+    verbs,
+)
 from partitiond.context import Context
-from partitiond.errors import FAMILY, sentence
+from partitiond.errors import FAMILY, PartitiondError, sentence
+from partitiond.heal import Healer
 from partitiond.lock import exclusive
+from partitiond.watch import Watch
 from slap_client.backoff import Backoff
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable
 
     from partitiond.config import Config
+    from partitiond.metrics import Tally
     from partitiond.passes import Result
-    from partitiond.refusal import Refusal
-    from stunnel_mgr.model import Refused
 
 logger = logging.getLogger(__name__)
 
@@ -36,24 +50,28 @@ _SOON = 5.0
 _LONGEST_PAUSE = 300.0
 # a build is given 5 s to end by itself, and as much after a SIGKILL
 _LAST_WORDS = 12.0
+_MOST_EVENTS = 10_000
 
 
 class Lane(threading.Thread):
     """A kind of work, done again and again.
 
-    One pass never runs twice at the same time, also when somebody asks for one by hand.
+    One pass never runs twice at the same time, also when somebody asks for one by hand. ``interval`` may be set anew, which
+    holds from the next pass on.
     """
 
     def __init__(
         self,
         name: str,
         interval: float,
-        body: Callable[[], Result | None],
+        body: Callable[[], object],
         stop: threading.Event,
+        tally: Tally,
         after: Lane | None = None,
     ) -> None:
         super().__init__(name=name, daemon=True)
-        self._interval, self._body, self._halt = interval, body, stop
+        self.interval = interval
+        self._body, self._halt, self._tally = body, stop, tally
         self._wake = threading.Event()
         self._after = after
         self.tried = threading.Event()
@@ -68,7 +86,13 @@ class Lane(threading.Thread):
     def once(self, body: Callable[[], Any]) -> Any:
         """Run a body in this lane's turn."""
         with self._one_at_a_time:
-            return body()
+            began, good = time.monotonic(), False
+            try:
+                answer = body()
+                good = True
+            finally:
+                self._tally.lane(self.name, time.monotonic() - began, good=good)
+            return answer
 
     def run(self) -> None:
         """Until the daemon stops: a pass, then a jittered pause, longer and longer while passes fail."""
@@ -96,72 +120,131 @@ class Lane(threading.Thread):
             return pause
         self._backoff.reset()
         # jittered, so that nodes that started together do not ask the master together
-        return self._interval * random.uniform(0.9, 1.1)  # noqa: S311 - jitter, no secret
+        return self.interval * random.uniform(0.9, 1.1)  # noqa: S311 - jitter, no secret
 
 
 class Daemon:
-    """The lanes and the control socket of one node."""
+    """The lanes, the watch and the control socket of one node."""
 
     def __init__(self, config: Config) -> None:
-        self.context = Context.of(config)
-        self._done = threading.Event()
+        self.context = context = Context.of(config)
+        self._tally = metrics.Tally()
+        # a signal may come while a lock is held by the thread that handles it: a SimpleQueue takes none
+        self._requests: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._torn_down = False
-        self._known_drift: frozenset[tuple[str, str]] = frozenset()
-        self._known_refusals: frozenset[tuple[str, str]] = frozenset()
-        stop, intervals = self.context.stop, config.intervals
-        capacity = Lane("capacity", intervals.capacity, lambda: lanes.capacity(self.context), stop)
+        self._healer: Healer | None = None
+        capacity = self._lane("capacity", lanes.capacity)
         # the master answers nothing of use, slapproxy an error, about a node that it does not know yet
         self._lanes = {
-            "converge": Lane("converge", _SWEEP_SECONDS, self._sweep, stop),
-            "usage": Lane("usage", intervals.meter, lambda: lanes.usage(self.context), stop),
+            "converge": Lane("converge", _SWEEP_SECONDS, self._sweep, context.stop, self._tally),
+            "usage": self._lane("usage", lanes.usage),
             "capacity": capacity,
-            "software": Lane(
-                "software", intervals.software, lambda: lanes.software(self.context), stop, capacity
-            ),
-            "instances": Lane(
-                "instances", intervals.instances, lambda: lanes.instance(self.context), stop, capacity
-            ),
-            "report": Lane("report", intervals.report, self._report, stop),
+            "software": self._lane("software", lanes.software, capacity),
+            "instances": self._lane("instances", lanes.instance, capacity),
+            "report": self._lane("report", self._report),
         }
-        self.context.wake_report = self._lanes["report"].wake
-        self.context.wake_instances = self._lanes["instances"].wake
+        context.wake_report = self._lanes["report"].wake
+        context.wake_instances = self._lanes["instances"].wake
+        self._routes: dict[tuple[str, str], Callable[[dict[str, str], dict[str, Any]], control.Answer]] = {
+            ("GET", "/1/status"): self._status,
+            ("GET", "/1/events"): self._events,
+            ("GET", "/metrics"): lambda _query, _body: control.Text(*metrics.render(context, self._tally)),
+            ("POST", "/1/apply"): self._apply,
+            ("POST", "/1/sync"): self._sync,
+            ("POST", "/1/teardown"): lambda _query, body: self._tear_down(purge=bool(body.get("purge"))),
+        }
+
+    def _lane(self, name: str, work: Callable[[Context], object], after: Lane | None = None) -> Lane:
+        def body() -> object:
+            with self.context.steady():
+                return work(self.context)
+
+        return Lane(name, self._interval(name), body, self.context.stop, self._tally, after)
+
+    def _interval(self, lane: str) -> float:
+        intervals = self.context.config.intervals
+        return float(getattr(intervals, "meter" if lane == "usage" else lane, _SWEEP_SECONDS))
 
     def run(self) -> int:
         """Run until SIGTERM or SIGINT; return the exit status. Raises a family error when the start fails."""
-        config = self.context.config
+        context, config = self.context, self.context.config
         with exclusive(config.state_dir, "run"):
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, lambda *_: self._end())
-            self._start_up()
-            server = control.serve(config.run_dir / "control.sock", self._handle)
-            answering = threading.Thread(target=server.serve_forever, name="control", daemon=True)
-            answering.start()
-            for lane in self._lanes.values():
-                lane.start()
-            notify("READY=1")
-            logger.info("node %s is up with %d partitions", config.computer_id, config.partition_amount)
-            self._done.wait()
-            notify("STOPPING=1")
-            server.shutdown()
-            server.server_close()
-            (config.run_dir / "control.sock").unlink(missing_ok=True)
-            self._join()
+            signal.signal(signal.SIGHUP, lambda *_: self._requests.put(self._reload))
+            watch = Watch(config, self._lanes["converge"].wake)
+            try:
+                self._healer = Healer(context, watch, self._tally)
+                self._start_up()
+                server = control.serve(config.run_dir / "control.sock", self._handle)
+                answering = threading.Thread(target=server.serve_forever, name="control", daemon=True)
+                for thread in (answering, watch, *self._lanes.values()):
+                    thread.start()
+                notify("READY=1")
+                logger.info("node %s is up with %d partitions", config.computer_id, config.partition_amount)
+                while (request := self._requests.get()) is not None:
+                    request()
+                notify("STOPPING=1")
+                server.shutdown()
+                server.server_close()
+                (config.run_dir / "control.sock").unlink(missing_ok=True)
+                self._join()
+            finally:
+                watch.close()
+        if not self._torn_down:
+            context.events.record("node.stopped", "the daemon ended; supervisord and what it runs go on")
         logger.info("ended" if self._torn_down else "ended; supervisord and what it runs go on")
         return 0
 
     def _start_up(self) -> None:
-        for record in self.context.config.run_dir.glob("*.session"):
+        context = self.context
+        for record in context.config.run_dir.glob("*.session"):
             execute.end_cut_off(record)
-        outcome = converge.apply(self.context)
+        outcome = converge.apply(context)
+        config = context.config
+        context.events.record(
+            "node.started",
+            f"partitiond {__version__}: node {config.computer_id} with {config.partition_amount} partitions",
+        )
+        self._tell(outcome)
+
+    def _tell(self, outcome: converge.Outcome) -> None:
+        """Say what an apply that nobody waits for has led to."""
+        verbs.record(self.context, outcome)
         for name, error in outcome.failures:
             logger.error("%s: %s", name, sentence(error))
-        self._tell_refusals(outcome.refused)
+        if self._healer is not None:
+            self._healer.tell_refused(outcome.refused)
 
     def _end(self) -> None:
         self.context.stop.set()
-        for lane in self._lanes.values():
-            lane.wake()
-        self._done.set()
+        self._requests.put(None)
+
+    def _reload(self) -> None:
+        """Take the edited configuration into force, on SIGHUP. What is wrong with it is in the log then."""
+        # systemd.service(5), Type=notify-reload, and sd_notify(3): the time tells this reload from earlier ones
+        notify(f"RELOADING=1\nMONOTONIC_USEC={time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000}")
+        try:
+            with self.context.applying:
+                if reload.reload(self.context):
+                    self._reloaded()
+                    self._tell(converge.apply(self.context))
+        except FAMILY as error:
+            logger.warning("reload: %s", sentence(error))
+        except Exception:
+            logger.exception("reload: unexpected error")
+        notify("READY=1")
+
+    def _reloaded(self) -> None:
+        """Let everything that holds something of the configuration follow it."""
+        if self._healer is not None:
+            self._healer.watch.attend(self.context.config)
+        for name, lane in self._lanes.items():
+            interval = self._interval(name)
+            if interval != lane.interval:
+                lane.interval = interval
+                lane.wake()
+        self._lanes["capacity"].wake()  # the master has to know what is offered now
 
     def _join(self) -> None:
         """Wait for the lanes, all of them together; one that waits for the master is left: it ends with the process."""
@@ -172,58 +255,66 @@ class Daemon:
             lane.join(max(0.0, deadline - time.monotonic()))
 
     def _sweep(self) -> None:
-        # what a lane is in the midst of changing is no drift
-        with self.context.applying:
-            todo = converge.plan(self.context, converge.observe(self.context))
-        found = frozenset((operation.id, operation.reason) for operation in todo)
-        # what could not be repaired is said once, not every minute
-        for name, reason in sorted(found - self._known_drift):
-            logger.warning("drift: %s: %s", name, reason)
-        self._known_drift = found
-        self._tell_refusals(todo.refused)
-        if not found:
-            return
-        outcome = converge.apply(self.context)
-        if outcome.done:
-            logger.info("repaired: %d done, %d failed", outcome.done, len(outcome.failures))
+        assert self._healer is not None  # noqa: S101 - made before the lanes start
+        self._healer.run()
 
-    def _tell_refusals(self, refused: Iterable[Refusal | Refused]) -> None:
-        """Say what is refused, once; it may come and go while the node runs, as disks do."""
-        found = frozenset((one.name, one.reason) for one in refused)
-        for name, reason in sorted(found - self._known_refusals):
-            logger.warning("%s: refused: %s", name, reason)
-        self._known_refusals = found
-
-    def _report(self) -> Result:
-        result = lanes.report(self.context)
+    def _report(self, context: Context) -> Result:
+        result = lanes.report(context)
         if result.failures:
             again = threading.Timer(_SOON * 6, self._lanes["report"].wake)
             again.daemon = True  # the process does not wait for it when it ends
             again.start()
         return result
 
-    def _handle(self, method: str, path: str, body: dict[str, Any]) -> dict[str, Any]:
+    def _handle(self, method: str, path: str, body: dict[str, Any]) -> control.Answer:
         """Answer the control socket; control.Unknown for what is not there."""
-        context = self.context
-        if method == "GET" and path == "/1/status":
-            return status.node(context)
-        if method == "GET" and path.startswith("/1/partitions/"):
-            found = status.partition(context, path.removeprefix("/1/partitions/"))
-            if found is None:
-                raise control.Unknown
-            return found
-        if method == "POST" and path == "/1/apply":
-            return verbs.apply(context, [str(name) for name in body.get("partitions", [])])
-        if method == "POST" and path == "/1/sync":
-            name = str(body.get("lane"))
-            if name not in lanes.LANES:
-                raise control.Unknown
-            force = bool(body.get("force"))
-            answer: dict[str, Any] = self._lanes[name].once(lambda: verbs.sync(context, name, force=force))
-            return answer
-        if method == "POST" and path == "/1/teardown":
-            return self._tear_down(purge=bool(body.get("purge")))
+        where, _, rest = path.partition("?")
+        route = self._routes.get((method, where))
+        if route is not None:
+            return route(dict(urllib.parse.parse_qsl(rest)), body)
+        if method == "GET" and where.startswith("/1/partitions/"):
+            with self.context.steady():
+                found = status.partition(self.context, where.removeprefix("/1/partitions/"))
+            if found is not None:
+                return found
         raise control.Unknown
+
+    def _status(self, _query: dict[str, str], _body: dict[str, Any]) -> dict[str, Any]:
+        with self.context.steady():
+            return status.node(self.context)
+
+    def _events(self, query: dict[str, str], _body: dict[str, Any]) -> dict[str, Any]:
+        """The last events, the newest at the end."""
+        limit = query.get("limit", "100")
+        if not limit.isdecimal() or not 0 < int(limit) <= _MOST_EVENTS:
+            raise PartitiondError(
+                "control.query",
+                f"limit is {limit!r}",
+                hint=f"allowed: a whole number from 1 to {_MOST_EVENTS}",
+            )
+        found = event_reader.last(self.context.config.log_dir, int(limit), query.get("partition"))
+        return {"events": found}
+
+    def _apply(self, _query: dict[str, str], body: dict[str, Any]) -> dict[str, Any]:
+        """Apply, by the file as it is now."""
+        # held throughout: to the sweep, what the new configuration wants would be drift
+        with self.context.applying:
+            if reload.reload(self.context):
+                self._reloaded()
+            return verbs.apply(self.context, [str(name) for name in body.get("partitions", [])])
+
+    def _sync(self, _query: dict[str, str], body: dict[str, Any]) -> dict[str, Any]:
+        name = str(body.get("lane"))
+        if name not in lanes.LANES:
+            raise control.Unknown
+        force = bool(body.get("force"))
+
+        def once() -> dict[str, Any]:
+            with self.context.steady():
+                return verbs.sync(self.context, name, force=force)
+
+        answer: dict[str, Any] = self._lanes[name].once(once)
+        return answer
 
     def _tear_down(self, *, purge: bool) -> dict[str, Any]:
         """Take the node down and end: a daemon that went on would build it up again."""

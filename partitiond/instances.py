@@ -82,11 +82,26 @@ def run_pass(
         except FAMILY as error:
             result.failures.append((partition.id, error))
             logger.warning("%s: %s", partition.id, sentence(error))
+            _record(context, context.store.instance(partition.id), "failed", sentence(error))
             continue
         if done:
             result.done.append(f"{partition.id}: {done}")
             logger.info("%s: %s", partition.id, done)
+            state = context.store.instance(partition.id)
+            _record(context, state, state.life, done)
     return result
+
+
+def _record(context: Context, state: InstanceState, what: str, message: str) -> None:
+    """Record in the log of events what became of an instance."""
+    context.events.record(
+        f"instance.{what}",
+        f"{state.partition}: {message}",
+        partition=state.partition,
+        resource=f"instance/{state.partition}",
+        instance_guid=state.instance_guid,
+        software_release=state.software_release,
+    )
 
 
 def _held(context: Context, document: ComputerDocument, result: Result) -> frozenset[str]:
@@ -387,6 +402,7 @@ def finish_destroyed(context: Context, node: Node) -> Result:
         _converge(context, partition)
         result.done.append(f"{partition.id}: destroyed")
         logger.info("%s: destroyed", partition.id)
+        _record(context, state, "destroyed", "destroyed")
     return result
 
 

@@ -221,6 +221,14 @@ def usage(value: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def event(value: dict[str, Any]) -> str:
+    """One line of ``events``."""
+    name = value["event"]
+    bad = name.endswith((".failed", ".refused", ".fight")) or name == "drift.found"
+    shown = colour(name, "red" if bad else "bold")
+    return f"{value['time']}  {shown}  {value.get('partition') or '-'}  {printable(value['message'])}"
+
+
 def tunnels(value: dict[str, Any]) -> str:
     """``tunnel list``."""
     rows = [

@@ -34,11 +34,18 @@ def run_pass(context: Context, document: ComputerDocument, *, force: bool = Fals
                 break
             result.failures.append((entry.url, error))
             logger.warning("%s: %s", entry.url, sentence(error))
+            _record(context, entry.url, "failed", sentence(error))
             continue
         if done:
             result.done.append(f"{entry.url}: {done}")
             logger.info("%s: %s", entry.url, done)
+            _record(context, entry.url, done, done)
     return result
+
+
+def _record(context: Context, url: str, what: str, message: str) -> None:
+    """Record in the log of events what became of a release."""
+    context.events.record(f"software.{what}", f"{url}: {message}", resource=f"software/{url}")
 
 
 def _build(context: Context, state: SoftwareState, force: bool) -> str | None:

@@ -32,7 +32,23 @@ def apply(context: Context, partitions: list[str]) -> dict[str, Any]:
                 resource=name,
                 hint="partitiond status lists them",
             )
-    return _outcome(converge.apply(context, only=frozenset(partitions)))
+    outcome = converge.apply(context, only=frozenset(partitions))
+    record(context, outcome)
+    return _outcome(outcome)
+
+
+def record(context: Context, outcome: Outcome) -> None:
+    """Record in the log of events what an apply did; nothing when it did nothing."""
+    failed = [name for name, _ in outcome.failures]
+    if not (outcome.done or failed):
+        return
+    message = f"{outcome.done} done, {len(failed)} failed, {len(outcome.left)} left"
+    context.events.record(
+        "apply.failed" if failed else "apply.done",
+        message,
+        done=outcome.done,
+        failures=_failures(outcome.failures) or None,
+    )
 
 
 def _outcome(outcome: Outcome) -> dict[str, Any]:
@@ -68,4 +84,7 @@ def sync(context: Context, lane: str, *, force: bool) -> dict[str, Any]:
 
 def tear_down(context: Context, *, purge: bool) -> dict[str, Any]:
     """``teardown``."""
-    return _outcome(teardown.run(context, purge=purge))
+    outcome = teardown.run(context, purge=purge)
+    if not purge:  # else the log is gone, too
+        context.events.record("node.removed", "all that was made of the system is taken back; data is kept")
+    return _outcome(outcome)

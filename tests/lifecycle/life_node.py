@@ -185,13 +185,13 @@ class Node:
             return self.front.ask("GET", "getRunId")[0] == 200
         return False
 
-    def start(self):
+    def start(self, **environment):
         """Start the daemon and wait until it is up."""
         with self.daemon_log.open("ab") as log:
             self.daemon = subprocess.Popen(
                 self.line("run"),
                 cwd="/",
-                env=self.environment,
+                env={**self.environment, **environment},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

@@ -1,0 +1,134 @@
+"""What the daemon counts of itself, and ``/metrics``: plain numbers here, OpenMetrics only when somebody asks."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from prometheus_client.metrics_core import Metric
+
+    from partitiond.context import Context
+
+_BOUNDS = (0.01, 0.03, 0.1, 0.3, 1.0, 10.0, 60.0, 600.0)
+
+
+@dataclass(slots=True)
+class _Lane:
+    """Passes of a lane: how many took at most each of the bounds, all of them, their seconds, the last good one's end."""
+
+    within: list[int] = field(default_factory=lambda: [0] * len(_BOUNDS))
+    passes: int = 0
+    seconds: float = 0.0
+    succeeded_at: float | None = None
+
+
+class Tally:
+    """The daemon's own counts; from any thread."""
+
+    def __init__(self) -> None:
+        self._turn = threading.Lock()
+        self._drift: Counter[str] = Counter()
+        self._lanes: dict[str, _Lane] = {}
+
+    def drift(self, resources: Counter[str]) -> None:
+        """Count what was found drifting, by kind of resource (``tap``)."""
+        with self._turn:
+            self._drift.update(resources)
+
+    def lane(self, name: str, seconds: float, *, good: bool) -> None:
+        """Count a pass of a lane."""
+        with self._turn:
+            lane = self._lanes.setdefault(name, _Lane())
+            lane.passes += 1
+            lane.seconds += seconds
+            for place, bound in enumerate(_BOUNDS):
+                lane.within[place] += seconds <= bound
+            if good:
+                lane.succeeded_at = time.time()
+
+    def families(self) -> Iterator[Metric]:
+        """The counts as families of metrics."""
+        from prometheus_client.metrics_core import (  # noqa: PLC0415 - 13 MB and 60 ms, only for who asks
+            CounterMetricFamily,
+            GaugeMetricFamily,
+            HistogramMetricFamily,
+        )
+
+        drift = CounterMetricFamily(
+            "partitiond_drift", "Resources found other than they should be.", labels=["resource"]
+        )
+        lanes = HistogramMetricFamily(
+            "partitiond_lane_duration_seconds",
+            "How long the passes of each lane took.",
+            labels=["lane"],
+            unit="seconds",
+        )
+        good = GaugeMetricFamily(
+            "partitiond_lane_last_success_timestamp_seconds",
+            "When a pass of each lane last ended without an error.",
+            labels=["lane"],
+            unit="seconds",
+        )
+        with self._turn:
+            for resource, count in sorted(self._drift.items()):
+                drift.add_metric([resource], count)
+            for name, lane in sorted(self._lanes.items()):
+                buckets = [*map(str, _BOUNDS), "+Inf"]
+                counts = [*lane.within, lane.passes]
+                lanes.add_metric([name], list(zip(buckets, counts, strict=True)), sum_value=lane.seconds)
+                if lane.succeeded_at is not None:
+                    good.add_metric([name], lane.succeeded_at)
+        yield from (drift, lanes, good)
+
+
+class _Collector:
+    """What one scrape reads."""
+
+    def __init__(self, context: Context, tally: Tally) -> None:
+        self._context, self._tally = context, tally
+
+    def collect(self) -> Iterator[Metric]:
+        """All families."""
+        from prometheus_client.metrics_core import (  # noqa: PLC0415 - as above
+            GaugeMetricFamily,
+            InfoMetricFamily,
+        )
+
+        yield from self._tally.families()
+        reachable = self._context.master.as_json()["reachable"]
+        master = GaugeMetricFamily("partitiond_master_up", "Whether the master's last answer was of use.")
+        if reachable is not None:
+            master.add_metric([], float(bool(reachable)))
+        yield master
+        partitions = InfoMetricFamily(
+            "partitiond_partition", "The partitions of the node and what they own.", labels=["partition"]
+        )
+        node = self._context.node
+        for item in node.partitions if node else ():
+            tap = item.network.tap
+            owned = {
+                "user": item.user,
+                "ipv4": str(item.ipv4),
+                "ipv6": str(item.ipv6 or ""),
+                "ipv6_range": str(item.network.ipv6_range or ""),
+                "tap": tap.name if tap else "",
+            }
+            partitions.add_metric([item.id], owned)
+        yield partitions
+
+
+def render(context: Context, tally: Tally) -> tuple[str, bytes]:
+    """Return the content type and the text of ``/metrics``."""
+    from prometheus_client import CollectorRegistry  # noqa: PLC0415 - as above
+    from prometheus_client.openmetrics import exposition  # noqa: PLC0415
+
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(_Collector(context, tally))
+    text: bytes = exposition.generate_latest(registry)  # type: ignore[no-untyped-call]
+    return exposition.CONTENT_TYPE_LATEST, text

@@ -1,0 +1,52 @@
+"""``/metrics``: OpenMetrics that the library's own parser accepts, with what was counted."""
+
+from collections import Counter
+
+import pytest
+from prometheus_client.openmetrics.parser import text_string_to_metric_families
+
+from partitiond import metrics
+from partitiond.context import Context
+
+
+@pytest.fixture
+def context(node_config):
+    node = node_config(2, interface="lo")
+    node.state.mkdir()
+    context = Context.of(node.load())
+    yield context
+    context.meters.close()
+
+
+def samples(context, tally):
+    kind, text = metrics.render(context, tally)
+    assert kind.startswith("application/openmetrics-text; version=1.0.0")
+    families = text_string_to_metric_families(text.decode())
+    return {
+        (one.name, *sorted(one.labels.items())): one.value for family in families for one in family.samples
+    }
+
+
+def test_before_anything_happened(context):
+    assert samples(context, metrics.Tally()) == {}
+
+
+def test_what_was_counted_is_there(context):
+    tally = metrics.Tally()
+    tally.drift(Counter(("tap", "tap", "address")))
+    tally.drift(Counter(("tap",)))
+    tally.lane("converge", 0.02, good=True)
+    tally.lane("converge", 2.0, good=False)
+    context.master.note(False)
+    found = samples(context, tally)
+    assert found["partitiond_drift_total", ("resource", "tap")] == 3
+    assert found["partitiond_drift_total", ("resource", "address")] == 1
+    lane = ("lane", "converge")
+    assert found["partitiond_lane_duration_seconds_count", lane] == 2
+    assert found["partitiond_lane_duration_seconds_sum", lane] == pytest.approx(2.02)
+    assert found["partitiond_lane_duration_seconds_bucket", lane, ("le", "0.03")] == 1
+    assert found["partitiond_lane_duration_seconds_bucket", lane, ("le", "+Inf")] == 2
+    assert found["partitiond_lane_last_success_timestamp_seconds", lane] > 1.7e9
+    assert found["partitiond_master_up",] == 0
+    context.master.note(True)
+    assert samples(context, tally)["partitiond_master_up",] == 1
