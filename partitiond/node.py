@@ -63,7 +63,9 @@ class Node:
         host4 = self.host_ipv4.ip if self.host_ipv4 else None
         config, keys = self.config, self.config.network
         bridge = None
-        if keys.bridge:
+        # a bridge that bears the node's own address is made by whoever gives that address
+        bears = keys.bridge in (keys.interface, keys.ipv4_interface)
+        if keys.bridge and (keys.bridge_ports or not bears):
             mac = addresses.bridge_mac(config.computer_id)
             bridge = BridgeSpec(keys.bridge, mac, keys.bridge_ports)
         return DesiredNetwork(
