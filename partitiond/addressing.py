@@ -94,7 +94,7 @@ def choose(context: Context, look: Look) -> tuple[Choice, bool]:
     known = last and last.remembered is remembered and last.formatted is formatted
     if last is None or not known or last.rules != wanted:
         found = choices.imported(formatted) if formatted else {}
-        choice = choices.choose(wanted, remembered, found)
+        choice = choices.choose(wanted, remembered, found, last)
         warnings = (*(formatted.warnings if formatted else ()), *choice.warnings)
         for warning in warnings if last is None or last.warnings != warnings else ():
             logger.warning("%s", warning)

@@ -149,30 +149,63 @@ def imported(node: FormattedNode) -> dict[str, Kept]:
     }
 
 
-def choose(rules: Rules, remembered: Mapping[str, Kept], found: Mapping[str, Kept] | None = None) -> Choice:
+def choose(
+    rules: Rules,
+    remembered: Mapping[str, Kept],
+    found: Mapping[str, Kept] | None = None,
+    last: Choice | None = None,
+) -> Choice:
     """Choose for all partitions; ``found`` is what slapos.core left.
 
-    Raises NetplanError ``network.prefix_too_small`` or ``network.address_collision`` when there is no room.
+    ``last`` is the choice before: what was settled then, by the same rules, is taken from it and not derived again. Raises
+    NetplanError ``network.prefix_too_small`` or ``network.address_collision`` when there is no room.
     """
     work = _Work(rules)
+    done = _settled(rules, remembered, last)
     for index, name in enumerate(rules.partitions):
         before = remembered.get(name)
-        if before is not None:
+        if name in done:
+            work.repeat(done[name])
+        elif before is not None:
             work.keep(index, before, settled=True)
         elif found and name in found:
             work.keep(index, found[name], settled=False)
-    for index in range(len(rules.partitions)):
-        work.complete(index)
+    for index, name in enumerate(rules.partitions):
+        if name not in done:
+            work.complete(index)
     return Choice(
         rules=rules,
         remembered=remembered,
-        chosen={name: Chosen(**value) for name, value in zip(rules.partitions, work.values, strict=True)},
+        chosen={
+            name: done.get(name) or Chosen(**value)
+            for name, value in zip(rules.partitions, work.values, strict=True)
+        },
         kept={
-            name: _same_or_new(remembered.get(name), kept)
+            name: remembered[name] if name in done else _same_or_new(remembered.get(name), kept)
             for name, kept in zip(rules.partitions, work.kept, strict=True)
         },
         warnings=tuple(_warning(words, problem, names) for (words, problem), names in work.lost.items()),
     )
+
+
+def _settled(rules: Rules, remembered: Mapping[str, Kept], last: Choice | None) -> dict[str, Chosen]:
+    """What the choice before gave to partitions that are remembered with the same today.
+
+    Only by the same rules, but for how many partitions there are and what turns away new choices, and only where nobody had
+    to give way: then each still fits, and none meets another.
+    """
+    if last is None or last.warnings:
+        return {}
+    old = dataclasses.replace(
+        last.rules, partitions=rules.partitions, taken=rules.taken, elsewhere=rules.elsewhere
+    )
+    if old != rules:
+        return {}
+    return {
+        name: chosen
+        for name, chosen in last.chosen.items()
+        if name in remembered and remembered[name] == last.kept[name]
+    }
 
 
 def _same_or_new(before: Kept | None, kept: Mapping[str, Any]) -> Kept:
@@ -197,6 +230,12 @@ class _Work:
         self.values: list[dict[str, Any]] = [{} for _ in rules.partitions]
         self.kept: list[dict[str, Any]] = [{} for _ in rules.partitions]
         self.lost: dict[tuple[str, str], list[str]] = {}
+
+    def repeat(self, chosen: Chosen) -> None:
+        """Let a partition have what the choice before gave it."""
+        for kind in self._kinds:
+            if kind.applies:
+                kind.claim(getattr(chosen, kind.name))
 
     def keep(self, index: int, before: Kept, *, settled: bool) -> None:
         """Take what a partition had, as far as it fits. ``settled``: where nothing is said, it had the natural one."""

@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from netplan import apply as netplan_apply
 from netplan import observe as netplan_observe
 from netplan import plan as netplan_plan
 from netplan.model import BRIDGE_ALIAS
+from netplan.once import once, once_each
 from netplan.operations import RefusedOperation
 from partitiond import (
     addressing,
@@ -34,17 +34,21 @@ from partitiond.users import UserOperation, UserSpec
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
+    from pathlib import Path
 
     from netplan.model import ObservedNetwork
     from netplan.operations import Operation as NetworkOperation
     from partitiond.choices import Choice
+    from partitiond.config import Config
     from partitiond.context import Context
     from partitiond.identities import PublicIdentity
     from partitiond.node import Node, Partition
     from partitiond.operation import AnyOperation
     from partitiond.refusal import Refusal
+    from partitiond.state import InstanceState
     from partitiond.supervision import Process
     from partitiond.tunnels import PartitionTunnels
+    from partitiond.users import User
     from stunnel_mgr.model import Refused
 
 logger = logging.getLogger(__name__)
@@ -124,7 +128,7 @@ def observe(context: Context) -> Observation:
     look = netplan_observe.look()
     choice, base_is_here = addressing.choose(context, look)
     host_ipv4 = addressing.own_ipv4(config, look)
-    found = node.build(config, base_is_here, database.numbers(), choice, host_ipv4)
+    found = node.build(config, base_is_here, database.numbers(), choice, host_ipv4, context.node)
     network = netplan_observe.observe(found.network(), look)
     # and not that of a pass that began before another one came into force
     if config is context.current.config:
@@ -140,17 +144,18 @@ def observe(context: Context) -> Observation:
     )
 
 
+@once
+def _strangers(database: users.UserDatabase, config: Config) -> list[User]:
+    roots = (f"{config.instance_root}/", f"{config.software_root}/")
+    return [user for user in database.users.values() if user.ours and not f"{user.home}/".startswith(roots)]
+
+
 def refuse_other_node(context: Context, database: users.UserDatabase) -> None:
     """Refuse to touch a machine that carries a node of another configuration: its marks are the same as ours.
 
     Told by the homes of our users, which lie below the roots of the configuration that made them.
     """
-    roots = (context.config.instance_root, context.config.software_root)
-    strangers = [
-        user
-        for user in database.users.values()
-        if user.ours and not any(Path(user.home).is_relative_to(root) for root in roots)
-    ]
+    strangers = _strangers(database, context.config)
     if strangers:
         raise PartitiondError(
             "node.other",
@@ -186,17 +191,20 @@ def _refuse_first_bridge(operations: tuple[NetworkOperation, ...], network: Obse
             raise one.error
 
 
+@once
 def desired_users(target: Node) -> tuple[UserSpec, ...]:
     """The software user and one user per partition, which is in the software user's group to read the software."""
     config = target.config
     software = UserSpec(config.software_user, None, str(config.software_root), (), None)
-    partitions = tuple(
-        UserSpec(item.user, item.uid, str(item.path), (config.software_user,), item.id)
-        for item in target.partitions
-    )
-    return (software, *partitions)
+    return (software, *(_user_of(item, config.software_user) for item in target.partitions))
 
 
+@once_each
+def _user_of(item: Partition, software_user: str) -> UserSpec:
+    return UserSpec(item.user, item.uid, str(item.path), (software_user,), item.id)
+
+
+@once
 def desired_directories(target: Node) -> tuple[DirectorySpec, ...]:
     """Every directory that must be there; parents first."""
     config = target.config
@@ -217,12 +225,17 @@ def desired_directories(target: Node) -> tuple[DirectorySpec, ...]:
         DirectorySpec(config.run_dir, root, root, 0o755),
     ]
     for item in target.partitions:
-        own += (
-            DirectorySpec(item.path, item.user, item.user, 0o750, item.id),
-            DirectorySpec(config.log_dir / item.id, root, item.user, 0o750, item.id),
-            DirectorySpec(identities.directory_of(config, item.id), root, item.user, 0o750, item.id),
-        )
+        own += _directories_of(item, config.log_dir, config.state_dir)
     return tuple(own)
+
+
+@once_each
+def _directories_of(item: Partition, log_dir: Path, state_dir: Path) -> tuple[DirectorySpec, ...]:
+    return (
+        DirectorySpec(item.path, item.user, item.user, 0o750, item.id),
+        DirectorySpec(log_dir / item.id, "root", item.user, 0o750, item.id),
+        DirectorySpec(state_dir / "tunnels" / item.id, "root", item.user, 0o750, item.id),
+    )
 
 
 def plan(context: Context, seen: Observation) -> Plan:
@@ -237,7 +250,7 @@ def plan(context: Context, seen: Observation) -> Plan:
     published = identities.observe(target)
     wanted_tunnels = declared_tunnels(context, target, published)
     running = frozenset(process.group for process in seen.processes if process.pid)
-    people = users.plan(desired_users(target), seen.users)
+    people = _plan_users(desired_users(target), seen.users)
     disks = block_devices.plan(seen.block_devices)
     data, unusable = storage.plan(target, seen.storage, numbers)
     return Plan(
@@ -280,21 +293,26 @@ def _holdings(seen: Observation) -> dict[str, resource_file.Holdings]:
     }
 
 
+_plan_users = once(users.plan)
+
+
 def declared_tunnels(
     context: Context, target: Node, published: Mapping[str, PublicIdentity | None]
 ) -> dict[str, PartitionTunnels]:
     """The tunnels of each partition by its id; ``published`` are the identities that are there."""
     certificates = {one.fingerprint: one.certificate_pem for one in published.values() if one}
-    found = [_tunnels_of(context, target, item, certificates) for item in target.partitions]
+    states = context.store.instances()
+    found = [_tunnels_of(states.get(item.id), target, item, certificates) for item in target.partitions]
     return {one.partition.id: one for one in tunnels.settle(context.config, found)}
 
 
 def _tunnels_of(
-    context: Context, target: Node, partition: Partition, certificates: Mapping[str, str]
+    state: InstanceState | None, target: Node, partition: Partition, certificates: Mapping[str, str]
 ) -> PartitionTunnels:
     """The tunnels of a partition: none while it is stopped or being destroyed."""
-    life = context.store.instance(partition.id)
-    if life.life in ("stopped", "destroying") or (life.life == "failed" and life.wanted == "stopped"):
+    if state is not None and (
+        state.life in ("stopped", "destroying") or (state.life == "failed" and state.wanted == "stopped")
+    ):
         return tunnels.PartitionTunnels(partition)
     return tunnels.declared(target, partition, certificates)
 
