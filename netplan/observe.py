@@ -1,5 +1,6 @@
 """Reading back what the kernel has: a handful of dumps, each filtered by the kernel as far as it can."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from netplan import rtnetlink
@@ -17,17 +18,24 @@ LOOPBACK = 1
 """The index of lo in every network namespace (LOOPBACK_IFINDEX, include/net/flow.h)."""
 
 
-def observe(desired: DesiredNetwork) -> ObservedNetwork:
-    """Return what the network namespace of this thread has, as far as a plan towards ``desired`` needs it.
-
-    Raises ``network.no_interface`` when the interface for the addresses does not exist, ``network.netlink``
-    when the kernel does not answer.
-    """
+def observe_links(interface: str | None) -> ObservedNetwork:
+    """Return the links and addresses alone: what can be wanted may hang on them.  Raises as :func:`observe` does."""
     with NetlinkSocket(NETLINK_ROUTE) as sock:
         links = rtnetlink.links(sock)
-        if desired.interface is not None and desired.interface not in links:
-            raise _no_interface(desired.interface, links)
-        addresses = rtnetlink.addresses(sock)
+        if interface is not None and interface not in links:
+            raise _no_interface(interface, links)
+        return ObservedNetwork(links=links, addresses=rtnetlink.addresses(sock))
+
+
+def observe(desired: DesiredNetwork, first: ObservedNetwork | None = None) -> ObservedNetwork:
+    """Return what the network namespace of this thread has, as far as a plan towards ``desired`` needs it.
+
+    ``first``: what :func:`observe_links` gave just now; it is half of the work.  Raises ``network.no_interface``
+    when the interface for the addresses does not exist, ``network.netlink`` when the kernel does not answer.
+    """
+    first = first or observe_links(desired.interface)
+    links, addresses = first.links, first.addresses
+    with NetlinkSocket(NETLINK_ROUTE) as sock:
         routes = _routes(sock, desired)
         rules = rtnetlink.rules(sock)
     return ObservedNetwork(
@@ -41,7 +49,7 @@ def observe(desired: DesiredNetwork) -> ObservedNetwork:
     )
 
 
-def _no_interface(name: str, links: dict[str, Link]) -> NetplanError:
+def _no_interface(name: str, links: Mapping[str, Link]) -> NetplanError:
     there = ", ".join(sorted(link.name for link in links.values() if not link.tap))
     return NetplanError(
         "network.no_interface",

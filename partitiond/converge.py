@@ -13,7 +13,6 @@ from netplan import apply as netplan_apply
 from netplan import model as netmodel
 from netplan import observe as netplan_observe
 from netplan import plan as netplan_plan
-from netplan.model import DesiredNetwork
 from partitiond import (
     directories,
     execute,
@@ -38,6 +37,7 @@ if TYPE_CHECKING:
     from partitiond.identities import PublicIdentity
     from partitiond.node import Node, Partition
     from partitiond.operation import AnyOperation
+    from partitiond.state import InstanceState
     from partitiond.supervision import Process
     from partitiond.tunnels import PartitionTunnels
     from stunnel_mgr.model import Refused
@@ -110,12 +110,12 @@ def observe(context: Context) -> Observation:
     config = context.config
     database = users.observe()
     # what is wanted hangs on the node's own address, and how much must be looked at on what is wanted
-    first = netplan_observe.observe(DesiredNetwork(interface=config.ipv6_interface))
+    first = netplan_observe.observe_links(config.ipv6_interface)
     _check_bridge(config, first)
     here = own_addresses(config, first)
     base = choose_base(here, context.store.base())
     found = node.build(config, base, base in here, database.numbers(), _taken_ipv4(config, first))
-    network = netplan_observe.observe(found.network())
+    network = netplan_observe.observe(found.network(), first)
     if (
         config is context.current.config
     ):  # and not that of a pass that began before another one came into force
@@ -300,16 +300,18 @@ def declared_tunnels(
 ) -> dict[str, PartitionTunnels]:
     """The tunnels of each partition by its id; ``published`` are the identities that are there."""
     certificates = {one.fingerprint: one.certificate_pem for one in published.values() if one}
-    found = [_tunnels_of(context, target, item, certificates) for item in target.partitions]
+    states = context.store.instances()
+    found = [_tunnels_of(states.get(item.id), target, item, certificates) for item in target.partitions]
     return {one.partition.id: one for one in tunnels.settle(context.config, found)}
 
 
 def _tunnels_of(
-    context: Context, target: Node, partition: Partition, certificates: Mapping[str, str]
+    state: InstanceState | None, target: Node, partition: Partition, certificates: Mapping[str, str]
 ) -> PartitionTunnels:
     """The tunnels of a partition: none while it is stopped or being destroyed."""
-    life = context.store.instance(partition.id)
-    if life.life in ("stopped", "destroying") or (life.life == "failed" and life.wanted == "stopped"):
+    if state is not None and (
+        state.life in ("stopped", "destroying") or (state.life == "failed" and state.wanted == "stopped")
+    ):
         return tunnels.PartitionTunnels(partition)
     return tunnels.declared(target, partition, certificates)
 

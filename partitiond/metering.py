@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from accounting.disk import DiskMeter
@@ -108,11 +109,15 @@ def _addresses(reading: counters.CounterReading, known: dict[str, Partition]) ->
         )
 
 
+# thousands a pass, always the same, and slow to write
+_text = lru_cache(maxsize=8192)(str)
+
+
 def _address(partition: Partition, family: str) -> str | None:
     found = {"ipv4": partition.ipv4, "ipv6": partition.ipv6, "range": partition.network.ipv6_range}.get(
         family
     )
-    return None if found is None else str(found)
+    return None if found is None else _text(found)
 
 
 def _taps(known: dict[str, Partition]) -> Iterator[TrafficReading]:

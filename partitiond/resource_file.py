@@ -11,6 +11,7 @@ import json
 import os
 import secrets
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from partitiond import files, identities
@@ -40,8 +41,9 @@ def netmask6(prefixlen: int) -> str:
     return str(ipaddress.IPv6Network(("::", prefixlen)).netmask)
 
 
+@lru_cache(maxsize=4096)
 def content(partition: Partition, identity: PublicIdentity | None) -> bytes:
-    """What the file should hold now."""
+    """What the file should hold now. Pure, and remembered: it is compared each pass, and JSON is slow to write."""
     network = partition.network
     value: dict[str, Any] = {
         "reference": partition.id,

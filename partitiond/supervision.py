@@ -250,7 +250,8 @@ class Supervisor:
     def group_text(self, name: str) -> str | None:
         """The configuration of a group on disk, or None."""
         try:
-            return self.group_file(name).read_text()
+            with open(f"{self.groups_directory}/{name}.conf", encoding="utf-8") as stream:
+                return stream.read()
         except FileNotFoundError:
             return None
 

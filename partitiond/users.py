@@ -218,9 +218,10 @@ def _differences(spec: UserSpec, user: User | None, observed: UserDatabase, memb
         reasons.append(f"shell is {user.shell}, should be {SHELL}")
     if not user.locked:
         reasons.append("has a password, should be locked")
-    own = {group for group, gid in observed.groups.items() if gid == user.gid}
     missing = set(spec.groups) - member_of
-    foreign = member_of - set(spec.groups) - own
+    foreign = {
+        group for group in member_of if group not in spec.groups and observed.groups.get(group) != user.gid
+    }
     if spec.name not in observed.groups:
         reasons.append("its group is missing")
     if missing:
