@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from accounting.disk import DiskMeter
@@ -138,6 +139,10 @@ def _addresses(reading: counters.CounterReading, known: dict[str, Partition]) ->
         )
 
 
+# thousands a pass, always the same, and slow to write
+_text = lru_cache(maxsize=8192)(str)
+
+
 def _address(partition: Partition, family: str) -> str | None:
     network = partition.network
     routable = network.routable_ipv4.interface.ip if network.routable_ipv4 else None
@@ -148,7 +153,7 @@ def _address(partition: Partition, family: str) -> str | None:
         "public4": network.public_ipv4,
         "routable4": routable,
     }.get(family)
-    return None if found is None else str(found)
+    return None if found is None else _text(found)
 
 
 def _taps(known: dict[str, Partition]) -> Iterator[TrafficReading]:

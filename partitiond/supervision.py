@@ -252,7 +252,8 @@ class Supervisor:
         if not self.has_group(name):
             return None
         try:
-            return self.group_file(name).read_text()
+            with open(f"{self.groups_directory}/{name}.conf", encoding="utf-8") as stream:
+                return stream.read()
         except FileNotFoundError:
             return None
 
