@@ -1,18 +1,23 @@
 """Whether the packet filter in the kernel is still the one that was loaded, without a file to remember it by.
 
-After each load we note in the table itself, as comments of rules in a chain that no hook reaches:
+With each load we note in the table itself, as comments of rules in a chain that no hook reaches:
 
     wanted <fingerprint>      structure <fingerprint>      the filter that was loaded, and its rules alone
     generation <number>                                    the state of nft as a whole, right after this very
-    note chain out <digest>        set owner6 <digest> …        each object as the kernel gives it back
+    note chain out <digest>        set owner6 <digest> …        each object as the kernel gives it back, elements aside
 
 While the kernel's generation is the noted one, no transaction of anybody was committed since: nothing can
-differ, and an observation costs two small requests at any number of partitions.  Otherwise somebody changed
-something, mostly in a table of their own, and the objects are read and compared one by one.
+differ, and an observation costs a few small requests at any number of partitions.  Otherwise somebody changed
+something, mostly in a table of their own, and the objects are read and compared one by one, the elements with
+those that are wanted.
+
+A process that loaded the filter itself also knows the elements by heart, as long as the generation stays: a
+daemon adds a partition without reading what it wrote for the others.
 """
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 from netplan import nftables
 from netplan.elements import texts
@@ -21,9 +26,21 @@ from netplan.model import FilterContents, FilterState
 from netplan.netlink import NETLINK_NETFILTER, NetlinkSocket
 from netplan.nfnetlink import TABLE, Chunk, chunks, comments, counters_of, generation, parsed, table
 from netplan.packet_filter import FINGERPRINT_CHAIN, Filter
+from netplan.sysctls import NOTES
 
 _TRIES = 3
 _DORMANT = 1
+
+
+class _Loaded(NamedTuple):
+    """What this process loaded last; ``place`` is the network namespace, the table's handle, the generation."""
+
+    place: tuple[int, int, int]
+    filter: Filter
+    counters: frozenset[str]
+
+
+_last: _Loaded | None = None
 
 
 def observe_filter(wanted: Filter | None) -> FilterState:
@@ -32,21 +49,56 @@ def observe_filter(wanted: Filter | None) -> FilterState:
         info = table(sock)
         if info is None:
             return FilterState()
-        notes = _read_notes(sock)
-        loaded, structure = notes.pop("wanted", ""), notes.pop("structure", "")
-        untouched = notes.pop("generation", "") == str(generation(sock)) and not info.flags & _DORMANT
-        if untouched and (wanted is None or loaded == wanted.fingerprint):
+        noted, number = _read_notes(sock), generation(sock)
+        loaded, structure = noted.pop("wanted", ""), noted.pop("structure", "")
+        untouched = noted.pop("generation", "") == str(number) and not info.flags & _DORMANT
+        same = wanted is not None and loaded == wanted.fingerprint
+        if untouched and (wanted is None or same):
             return FilterState(loaded=True, wanted=loaded)
+        if untouched and wanted and _last and _last.place == (sock.namespace(), info.handle, number):
+            contents = _by_heart(_last, wanted, noted, number)
+            return FilterState(loaded=True, wanted=loaded, contents=contents)
         found = chunks(sock, without=FINGERPRINT_CHAIN)
-        changes = {} if untouched else _compare(found, notes)
+        known = _elements(found, wanted) if wanted and structure == wanted.structure else {}
+        digests = noted if untouched else _digests(found)
+        changes = {} if untouched else _changes(noted, digests)
+        if same and wanted and not untouched:
+            changes |= _foreign_elements(found, wanted, known)
         if info.flags & _DORMANT:
             changes[f"table {TABLE}"] = "is dormant"
         drift = tuple(f"{what} {change}" for what, change in changes.items())
-        if wanted is None or (loaded == wanted.fingerprint and not drift):
+        if wanted is None or (same and not drift):
             return FilterState(loaded=True, wanted=loaded, drift=drift)
-        counters = _counters(sock)
-    contents = _contents(found, counters, changes, wanted if structure == wanted.structure else None)
+        # a set that somebody added just goes; a changed rule or type means that the rules are written anew
+        as_noted = all(digests.get(what) == value for what, value in noted.items())
+        intact = (
+            structure == wanted.structure and as_noted and not any(what[:5] == "chain" for what in changes)
+        )
+        contents = FilterContents(
+            sets=frozenset(one.name for one in found if one.kind == "set"),
+            maps=frozenset(one.name for one in found if one.kind == "map"),
+            chains=frozenset(one.name for one in found if one.kind == "chain") | {FINGERPRINT_CHAIN},
+            counters=_counters(sock),
+            elements=known if untouched or same else {},
+            intact=intact,
+            generation=number,
+            digests=noted,
+        )
     return FilterState(loaded=True, wanted=loaded, drift=drift, contents=contents)
+
+
+def _by_heart(last: _Loaded, wanted: Filter, noted: Mapping[str, str], number: int) -> FilterContents:
+    old, same = last.filter, last.filter.structure == wanted.structure
+    return FilterContents(
+        sets=frozenset(old.sets),
+        maps=frozenset(old.maps),
+        chains=old.chains,
+        counters=last.counters,
+        elements={name: frozenset(values) for name, values in old.elements.items()} if same else {},
+        intact=same,
+        generation=number,
+        digests=noted,
+    )
 
 
 def _read_notes(sock: NetlinkSocket) -> dict[str, str]:
@@ -57,19 +109,41 @@ def _read_notes(sock: NetlinkSocket) -> dict[str, str]:
     return notes
 
 
-def _compare(found: Sequence[Chunk], noted: Mapping[str, str]) -> dict[str, str]:
+def _elements(found: Sequence[Chunk], wanted: Filter) -> dict[str, frozenset[str]]:
+    """Return the elements of the sets that the wanted filter has, too; without those that cannot be read."""
+    known = {}
+    for one in found:
+        grammar = wanted.maps.get(one.name) or wanted.sets.get(one.name)
+        values = texts(grammar, map(parsed, one.parts)) if grammar and one.kind != "chain" else None
+        if values is not None:
+            known[one.name] = values
+    return known
+
+
+def _changes(noted: Mapping[str, str], digests: Mapping[str, str]) -> dict[str, str]:
     """Return what happened to each object that is not as noted."""
-    digests = _digests(found)
     changed = {what: "was changed" for what in noted if what in digests and noted[what] != digests[what]}
     gone = {what: "was removed" for what in noted if what not in digests}
     added = {what: "was added" for what in digests if what not in noted}
     return changed | gone | added
 
 
+def _foreign_elements(
+    found: Sequence[Chunk], wanted: Filter, known: Mapping[str, frozenset[str]]
+) -> dict[str, str]:
+    """Return the sets and maps that have other elements than those of the loaded, and still wanted, filter."""
+    return {
+        f"{one.kind} {one.name}": "was changed"
+        for one in found
+        if one.name in wanted.elements and known.get(one.name) != frozenset(wanted.elements[one.name])
+    }
+
+
 def _digests(found: Sequence[Chunk]) -> dict[str, str]:
+    """Return a digest of each object, of sets without their elements."""
     return {
         f"{one.kind} {one.name}": hashlib.blake2b(
-            b"\0".join((one.head, *one.parts)), digest_size=12
+            b"\0".join((one.head, *one.parts)) if one.kind == "chain" else one.head, digest_size=12
         ).hexdigest()
         for one in found
     }
@@ -79,45 +153,32 @@ def _counters(sock: NetlinkSocket) -> frozenset[str]:
     return frozenset(value.name for value in counters_of(sock))
 
 
-def _contents(
-    found: Sequence[Chunk], counters: frozenset[str], changes: Mapping[str, str], same: Filter | None
-) -> FilterContents:
-    """Return what the table has; ``same`` is the wanted filter when its rules are those that were loaded."""
-    names: dict[str, set[str]] = {"set": set(), "map": set(), "chain": set()}
-    elements = {}
-    for one in found:
-        names[one.kind].add(one.name)
-        if same is None or one.kind == "chain" or f"{one.kind} {one.name}" in changes:
-            continue
-        grammar = same.maps.get(one.name) or same.sets.get(one.name)
-        known = texts(grammar, map(parsed, one.parts)) if grammar else None
-        if known is not None:
-            elements[one.name] = known
-    return FilterContents(
-        sets=frozenset(names["set"]),
-        maps=frozenset(names["map"]),
-        chains=frozenset(names["chain"]) | {FINGERPRINT_CHAIN},
-        counters=counters,
-        elements=elements,
-        intact=same is not None and all(what.startswith(("set ", "map ")) for what in changes),
-    )
-
-
 def load_filter(wanted: Filter, loaded: FilterContents, notes: Sequence[str] = ()) -> None:
-    """Bring the packet filter from ``loaded`` to ``wanted`` in one transaction; note in a second what was
-    loaded.
+    """Bring the packet filter from ``loaded`` to ``wanted`` in one transaction, and note what was loaded: with
+    it where the rules stay, else in a second, when the kernel has said what it made of them.
 
     ``notes``: see :meth:`netplan.packet_filter.Filter.transaction`.  Raises ``network.packet_filter``; what
     was in force then stays.
     """
     with NetlinkSocket(NETLINK_NETFILTER) as sock:
+        number = generation(sock)
+        if loaded.intact and loaded.generation == number and _load_elements(wanted, loaded, notes):
+            _remember(sock, wanted, loaded, notes, _after(number))
+            return
         for _ in range(_TRIES):
             before = generation(sock)
             _run_first(wanted.transactions(loaded, notes))
-            if generation(sock) == _after(before) and _note(sock, wanted, _after(before)):
+            if generation(sock) == _after(before) and _note(sock, wanted, _after(_after(before))):
+                _remember(sock, wanted, loaded, notes, _after(_after(before)))
                 return
             # what is there now is not known, but it is ours: next time all is filled again
-            loaded = _contents(chunks(sock, without=FINGERPRINT_CHAIN), _counters(sock), {}, None)
+            found = chunks(sock, without=FINGERPRINT_CHAIN, filled=False)
+            loaded = FilterContents(
+                sets=frozenset(one.name for one in found if one.kind == "set"),
+                maps=frozenset(one.name for one in found if one.kind == "map"),
+                chains=frozenset(one.name for one in found if one.kind == "chain") | {FINGERPRINT_CHAIN},
+                counters=_counters(sock),
+            )
         # a note that may describe a foreign change must not stay: without one, the next observation finds
         # drift
         nftables.run(f"flush chain inet {TABLE} {FINGERPRINT_CHAIN}\n")
@@ -127,6 +188,32 @@ def load_filter(wanted: Filter, loaded: FilterContents, notes: Sequence[str] = (
         resource=f"filter/{TABLE}",
         retryable=True,
     )
+
+
+def _load_elements(wanted: Filter, loaded: FilterContents, notes: Sequence[str]) -> bool:
+    """Change elements and counters alone, notes included; False when nft refuses that.
+
+    Should somebody else commit first, the noted generation is not the one that the kernel has then, and the
+    next observation compares everything with what is noted.
+    """
+    fingerprint = _fingerprint(wanted, loaded.digests, _after(loaded.generation))
+    try:
+        nftables.run(wanted.transaction(loaded, notes) + fingerprint)
+    except NetplanError:
+        return False  # tried again by other means, whose refusal is told
+    return True
+
+
+def _remember(
+    sock: NetlinkSocket, wanted: Filter, loaded: FilterContents, notes: Sequence[str], number: int
+) -> None:
+    global _last  # noqa: PLW0603 - what the kernel has is one for the process, too
+    info = table(sock)
+    there = frozenset(one for one in loaded.counters if one.startswith(NOTES))
+    counters = wanted.counters | there.union(notes)
+    place = (sock.namespace(), info.handle, number) if info else None
+    # without a number for the namespace, another one with an equal table could be taken for this
+    _last = _Loaded(place, wanted, counters) if place and place[0] >= 0 else None
 
 
 def _run_first(texts: Iterable[str]) -> None:
@@ -145,18 +232,23 @@ def _run_first(texts: Iterable[str]) -> None:
         raise refusal
 
 
-def _note(sock: NetlinkSocket, wanted: Filter, loaded: int) -> bool:
+def _note(sock: NetlinkSocket, wanted: Filter, number: int) -> bool:
     """Write the notes; False when another transaction came between, so that they may describe its work."""
-    digests = _digests(chunks(sock, without=FINGERPRINT_CHAIN))
+    digests = _digests(chunks(sock, without=FINGERPRINT_CHAIN, filled=False))
+    nftables.run(_fingerprint(wanted, digests, number))
+    return generation(sock) == number
+
+
+def _fingerprint(wanted: Filter, digests: Mapping[str, str], number: int) -> str:
+    """Return the text of the notes; ``number`` is the generation that they become part of."""
     notes = [
         f"wanted {wanted.fingerprint}",
         f"structure {wanted.structure}",
-        f"generation {_after(loaded)}",
+        f"generation {number}",
         *(f"{what} {value}" for what, value in digests.items()),
     ]
     rules = "".join(f'  return comment "{note}"\n' for note in notes)
-    nftables.run(f"table inet {TABLE} {{\n chain {FINGERPRINT_CHAIN} {{\n{rules} }}\n}}\n")
-    return generation(sock) == _after(loaded)
+    return f"table inet {TABLE} {{\n chain {FINGERPRINT_CHAIN} {{\n{rules} }}\n}}\n"
 
 
 def _after(number: int) -> int:

@@ -308,8 +308,9 @@ class Moving(NamedTuple):
 class FilterContents:
     """What is in the table of our packet filter, by name.
 
-    ``elements`` has those of the sets and maps that are as we left them, written as nft does.  ``intact``:
-    the chains are as we left them, and as they are wanted now.
+    ``elements`` has those of the sets and maps that can be read, written as nft does.  ``intact``: the chains
+    are as we left them, and as they are wanted now; then ``digests`` says what they and the sets are, as of
+    the nft ``generation`` (0: not known).
     """
 
     sets: frozenset[str] = frozenset()
@@ -318,6 +319,8 @@ class FilterContents:
     counters: frozenset[str] = frozenset()
     elements: Mapping[str, frozenset[str]] = field(default_factory=dict)
     intact: bool = False
+    generation: int = 0
+    digests: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

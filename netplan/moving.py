@@ -19,7 +19,14 @@ from netplan.netlink import (
     attribute,
     attributes,
 )
-from netplan.rtnetlink import IFA_F_DADFAILED, IFA_F_NODAD, IFA_F_NOPREFIXROUTE, IFA_F_TENTATIVE, ROUTE_LOCAL
+from netplan.rtnetlink import (
+    IFA_F_DADFAILED,
+    IFA_F_NODAD,
+    IFA_F_NOPREFIXROUTE,
+    IFA_F_PERMANENT,
+    IFA_F_TENTATIVE,
+    ROUTE_LOCAL,
+)
 
 _RTM_NEWADDR, _RTM_DELADDR, _RTM_GETADDR = 20, 21, 22
 _RTM_NEWROUTE, _RTM_GETROUTE = 24, 26
@@ -28,7 +35,6 @@ _IFA_ADDRESS, _IFA_LOCAL, _IFA_LABEL, _IFA_BROADCAST, _IFA_CACHEINFO, _IFA_FLAGS
 _IFA_RT_PRIORITY, _IFA_PROTO = 9, 11
 _IFA_KEPT = (_IFA_ADDRESS, _IFA_LOCAL, _IFA_BROADCAST, _IFA_CACHEINFO, _IFA_RT_PRIORITY)
 _IFA_F_TEMPORARY = 0x01  # of IPv6; the same bit says "secondary" of IPv4
-_IFA_F_PERMANENT = 0x80
 
 _RTA_DST, _RTA_SRC, _RTA_OIF, _RTA_GATEWAY, _RTA_PRIORITY, _RTA_PREFSRC = 1, 2, 4, 5, 6, 7
 _RTA_METRICS, _RTA_MULTIPATH, _RTA_FLOW, _RTA_CACHEINFO, _RTA_TABLE = 8, 9, 11, 12, 15
@@ -113,7 +119,7 @@ def put_address(one: Moving, target: int, names: tuple[str, str], protocol: int)
     family, prefixlen, flags, scope, _ = _IFADDR.unpack_from(one.message)
     have = attributes(one.message, 8, len(one.message), (*_IFA_KEPT, _IFA_LABEL, _IFA_FLAGS))
     flags = _number(have.get(_IFA_FLAGS), flags)
-    flags &= ~(IFA_F_TENTATIVE | IFA_F_DADFAILED | _IFA_F_PERMANENT)
+    flags &= ~(IFA_F_TENTATIVE | IFA_F_DADFAILED | IFA_F_PERMANENT)
     if family == socket.AF_INET6:
         flags |= IFA_F_NODAD
     parts = [

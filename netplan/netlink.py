@@ -11,6 +11,7 @@ import errno
 import os
 import socket
 import struct
+import sys
 from collections.abc import Container, Iterator, Sequence
 from typing import NamedTuple, Self
 
@@ -34,6 +35,7 @@ _NLMSG_ERROR = 2
 _NLMSG_DONE = 3
 _NLMSG_OVERRUN = 4
 _SOL_NETLINK = 270
+_SO_NETNS_COOKIE = 71  # include/uapi/asm-generic/socket.h
 _NETLINK_CAP_ACK = 10  # an error repeats the header of the request only, not the request
 _NETLINK_EXT_ACK = 11
 _NETLINK_GET_STRICT_CHK = 12  # dumps honour the filter of their request, since Linux 4.20
@@ -141,6 +143,15 @@ class NetlinkSocket:
     def close(self) -> None:
         """Close the socket."""
         self._socket.close()
+
+    def namespace(self) -> int:
+        """Return a number that no other network namespace of this boot has; -1 before Linux 5.14."""
+        try:
+            return int.from_bytes(
+                self._socket.getsockopt(socket.SOL_SOCKET, _SO_NETNS_COOKIE, 8), sys.byteorder
+            )
+        except OSError:
+            return -1
 
     def dump(self, kind: int, payload: bytes, *, absent: bool = False) -> list[Message]:
         """Return all that the kernel has of a kind.  A dump that a change ran into is taken again.

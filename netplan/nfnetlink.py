@@ -26,6 +26,8 @@ _CHAIN_TABLE, _CHAIN_NAME, _CHAIN_USE = 1, 3, 6
 _CHAIN_ITSELF = frozenset(range(1, 13)) - {_CHAIN_USE}  # how many rules jump here is those rules' affair
 _RULE_TABLE, _RULE_CHAIN, _RULE_USERDATA = 1, 2, 7
 _SET_TABLE, _SET_NAME, _SET_FLAGS = 1, 2, 3
+# flags, key and data types and sizes, timeout, kind of objects, handle; not how many elements there are
+_SET_ITSELF = frozenset((_SET_FLAGS, 4, 5, 6, 7, 11, 15, 16))
 _ELEM_TABLE, _ELEM_SET, _ELEM_LIST = 1, 2, 3
 _ELEM_KEY, _ELEM_FLAGS, _ELEM_OBJECT, _ELEM_KEY_END = 1, 3, 9, 10
 _ELEM_INTERVAL_END = 1
@@ -54,10 +56,9 @@ class TableInfo(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """What belongs to one ``chain``, ``set`` or ``map``, as the kernel wrote it, in an order that does not
-    vary.
+    """What belongs to one ``chain``, ``set`` or ``map``, as the kernel wrote it.
 
-    ``parts`` are the rules of a chain, or the elements of a set.
+    ``parts`` are the rules of a chain, or the elements of a set (those of a hash in no particular order).
     """
 
     kind: str
@@ -137,9 +138,9 @@ def _name(value: bytes) -> str:
     return value.rstrip(b"\0").decode(errors="surrogateescape")
 
 
-def chunks(sock: NetlinkSocket, *, without: str) -> list[Chunk]:
-    """Return all chains, sets and maps of our table with their rules and elements, but for the chain
-    ``without``.
+def chunks(sock: NetlinkSocket, *, without: str, filled: bool = True) -> list[Chunk]:
+    """Return all chains, sets and maps of our table with their rules and, if ``filled``, elements, but for the
+    chain ``without``.
 
     Handles are left in: whoever removes a rule and adds it again has changed the table.  Named objects are
     not read: the kernel keeps them as long as an element or rule refers to them.
@@ -155,17 +156,20 @@ def chunks(sock: NetlinkSocket, *, without: str) -> list[Chunk]:
         name = _name(have[_CHAIN_NAME])
         if have[_CHAIN_TABLE] == _TABLE_BYTES and name != without:
             about = attributes(body, 0, len(body), _CHAIN_ITSELF)
-            found.append(
-                Chunk("chain", name, repr(sorted(about.items())).encode(), tuple(rules.get(name, ())))
-            )
+            found.append(Chunk("chain", name, _sorted(about), tuple(rules.get(name, ()))))
     for message in sock.dump(_GETSET, _GENMSG + _OF_TABLE):
         body, have = _body(message, (_SET_TABLE, _SET_NAME, _SET_FLAGS))
         flags = _U32.unpack(have[_SET_FLAGS])[0] if _SET_FLAGS in have else 0
         if have[_SET_TABLE] == _TABLE_BYTES and not flags & _SET_ANONYMOUS:  # those are part of their rules
             name = _name(have[_SET_NAME])
             kind = "map" if flags & _SET_MAPPING else "set"
-            found.append(Chunk(kind, name, body, tuple(sorted(_elements(sock, name)))))
+            about = attributes(body, 0, len(body), _SET_ITSELF)
+            found.append(Chunk(kind, name, _sorted(about), tuple(_elements(sock, name)) if filled else ()))
     return found
+
+
+def _sorted(about: dict[int, bytes]) -> bytes:
+    return repr(sorted(about.items())).encode()
 
 
 def _body(message: Message, wanted: tuple[int, ...]) -> tuple[bytes, dict[int, bytes]]:
@@ -174,7 +178,7 @@ def _body(message: Message, wanted: tuple[int, ...]) -> tuple[bytes, dict[int, b
 
 
 def _elements(sock: NetlinkSocket, name: str) -> list[bytes]:
-    """Return the elements of a set; a hash gives them in no particular order."""
+    """Return the elements of a set."""
     found: list[bytes] = []
     request = _GENMSG + attribute(_ELEM_TABLE, _TABLE_BYTES) + attribute(_ELEM_SET, name.encode() + b"\0")
     for message in sock.dump(_GETSETELEM, request):

@@ -85,7 +85,10 @@ def _routes(sock: NetlinkSocket, desired: DesiredNetwork, links: Mapping[str, Li
     """
     found = list(rtnetlink.routes(sock, protocol=PROTOCOL_MARK))
     found += rtnetlink.routes(sock, family=AF_INET, protocol=PROTOCOL_MARK)
-    if any(one.ipv6_range for one in desired.partitions):
+    ours = {(route.destination, route.prefixlen) for route in found if route.table == rtnetlink.TABLE_LOCAL}
+    ranges = (one.ipv6_range for one in desired.partitions if one.ipv6_range)
+    if any((one.network_address.packed, one.prefixlen) not in ours for one in ranges):
+        # one that slapformat made may stand in for it
         found += rtnetlink.routes(sock, table=rtnetlink.TABLE_LOCAL, link=LOOPBACK)
     taps = {
         links[one.tap.name].ifindex

@@ -15,11 +15,11 @@ A).
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 
 from netplan.metering import metering
 from netplan.model import DesiredNetwork, FilterContents
 from netplan.nfnetlink import TABLE
+from netplan.once import once
 from netplan.operations import Operation
 from netplan.ownership import ownership
 from netplan.ruleset import Part
@@ -133,7 +133,7 @@ def _block(lines: Iterable[str]) -> str:
     return f"table inet {TABLE} {{\n{body}}}\n" if body else ""
 
 
-@lru_cache(maxsize=2)
+@once
 def render(desired: DesiredNetwork) -> Filter:
     """Return the packet filter of a desired state."""
     parts = [metering(desired.partitions)]

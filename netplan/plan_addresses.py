@@ -11,14 +11,17 @@ from netplan.model import (
     Address,
     DesiredNetwork,
     ObservedNetwork,
+    PartitionNetwork,
     address_text,
 )
+from netplan.once import once_each
 from netplan.operations import AddressOperation, Operation, RefusedOperation
 from netplan.rtnetlink import (
     IFA_F_DADFAILED,
     IFA_F_DEPRECATED,
     IFA_F_NODAD,
     IFA_F_NOPREFIXROUTE,
+    IFA_F_PERMANENT,
     IFA_F_TENTATIVE,
 )
 
@@ -34,8 +37,10 @@ def address_operations(desired: DesiredNetwork, observed: ObservedNetwork) -> It
         seen.setdefault(address.packed, []).append(address)
     names = {one.ifindex: one.name for one in observed.links.values()}
     wanted = set()
-    for partition, address in _wanted(desired, link, link4):
+    for partition, address, settled in _wanted(desired, link, link4):
         wanted.add((address.link, address.packed))
+        if seen.get(address.packed) == settled:
+            continue  # there, nowhere else, and all as we left it: so it is with nearly all of them
         operation = _operation(
             partition, address, seen.get(address.packed, []), names, markable=observed.address_marks
         )
@@ -70,28 +75,48 @@ def interfaces(desired: DesiredNetwork, observed: ObservedNetwork) -> tuple[int,
     return link, link4
 
 
-def _wanted(desired: DesiredNetwork, link: int, link4: int) -> Iterator[tuple[str, Address]]:
-    # The on-link route stays that of the interface's own address: 500 addresses do not each bring it again.
+def _wanted(desired: DesiredNetwork, link: int, link4: int) -> Iterator[tuple[str, Address, list[Address]]]:
     for one in desired.partitions:
-        if one.ipv6:
-            flags = IFA_F_NODAD | IFA_F_NOPREFIXROUTE
-            yield one.id, Address(link, one.ipv6.packed, one.ipv6.network.prefixlen, PROTOCOL_MARK, flags)
-        for ipv4 in (one.ipv4, *one.world_ipv4):
-            if ipv4:
-                yield one.id, Address(link4, ipv4.packed, 32, PROTOCOL_MARK, 0)
+        yield from _of_partition(one, link, link4)
+
+
+@once_each
+def _of_partition(
+    one: PartitionNetwork, link: int, link4: int
+) -> tuple[tuple[str, Address, list[Address]], ...]:
+    """Return partition and address, and what is seen of that address when all is well."""
+    found = []
+    if one.ipv6:
+        # the on-link route stays that of the interface's own address: 500 addresses do not each bring it again
+        flags = IFA_F_NODAD | IFA_F_NOPREFIXROUTE
+        found.append(Address(link, one.ipv6.packed, one.ipv6.network.prefixlen, PROTOCOL_MARK, flags))
+    ipv4 = (address for address in (one.ipv4, *one.world_ipv4) if address)
+    found += (Address(link4, address.packed, 32, PROTOCOL_MARK, 0) for address in ipv4)
+    return tuple((one.id, address, [_settled(address)]) for address in found)
 
 
 def _ends(desired: DesiredNetwork) -> Iterator[tuple[str, str, Address]]:
-    """Yield partition, link and address of the host's ends; link number 0: the link may be still to be made."""
     for one in desired.partitions:
-        if one.tap and one.tap.ipv6:
-            # its network is routed by the guest's address (netplan.plan_routes), as slapformat does
-            flags = IFA_F_NODAD | IFA_F_NOPREFIXROUTE
-            yield one.id, one.tap.name, _on_link(one.tap.ipv6, flags)
-        if one.tun and one.tun.ipv6:
-            yield one.id, one.tun.name, _on_link(one.tun.ipv6, IFA_F_NODAD)
-        if one.tun and one.tun.ipv4:
-            yield one.id, one.tun.name, _on_link(one.tun.ipv4, 0)
+        yield from _ends_of_partition(one)
+
+
+@once_each
+def _ends_of_partition(one: PartitionNetwork) -> tuple[tuple[str, str, Address], ...]:
+    """Return partition, link and address of the host's ends; link number 0: the link may be still to be made."""
+    found = []
+    if one.tap and one.tap.ipv6:
+        # its network is routed by the guest's address (netplan.plan_routes), as slapformat does
+        found.append((one.tap.name, _on_link(one.tap.ipv6, IFA_F_NODAD | IFA_F_NOPREFIXROUTE)))
+    if one.tun and one.tun.ipv6:
+        found.append((one.tun.name, _on_link(one.tun.ipv6, IFA_F_NODAD)))
+    if one.tun and one.tun.ipv4:
+        found.append((one.tun.name, _on_link(one.tun.ipv4, 0)))
+    return tuple((one.id, name, address) for name, address in found)
+
+
+def _settled(wanted: Address) -> Address:
+    """Return what the kernel makes of an address that we set."""
+    return Address(*wanted[:4], wanted.flags | IFA_F_PERMANENT | IFA_F_DEPRECATED)
 
 
 def _on_link(interface: IPv4Interface | IPv6Interface, flags: int) -> Address:

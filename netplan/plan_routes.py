@@ -19,6 +19,7 @@ from netplan.model import (
     Route,
     address_text,
 )
+from netplan.once import once_each
 from netplan.operations import Operation, RouteOperation
 from netplan.plan_addresses import interfaces
 from netplan.rtnetlink import ROUTE_LOCAL, ROUTE_UNICAST, TABLE_LOCAL, TABLE_LOCAL_SOURCE, TABLE_MAIN
@@ -42,23 +43,27 @@ class _Wanted(NamedTuple):
 
 def route_operations(desired: DesiredNetwork, observed: ObservedNetwork) -> Iterator[Operation]:
     """Yield what the wanted routes need, then the removal of those with our mark that nobody wants."""
+    there = set(observed.routes)
     wanted = set()
-    seen = {route._replace(protocol=0): route for route in observed.routes}
+    missing = []
+    for one in _wanted(desired, observed):
+        wanted.add(one.route)
+        if one.route not in there:
+            missing.append(one)
     names = {link.ifindex: link.name for link in observed.links.values()}
-    for partition, identity, route, on in _wanted(desired, observed):
-        wanted.add(route)
-        here = seen.get(route._replace(protocol=0))
-        if here is None or here.protocol != PROTOCOL_MARK:
-            yield RouteOperation(
-                id=identity,
-                action="change" if here else "create",
-                partition=partition,
-                before=_describe(here, names) if here else None,
-                after=_describe(route, names, on),
-                reason="is not marked as ours" if here else "missing",
-                add=route,
-                on=None if route.link else on,
-            )
+    unmarked = {route._replace(protocol=0): route for route in observed.routes} if missing else {}
+    for partition, identity, route, on in missing:
+        here = unmarked.get(route._replace(protocol=0))
+        yield RouteOperation(
+            id=identity,
+            action="change" if here else "create",
+            partition=partition,
+            before=_describe(here, names) if here else None,
+            after=_describe(route, names, on),
+            reason="is not marked as ours" if here else "missing",
+            add=route,
+            on=None if route.link else on,
+        )
     for route in observed.routes:
         if route.protocol == PROTOCOL_MARK and route not in wanted:
             yield RouteOperation(
@@ -71,14 +76,12 @@ def route_operations(desired: DesiredNetwork, observed: ObservedNetwork) -> Iter
 
 
 def _wanted(desired: DesiredNetwork, observed: ObservedNetwork) -> Iterator[_Wanted]:
+    sources = (desired.host_ipv6, desired.host_ipv4) if desired.local_source_table else (None, None)
     for one in desired.partitions:
-        if one.ipv6_range:
-            network = one.ipv6_range
-            route = _local(TABLE_LOCAL, network.network_address.packed, network.prefixlen)
-            yield _Wanted(one.id, _identity(route), route)
-        if desired.local_source_table:
-            yield from _local_sources(one, desired)
-        yield from _tap_routes(one, observed)
+        yield from _of_partition(one, *sources)
+        if one.tap and (one.tap.ipv6 or one.tap.ipv4):
+            here = observed.links.get(one.tap.name)
+            yield from _tap_routes(one, here.ifindex if here else 0)
     yield from _gateway_routes(desired, interfaces(desired, observed)[1])
     if desired.host_ipv6 is not None:
         route_with_hint = _default(desired.host_ipv6, observed)
@@ -116,38 +119,47 @@ def gateway_tables(desired: DesiredNetwork) -> dict[IPv4Address, int]:
     return {gateway: TABLE_GATEWAYS + place for place, gateway in enumerate(gateways)}
 
 
-def local_sources(one: PartitionNetwork, desired: DesiredNetwork) -> Iterator[tuple[bytes, bytes]]:
+def _local_sources(
+    one: PartitionNetwork, host_ipv6: IPv6Address | None, host_ipv4: IPv4Address | None
+) -> Iterator[tuple[bytes, bytes]]:
     """Yield each address of a partition that others on this host connect to, and the source they shall have."""
-    if one.ipv6 and desired.host_ipv6:
-        yield one.ipv6.packed, desired.host_ipv6.packed
-    if desired.host_ipv4:
-        yield from ((ipv4.packed, desired.host_ipv4.packed) for ipv4 in one.world_ipv4)
+    if one.ipv6 and host_ipv6:
+        yield one.ipv6.packed, host_ipv6.packed
+    if host_ipv4:
+        yield from ((ipv4.packed, host_ipv4.packed) for ipv4 in one.world_ipv4)
 
 
-def _local_sources(one: PartitionNetwork, desired: DesiredNetwork) -> Iterator[_Wanted]:
-    for address, source in local_sources(one, desired):
-        route = _local(TABLE_LOCAL_SOURCE, address, 8 * len(address), source)
-        yield _Wanted(one.id, _identity(route), route)
-
-
-def _tap_routes(one: PartitionNetwork, observed: ObservedNetwork) -> Iterator[_Wanted]:
-    """Yield the routes to what lies behind a routed tap: the guest, and its network by way of the guest."""
-    if one.tap is None or not (one.tap.ipv6 or one.tap.ipv4):
-        return
-    here = observed.links.get(one.tap.name)
-    link = here.ifindex if here else 0
+@once_each
+def _of_partition(
+    one: PartitionNetwork, host_ipv6: IPv6Address | None, host_ipv4: IPv4Address | None
+) -> tuple[_Wanted, ...]:
+    """Return the routes to the partition's range, and those of the local source table."""
     routes = []
-    if one.tap.ipv4:
-        routes.append(_over(link, one.tap.ipv4.packed, 32, b""))
-    if one.tap.ipv6:
-        network = one.tap.ipv6.network
+    if one.ipv6_range:
+        network = one.ipv6_range
+        routes.append(_local(TABLE_LOCAL, network.network_address.packed, network.prefixlen))
+    routes += (
+        _local(TABLE_LOCAL_SOURCE, address, 8 * len(address), source)
+        for address, source in _local_sources(one, host_ipv6, host_ipv4)
+    )
+    return tuple(_Wanted(one.id, _identity(route), route) for route in routes)
+
+
+@once_each
+def _tap_routes(one: PartitionNetwork, link: int) -> tuple[_Wanted, ...]:
+    """Return the routes to what lies behind a routed tap: the guest, and its network by way of the guest."""
+    routes = []
+    tap = one.tap
+    if tap and tap.ipv4:
+        routes.append(_over(link, tap.ipv4.packed, 32, b""))
+    if tap and tap.ipv6:
+        network = tap.ipv6.network
         guest = (network.network_address + 1).packed
         routes += (
             _over(link, guest, 128, b""),
             _over(link, network.network_address.packed, network.prefixlen, guest),
         )
-    for route in routes:
-        yield _Wanted(one.id, _identity(route), route, one.tap.name)
+    return tuple(_Wanted(one.id, _identity(route), route, tap.name if tap else None) for route in routes)
 
 
 def _over(link: int, destination: bytes, length: int, gateway: bytes) -> Route:

@@ -20,7 +20,7 @@ from socket import AF_INET, AF_INET6
 
 from netplan.model import PROTOCOL_MARK, DesiredNetwork, ObservedNetwork, Rule, address_text
 from netplan.operations import RuleOperation
-from netplan.plan_routes import TABLE_GATEWAYS, gateway_tables, local_sources
+from netplan.plan_routes import TABLE_GATEWAYS, gateway_tables
 from netplan.rtnetlink import TABLE_LOCAL, TABLE_LOCAL_SOURCE
 
 _RTPROT_KERNEL = 2
@@ -29,13 +29,11 @@ _GATEWAY_PREFERENCE = 11200
 
 def rule_operations(desired: DesiredNetwork, observed: ObservedNetwork) -> Iterator[RuleOperation]:
     """Yield the operations that the rules need."""
-    sources = (
-        [address for one in desired.partitions for address, _ in local_sources(one, desired)]
-        if desired.local_source_table
-        else []
-    )
-    yield from _local_first(observed, AF_INET6, wanted=any(len(address) == 16 for address in sources))
-    yield from _local_first(observed, AF_INET, wanted=any(len(address) == 4 for address in sources))
+    local = desired.local_source_table
+    six = local and desired.host_ipv6 is not None and any(one.ipv6 for one in desired.partitions)
+    four = local and desired.host_ipv4 is not None and any(one.world_ipv4 for one in desired.partitions)
+    yield from _local_first(observed, AF_INET6, wanted=six)
+    yield from _local_first(observed, AF_INET, wanted=four)
     yield from _gateways(desired, observed)
 
 

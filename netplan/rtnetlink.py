@@ -10,7 +10,8 @@ back, and which moves nothing: our addresses have no prefix route.
 import socket
 import struct
 import sys
-from typing import NamedTuple
+from collections.abc import Callable, Hashable, Iterable
+from typing import Generic, NamedTuple, TypeVar
 
 from netplan.model import PROTOCOL_MARK, Address, Link, Route, Rule
 from netplan.netlink import (
@@ -35,6 +36,7 @@ IFA_F_NODAD = 0x02
 IFA_F_DADFAILED = 0x08
 IFA_F_DEPRECATED = 0x20
 IFA_F_TENTATIVE = 0x40
+IFA_F_PERMANENT = 0x80
 IFA_F_NOPREFIXROUTE = 0x200
 
 _RTM_NEWLINK, _RTM_DELLINK, _RTM_GETLINK, _RTM_SETLINK = 16, 17, 18, 19
@@ -86,6 +88,31 @@ def _text(value: bytes) -> str:
     return value.rstrip(b"\0").decode(errors="surrogateescape")
 
 
+Seen = TypeVar("Seen")
+
+
+class _Decoder(Generic[Seen]):
+    """Decodes one kind of message, and remembers what it made of those of the last time.
+
+    What has not changed is the same bytes, and the same bytes mean the same: cutting up the links and addresses
+    of 300 partitions costs 15 ms, looking them up 1 ms.
+    """
+
+    def __init__(self, decode: Callable[[Message], Seen]) -> None:
+        self._decode = decode
+        self._known: dict[Hashable, dict[bytes, Seen]] = {}
+
+    def __call__(self, messages: Iterable[Message], question: Hashable = None) -> list[Seen]:
+        """Decode the answer to a question."""
+        known = self._known.get(question, {})
+        found: dict[bytes, Seen] = {}
+        for message in messages:
+            raw = message.data[message.start : message.end]
+            found[raw] = known[raw] if raw in known else self._decode(message)
+        self._known[question] = found
+        return list(found.values())
+
+
 class LinkCounters(NamedTuple):
     """What went through a link since it was made, seen from the host: received means coming from the other
     end.
@@ -103,7 +130,7 @@ class LinkCounters(NamedTuple):
 def links(sock: NetlinkSocket) -> dict[str, Link]:
     """Return every link by name, without statistics."""
     mask = attribute(_IFLA_EXT_MASK, _U32.pack(_RTEXT_FILTER_SKIP_STATS))
-    found = (_link(message) for message in sock.dump(_RTM_GETLINK, _IFINFO.pack(0, 0, 0, 0, 0) + mask))
+    found = _links(sock.dump(_RTM_GETLINK, _IFINFO.pack(0, 0, 0, 0, 0) + mask))
     return {link.name: link for link in found}
 
 
@@ -133,6 +160,9 @@ def _link(message: Message) -> Link:
         tap,
         owner,
     )
+
+
+_links = _Decoder(_link)
 
 
 def link_counters(sock: NetlinkSocket) -> list[LinkCounters]:
@@ -205,7 +235,7 @@ def delete_group(group: int) -> Request:
 
 def addresses(sock: NetlinkSocket) -> tuple[Address, ...]:
     """Return every IPv4 and IPv6 address of every link."""
-    return tuple(map(_address, sock.dump(_RTM_GETADDR, _IFADDR.pack(0, 0, 0, 0, 0))))
+    return tuple(_addresses(sock.dump(_RTM_GETADDR, _IFADDR.pack(0, 0, 0, 0, 0))))
 
 
 def _address(message: Message) -> Address:
@@ -219,6 +249,9 @@ def _address(message: Message) -> Address:
     if not protocol and _number(have.get(_IFA_RT_PRIORITY)) == _PRIORITY_MARK:
         protocol = PROTOCOL_MARK
     return Address(link, packed, prefixlen, protocol, _number(have.get(_IFA_FLAGS), flags))
+
+
+_addresses = _Decoder(_address)
 
 
 def set_address(address: Address) -> Request:
@@ -269,7 +302,7 @@ def routes(
         payload += attribute(_RTA_TABLE, _U32.pack(table))
     if link:
         payload += attribute(_RTA_OIF, _U32.pack(link))
-    return tuple(map(_route, sock.dump(_RTM_GETROUTE, payload, absent=True)))
+    return tuple(_routes(sock.dump(_RTM_GETROUTE, payload, absent=True), payload))
 
 
 def _route(message: Message) -> Route:
@@ -289,6 +322,9 @@ def _route(message: Message) -> Route:
         flags & _RTNH_F_ONLINK,
         family,
     )
+
+
+_routes = _Decoder(_route)
 
 
 def set_route(route: Route) -> Request:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import ipaddress
+import logging
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from netplan import observe as netplan_observe
 from netplan.model import MOVED_MARK, PROTOCOL_MARK
+from partitiond import choices, node
 from partitiond.choices import Rules
 from partitiond.errors import PartitiondError
 
@@ -15,7 +18,11 @@ if TYPE_CHECKING:
 
     from netplan.model import Address
     from netplan.observe import Look
+    from partitiond.choices import Choice
     from partitiond.config import Config
+    from partitiond.context import Context
+
+logger = logging.getLogger(__name__)
 
 # include/uapi/linux/if_addr.h: temporary, dadfailed, deprecated, tentative
 _UNUSABLE = 0x01 | 0x08 | 0x20 | 0x40
@@ -70,21 +77,61 @@ def _usable(address: Address) -> bool:
     return not (ip.is_link_local or ip.is_loopback or ip.is_multicast) and address.prefixlen < 127
 
 
+def choose(context: Context, look: Look) -> tuple[Choice, bool]:
+    """Choose the addresses of the partitions; and whether the node's own, of which they are derived, is on the interface.
+
+    What slapos.core left is read only as long as there is a partition that was never in place. Raises a family error.
+    """
+    config, remembered, last = context.config, context.store.addresses(), context.choice
+    settled = remembered.keys() >= set(node.names(config))
+    formatted = None if settled else context.formatted.read()
+    partitions = {kept.ipv6 for kept in remembered.values()}
+    if formatted:
+        partitions |= {one.ipv6 for one in formatted.partitions}
+    here = _without(own_ipv6(config, look), partitions)
+    base = choose_base(here, context.store.base(), formatted.base if formatted else None)
+    wanted = rules(config, base, look)
+    known = last and last.remembered is remembered and last.formatted is formatted
+    if last is None or not known or last.rules != wanted:
+        found = choices.imported(formatted) if formatted else {}
+        choice = choices.choose(wanted, remembered, found, last)
+        warnings = (*(formatted.warnings if formatted else ()), *choice.warnings)
+        for warning in warnings if last is None or last.warnings != warnings else ():
+            logger.warning("%s", warning)
+        last = context.choice = replace(choice, warnings=warnings, formatted=formatted)
+    return last, base in here
+
+
+def _without(
+    here: list[ipaddress.IPv6Interface], partitions: set[ipaddress.IPv6Address | None]
+) -> list[ipaddress.IPv6Interface]:
+    """Leave out what slapos.core gave to partitions: it marks nothing, so they look like the node's own. In a network where
+    nothing would be left, one of them is both.
+    """
+    others = [one for one in here if one.ip not in partitions]
+    networks = {one.network for one in others}
+    return others + [one for one in here if one.network not in networks]
+
+
 def choose_base(
-    here: list[ipaddress.IPv6Interface], remembered: ipaddress.IPv6Interface | None
+    here: list[ipaddress.IPv6Interface],
+    remembered: ipaddress.IPv6Interface | None,
+    imported: ipaddress.IPv6Interface | None = None,
 ) -> ipaddress.IPv6Interface | None:
     """The address of which those of the partitions are derived; None on a node that never had one. Pure.
 
-    The one chosen before stays as long as its network is there, and also while the interface has no address at all: a
-    router that is silent for a while must not take the partitions' addresses away. Else that of the largest subnet, then the
-    lowest, as slapformat chooses.
+    The one chosen before, by us or by slapos.core (``imported``), stays as long as its network is there, and also while
+    the interface has no address at all: a router that is silent for a while must not take the partitions' addresses away.
+    Else that of the largest subnet, then the lowest, as slapformat chooses.
     """
-    if remembered is not None:
-        same = [one for one in here if one.network == remembered.network]
-        if remembered in here or not here:
-            return remembered
+    for before in (remembered, imported):
+        if before is None:
+            continue
+        if before in here or not here:
+            return before
+        same = [one for one in here if before.ip in one.network]
         if same:
-            return min(same, key=lambda one: int(one.ip))
+            return min(same, key=lambda one: (one.network != before.network, int(one.ip)))
     return min(here, key=lambda one: (one.network.prefixlen, int(one.ip)), default=None)
 
 
@@ -93,7 +140,7 @@ def rules(config: Config, base: ipaddress.IPv6Interface | None, look: Look) -> R
     keys = config.network
     routed = config.create_tap and keys.bridge is None
     return Rules(
-        partitions=tuple(f"{config.partition_base}{index}" for index in range(config.partition_amount)),
+        partitions=node.names(config),
         base=None if keys.partition_network else base,
         prefixshift=config.ipv6_prefixshift,
         ipv4_network=config.ipv4_network,

@@ -270,7 +270,7 @@ key_file = {key}
 cert_file = {certificate}
 
 [storage-configuration]
-storage-home =
+storage-home = {config.instance_storage_home or ""}
 
 [network-information]
 global-ipv4-network = {config.ipv4_network}

@@ -20,6 +20,8 @@ from netplan.errors import NetplanError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
+    from partitiond.slapformat import FormattedNode
+
 _NAMED = 5  # partitions in a warning that are named one by one
 
 
@@ -111,7 +113,7 @@ PARSERS: Mapping[str, Callable[[str], object]] = {
 class Choice:
     """The outcome: the addresses of each partition, what to remember of it, and what an operator should know.
 
-    ``rules`` and ``remembered`` are what it was made of.
+    ``rules``, ``remembered`` and ``formatted``, what slapos.core left, are what it was made of.
     """
 
     rules: Rules
@@ -119,46 +121,163 @@ class Choice:
     chosen: Mapping[str, Chosen]
     kept: Mapping[str, Kept]
     warnings: tuple[str, ...] = ()
+    formatted: FormattedNode | None = None
+
+    def in_place(self, pending: frozenset[str | None]) -> dict[str, Kept]:
+        """What may be remembered while the network of the partitions in ``pending`` is not as it should be: of those, what
+        was before.
+        """
+        before = {
+            name: kept for name, kept in self.remembered.items() if name in pending and name in self.kept
+        }
+        return {name: kept for name, kept in self.kept.items() if name not in pending} | before
 
 
-def choose(rules: Rules, remembered: Mapping[str, Kept], found: Mapping[str, Kept] | None = None) -> Choice:
+def imported(node: FormattedNode) -> dict[str, Kept]:
+    """What slapos.core chose, as something to keep."""
+    return {
+        one.reference: Kept(
+            ipv4=one.ipv4,
+            ipv6=one.ipv6,
+            ipv6_range=one.ipv6_range,
+            tap_ipv6=one.tap.ipv6 if one.tap else None,
+            tap_ipv4=one.tap.ipv4 if one.tap else None,
+            tun_ipv6=one.tun.ipv6 if one.tun else None,
+            tun_ipv4=one.tun.ipv4 if one.tun else None,
+        )
+        for one in node.partitions
+    }
+
+
+def choose(
+    rules: Rules,
+    remembered: Mapping[str, Kept],
+    found: Mapping[str, Kept] | None = None,
+    last: Choice | None = None,
+) -> Choice:
     """Choose for all partitions; ``found`` is what slapos.core left.
 
-    Raises NetplanError ``network.prefix_too_small`` or ``network.address_collision`` when there is no room.
+    ``last`` is the choice before: what was settled then, by the same rules, is taken from it and not derived again. Raises
+    NetplanError ``network.prefix_too_small`` or ``network.address_collision`` when there is no room.
     """
-    kinds = _kinds(rules)
-    old = {name: kept for name in rules.partitions if (kept := remembered.get(name, (found or {}).get(name)))}
-    values: dict[str, dict[str, Any]] = {name: {} for name in rules.partitions}
-    lost: dict[tuple[str, str], list[str]] = {}
+    work = _Work(rules)
+    done = _settled(rules, remembered, last)
     for index, name in enumerate(rules.partitions):
-        if name not in old:
-            continue
-        for kind in kinds.values():
-            value, problem = _old(kind, getattr(old[name], kind.name), index, settled=name in remembered)
-            if problem:
-                lost.setdefault((kind.words, problem), []).append(name)
-            elif value is not None:
-                values[name][kind.name] = value
+        before = remembered.get(name)
+        if name in done:
+            work.repeat(done[name])
+        elif before is not None:
+            work.keep(index, before, settled=True)
+        elif found and name in found:
+            work.keep(index, found[name], settled=False)
     for index, name in enumerate(rules.partitions):
-        for kind in kinds.values():
-            if kind.name not in values[name]:
-                value = values[name][kind.name] = kind.new(index)
-                kind.claim(value)
+        if name not in done:
+            work.complete(index)
     return Choice(
         rules=rules,
         remembered=remembered,
-        chosen={name: Chosen(**value) for name, value in values.items()},
-        kept={
-            name: _keep(kinds, index, values[name], old.get(name, NATURAL))
-            for index, name in enumerate(rules.partitions)
+        chosen={
+            name: done.get(name) or Chosen(**value)
+            for name, value in zip(rules.partitions, work.values, strict=True)
         },
-        warnings=tuple(_warning(words, problem, names) for (words, problem), names in lost.items()),
+        kept={
+            name: remembered[name] if name in done else _same_or_new(remembered.get(name), kept)
+            for name, kept in zip(rules.partitions, work.kept, strict=True)
+        },
+        warnings=tuple(_warning(words, problem, names) for (words, problem), names in work.lost.items()),
     )
+
+
+def _settled(rules: Rules, remembered: Mapping[str, Kept], last: Choice | None) -> dict[str, Chosen]:
+    """What the choice before gave to partitions that are remembered with the same today.
+
+    Only by the same rules, but for how many partitions there are and what turns away new choices, and only where nobody had
+    to give way: then each still fits, and none meets another.
+    """
+    if last is None or last.warnings:
+        return {}
+    old = dataclasses.replace(
+        last.rules, partitions=rules.partitions, taken=rules.taken, elsewhere=rules.elsewhere
+    )
+    if old != rules:
+        return {}
+    return {
+        name: chosen
+        for name, chosen in last.chosen.items()
+        if name in remembered and remembered[name] == last.kept[name]
+    }
+
+
+def _same_or_new(before: Kept | None, kept: Mapping[str, Any]) -> Kept:
+    if not kept:
+        return NATURAL
+    now = Kept(**kept)
+    return before if before is not None and before == now else now
+
+
+def _warning(words: str, problem: str, names: list[str]) -> str:
+    more = len(names) - _NAMED
+    whose = ", ".join(names[:_NAMED]) + (f" and {more} more" if more > 0 else "")
+    return f"{words} of {whose}: {problem}, derived anew"
+
+
+class _Work:
+    """A choice in the making: by index, the values of each partition and what is to be remembered of them."""
+
+    def __init__(self, rules: Rules) -> None:
+        self._names = rules.partitions
+        self._kinds = (*_kinds_of_ipv4(rules), *_kinds_of_ipv6(rules))
+        self.values: list[dict[str, Any]] = [{} for _ in rules.partitions]
+        self.kept: list[dict[str, Any]] = [{} for _ in rules.partitions]
+        self.lost: dict[tuple[str, str], list[str]] = {}
+
+    def repeat(self, chosen: Chosen) -> None:
+        """Let a partition have what the choice before gave it."""
+        for kind in self._kinds:
+            if kind.applies:
+                kind.claim(getattr(chosen, kind.name))
+
+    def keep(self, index: int, before: Kept, *, settled: bool) -> None:
+        """Take what a partition had, as far as it fits. ``settled``: where nothing is said, it had the natural one."""
+        # what no kind stands for today is carried on: it may apply again tomorrow
+        kept = {name: value for name in FIELDS if (value := getattr(before, name)) is not None}
+        for kind in self._kinds:
+            had = kept.pop(kind.name, None)
+            if kind.applies:
+                self._take(kind, index, had, settled=settled)
+            elif had is not None:
+                self._remember(kind, index, had)
+        self.kept[index].update(kept)
+
+    def _take(self, kind: _Kind, index: int, had: Any, *, settled: bool) -> None:
+        if had is None and not settled:
+            return
+        value = _natural(kind, index) if had is None else kind.fits(had)
+        if value is not None and kind.claim(value):
+            self.values[index][kind.name] = value
+            if had is not None:
+                self._remember(kind, index, had)
+        elif value is not None or had is not None:
+            problem = f"outside of {kind.where}" if value is None else "in use twice"
+            self.lost.setdefault((kind.words, problem), []).append(self._names[index])
+
+    def complete(self, index: int) -> None:
+        """Give a partition what it still lacks."""
+        for kind in self._kinds:
+            if kind.applies and kind.name not in self.values[index]:
+                value = self.values[index][kind.name] = kind.new(index)
+                kind.claim(value)
+                self._remember(kind, index, kind.bare(value))
+
+    def _remember(self, kind: _Kind, index: int, bare: Any) -> None:
+        natural = _natural(kind, index)
+        if natural is None or kind.bare(natural) != bare:
+            self.kept[index][kind.name] = bare
 
 
 @dataclass(frozen=True, slots=True)
 class _Kind:
-    """One field of :class:`Chosen`, and how it is dealt with.
+    """One field of :class:`Chosen`, and how it is dealt with; ``applies`` says whether anybody wants it today.
 
     ``natural`` gives what follows from the index alone (None: nothing does), ``new`` the same or, where that is not free,
     another. ``fits`` turns what was kept into a value, None when it is outside of ``where``, the networks of today.
@@ -173,14 +292,7 @@ class _Kind:
     fits: Callable[[Any], Any]
     claim: Callable[[Any], bool]
     bare: Callable[[Any], Any] = _same
-
-
-def _old(kind: _Kind, kept: Any, index: int, *, settled: bool) -> tuple[Any, str]:
-    """The value that a partition had, claimed; None for none; and why it cannot keep it."""
-    value = kind.fits(kept) if kept is not None else _natural(kind, index) if settled else None
-    if value is None:
-        return None, f"outside of {kind.where}" if kept is not None else ""
-    return (value, "") if kind.claim(value) else (None, "in use twice")
+    applies: bool = True
 
 
 def _natural(kind: _Kind, index: int) -> Any:
@@ -190,35 +302,7 @@ def _natural(kind: _Kind, index: int) -> Any:
         return None
 
 
-def _keep(kinds: Mapping[str, _Kind], index: int, values: Mapping[str, Any], old: Kept) -> Kept:
-    """What to remember: what does not apply today is carried on, for it may again tomorrow."""
-    kept = {}
-    for name in FIELDS:
-        kind = kinds.get(name)
-        value = kind.bare(values[name]) if kind and name in values else getattr(old, name)
-        if value is None:
-            continue
-        natural = _natural(kind, index) if kind else None
-        if kind is None or natural is None or value != kind.bare(natural):
-            kept[name] = value
-    if not kept:
-        return NATURAL
-    now = Kept(**kept)
-    return old if now == old else now
-
-
-def _warning(words: str, problem: str, names: list[str]) -> str:
-    more = len(names) - _NAMED
-    whose = ", ".join(names[:_NAMED]) + (f" and {more} more" if more > 0 else "")
-    return f"{words} of {whose}: {problem}, derived anew"
-
-
 # --- the kinds ----------------------------------------------------------------------------------------------------------
-
-
-def _kinds(rules: Rules) -> dict[str, _Kind]:
-    found = {kind.name: kind for kind in (*_kinds_of_ipv4(rules), *_kinds_of_ipv6(rules))}
-    return {name: found[name] for name in FIELDS if name in found}
 
 
 def _kinds_of_ipv4(rules: Rules) -> Iterator[_Kind]:
@@ -291,9 +375,11 @@ def _kinds_of_ipv6(rules: Rules) -> Iterator[_Kind]:
         return found if int(found.ip) == first + index + 2 else None
 
     def fits_ipv6(kept: IPv6Address) -> IPv6Interface | None:
-        if kept not in network or kept == base.ip:
-            return None
-        return IPv6Interface((int(kept), network.prefixlen))
+        return IPv6Interface((int(kept), network.prefixlen)) if kept in network else None
+
+    def claim_ipv6(value: IPv6Interface) -> bool:
+        # slapformat gives a partition the node's own address where that is on its place
+        return value.ip != base.ip and occupied.add(int(value.ip), int(value.ip))
 
     def claim(value: IPv6Network) -> bool:
         return occupied.add(int(value.network_address), int(value.broadcast_address))
@@ -305,30 +391,30 @@ def _kinds_of_ipv6(rules: Rules) -> Iterator[_Kind]:
         natural=natural_ipv6,
         new=lambda index: addresses.partition_ipv6(base, index, occupied),
         fits=fits_ipv6,
-        claim=lambda value: occupied.add(int(value.ip), int(value.ip)),
+        claim=claim_ipv6,
         bare=lambda value: value.ip,
     )
-    if rules.ipv6_range:
-        yield _Kind(
-            name="ipv6_range",
-            words="IPv6 range",
-            where=where,
-            natural=lambda index: addresses.partition_range(base, index, shift),
-            new=lambda index: addresses.partition_range(base, index, shift, occupied),
-            fits=lambda kept: kept if kept.subnet_of(network) else None,
-            claim=claim,
-        )
+    yield _Kind(
+        name="ipv6_range",
+        words="IPv6 range",
+        where=where,
+        applies=rules.ipv6_range,
+        natural=lambda index: addresses.partition_range(base, index, shift),
+        new=lambda index: addresses.partition_range(base, index, shift, occupied),
+        fits=lambda kept: kept if kept.subnet_of(network) else None,
+        claim=claim,
+    )
     for applies, name, words, rule in (
         (rules.tap_ipv6, "tap_ipv6", "IPv6 of the tap", addresses.tap_ipv6),
         (rules.tun_ipv6, "tun_ipv6", "IPv6 of the tun", addresses.tun_ipv6),
     ):
-        if applies:
-            yield _Kind(
-                name=name,
-                words=words,
-                where=where,
-                natural=partial(rule, base, shift=shift),
-                new=partial(rule, base, shift=shift, occupied=occupied),
-                fits=lambda kept: kept if kept.network.subnet_of(network) else None,
-                claim=lambda value: claim(value.network),
-            )
+        yield _Kind(
+            name=name,
+            words=words,
+            where=where,
+            applies=applies,
+            natural=partial(rule, base, shift=shift),
+            new=partial(rule, base, shift=shift, occupied=occupied),
+            fits=lambda kept: kept if kept.network.subnet_of(network) else None,
+            claim=lambda value: claim(value.network),
+        )

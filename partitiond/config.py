@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from partitiond import config_network, config_reader
+from partitiond import config_network, config_reader, device_config
 from partitiond.config_reader import Reader
 from partitiond.errors import PartitiondError
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from partitiond.config_network import NetworkKeys
+    from partitiond.device_config import OperatorDevice
 
 # the control socket lies below it, and struct sockaddr_un holds 108 bytes
 _RUN_DIR_LENGTH = 90
@@ -34,7 +35,7 @@ _SLAPOS_KEYS = frozenset(
         " certificate_repository_path master_ca_file partition_amount environment pidfile_software pidfile_instance"
         " pidfile_report software_min_free_space instance_min_free_space maximum_periodicity promise_timeout"
         " partition_timeout manager_list root_check force_stop forbid_supervisord_automatic_launch buildout_debug"
-        " firewall ipv6_prefixshift"
+        " firewall ipv6_prefixshift instance_storage_home"
     ).split()
 )
 _FORMAT_KEYS = frozenset(
@@ -65,7 +66,6 @@ _NOT_YET = {
     "tap_guard": "the guard of tap frames",
     "metrics_listen": "the metrics listener",
     "master_fingerprint": "pinning the master's certificate",
-    "instance_storage_home": "external data directories",
 }
 _KNOWN: Mapping[str, frozenset[str]] = {
     "slapos": _SLAPOS_KEYS,
@@ -81,8 +81,9 @@ _OPEN_SECTIONS = (
     "accounting",
     "firewall",
     "routable_ipv4",
+    device_config.SECTION,
 )
-_LATER_SECTIONS = ("block_devices", "tap_allow")
+_LATER_SECTIONS = ("tap_allow",)
 
 # each is made the node's own
 _OWN_DIRECTORIES = (
@@ -156,7 +157,11 @@ class Config:
     maximum_periodicity: int
     shared_part_list: str
     offline_builds: bool
+    computer_xml: Path | None
+    computer_json: Path | None
     tunnels: tuple[OperatorTunnel, ...] = ()
+    instance_storage_home: Path | None = None
+    block_devices: tuple[OperatorDevice, ...] = ()
     warnings: tuple[str, ...] = field(default=(), compare=False)
     # file and drop-ins as one text, which reads back as the same configuration
     text: str = field(default="", compare=False, repr=False)
@@ -215,6 +220,21 @@ def _check_together(config: Config, reader: Reader) -> None:
             reader.bad(section, key, str(path), "a directory outside of software_root")
         if index and re.fullmatch(re.escape(config.partition_base) + "[0-9]+", index[0]):
             reader.bad(section, key, str(path), "a directory outside of the partitions")
+    _check_storage(config, reader)
+
+
+def _check_storage(config: Config, reader: Reader) -> None:
+    """Refuse what root will not pass through anyway: a home that the software user or a tenant could change."""
+    home, section = config.instance_storage_home, _storage_section(reader)
+    if home and home.is_relative_to(config.software_root):
+        reader.bad(section, "instance_storage_home", str(home), "a directory outside of software_root")
+    below = (
+        home.relative_to(config.instance_root).parts
+        if home and home.is_relative_to(config.instance_root)
+        else ()
+    )
+    if below and re.fullmatch(re.escape(config.partition_base) + "[0-9]+", below[0]):
+        reader.bad(section, "instance_storage_home", str(home), "a directory outside of the partitions")
 
 
 def _check_networks(config: Config, reader: Reader) -> None:
@@ -311,6 +331,11 @@ def _amount(reader: Reader) -> int:
     return reader.number("slapos" if elsewhere else "slapformat", "partition_amount", None, 0, 10000)
 
 
+def _storage_section(reader: Reader) -> str:
+    # slapformat reads both and lets [slapos] win, slapgrid only [slapos]
+    return "slapos" if reader.raw("slapos", "instance_storage_home") else "slapformat"
+
+
 def _name(reader: Reader, key: str, default: str) -> str:
     words = "lower-case letters, digits, - and _, at most 25"
     return reader.text("slapformat", key, default, _NAME, words)
@@ -390,6 +415,7 @@ def _build(path: Path, reader: Reader) -> Config:
     uid_base = reader.number("partitiond", "uid_base", 5000, 100, 2**31 - 1 - 10000)
     shift = _prefix_shift(reader, amount)
     key_file, cert_file = _key_pair(reader)
+    partition_base = _name(reader, "partition_base_name", "slappart")
     return Config(
         file=path,
         computer_id=reader.text(
@@ -430,7 +456,11 @@ def _build(path: Path, reader: Reader) -> Config:
         maximum_periodicity=reader.number("slapos", "maximum_periodicity", 86400, -1, 10**8),
         shared_part_list=reader.raw("slapos", "shared_part_list"),
         offline_builds=reader.truth("partitiond", "offline_builds", False),
+        computer_xml=reader.optional_path("slapformat", "computer_xml"),
+        computer_json=reader.optional_path("slapformat", "computer_json"),
         tunnels=tuple(_tunnels(reader)),
+        instance_storage_home=reader.optional_path(_storage_section(reader), "instance_storage_home"),
+        block_devices=device_config.block_devices(reader, partition_base, amount),
         warnings=tuple(reader.warnings),
         text=config_reader.merged(reader.parser),
     )

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from partitiond.events import EventLog
 from partitiond.master import MasterContact
 from partitiond.metering import Metering, ledger_path
+from partitiond.slapformat import Copies
 from partitiond.state import Store
 from partitiond.supervision import Supervisor
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
+    from partitiond.choices import Choice
     from partitiond.config import Config
     from partitiond.node import Node
     from slap_client.client import SlapClient
@@ -37,19 +39,21 @@ class Settings:
     config: Config
     supervisor: Supervisor
     events: EventLog
+    formatted: Copies
 
     @classmethod
     def of(cls, config: Config) -> Settings:
         """Make the settings of a configuration."""
-        return cls(config, Supervisor(config), EventLog(config.log_dir))
+        return cls(config, Supervisor(config), EventLog(config.log_dir), Copies(config))
 
 
 @dataclass(slots=True)
 class Context:
     """One node at work.
 
-    ``applying`` is held while the node is being changed; ``node`` is what the last look at it gave. ``looking`` is called
-    right before a look at the whole node: what was told of it until then is answered by that look.
+    ``applying`` is held while the node is being changed; ``node`` is what the last look at it gave, ``choice`` the
+    addresses that it gave to the partitions. ``looking`` is called right before a look at the whole node: what was told of
+    it until then is answered by that look.
     """
 
     current: Settings
@@ -57,6 +61,7 @@ class Context:
     meters: Metering
     master: MasterContact
     node: Node | None = None
+    choice: Choice | None = None
     stop: threading.Event = field(default_factory=threading.Event)
     applying: threading.RLock = field(default_factory=threading.RLock)
     wake_report: Callable[[], None] = _nobody
@@ -108,6 +113,11 @@ class Context:
     def events(self) -> EventLog:
         """The log of what happened."""
         return self._settings.events
+
+    @property
+    def formatted(self) -> Copies:
+        """What slapos.core left."""
+        return self._settings.formatted
 
     @property
     def client(self) -> SlapClient:

@@ -5,17 +5,18 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from netplan import apply as netplan_apply
 from netplan import observe as netplan_observe
 from netplan import plan as netplan_plan
 from netplan.model import BRIDGE_ALIAS
+from netplan.once import once, once_each
 from netplan.operations import RefusedOperation
 from partitiond import (
     addressing,
-    choices,
+    block_devices,
+    device_access,
     directories,
     execute,
     identities,
@@ -23,36 +24,46 @@ from partitiond import (
     node,
     resource_file,
     services,
+    storage,
     trial,
     tun_device,
     tunnels,
     users,
 )
-from partitiond.directories import DirectorySpec
+from partitiond.directories import DirectoryOperation, DirectorySpec
 from partitiond.errors import FAMILY, PartitiondError, sentence
 from partitiond.users import UserOperation, UserSpec
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
+    from pathlib import Path
 
     from netplan.model import ObservedNetwork
     from netplan.operations import Operation as NetworkOperation
+    from partitiond.choices import Choice
+    from partitiond.config import Config
     from partitiond.context import Context
     from partitiond.identities import PublicIdentity
     from partitiond.node import Node, Partition
     from partitiond.operation import AnyOperation
+    from partitiond.refusal import Refusal
+    from partitiond.state import InstanceState
     from partitiond.supervision import Process
     from partitiond.tunnels import PartitionTunnels
+    from partitiond.users import User
     from stunnel_mgr.model import Refused
 
 logger = logging.getLogger(__name__)
 
 _ROUNDS = 3
 PARTS = (
+    "withdrawals",
     "users",
     "directories",
+    "storage",
     "network",
     "devices",
+    "grants",
     "identities",
     "resources",
     "services",
@@ -69,22 +80,28 @@ class Observation:
     network: ObservedNetwork
     processes: tuple[Process, ...]
     node: Node
+    block_devices: block_devices.Observed
+    storage: storage.Observed
+    choice: Choice
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
     """The operations by part, in the order in which they are applied; ``declared`` are the tunnels they come from."""
 
+    withdrawals: tuple[block_devices.WithdrawOperation, ...] = ()
     users: tuple[UserOperation, ...] = ()
-    directories: tuple[directories.DirectoryOperation, ...] = ()
+    directories: tuple[DirectoryOperation, ...] = ()
+    storage: tuple[DirectoryOperation, ...] = ()
     network: tuple[NetworkOperation, ...] = ()
     devices: tuple[tun_device.DeviceOperation, ...] = ()
+    grants: tuple[block_devices.GrantOperation, ...] = ()
     identities: tuple[identities.IdentityOperation, ...] = ()
     resources: tuple[resource_file.ResourceOperation, ...] = ()
     services: tuple[services.ServiceOperation, ...] = ()
     tunnels: tuple[tunnels.TunnelOperation, ...] = ()
     leavers: tuple[UserOperation, ...] = ()
-    refused: tuple[Refused, ...] = ()
+    refused: tuple[Refused | Refusal, ...] = ()
     declared: Mapping[str, PartitionTunnels] = field(default_factory=dict)
 
     def __iter__(self) -> Iterator[AnyOperation]:
@@ -108,7 +125,7 @@ class Outcome:
     done: int = 0
     failures: list[tuple[str, Exception]] = field(default_factory=list)
     left: tuple[AnyOperation, ...] = ()
-    refused: tuple[Refused, ...] = ()
+    refused: tuple[Refused | Refusal, ...] = ()
     stands: bool = False
 
 
@@ -117,25 +134,28 @@ def observe(context: Context) -> Observation:
     config = context.config
     database = users.observe()
     look = netplan_observe.look()
-    here = addressing.own_ipv6(config, look)
-    base = addressing.choose_base(here, context.store.base())
-    rules = addressing.rules(config, base, look)
-    choice = choices.choose(rules, {})
-    found = node.build(
-        config,
-        rules.base,
-        base in here,
-        database.numbers(),
-        choice.chosen,
-        addressing.own_ipv4(config, look),
-        rules.tap_gateway,
-    )
+    choice, base_is_here = addressing.choose(context, look)
+    host_ipv4 = addressing.own_ipv4(config, look)
+    found = node.build(config, base_is_here, database.numbers(), choice, host_ipv4, context.node)
     network = netplan_observe.observe(found.network(), look)
-    if (
-        config is context.current.config
-    ):  # and not that of a pass that began before another one came into force
+    # and not that of a pass that began before another one came into force
+    if config is context.current.config:
         context.node = found
-    return Observation(database, network, context.supervisor.processes(), found)
+    return Observation(
+        database,
+        network,
+        context.supervisor.processes(),
+        found,
+        block_devices.observe(config, found.partitions, database),
+        storage.observe(config),
+        choice,
+    )
+
+
+@once
+def _strangers(database: users.UserDatabase, config: Config) -> list[User]:
+    roots = (f"{config.instance_root}/", f"{config.software_root}/")
+    return [user for user in database.users.values() if user.ours and not f"{user.home}/".startswith(roots)]
 
 
 def refuse_other_node(context: Context, database: users.UserDatabase) -> None:
@@ -143,12 +163,7 @@ def refuse_other_node(context: Context, database: users.UserDatabase) -> None:
 
     Told by the homes of our users, which lie below the roots of the configuration that made them.
     """
-    roots = (context.config.instance_root, context.config.software_root)
-    strangers = [
-        user
-        for user in database.users.values()
-        if user.ours and not any(Path(user.home).is_relative_to(root) for root in roots)
-    ]
+    strangers = _strangers(database, context.config)
     if strangers:
         raise PartitiondError(
             "node.other",
@@ -191,17 +206,20 @@ def _refuse_first_bridge(operations: tuple[NetworkOperation, ...], network: Obse
             raise one.error
 
 
+@once
 def desired_users(target: Node) -> tuple[UserSpec, ...]:
     """The software user and one user per partition, which is in the software user's group to read the software."""
     config = target.config
     software = UserSpec(config.software_user, None, str(config.software_root), (), None)
-    partitions = tuple(
-        UserSpec(item.user, item.uid, str(item.path), (config.software_user,), item.id)
-        for item in target.partitions
-    )
-    return (software, *partitions)
+    return (software, *(_user_of(item, config.software_user) for item in target.partitions))
 
 
+@once_each
+def _user_of(item: Partition, software_user: str) -> UserSpec:
+    return UserSpec(item.user, item.uid, str(item.path), (software_user,), item.id)
+
+
+@once
 def desired_directories(target: Node) -> tuple[DirectorySpec, ...]:
     """Every directory that must be there; parents first."""
     config = target.config
@@ -222,12 +240,17 @@ def desired_directories(target: Node) -> tuple[DirectorySpec, ...]:
         DirectorySpec(config.run_dir, root, root, 0o755),
     ]
     for item in target.partitions:
-        own += (
-            DirectorySpec(item.path, item.user, item.user, 0o750, item.id),
-            DirectorySpec(config.log_dir / item.id, root, item.user, 0o750, item.id),
-            DirectorySpec(identities.directory_of(config, item.id), root, item.user, 0o750, item.id),
-        )
+        own += _directories_of(item, config.log_dir, config.state_dir)
     return tuple(own)
+
+
+@once_each
+def _directories_of(item: Partition, log_dir: Path, state_dir: Path) -> tuple[DirectorySpec, ...]:
+    return (
+        DirectorySpec(item.path, item.user, item.user, 0o750, item.id),
+        DirectorySpec(log_dir / item.id, "root", item.user, 0o750, item.id),
+        DirectorySpec(state_dir / "tunnels" / item.id, "root", item.user, 0o750, item.id),
+    )
 
 
 def plan(context: Context, seen: Observation, *, force: bool = False) -> Plan:
@@ -246,8 +269,13 @@ def plan(context: Context, seen: Observation, *, force: bool = False) -> Plan:
     published = identities.observe(target)
     wanted_tunnels = declared_tunnels(context, target, published)
     running = frozenset(process.group for process in seen.processes if process.pid)
-    people = users.plan(desired_users(target), seen.users)
+    people = _plan_users(desired_users(target), seen.users)
+    disks = block_devices.plan(seen.block_devices)
+    data, unusable = storage.plan(target, seen.storage, numbers)
     return Plan(
+        withdrawals=disks.withdrawals,
+        grants=disks.grants,
+        storage=data,
         users=tuple(operation for operation in people if operation.spec),
         # a user goes last, when nothing of it runs and nothing is its own any more
         leavers=tuple(operation for operation in people if not operation.spec),
@@ -255,7 +283,7 @@ def plan(context: Context, seen: Observation, *, force: bool = False) -> Plan:
         network=network,
         devices=tun_device.plan(taps=context.config.create_tap and bool(target.partitions)),
         identities=identities.plan(target, published),
-        resources=resource_file.plan(target, published),
+        resources=resource_file.plan(target, published, _holdings(seen)),
         services=services.plan(context, target, seen.processes),
         tunnels=tuple(
             operation
@@ -263,6 +291,8 @@ def plan(context: Context, seen: Observation, *, force: bool = False) -> Plan:
             for operation in tunnels.plan(wanted, context.config, context.supervisor, running)
         ),
         refused=(
+            *disks.refused,
+            *unusable,
             *tunnels.homeless(target),
             *(
                 refusal
@@ -274,21 +304,34 @@ def plan(context: Context, seen: Observation, *, force: bool = False) -> Plan:
     )
 
 
+def _holdings(seen: Observation) -> dict[str, resource_file.Holdings]:
+    devices = seen.block_devices.given_names()
+    return {
+        item.id: resource_file.Holdings(tuple(devices.get(item.id, ())), tuple(seen.storage.paths(item.id)))
+        for item in seen.node.partitions
+    }
+
+
+_plan_users = once(users.plan)
+
+
 def declared_tunnels(
     context: Context, target: Node, published: Mapping[str, PublicIdentity | None]
 ) -> dict[str, PartitionTunnels]:
     """The tunnels of each partition by its id; ``published`` are the identities that are there."""
     certificates = {one.fingerprint: one.certificate_pem for one in published.values() if one}
-    found = [_tunnels_of(context, target, item, certificates) for item in target.partitions]
+    states = context.store.instances()
+    found = [_tunnels_of(states.get(item.id), target, item, certificates) for item in target.partitions]
     return {one.partition.id: one for one in tunnels.settle(context.config, found)}
 
 
 def _tunnels_of(
-    context: Context, target: Node, partition: Partition, certificates: Mapping[str, str]
+    state: InstanceState | None, target: Node, partition: Partition, certificates: Mapping[str, str]
 ) -> PartitionTunnels:
     """The tunnels of a partition: none while it is stopped or being destroyed."""
-    life = context.store.instance(partition.id)
-    if life.life in ("stopped", "destroying") or (life.life == "failed" and life.wanted == "stopped"):
+    if state is not None and (
+        state.life in ("stopped", "destroying") or (state.life == "failed" and state.wanted == "stopped")
+    ):
         return tunnels.PartitionTunnels(partition)
     return tunnels.declared(target, partition, certificates)
 
@@ -332,6 +375,7 @@ def apply(
         for _ in range(_ROUNDS):
             seen, whole = first or _look(context, only, force=force)
             first, todo = None, _only(whole, only)
+            _remember_addresses(context, seen, whole)
             outcome.left, outcome.refused = tuple(todo), todo.refused
             if not todo:
                 context.store.save_base(seen.node.base)
@@ -339,8 +383,10 @@ def apply(
             outcome.failures = _run(context, seen, todo)
             outcome.done += len(todo) - len(outcome.failures)
             if outcome.failures:
-                todo = _only(_look(context, only, force=force)[1], only)
+                seen, whole = _look(context, only, force=force)
+                todo = _only(whole, only)
                 outcome.left = tuple(todo)
+                _remember_addresses(context, seen, whole)
                 break
         outcome.stands = todo.stands
         if not only and outcome.stands and not trial.is_open(context.config.state_dir):
@@ -355,9 +401,22 @@ def _look(context: Context, only: frozenset[str], *, force: bool) -> tuple[Obser
     return seen, plan(context, seen, force=force)
 
 
+def _remember_addresses(context: Context, seen: Observation, whole: Plan) -> None:
+    """Remember the addresses that are in place, at once, whatever else may fail for long."""
+    if not whole.directories:
+        pending = frozenset(operation.partition for operation in whole.network)
+        context.store.save_addresses(seen.choice.in_place(pending))
+
+
 def _run(context: Context, seen: Observation, todo: Plan) -> list[tuple[str, Exception]]:
     """Run a plan part by part; a part that others stand on must succeed, the rest fail alone."""
     failures: list[tuple[str, Exception]] = []
+    # before any user is made: it might get the number of one that still had a device
+    kept = frozenset(
+        one.uid
+        for one in todo.withdrawals
+        if not _try(failures, one.id, partial(device_access.withdraw, one))
+    )
     users.apply(todo.users)
     numbers = users.observe().numbers() if todo.users else seen.users.numbers()
     directories.apply(todo.directories, numbers)
@@ -365,32 +424,50 @@ def _run(context: Context, seen: Observation, todo: Plan) -> list[tuple[str, Exc
         failures.append((failed.id, error))
     config = context.config
     calls: list[tuple[str, Callable[[], None]]] = [
+        *((one.id, partial(directories.apply, (one,), numbers)) for one in todo.storage),
         *((one.id, tun_device.apply) for one in todo.devices),
+        # what could not be taken from one is given to no other
+        *((one.id, partial(device_access.grant, one)) for one in todo.grants if not kept),
         *((one.id, partial(identities.make, config, one.owner)) for one in todo.identities),
-        *((one.id, partial(resource_file.write, seen.node, one.owner)) for one in todo.resources),
+        *((one.id, partial(_write_resource, seen, one.owner)) for one in todo.resources),
         *((one.id, partial(services.apply, context, one)) for one in todo.services),
         *((one.id, partial(tunnels.apply, one, config, context.supervisor)) for one in todo.tunnels),
     ]
     if todo.leavers:
-        calls.append(("users", partial(_remove_users, context, seen, todo.leavers)))
+        calls.append(("users", partial(_remove_users, context, seen, todo.leavers, kept)))
     for name, call in calls:
         _try(failures, name, call)
     return failures
 
 
-def _remove_users(context: Context, seen: Observation, leavers: tuple[UserOperation, ...]) -> None:
+def _write_resource(seen: Observation, partition: Partition) -> None:
+    # what was given a moment ago is already in it
+    devices = tuple(device_access.given_now(seen.block_devices, partition))
+    holdings = resource_file.Holdings(devices, tuple(seen.storage.paths(partition.id)))
+    resource_file.write(seen.node, partition, holdings)
+
+
+def _remove_users(
+    context: Context, seen: Observation, leavers: tuple[UserOperation, ...], kept: frozenset[int]
+) -> None:
+    """Remove users; ``kept`` are those that still have a device: the next one with their number would have it."""
+    going = []
     for leaver in leavers:
         user = seen.users.users[leaver.id.partition("/")[2]]
         execute.end_processes_of(user.uid, user.gid)
         if leaver.partition is not None:
             # whose the data is stays known; should there be room again, the instance is due
             context.store.make_due(leaver.partition)
-    users.apply(leavers)
+        if user.uid not in kept:
+            going.append(leaver)
+    users.apply(going)
 
 
-def _try(failures: list[tuple[str, Exception]], name: str, call: Callable[[], None]) -> None:
+def _try(failures: list[tuple[str, Exception]], name: str, call: Callable[[], None]) -> bool:
     try:
         call()
     except (*FAMILY, OSError) as error:
         failures.append((name, error))
         logger.warning("%s: %s", name, sentence(error))
+        return False
+    return True

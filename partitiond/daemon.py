@@ -25,6 +25,7 @@ from partitiond import (
     event_reader,
     execute,
     lanes,
+    memory,
     metrics,
     reload,
     status,
@@ -173,6 +174,7 @@ class Daemon:
     def run(self) -> int:
         """Run until SIGTERM or SIGINT; return the exit status. Raises a family error when the start fails."""
         context, config = self.context, self.context.config
+        memory.be_frugal()
         with exclusive(config.state_dir, "run"):
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, lambda *_: self._end())
@@ -181,6 +183,7 @@ class Daemon:
             try:
                 self._healer = Healer(context, watch, self._tally)
                 self._start_up()
+                memory.settle()
                 server = control.serve(config.run_dir / "control.sock", self._handle)
                 answering = threading.Thread(target=server.serve_forever, name="control", daemon=True)
                 for thread in (answering, watch, *self._lanes.values()):
@@ -265,6 +268,7 @@ class Daemon:
         assert self._healer is not None  # noqa: S101 - made before the lanes start
         self._trials.look()
         self._healer.run()
+        memory.trim()
 
     def _report(self, context: Context) -> Result:
         result = lanes.report(context)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from partitiond import converge
 from partitiond.errors import FAMILY, sentence
+from partitiond.refusal import Refusal
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -123,17 +124,18 @@ class Healer:
             return [partition.id for partition in node.partitions]
         return list(dict.fromkeys(one.partition for one in operations if one.partition))
 
-    def tell_refused(self, refused: Iterable[Refused]) -> None:
-        """Record tunnels that are newly refused."""
+    def tell_refused(self, refused: Iterable[Refused | Refusal]) -> None:
+        """Record what is newly refused; it may come and go while the node runs, as disks do."""
         now = {(one.name, one.reason): one for one in refused}
         for key in now.keys() - self._refused:
             one = now[key]
             logger.warning("%s: refused: %s", one.name, one.reason)
+            kind = one.resource if isinstance(one, Refusal) else "tunnel"
             self._context.events.record(
-                "tunnel.refused",
+                f"{kind}.refused",
                 f"{one.name}: {one.reason}",
                 partition=one.partition,
-                resource=f"tunnel/{one.name}",
+                resource=f"{kind}/{one.name}",
                 reason=one.reason,
             )
         self._refused = frozenset(now)

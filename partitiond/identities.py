@@ -10,10 +10,12 @@ import hashlib
 import os
 import stat
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING
 
 from partitiond import files
 from partitiond.operation import Operation
+from partitiond.settled import Settled
 from stunnel_mgr import render
 
 if TYPE_CHECKING:
@@ -23,12 +25,20 @@ if TYPE_CHECKING:
     from partitiond.config import Config
     from partitiond.node import Node, Partition
 
+_read: Settled[PublicIdentity | None] = Settled()
+
 CERTIFICATE_FILE, KEY_FILE = render.IDENTITY_FILES["partition"]
 
 
 def directory_of(config: Config, partition: str) -> Path:
     """Where identity, pins and configuration of a partition's tunnels lie."""
-    return config.state_dir / "tunnels" / partition
+    return _directory(config.state_dir, partition)
+
+
+@lru_cache(maxsize=4096)
+def _directory(state_dir: Path, partition: str) -> Path:
+    # asked for several times a pass for each partition, and joining paths is what a pass would spend most of its time with
+    return state_dir / "tunnels" / partition
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,14 +59,11 @@ class IdentityOperation(Operation):
 
 def read(config: Config, partition: Partition) -> PublicIdentity | None:
     """Read what is published; None when it is missing or damaged. Cheap: no key is parsed."""
-    import ssl  # noqa: PLC0415 - only where identities are looked at
-    from base64 import b64encode  # noqa: PLC0415
-
     directory = directory_of(config, partition.id)
     try:
-        pem = (directory / CERTIFICATE_FILE).read_text("ascii")
-        key = os.lstat(directory / KEY_FILE)
-        der = ssl.PEM_cert_to_DER_cert(pem)
+        with open(f"{directory}/{CERTIFICATE_FILE}", "rb", buffering=0) as stream:
+            published = _published(stream.read().decode("ascii"))
+        key = os.lstat(f"{directory}/{KEY_FILE}")
     except (OSError, ValueError):
         return None
     if (
@@ -65,12 +72,31 @@ def read(config: Config, partition: Partition) -> PublicIdentity | None:
         or not key.st_size
     ):
         return None
+    return published
+
+
+@lru_cache(maxsize=4096)
+def _published(pem: str) -> PublicIdentity:
+    """Derive from a certificate what others may know. Raises ValueError."""
+    import ssl  # noqa: PLC0415 - only where identities are looked at
+    from base64 import b64encode  # noqa: PLC0415
+
+    der = ssl.PEM_cert_to_DER_cert(pem)
     return PublicIdentity(pem, b64encode(der).decode(), "sha256:" + hashlib.sha256(der).hexdigest())
 
 
 def observe(node: Node) -> dict[str, PublicIdentity | None]:
     """Read what all partitions publish, by partition."""
-    return {partition.id: read(node.config, partition) for partition in node.partitions}
+    base = f"{node.config.state_dir}/tunnels"
+    return {
+        item.id: _read.get(
+            f"{base}/{item.id}",
+            (f"{base}/{item.id}/{CERTIFICATE_FILE}", f"{base}/{item.id}/{KEY_FILE}"),
+            item.uid,
+            partial(read, node.config, item),
+        )
+        for item in node.partitions
+    }
 
 
 def plan(node: Node, published: Mapping[str, PublicIdentity | None]) -> tuple[IdentityOperation, ...]:

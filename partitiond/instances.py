@@ -16,7 +16,17 @@ from typing import TYPE_CHECKING
 
 from accounting.errors import AccountingError
 from netplan.errors import NetplanError
-from partitiond import buildout, certificates, converge, destroy_guard, execute, files, identities, tunnels
+from partitiond import (
+    buildout,
+    certificates,
+    converge,
+    destroy_guard,
+    execute,
+    files,
+    identities,
+    storage,
+    tunnels,
+)
 from partitiond.errors import FAMILY, PartitiondError, sentence
 from partitiond.passes import Result, pause_after, report
 from partitiond.state import InstanceState
@@ -406,6 +416,7 @@ def _clean(context: Context, node: Node, partition: Partition) -> None:
     identities.remove(context.config, partition)
     with files.directory(partition.path) as descriptor:
         files.empty(descriptor)
+    storage.empty(context.config, partition.id)
     logs = context.config.log_dir / partition.id
     if logs.is_dir():
         with files.directory(logs) as descriptor:

@@ -10,7 +10,7 @@ import platform
 from ipaddress import IPv4Interface
 from typing import TYPE_CHECKING
 
-from partitiond import __version__, converge, instances, softwares, trial
+from partitiond import __version__, converge, instances, softwares, storage, trial
 from partitiond.errors import PartitiondError
 from partitiond.passes import Result
 from slap_client.capacity import CapacityNode, CapacityPartition, CapacityTap, capacity_description
@@ -76,6 +76,7 @@ def description(target: Node) -> dict[str, Value]:
             + ("" if keys.partition_network else ", or set ipv4_partition_network on a node without IPv6"),
             retryable=True,
         )
+    data = storage.observe(config)
     return capacity_description(
         CapacityNode(
             reference=config.computer_id,
@@ -93,8 +94,9 @@ def description(target: Node) -> dict[str, Value]:
             partition_has_ipv6_range=config.ipv6_range,
             tap_gateway_interface=keys.tap_gateway_interface or "",
             tap_ipv6=keys.tap_ipv6,
+            instance_storage_home=str(config.instance_storage_home) if config.instance_storage_home else None,
         ),
-        [_offer(item, target) for item in target.partitions],
+        [_offer(item, target, data) for item in target.partitions],
     )
 
 
@@ -106,7 +108,7 @@ def _distribution() -> tuple[str, str, str]:
     return (found.get("ID", ""), found.get("VERSION_ID", ""), found.get("NAME", ""))
 
 
-def _offer(partition: Partition, target: Node) -> CapacityPartition:
+def _offer(partition: Partition, target: Node, data: storage.Observed) -> CapacityPartition:
     network = partition.network
     world = target.config.network.partition_network
     return CapacityPartition(
@@ -120,6 +122,7 @@ def _offer(partition: Partition, target: Node) -> CapacityPartition:
         public_ipv4=IPv4Interface((int(network.public_ipv4), world.prefixlen))
         if network.public_ipv4 and world
         else None,
+        external_storage=tuple(data.paths(partition.id)),
         tap=_tap(partition, target),
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from accounting.disk import DiskMeter
@@ -12,6 +13,7 @@ from accounting.ledger import Ledger
 from accounting.model import CountReading, GaugeReading, Pass, TrafficReading
 from accounting.processes import ProcessMeter
 from netplan import counters
+from partitiond import storage
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -34,6 +36,9 @@ class Metering:
     _processes: ProcessMeter = field(default_factory=ProcessMeter)
     _disk: DiskMeter = field(default_factory=lambda: DiskMeter(entries_per_pass=50_000, seconds_per_pass=0.5))
     _disk_at: float = float("-inf")
+    # a partition may have several trees; the sizes are of those that were walked to their end
+    _disk_trees: frozenset[str] = frozenset()
+    _disk_bytes: dict[str, int] = field(default_factory=dict)
 
     def record(self, context: Context, node: Node) -> tuple[Gap, ...]:
         """Read all meters and post them. Raises AccountingError, NetplanError; the next pass makes up for a failed one."""
@@ -43,9 +48,12 @@ class Metering:
             return self._ledger.record(self._read(context, node))
 
     def forget(self, partition: str) -> None:
-        """Let go of a partition's directory before it is emptied."""
+        """Let go of a partition's directories before they are emptied."""
         with self._turn:
-            self._disk.forget(partition)
+            for tree in self._disk_trees:
+                if _owner(tree) == partition:
+                    self._disk.forget(tree)
+                    self._disk_bytes.pop(tree, None)
 
     def close(self) -> None:
         """Close the ledger; nothing is kept back in memory."""
@@ -81,12 +89,35 @@ class Metering:
         # walking trees costs the most of all meters and says the least about the last seconds
         if time.monotonic() - self._disk_at < _DISK_SECONDS:
             return
-        measured = self._disk.measure({item.id: item.path for item in node.partitions})
-        if len(measured) == len(node.partitions) and all(usage.finished for usage in measured.values()):
+        trees = _trees(node)
+        self._disk_trees = frozenset(trees)
+        measured = self._disk.measure(trees)
+        if len(measured) == len(trees) and all(usage.finished for usage in measured.values()):
             self._disk_at = time.monotonic()
-        for partition, usage in measured.items():
-            if usage.finished:
-                yield GaugeReading(partition, "disk_bytes", usage.bytes)
+        finished = {tree: usage.bytes for tree, usage in measured.items() if usage.finished}
+        self._disk_bytes = {
+            tree: size for tree, size in (self._disk_bytes | finished).items() if tree in trees
+        }
+        parts: dict[str, list[str]] = {}
+        for tree in trees:
+            parts.setdefault(_owner(tree), []).append(tree)
+        for partition in {_owner(tree) for tree in finished}:
+            if all(tree in self._disk_bytes for tree in parts[partition]):
+                yield GaugeReading(
+                    partition, "disk_bytes", sum(self._disk_bytes[tree] for tree in parts[partition])
+                )
+
+
+def _trees(node: Node) -> dict[str, Path]:
+    """What counts as disk space: each partition's directory, and those on other disks."""
+    data = storage.observe(node.config).data
+    return {item.id: item.path for item in node.partitions} | {
+        f"{item.id} {place.name}": place / item.id for place in data for item in node.partitions
+    }
+
+
+def _owner(tree: str) -> str:
+    return tree.partition(" ")[0]
 
 
 def _addresses(reading: counters.CounterReading, known: dict[str, Partition]) -> Iterator[TrafficReading]:
@@ -108,6 +139,10 @@ def _addresses(reading: counters.CounterReading, known: dict[str, Partition]) ->
         )
 
 
+# thousands a pass, always the same, and slow to write
+_text = lru_cache(maxsize=8192)(str)
+
+
 def _address(partition: Partition, family: str) -> str | None:
     network = partition.network
     routable = network.routable_ipv4.interface.ip if network.routable_ipv4 else None
@@ -118,7 +153,7 @@ def _address(partition: Partition, family: str) -> str | None:
         "public4": network.public_ipv4,
         "routable4": routable,
     }.get(family)
-    return None if found is None else str(found)
+    return None if found is None else _text(found)
 
 
 def _taps(known: dict[str, Partition]) -> Iterator[TrafficReading]:

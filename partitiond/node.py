@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from netplan import addresses
 from netplan.model import BridgeSpec, DesiredNetwork, PartitionNetwork, TapSpec, TunSpec
+from netplan.once import once
 
 if TYPE_CHECKING:
     import ipaddress
     from collections.abc import Mapping
     from pathlib import Path
 
-    from partitiond.choices import Chosen
+    from partitiond.choices import Choice, Chosen
     from partitiond.config import Config
 
 
@@ -30,6 +32,7 @@ class Partition:
     ipv4: ipaddress.IPv4Address
     network: PartitionNetwork
     guest_mac: str | None
+    chosen: Chosen
 
     @property
     def ipv6(self) -> ipaddress.IPv6Address | None:
@@ -37,20 +40,30 @@ class Partition:
         return self.network.ipv6.ip if self.network.ipv6 else None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Node:
     """The desired node; ``base_is_here`` is false while the interface has lost its own address.
 
-    ``host_ipv4`` is the node's own IPv4, where partitions have some that others reach; ``tap_gateway`` that of
-    ``tap_gateway_interface``.
+    ``host_ipv4`` is the node's own IPv4, where partitions have some that others reach; ``choice`` says by what the
+    addresses were chosen. As long as nothing of it changes, it is the same object: what follows from it need not be
+    computed again.
     """
 
     config: Config
-    base: ipaddress.IPv6Interface | None
+    choice: Choice
     base_is_here: bool
     partitions: tuple[Partition, ...]
     host_ipv4: ipaddress.IPv4Interface | None = None
-    tap_gateway: ipaddress.IPv4Interface | None = None
+
+    @property
+    def base(self) -> ipaddress.IPv6Interface | None:
+        """The node's own IPv6 address, of which those of the partitions are derived."""
+        return self.choice.rules.base
+
+    @property
+    def tap_gateway(self) -> ipaddress.IPv4Interface | None:
+        """The IPv4 address of ``tap_gateway_interface``."""
+        return self.choice.rules.tap_gateway
 
     def partition(self, name: str) -> Partition | None:
         """Return the partition of that id, or None."""
@@ -58,12 +71,17 @@ class Node:
 
     def network(self) -> DesiredNetwork:
         """What netplan should make."""
+        return _network(self)
+
+    def _network(self) -> DesiredNetwork:
         # the kernel takes no source hint that is not an address of the host
         host = self.base.ip if self.base and self.base_is_here else None
         host4 = self.host_ipv4.ip if self.host_ipv4 else None
         config, keys = self.config, self.config.network
         bridge = None
-        if keys.bridge:
+        # a bridge that bears the node's own address is made by whoever gives that address
+        bears = keys.bridge in (keys.interface, keys.ipv4_interface)
+        if keys.bridge and (keys.bridge_ports or not bears):
             mac = addresses.bridge_mac(config.computer_id)
             bridge = BridgeSpec(keys.bridge, mac, keys.bridge_ports)
         return DesiredNetwork(
@@ -80,30 +98,69 @@ class Node:
         )
 
 
+@once
+def _network(node: Node) -> DesiredNetwork:
+    return node._network()  # noqa: SLF001 - its own, remembered
+
+
 def build(
     config: Config,
-    base: ipaddress.IPv6Interface | None,
     base_is_here: bool,
     uids: Mapping[str, tuple[int, int]],
-    chosen: Mapping[str, Chosen],
+    choice: Choice,
     host_ipv4: ipaddress.IPv4Interface | None = None,
-    tap_gateway: ipaddress.IPv4Interface | None = None,
+    last: Node | None = None,
 ) -> Node:
-    """Compute the node.
+    """Compute the node; what is as in the ``last`` one is taken over from it.
 
-    ``uids`` maps the names of existing users to their (uid, gid): a user that exists keeps its number. ``chosen`` has the
-    addresses of each partition.
+    ``uids`` maps the names of existing users to their (uid, gid): a user that exists keeps its number. ``choice`` says
+    which addresses are whose.
     """
+    old = _reusable(last, config)
     partitions = tuple(
-        _partition(config, index, uids, chosen[f"{config.partition_base}{index}"])
-        for index in range(config.partition_amount)
+        _partition(config, index, uids, choice.chosen[name], old.get(name))
+        for index, name in enumerate(names(config))
     )
-    return Node(config, base, base_is_here, partitions, host_ipv4, tap_gateway)
+    same = last is not None and all(map(operator.is_, partitions, last.partitions))
+    if last is not None and same and len(partitions) == len(last.partitions):
+        parts = (last.config is config, last.choice is choice, last.base_is_here == base_is_here)
+        if all(parts) and last.host_ipv4 == host_ipv4:
+            return last
+    return Node(config, choice, base_is_here, partitions, host_ipv4)
 
 
-def _partition(config: Config, index: int, uids: Mapping[str, tuple[int, int]], chosen: Chosen) -> Partition:
+def _reusable(last: Node | None, config: Config) -> dict[str, Partition]:
+    """The partitions of the last node, if nothing of the configuration changed that goes into each of them."""
+    if last is None or _shape(last.config) != _shape(config):
+        return {}
+    return {item.id: item for item in last.partitions}
+
+
+def _shape(config: Config) -> tuple[object, ...]:
+    return (
+        *(config.computer_id, config.instance_root, config.partition_base, config.user_base, config.tap_base),
+        *(config.create_tap, config.network.bridge, config.network.create_tun),
+    )
+
+
+def names(config: Config) -> tuple[str, ...]:
+    """The ids of the partitions, by index."""
+    return tuple(f"{config.partition_base}{index}" for index in range(config.partition_amount))
+
+
+def _partition(
+    config: Config,
+    index: int,
+    uids: Mapping[str, tuple[int, int]],
+    chosen: Chosen,
+    old: Partition | None,
+) -> Partition:
     name, user = f"{config.partition_base}{index}", f"{config.user_base}{index}"
     uid, gid = uids.get(user, (config.uid_base + index, config.uid_base + index))
+    routable = config.network.routable.get(name)
+    now = (chosen, uid, gid, routable)
+    if old is not None and (old.chosen, old.uid, old.gid, old.network.routable_ipv4) == now:
+        return old
     tap = tun = None
     if config.create_tap:
         tap = TapSpec(
@@ -126,7 +183,7 @@ def _partition(config: Config, index: int, uids: Mapping[str, tuple[int, int]], 
         ipv6_range=chosen.ipv6_range,
         ipv4=chosen.ipv4,
         public_ipv4=chosen.public_ipv4,
-        routable_ipv4=config.network.routable.get(name),
+        routable_ipv4=routable,
     )
     return Partition(
         id=name,
@@ -138,4 +195,5 @@ def _partition(config: Config, index: int, uids: Mapping[str, tuple[int, int]], 
         ipv4=chosen.ipv4,
         network=network,
         guest_mac=addresses.tap_mac(config.computer_id, name) if tap else None,
+        chosen=chosen,
     )

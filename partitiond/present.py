@@ -69,11 +69,16 @@ def _operation(operation: dict[str, Any]) -> str:
 
 
 def _refusals(refused: Sequence[dict[str, Any]]) -> list[str]:
-    return [
-        f"{colour('!', 'red')} tunnel {one['name']} is refused: {one['file']}"
-        f"{':' + str(one['line']) if one['line'] else ''}: {printable(one['reason'])}"
-        for one in refused
-    ]
+    lines = []
+    for one in refused:
+        place = f"{one['file']}{':' + str(one['line']) if one['line'] else ''}"
+        what = one["resource"].replace("-", " ")
+        lines.append(
+            f"{colour('!', 'red')} {what} {one['name']} is refused: {place}: [{one['code']}] {printable(one['reason'])}"
+        )
+        if one["hint"]:
+            lines.append(f"    next: {printable(one['hint'])}")
+    return lines
 
 
 def _failures(found: Sequence[dict[str, Any]]) -> list[str]:
@@ -184,6 +189,7 @@ def show(item: dict[str, Any]) -> str:
         ("instance", item["instance_guid"]),
         *(("process", f"{one['name']} {one['state']} {one['pid'] or ''}") for one in item["processes"]),
         *(("tunnel", name) for name in item["tunnels"]),
+        *(("block device", name) for name in item["block_devices"]),
         *(("drift", name) for name in item["drift"]),
     ]
     lines = [item["id"], *(f"  {name:<12}{_cell(value)}" for name, value in rows)]

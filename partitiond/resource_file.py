@@ -1,7 +1,7 @@
 """``.slapos-resource``: what a partition's software may know of its own resources, as JSON.
 
 The keys of slapos.core 1.26 (``tap``, ``tun``, ``address_list``, ``ipv6_range``, …), and ours: the certificate of the
-partition's tunnel identity, and the MAC proposed for a guest on its tap.
+partition's tunnel identity, the MAC proposed for a guest on its tap, and the block devices that it may use.
 """
 
 from __future__ import annotations
@@ -11,12 +11,14 @@ import json
 import os
 import secrets
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from netplan import addresses as netaddresses
 from partitiond import files, identities
 from partitiond.errors import PartitiondError
 from partitiond.operation import Operation
+from partitiond.settled import Settled
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
 NAME = ".slapos-resource"
 _LIMIT = 64 * 1024
 _IPV4_MASK = "255.255.255.255"
+# the link of a tenant in its place is looked at itself (lstat), never what it leads to
+_is_right: Settled[bool] = Settled()
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +45,15 @@ def netmask6(prefixlen: int) -> str:
     return str(ipaddress.IPv6Network(("::", prefixlen)).netmask)
 
 
-def content(node: Node, partition: Partition, identity: PublicIdentity | None) -> bytes:
+@dataclass(frozen=True, slots=True)
+class Holdings:
+    """What a partition has besides its network: stable names of its block devices, directories on other disks."""
+
+    block_devices: tuple[str, ...] = ()
+    external_storage: tuple[str, ...] = ()
+
+
+def content(node: Node, partition: Partition, identity: PublicIdentity | None, holdings: Holdings) -> bytes:
     """What the file should hold now."""
     network = partition.network
     value: dict[str, Any] = {
@@ -57,7 +69,8 @@ def content(node: Node, partition: Partition, identity: PublicIdentity | None) -
         }
         if network.ipv6_range
         else {},
-        "external_storage_list": [],
+        "external_storage_list": list(holdings.external_storage),
+        "block_devices": list(holdings.block_devices),
         "certificate": identity.certificate_base64 if identity else "",
         "certificate_fingerprint": identity.fingerprint if identity else "",
     }
@@ -136,22 +149,30 @@ def addresses(node: Node, partition: Partition) -> list[dict[str, str]]:
     return found
 
 
-def plan(node: Node, published: Mapping[str, PublicIdentity | None]) -> tuple[ResourceOperation, ...]:
+def plan(
+    node: Node, published: Mapping[str, PublicIdentity | None], holdings: Mapping[str, Holdings]
+) -> tuple[ResourceOperation, ...]:
     """Which files are missing or differ; a file that cannot be read as a plain one differs."""
     operations = []
     for partition in node.partitions:
+        path = f"{partition.path}/{NAME}"
+        given = (partition, published[partition.id], holdings[partition.id], node.tap_gateway)
         try:
-            with files.directory(partition.path) as descriptor:
-                found = files.read(NAME, dir_fd=descriptor, limit=_LIMIT, owners=frozenset((0,)))
+            right = _is_right.get(path, (path,), given, partial(_compare, node, *given[:3]))
         except FileNotFoundError:
             operations.append(_operation(partition, "create", "missing"))
-            continue
         except PartitiondError as error:
             operations.append(_operation(partition, "change", str(error)))
-            continue
-        if found != content(node, partition, published[partition.id]):
-            operations.append(_operation(partition, "change", "says something else"))
+        else:
+            if not right:
+                operations.append(_operation(partition, "change", "says something else"))
     return tuple(operations)
+
+
+def _compare(node: Node, partition: Partition, identity: PublicIdentity | None, holdings: Holdings) -> bool:
+    with files.directory(partition.path) as descriptor:
+        found = files.read(NAME, dir_fd=descriptor, limit=_LIMIT, owners=frozenset((0,)))
+    return found == content(node, partition, identity, holdings)
 
 
 def _operation(partition: Partition, action: str, reason: str) -> ResourceOperation:
@@ -167,13 +188,13 @@ def _operation(partition: Partition, action: str, reason: str) -> ResourceOperat
     )
 
 
-def write(node: Node, partition: Partition) -> None:
+def write(node: Node, partition: Partition, holdings: Holdings) -> None:
     """Write the file: root's, readable by everybody who may enter the partition. Raises OSError.
 
     A directory in its place, which only the tenant can have made, is moved aside: else it would hold up the node's plan.
     """
     with files.directory(partition.path) as descriptor:
-        text = content(node, partition, identities.read(node.config, partition))
+        text = content(node, partition, identities.read(node.config, partition), holdings)
         try:
             files.write(NAME, text, dir_fd=descriptor, mode=0o644)
         except IsADirectoryError:

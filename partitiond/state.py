@@ -13,6 +13,7 @@ from ipaddress import IPv6Interface
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 from partitiond import files
+from partitiond.choices import FIELDS, NATURAL, PARSERS, Kept
 from partitiond.errors import PartitiondError
 
 if TYPE_CHECKING:
@@ -53,6 +54,11 @@ class SoftwareState:
     error: str | None = None
 
 
+_INSTANCE_HINT = "move it away; the instance is configured again"
+_ADDRESSES_HINT = (
+    "restore it from a backup; without it, addresses that were not the natural ones are chosen anew"
+)
+
 State = TypeVar("State", InstanceState, SoftwareState)
 
 
@@ -68,7 +74,10 @@ class Store:
         self._instances = state_dir / "instances"
         self._software = state_dir / "software"
         self._base = state_dir / "base-address"
-        self._of_addresses = (self._base,)
+        self._addresses = state_dir / "addresses.json"
+        # what the file of that inode, size and time holds: it is asked for in each pass, and hardly ever changes
+        self._kept: tuple[object, Mapping[str, Kept]] = (None, {})
+        self._of_addresses = (self._base, self._addresses)
 
     def instance(self, partition: str) -> InstanceState:
         """The state of a partition; a free one when nothing is known."""
@@ -125,6 +134,25 @@ class Store:
         if base is not None and base != self.base():
             files.write_path(self._base, f"{base}\n".encode(), mode=0o600)
 
+    def addresses(self) -> Mapping[str, Kept]:
+        """What is remembered of the partitions' addresses: of each that was in place once, where it was not natural.
+
+        As long as the file is the same, so is the object.
+        """
+        mark = _mark(self._addresses)
+        if mark != self._kept[0]:
+            self._kept = (mark, _kept(self._addresses, self._read(self._addresses, _ADDRESSES_HINT) or {}))
+        return self._kept[1]
+
+    def save_addresses(self, kept: Mapping[str, Kept]) -> None:
+        """Remember the addresses, and forget those of other partitions; nothing is written when they are the same."""
+        if kept != self.addresses():
+            partitions = {
+                name: {key: str(value) for key in FIELDS if (value := getattr(one, key)) is not None}
+                for name, one in kept.items()
+            }
+            self._write(self._addresses, {"partitions": partitions})
+
     def memory(self) -> dict[str, str | None]:
         """What the addresses of partitions hang on, by file: a trial that is taken back must not have changed it."""
         return {path.name: _text(path) for path in self._of_addresses}
@@ -146,16 +174,44 @@ class Store:
         path.parent.mkdir(mode=0o700, exist_ok=True)
         files.write_path(path, json.dumps(value, sort_keys=True).encode(), mode=0o600)
 
-    def _read(self, path: Path) -> dict[str, Any] | None:
+    def _read(self, path: Path, hint: str = _INSTANCE_HINT) -> dict[str, Any] | None:
         try:
             value = json.loads(path.read_bytes())
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as error:
-            raise _damaged(path, str(error)) from error
+            raise _damaged(path, str(error), hint) from error
         if not isinstance(value, dict):
-            raise _damaged(path, "is no object")
+            raise _damaged(path, "is no object", hint)
         return value
+
+
+def _mark(path: Path) -> object:
+    """What changes whenever a file is replaced; None without one."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _kept(path: Path, found: dict[str, Any]) -> dict[str, Kept]:
+    """Decode what was read; fields of a later version are left out."""
+    rows = found.get("partitions", {})
+    if not isinstance(rows, dict):
+        raise _damaged(path, "partitions is no object", _ADDRESSES_HINT)
+    try:
+        return {name: _kept_row(row) if row != {} else NATURAL for name, row in rows.items()}
+    except ValueError as error:
+        raise _damaged(path, str(error), _ADDRESSES_HINT) from error
+
+
+def _kept_row(row: object) -> Kept:
+    """Decode one partition. Raises ValueError."""
+    if not isinstance(row, dict) or not all(isinstance(row.get(key, ""), str) for key in FIELDS):
+        raise ValueError(f"{row!r} is no object of texts")
+    values: dict[str, Any] = {key: PARSERS[key](row[key]) for key in FIELDS if key in row}
+    return Kept(**values)
 
 
 def _state(kind: type[State], path: Path, found: dict[str, Any]) -> State:
@@ -184,10 +240,10 @@ def _text(path: Path) -> str | None:
         return None
 
 
-def _damaged(path: Path, why: str) -> PartitiondError:
+def _damaged(path: Path, why: str, hint: str = _INSTANCE_HINT) -> PartitiondError:
     return PartitiondError(
         "state.damaged",
         f"cannot be read: {why}",
         resource=str(path),
-        hint="move it away; the instance is configured again",
+        hint=hint,
     )

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from partitiond import converge, identities, last_good, trial, tunnels
+from partitiond.refusal import Refusal
 from stunnel_mgr import sessions
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ def node(context: Context) -> dict[str, Any]:
             "interface": config.network.interface,
             "bridge": config.network.bridge,
             "trial": trial.as_json(config.state_dir),
-            "open_cases": _open_cases(seen.node),
+            "open_cases": [*_open_cases(seen.node), *_refused_resources(todo)],
             "drift": [operation.id for operation in todo if operation.partition is None],
         },
         "partitions": [_partition(context, item, seen, todo) for item in seen.node.partitions],
@@ -85,6 +86,15 @@ def _is_off(setting: Path) -> bool:
         return True
 
 
+def _refused_resources(todo: Plan) -> list[str]:
+    """What is refused but the tunnels, which have a list of their own."""
+    return [
+        f"{one.name}{f' of {one.partition}' if one.partition else ''} is refused: {one.reason}"
+        for one in todo.refused
+        if isinstance(one, Refusal)
+    ]
+
+
 def partition(context: Context, name: str) -> dict[str, Any] | None:
     """The object of one partition, or None."""
     return next((item for item in node(context)["partitions"] if item["id"] == name), None)
@@ -129,7 +139,7 @@ def _partition(context: Context, item: Partition, seen: Observation, todo: Plan)
         if network.routable_ipv4
         else None,
         "vpn_ipv4": None,
-        "block_devices": [],
+        "block_devices": seen.block_devices.given(item),
         "software_release": state.software_release,
         "instance_guid": state.instance_guid,
         "processes": [_process(process) for process in seen.processes if process.group == item.id],

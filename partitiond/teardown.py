@@ -9,7 +9,7 @@ from netplan import apply as netplan_apply
 from netplan import observe as netplan_observe
 from netplan import plan as netplan_plan
 from netplan.model import DesiredNetwork
-from partitiond import execute, files, last_good, users
+from partitiond import block_devices, device_access, execute, files, last_good, storage, users
 from partitiond.converge import Outcome, refuse_other_node
 from partitiond.errors import FAMILY, sentence
 
@@ -31,9 +31,11 @@ def run(context: Context, *, purge: bool) -> Outcome:
         steps: list[tuple[str, Callable[[], None]]] = [
             ("supervisord", lambda: _supervisord(context)),
             ("processes", _processes),
+            ("block devices", lambda: _devices(context, outcome)),
             ("network", lambda: _network(outcome)),
+            *((("storage", lambda: storage.purge(context.config)),) if purge else ()),
             ("data", lambda: _purge(context.config)) if purge else ("state", lambda: _state(context)),
-            ("users", _users),
+            ("users", lambda: _users(context.config)),
         ]
         for name, step in steps:
             try:
@@ -59,6 +61,10 @@ def _processes() -> None:
             execute.end_processes_of(user.uid, user.gid)
 
 
+def _devices(context: Context, outcome: Outcome) -> None:
+    outcome.failures += device_access.withdraw_all(context.config, users.observe())
+
+
 def _network(outcome: Outcome) -> None:
     nothing = DesiredNetwork()
     for operation, error in netplan_apply.apply(netplan_plan.plan(nothing, netplan_observe.observe(nothing))):
@@ -66,8 +72,15 @@ def _network(outcome: Outcome) -> None:
         logger.warning("%s: %s", operation.id, sentence(error))
 
 
-def _users() -> None:
-    users.apply(users.plan((), users.observe()))
+def _users(config: Config) -> None:
+    """Remove the users, but those that still have a device: the next one with their number would have it."""
+    database = users.observe()
+    kept = {uid for _, uid in block_devices.observe(config, (), database).held}
+    users.apply(
+        operation
+        for operation in users.plan((), database)
+        if database.users[operation.id.partition("/")[2]].uid not in kept
+    )
 
 
 def _state(context: Context) -> None:

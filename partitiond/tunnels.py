@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import os
 import shutil
 import socket
 import time
@@ -90,6 +91,10 @@ def declared(node: Node, partition: Partition, certificates: Mapping[str, str]) 
 
     What stunnel must be given is added by :func:`settle`, which looks at the ports of all partitions at once.
     """
+    given_here = [given for given in node.config.tunnels if given.partition == partition.id]
+    # most partitions declare nothing, and most of these have not even the directory
+    if not given_here and not os.path.lexists(f"{partition.path}/etc"):
+        return PartitionTunnels(partition)
     context = TunnelContext(
         partition=partition.id,
         ipv4=partition.ipv4,
@@ -100,24 +105,23 @@ def declared(node: Node, partition: Partition, certificates: Mapping[str, str]) 
     )
     found: list[Tunnel] = []
     refused: list[Refused] = []
-    for given in node.config.tunnels:
-        if given.partition == partition.id:
-            entries = {key: Entry.of(value, given.line) for key, value in given.values.items()}
-            _collect(
-                partial(
-                    declaration.declare,
-                    entries,
-                    name=given.name,
-                    file=given.file,
-                    line=given.line,
-                    context=context,
-                ),
-                given.name,
-                given.file,
-                context,
-                found,
-                refused,
-            )
+    for given in given_here:
+        entries = {key: Entry.of(value, given.line) for key, value in given.values.items()}
+        _collect(
+            partial(
+                declaration.declare,
+                entries,
+                name=given.name,
+                file=given.file,
+                line=given.line,
+                context=context,
+            ),
+            given.name,
+            given.file,
+            context,
+            found,
+            refused,
+        )
     _read_declarations(partition, context, found, refused)
     kept, clashing = conflicts.resolve_conflicts(found)
     return PartitionTunnels(partition, tuple(kept), tuple(refused) + tuple(clashing))
@@ -126,7 +130,7 @@ def declared(node: Node, partition: Partition, certificates: Mapping[str, str]) 
 def settle(config: Config, everything: Sequence[PartitionTunnels]) -> tuple[PartitionTunnels, ...]:
     """Decide which tunnels can run now, and render what each stunnel must be given. Raises TunnelError."""
     sockets = sessions.observe_sockets([tunnel.listen for one in everything for tunnel in one.active])
-    return tuple(_settled(config, one, sockets) for one in everything)
+    return tuple(_settled(config, one, sockets) if one.tunnels else one for one in everything)
 
 
 def _settled(config: Config, one: PartitionTunnels, sockets: sessions.TunnelSockets) -> PartitionTunnels:
@@ -305,11 +309,12 @@ def plan(
     """Compare one partition's tunnels with the disk and supervisord. ``running`` are the groups that run."""
     partition = wanted.partition
     name = group_name(partition.id)
-    directory = identities.directory_of(config, partition.id)
     if not wanted.files:
-        if supervisor.group_text(name) is None and not (directory / render.CONFIG_FILE).exists():
+        file = f"{config.state_dir}/tunnels/{partition.id}/{render.CONFIG_FILE}"
+        if not supervisor.has_group(name) and not os.path.lexists(file):
             return ()
         return (_operation(wanted, "remove", "no tunnel is declared any more"),)
+    directory = identities.directory_of(config, partition.id)
     if supervisor.group_text(name) != group(config, partition).render():
         return (_operation(wanted, "create", "stunnel is not set up"),)
     if name not in running:

@@ -12,14 +12,18 @@ import os
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from partitiond.errors import PartitiondError
 from partitiond.operation import Operation
+from partitiond.settled import Settled
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+_read: Settled[UserDatabase] = Settled()
 
 MARK = "partitiond"
 SHELL = "/bin/sh"
@@ -87,6 +91,11 @@ class UserOperation(Operation):
 
 def observe(etc: Path = Path("/etc")) -> UserDatabase:
     """Read the database. Raises PartitiondError ``users.unreadable``."""
+    paths = tuple(f"{etc}/{name}" for name in ("passwd", "group", "shadow"))
+    return _read.get(str(etc), paths, None, partial(_observe, etc))
+
+
+def _observe(etc: Path) -> UserDatabase:
     files = {name: _lines(etc / name) for name in ("passwd", "group", "shadow")}
     shadow = {row[0]: row[1] for row in reversed(files["shadow"]) if len(row) > 1}
     users = {}
@@ -223,9 +232,10 @@ def _differences(spec: UserSpec, user: User | None, observed: UserDatabase, memb
         reasons.append(f"shell is {user.shell}, should be {SHELL}")
     if not user.locked:
         reasons.append("has a password, should be locked")
-    own = {group for group, gid in observed.groups.items() if gid == user.gid}
     missing = set(spec.groups) - member_of
-    foreign = member_of - set(spec.groups) - own
+    foreign = {
+        group for group in member_of if group not in spec.groups and observed.groups.get(group) != user.gid
+    }
     if spec.name not in observed.groups:
         reasons.append("its group is missing")
     if missing:

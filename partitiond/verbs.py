@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from partitiond import converge, lanes, last_good, rollback, teardown, trial
+from partitiond import converge, lanes, last_good, refusal, rollback, teardown, trial
 from partitiond.errors import FAMILY, PartitiondError
 from partitiond.events import EventLog
 from partitiond.operation import as_json
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def plan(context: Context) -> dict[str, Any]:
-    """``plan``: the operations; ``refused`` are tunnels whose declaration is bad, which no operation mends."""
+    """``plan``: the operations; ``refused`` is what is wished for and cannot be, which no operation mends."""
     found = converge.plan(context, converge.observe(context))
     return {"operations": [as_json(operation) for operation in found], "refused": _refused(found.refused)}
 
@@ -83,16 +83,7 @@ def _outcome(outcome: Outcome) -> dict[str, Any]:
 
 
 def _refused(found: Iterable[Any]) -> list[dict[str, Any]]:
-    return [
-        {
-            "name": one.name,
-            "partition": one.partition,
-            "file": one.file,
-            "line": one.line,
-            "reason": one.reason,
-        }
-        for one in found
-    ]
+    return [refusal.as_json(one) for one in found]
 
 
 def _failures(found: Iterable[tuple[str, Exception]]) -> list[dict[str, str]]:

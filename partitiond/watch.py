@@ -27,13 +27,12 @@ _AFTER_ERROR = 5.0
 
 def names(config: Config) -> frozenset[str]:
     """The links that matter to a node whether they bear our mark or not."""
-    keys = config.network
-    found = {config.interface, keys.interface, keys.ipv4_interface, *keys.bridge_ports}
-    if keys.bridge:
-        found.add(keys.bridge)
-    if config.create_tap:
-        found |= {f"{config.tap_base}{index}" for index in range(config.partition_amount)}
-    return frozenset(found)
+    keys, amount = config.network, range(config.partition_amount)
+    taps = (f"{config.tap_base}{index}" for index in amount) if config.create_tap else ()
+    tuns = (f"slaptun{index}" for index in amount) if keys.create_tun else ()
+    return frozenset(
+        (keys.interface, keys.ipv4_interface, keys.bridge or "", *keys.bridge_ports, *taps, *tuns)
+    )
 
 
 class Watch(threading.Thread):

@@ -9,6 +9,7 @@ import pytest
 
 from partitiond import control
 from partitiond.errors import PartitiondError
+from partitiond.unix_http import UnixConnection
 
 
 def handle(method, path, body):
@@ -19,6 +20,8 @@ def handle(method, path, body):
         raise OSError(28, "No space left on device", "/var/lib/somewhere")
     if path == "/mistake":
         return {}["missing"]
+    if path == "/text":
+        return control.Text("text/plain; charset=utf-8", b"a line\n")
     if path == "/echo":
         return {"method": method, "body": body}
     raise control.Unknown
@@ -39,6 +42,15 @@ def path(tmp_path):
 def test_answers(path):
     assert control.call(path, "POST", "/echo", {"a": 1}) == {"method": "POST", "body": {"a": 1}}
     assert control.call(path, "GET", "/echo") == {"method": "GET", "body": {}}
+
+
+def test_answers_that_are_no_json(path):
+    connection = UnixConnection(str(path), 10)
+    connection.request("GET", "/text")
+    answer = connection.getresponse()
+    found = answer.status, answer.getheader("Content-Type"), answer.read()
+    connection.close()
+    assert found == (200, "text/plain; charset=utf-8", b"a line\n")
 
 
 @pytest.mark.parametrize(

@@ -214,22 +214,52 @@ def test_a_change_touches_what_differs_and_nothing_else(node, monkeypatch):
     node.converge(wanted(5, ranges=True))
     ran.clear()
     node.converge(wanted(6, ranges=True))
-    text, _notes = ran
+    (text,) = ran
     assert "slappart5" in text
     assert "slappart4" not in text
     assert "flush chain inet partitiond fingerprint" in text
     assert text.count("flush") == 1
     ran.clear()
     node.converge(wanted(4, ranges=True))
-    text, _notes = ran
+    (text,) = ran
     assert text.count("flush") == 1
     assert "add element" not in text
     ran.clear()
     run(f"flush set {TABLE} private4\n")
     node.converge(wanted(4, ranges=True))
-    text, _notes = ran
+    (text,) = ran
     assert text.count("flush") == 2
     assert text.count("add element") == 1
+
+
+def test_what_we_know_by_heart_is_what_a_new_process_reads(node, monkeypatch):
+    """The contents that a daemon does not read again are those that the kernel would give it."""
+    for count in (5, 9, 3):
+        node.converge(wanted(count, ranges=True))
+        next_one = wanted(count + 1, ranges=True)
+        heart = observe(next_one).filter.contents
+        with monkeypatch.context() as patch:
+            patch.setattr("netplan.filter_state._last", None)
+            read = observe(next_one).filter.contents
+        assert heart == read
+
+
+def test_a_foreign_change_right_before_a_fast_load_is_found(node, monkeypatch):
+    node.converge(wanted(3, ranges=True))
+    run, calls = nftables.run, []
+
+    def late(text):
+        if not calls:
+            run(f"insert rule {TABLE} out6 accept\n")
+        calls.append(text)
+        run(text)
+
+    node.plan(wanted(4, ranges=True))
+    with monkeypatch.context() as patch:
+        patch.setattr("netplan.nftables.run", late)
+        assert not apply(node.last)
+    operations = node.converge(wanted(4, ranges=True))
+    assert "chain out6 was changed" in operations["filter/partitiond"].reason
 
 
 def test_endless_disturbance_is_an_error_and_leaves_no_note(node, monkeypatch):

@@ -282,6 +282,7 @@ def test_an_address_is_known_as_ours_without_the_protocol_attribute(node, monkey
     """Kernels before 5.18 neither keep nor give back IFA_PROTO; the metric that stands in is read from this kernel."""
     desired = wanted(2)
     node.converge(desired)
+    rtnetlink._addresses = rtnetlink._Decoder(rtnetlink._address)  # one that remembers nothing yet
     kept = rtnetlink._ADDRESS_ATTRIBUTES - {rtnetlink._IFA_PROTO}
     monkeypatch.setattr(rtnetlink, "_ADDRESS_ATTRIBUTES", kept)
     with NetlinkSocket(NETLINK_ROUTE) as sock:

@@ -61,6 +61,7 @@ def test_the_defaults_are_those_of_slapos_core_and_of_the_contract(load):
     assert (found.software_user, found.uid_base, found.ipv6_prefixshift) == ("slapsoft", 5000, 16)
     assert found.ipv4_network == ipaddress.IPv4Network("10.0.0.0/16")
     assert (found.interface, found.ipv6_interface, found.network.bridge) == ("br0", "br0", None)
+    assert (found.computer_xml, found.computer_json) == (None, None)
     assert (found.create_tap, found.ipv6_range, found.address_ownership, found.destroy_guard) == (True,) * 4
     assert (found.state_dir, found.log_dir, found.run_dir) == (
         Path("/var/lib/partitiond"),
@@ -75,6 +76,8 @@ BAD = [
     ("slapos", "master_url", "ftp://master/", "http:// or https://"),
     ("slapos", "master_url", "https://m/ x", "http:// or https://"),
     ("slapos", "software_root", "srv/software", "absolute path"),
+    ("slapformat", "computer_xml", "slapos.xml", "absolute path"),
+    ("slapformat", "computer_json", "/srv/../slapos.json", "without .."),
     ("slapos", "instance_root", "/srv/my instances", "absolute path"),
     ("slapos", "instance_root", "/srv/100%", "absolute path"),
     ("slapos", "instance_root", "/srv/a/../../etc", "without .."),

@@ -21,7 +21,9 @@ def node(bridge, node_config, command):
     assert command("apply", "-c", found.path).returncode == 0
     directory = found.instance / "slappart2" / "etc" / "tunnel"
     directory.mkdir(parents=True)
-    pin = json.loads((found.instance / "slappart0" / ".slapos-resource").read_bytes())["certificate_fingerprint"]
+    pin = json.loads((found.instance / "slappart0" / ".slapos-resource").read_bytes())[
+        "certificate_fingerprint"
+    ]
     text = f"[tunnel]\nmode = server\nlisten = 6000\nconnect = 5000\nallow = {pin}\n"
     (directory / "db.cfg").write_text(text)
     user = pwd.getpwnam("slapuser2")
@@ -94,7 +96,10 @@ def test_with_force_it_goes_and_its_data_stays(node, stray, command):
     # once it is gone nothing has to be forced any more
     assert command("plan", "-c", node.path).returncode == 0
     # whose the data is stays known; when there is room again, the next pass configures and starts it
-    assert (state(node, "slappart2").instance_guid, state(node, "slappart2").timestamp) == ("INSTANCE-1", None)
+    assert (state(node, "slappart2").instance_guid, state(node, "slappart2").timestamp) == (
+        "INSTANCE-1",
+        None,
+    )
     node.write(slapformat={"partition_amount": 3})
     assert command("apply", "-c", node.path).returncode == 0
     assert (node.instance / "slappart2" / "data").read_text() == "the tenant's own"

@@ -1,0 +1,51 @@
+"""One configuration from begin to end of a pass, and the next one afterwards."""
+
+import threading
+
+import pytest
+
+from partitiond.context import Context
+
+
+@pytest.fixture
+def node(node_config):
+    return node_config(2, interface="lo")
+
+
+def edited(node, **settings):
+    node.write(**settings)
+    return node.load()
+
+
+def test_a_steady_block_keeps_what_was_in_force_at_its_begin(node):
+    context = Context.of(node.load())
+    first = context.config
+    with context.steady():
+        held = context.current
+        context.adopt(edited(node, slapformat={"partition_amount": 3}))
+        assert context.config is first
+        assert (context.supervisor, context.events) == (held.supervisor, held.events)
+        with context.steady():
+            assert context.config.partition_amount == 3, "what begins now sees the new one"
+        assert context.config is first
+    assert context.config.partition_amount == 3
+
+
+def test_other_threads_see_the_new_one_at_once(node):
+    context = Context.of(node.load())
+    seen = []
+    with context.steady():
+        context.adopt(edited(node, slapformat={"partition_amount": 3}))
+        other = threading.Thread(target=lambda: seen.append(context.config.partition_amount))
+        other.start()
+        other.join()
+    assert seen == [3]
+
+
+def test_the_connection_to_the_master_follows(node):
+    context = Context.of(node.load())
+    first = context.client
+    assert context.client is first
+    context.adopt(edited(node, slapos={"master_url": "http://127.0.0.1:2/"}))
+    assert context.client is not first
+    context.client.close()
