@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from partitiond import execute
-from partitiond.errors import PartitiondError
+from partitiond.errors import FAMILY, PartitiondError, sentence
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _POLL = 0.2
-_LONGEST_PAUSE = 10.0
+_LONGEST_PAUSE = 60.0
 _READY_SECONDS = 30.0
 _ANSWER_SECONDS = 120.0  # of a daemon that is asked to take it back
 
@@ -60,10 +60,13 @@ def guarded(state_dir: Path, identity: str, log: Path, *, may_be_killed: bool) -
     try:
         try:
             _start(state_dir, identity, log, (tell, alive), os.getpid() if may_be_killed else 0)
+        except OSError as error:
+            raise _no_guardian(log) from error
         finally:
             os.close(tell)
             os.close(alive)
-        _await(ready, log)
+        if not _is_ready(ready):
+            raise _no_guardian(log)
         yield
     finally:
         os.close(ready)
@@ -91,17 +94,17 @@ def _start(state_dir: Path, identity: str, log: Path, pipes: tuple[int, int], ap
     started.wait()  # it leaves a child behind, which is nobody's
 
 
-def _await(ready: int, log: Path) -> None:
-    said = b""
-    if select.select([ready], [], [], _READY_SECONDS)[0]:
-        said = os.read(ready, 16)
-    if said != b"ready":
-        raise PartitiondError(
-            "trial.no_guardian",
-            "the process that would take the trial back does not start; nothing was changed",
-            resource=str(log),
-            hint="read that file",
-        )
+def _is_ready(ready: int) -> bool:
+    return bool(select.select([ready], [], [], _READY_SECONDS)[0]) and os.read(ready, 16) == b"ready"
+
+
+def _no_guardian(log: Path) -> PartitiondError:
+    return PartitiondError(
+        "trial.no_guardian",
+        "the process that would take the trial back does not start; nothing was changed",
+        resource=str(log),
+        hint="read that file",
+    )
 
 
 # --- the guardian itself ------------------------------------------------------------------------------------------------
@@ -138,7 +141,7 @@ def _open_process(number: int) -> int | None:
 
 class _Guardian:
     def __init__(self, state_dir: Path, identity: str, alive: int, applier: int | None) -> None:
-        # all that is needed is loaded now: an upgrade in the midst of a trial must not mix two versions
+        # loaded now: an upgrade in the midst of a trial must not mix two versions
         from partitiond import control, last_good, lock, rollback, trial  # noqa: PLC0415
         from partitiond.context import Context  # noqa: PLC0415
 
@@ -148,6 +151,7 @@ class _Guardian:
         self._alive: int | None = alive
         self._applier = applier
         self._pause = _POLL
+        self._complaint = ""
 
     def run(self) -> None:
         """Until the trial is over."""
@@ -159,16 +163,20 @@ class _Guardian:
                     logger.info("the trial is over")
                     return
                 self._look(found)
-            except PartitiondError as error:
-                self._complain(f"[{error.code}] {error.resource}: {error}", busy=error.code == "node.busy")
+            except FAMILY as error:
+                self._complain(sentence(error), busy=error.code == "node.busy")
             except Exception as error:
                 # it must not end as long as there is something to take back
-                logger.exception("unexpected error")
-                self._complain(f"{type(error).__name__}: {error}", busy=False)
+                text = f"{type(error).__name__}: {error}"
+                if text != self._complaint:
+                    logger.exception("unexpected error")
+                self._complain(text, busy=False)
             self._wait()
 
     def _complain(self, text: str, *, busy: bool) -> None:
-        logger.warning("%s; again in %.1f s", text, self._pause)
+        if text != self._complaint:
+            logger.warning("%s; it is tried again and again", text)
+        self._complaint = text
         # who is busy is done soon
         self._pause = 2 * _POLL if busy else min(2 * self._pause, _LONGEST_PAUSE)
 
@@ -181,10 +189,12 @@ class _Guardian:
             self._take_back(found, why)
         elif found.state == "applying" and not found.seconds_left() and self._applier is not None:
             logger.warning("the apply takes longer than it can be waited for; it is ended")
-            signal.pidfd_send_signal(self._applier, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._applier, signal.SIGKILL)
 
     def _take_back(self, found: Trial, why: str) -> None:
-        logger.info("taking it back: %s", why)
+        if not self._complaint:
+            logger.info("taking it back: %s", why)
         config = self._last_good.read(self._trial.tried_path(self._state_dir), Path(found.config))
         body = {"id": self._identity, "why": why}
         socket = config.run_dir / "control.sock"

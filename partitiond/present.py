@@ -102,11 +102,11 @@ def applied(value: dict[str, Any]) -> str:
 
 def tried(value: dict[str, Any]) -> str:
     """``try``."""
-    lines = [applied(value)]
-    if value["trial"]:
-        end = f"at {value['trial']['deadline']} everything is as it was before, unless you run"
-        lines.append(f"on trial: {colour(end, 'bold')}: partitiond confirm")
-    return "\n".join(lines)
+    found = value["trial"]
+    if not found:
+        return applied(value)
+    left = f"on trial for {found['seconds_left']:.0f} s: all of it is taken back at {found['deadline']}, unless you run"
+    return f"{applied(value)}\n{left}\n    {colour('partitiond confirm', 'bold')}"
 
 
 def confirmed(value: dict[str, Any]) -> str:

@@ -6,14 +6,13 @@ Whoever calls holds the node (its lock, or in the daemon ``applying``), so what 
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from partitiond import converge, last_good, teardown, trial
 from partitiond.errors import FAMILY, PartitiondError, sentence
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from partitiond.config import Config
     from partitiond.context import Context
     from partitiond.converge import Outcome
@@ -64,10 +63,11 @@ def roll_back(context: Context, identity: str, why: str, *, last: bool) -> Outco
             return None
         context.store.restore(claimed.memory)
         if claimed.before:
-            context.adopt(_before(state_dir, context.config))
+            context.adopt(_before(state_dir, Path(claimed.config)))
             # an instance that the trial made room for has no room any more
             outcome = converge.apply(context, force=True)
         else:
+            context.adopt(last_good.read(trial.tried_path(state_dir), Path(claimed.config)))
             outcome = teardown.run(context, purge=False)
         left = [*(operation.id for operation in outcome.left), *(name for name, _ in outcome.failures)]
         for name, error in outcome.failures:
@@ -84,8 +84,8 @@ def _tell(context: Context, rejected: last_good.Rejected) -> None:
     )
 
 
-def _before(state_dir: Path, config: Config) -> Config:
-    found = last_good.load(state_dir, config.file)
+def _before(state_dir: Path, file: Path) -> Config:
+    found = last_good.load(state_dir, file)
     if found is None:
         raise PartitiondError(
             "trial.no_way_back",

@@ -16,6 +16,7 @@ from partitiond.errors import FAMILY, PartitiondError, sentence
 if TYPE_CHECKING:
     from partitiond.config import Config
     from partitiond.context import Context
+    from partitiond.converge import Observation, Plan
     from partitiond.trial import Trial
 
 logger = logging.getLogger(__name__)
@@ -68,8 +69,10 @@ def _prepare(context: Context, new: Config, before: Config | None, *, force: boo
     try:
         _check_way_back(context, new, before)
         context.adopt(new)
-        todo = converge.plan(context, converge.observe(context), force=force)
+        seen = converge.observe(context)
+        todo = converge.plan(context, seen, force=force)
         if todo:
+            _refuse_adopting(new, seen, todo)
             if before is not None:
                 last_good.save(before)
             return None
@@ -81,9 +84,35 @@ def _prepare(context: Context, new: Config, before: Config | None, *, force: boo
         raise
 
 
+_HINT_BEFORE = "put the configuration of before into force once: partitiond apply"
+_HINT = "put it into force once without a trial: partitiond apply"
+
+
+def _refuse_adopting(new: Config, seen: Observation, todo: Plan) -> None:
+    """Refuse to make others' users, taps and addresses our own on trial: taken back, they would be gone.
+
+    Raises PartitiondError ``trial.no_way_back``.
+    """
+    people = [one.id for one in todo.users if one.spec and not _is_ours(seen, one.spec.name)]
+    network = [one.id for one in todo.network if "not marked as ours" in one.reason]
+    found = [*people, *network]
+    if found:
+        more = f" and {len(found) - 1} more" if found[1:] else ""
+        raise PartitiondError(
+            "trial.no_way_back",
+            f"{found[0]}{more} was made by somebody else and would become a part of this node, but no more what it was",
+            resource=str(new.file),
+            hint=_HINT,
+        )
+
+
+def _is_ours(seen: Observation, name: str) -> bool:
+    user = seen.users.users.get(name)
+    return user is None or user.ours
+
+
 def _check_way_back(context: Context, new: Config, before: Config | None) -> None:
     """Raises PartitiondError ``trial.no_way_back``."""
-    hint = "put the configuration of before into force once: partitiond apply"
     if before is None:
         ours = sorted(user.name for user in users.observe().users.values() if user.ours)
         if ours:
@@ -91,7 +120,7 @@ def _check_way_back(context: Context, new: Config, before: Config | None) -> Non
                 "trial.no_way_back",
                 f"this is a node already ({ours[0]} is a user of it), and it is not known by what configuration",
                 resource=str(new.file),
-                hint=hint,
+                hint=_HINT_BEFORE,
             )
         return
     context.adopt(before)
@@ -102,7 +131,7 @@ def _check_way_back(context: Context, new: Config, before: Config | None) -> Non
             "trial.no_way_back",
             f"what is in force now could not be put back: {sentence(error)}",
             resource=str(new.file),
-            hint=hint,
+            hint=_HINT_BEFORE,
         ) from error
 
 

@@ -239,6 +239,10 @@ def test_nothing_to_do_is_no_trial(uplink, node, command):
     done = command("try", "-c", node.path)
     assert (done.returncode, done.stdout) == (0, "nothing to do\n")
     assert (over(node), guardians()) == (True, [])
+    ip("link delete slaptap1")
+    done = command("try", "--timeout", "60", "-c", node.path)
+    assert done.stdout.splitlines()[-1].strip() == "partitiond confirm"
+    assert command("confirm", "-c", node.path).stdout.startswith("confirmed, ")
 
 
 @pytest.mark.parametrize("timeout", ["0", "-1", "soon", "1e9", "nan"])
@@ -297,6 +301,30 @@ def test_the_next_verb_takes_back_what_has_ended(uplink, node, command, end):
     assert over(node)
 
 
+def test_the_guardian_does_not_give_up_but_an_explicit_apply_goes_on(uplink, node, command):
+    assert command("apply", "-c", node.path).returncode == 0
+    before, good = machine(), last_good.path_of(node.state)
+    kept = good.read_bytes()
+    node.write(**WRONGLY)
+    tried(command, node, "--timeout", "1")
+    good.unlink()
+    log = trial.log_path(node.state)
+    wait(lambda: "the last good configuration is gone" in log.read_text(), "the guardian to fail")
+    good.write_bytes(kept)
+    wait(lambda: over(node), "the end of the trial")
+    assert_as_before(before)
+    tried(command, node, "--timeout", "1")
+    without_guardian()
+    good.unlink()
+    node.write(partitiond=RIGHT)
+    wait(lambda: trial.read(node.state).ended(), "the end of the time")
+    done = command("apply", "-c", node.path)
+    assert done.returncode == 0, done.stderr
+    assert "cannot take it back" in done.stderr
+    assert over(node)
+    reached_again(uplink, NODE4)
+
+
 def test_a_node_of_unknown_origin_is_not_tried_on(uplink, node, command):
     """Where it is not known what to go back to, a try would have to tear the node down."""
     assert command("apply", "-c", node.path).returncode == 0
@@ -310,6 +338,29 @@ def test_a_node_of_unknown_origin_is_not_tried_on(uplink, node, command):
     assert error(command("try", "--json", "-c", node.path))["code"] == "config.syntax"
     assert_as_before(before)
     assert over(node)
+
+
+@pytest.mark.parametrize("what", ["user", "address"])
+def test_what_others_made_is_not_taken_over_on_trial(uplink, node, command, what):
+    """A node that slapos.core formatted, say: when it is taken back, what became ours would be gone."""
+    users = {name: Path("/etc", name).read_bytes() for name in ("passwd", "group")}
+    try:
+        if what == "user":
+            with open("/etc/passwd", "a") as file:
+                file.write("slapuser1:x:5001:5001:An old one:/home/old:/bin/bash\n")
+            with open("/etc/group", "a") as file:
+                file.write("slapuser1:x:5001:\n")
+        else:
+            ip("address add 10.0.0.3/32 dev eth0")
+        before = machine()
+        told = error(command("try", "--json", "-c", node.path))
+        assert told["code"] == "trial.no_way_back"
+        assert {"user": "user/slapuser1", "address": "address/10.0.0.3"}[what] in told["message"]
+        assert_as_before(before)
+        assert (over(node), guardians()) == (True, [])
+    finally:
+        for name, content in users.items():
+            Path("/etc", name).write_bytes(content)
 
 
 def test_bad_states_are_refused_before_anything_is_changed(uplink, node, command):
