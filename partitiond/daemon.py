@@ -15,10 +15,9 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any
 
-from partitiond import control, converge, execute, lanes, status, verbs
+from partitiond import control, converge, execute, lanes, recovery, status, verbs
 from partitiond.context import Context
 from partitiond.errors import FAMILY, sentence
-from partitiond.lock import exclusive
 from slap_client.backoff import Backoff
 
 if TYPE_CHECKING:
@@ -126,7 +125,7 @@ class Daemon:
     def run(self) -> int:
         """Run until SIGTERM or SIGINT; return the exit status. Raises a family error when the start fails."""
         config = self.context.config
-        with exclusive(config.state_dir, "run"):
+        with recovery.exclusive(config, "run"):
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, lambda *_: self._end())
             self._start_up()
