@@ -24,6 +24,9 @@ to come.
 ALIAS_MARK = "partitiond:"
 """What the alias of each of our links starts with; the partition's id follows."""
 
+GROUP_GOING = 1 << 30
+"""Links of ours in a group from here on are being removed together."""
+
 _PARTITION_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}")
 _LINK_NAME = re.compile(r"[A-Za-z0-9_.-]{1,15}")  # IFNAMSIZ is 16 with the final NUL
 _MAC = re.compile(r"([0-9a-f]{2}:){5}[0-9a-f]{2}")
@@ -284,6 +287,7 @@ class TapOperation(Operation):
     mac: str | None = None
     master: int | None = None
     up: bool = False
+    group: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from netplan.errors import NetplanError
 from netplan.model import (
     ALIAS_MARK,
+    GROUP_GOING,
     DesiredNetwork,
     Link,
     ObservedNetwork,
@@ -83,6 +84,7 @@ def _wanted(partition: PartitionNetwork, tap: TapSpec, observed: ObservedNetwork
             mac=tap.mac if link.mac != tap.mac else None,
             master=master if link.master != master else None,
             up=not link.up,
+            group=0 if link.group >= GROUP_GOING else None,
         )
 
 
@@ -104,6 +106,8 @@ def _differences(
         yield f"is in {_name(link.master, observed)}, should be in {tap.bridge or 'no bridge'}"
     if not link.up:
         yield "is down"
+    if link.group >= GROUP_GOING:
+        yield "its removal was cut off"
     if link.mac != tap.mac:
         yield f"address is {link.mac}, should be {tap.mac}"
     if link.alias != alias:
