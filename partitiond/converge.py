@@ -123,13 +123,16 @@ def observe(context: Context) -> Observation:
 def refuse_other_node(context: Context, database: users.UserDatabase) -> None:
     """Refuse to touch a machine that carries a node of another configuration: its marks are the same as ours.
 
-    Told by the homes of our users, which lie below the roots of the configuration that made them.
+    Told by the homes of our users, which lie below the roots of the configuration that made them: ``<root>/slappart3``. A
+    home of another name is nobody's: it was changed by hand, and is put right.
     """
     roots = (context.config.instance_root, context.config.software_root)
     strangers = [
         user
         for user in database.users.values()
-        if user.ours and not any(Path(user.home).is_relative_to(root) for root in roots)
+        if user.ours
+        and not any(Path(user.home).is_relative_to(root) for root in roots)
+        and user.partition in (None, Path(user.home).name)
     ]
     if strangers:
         raise PartitiondError(
