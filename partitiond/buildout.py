@@ -12,7 +12,6 @@ import email
 import logging
 import os
 import re
-import secrets
 import stat
 import sys
 import time
@@ -325,7 +324,4 @@ def _link_software(descriptor: int, directory: Path) -> None:
             return
     except OSError:
         pass  # no link yet, or something else in its place
-    # a name that the partition cannot have taken before us
-    temporary = f".{name}.{secrets.token_hex(6)}"
-    os.symlink(directory, temporary, dir_fd=descriptor)
-    os.rename(temporary, name, src_dir_fd=descriptor, dst_dir_fd=descriptor)
+    files.link(name, directory, dir_fd=descriptor)
