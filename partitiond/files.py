@@ -6,6 +6,7 @@ opened non-blocking, must be regular, and are read up to a bound.
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import re
@@ -129,6 +130,13 @@ def write(
         raise
     if durable:
         os.fsync(dir_fd)
+
+
+def flush(dir_fd: int) -> None:
+    """Have everything that was written to a directory's file system on the disk (syncfs(2)). Raises OSError."""
+    if ctypes.CDLL(None, use_errno=True).syncfs(dir_fd) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
 
 
 def link(name: str, target: Path, *, dir_fd: int) -> None:

@@ -8,6 +8,7 @@ import difflib
 import gc
 import logging
 import ssl  # noqa: F401 - here once, and not in each child
+import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from partitiond import config, converge, recovery, teardown
 from partitiond.context import Context
 from partitiond.errors import FAMILY
 
+_SETTLING = 0.3  # seconds: some things the kernel finishes a moment later; what is not so then stays not so
 MOST_FAILURES = 5  # of one round; then it is known well enough
 
 
@@ -34,7 +36,7 @@ def run_step(step, settings, supervisor, points=None):
     context = Context.of(settings)
     context.current = replace(context.current, supervisor=supervisor(settings, points))
     with recovery.exclusive(settings, step.name):
-        outcome = teardown.run(context, purge=True) if step.remove else converge.apply(context)
+        outcome = teardown.run(context, purge=step.purge) if step.remove else converge.apply(context)
         if points:
             points.end()
     failures = [(name, getattr(error, "code", "system"), str(error)) for name, error in outcome.failures]
@@ -158,6 +160,9 @@ class Lane:
     def _compare(self, place, what):
         self._steps[place].after()
         lines = difference(self._wanted[place], capture())
+        if lines:
+            time.sleep(_SETTLING)
+            lines = difference(self._wanted[place], capture())
         assert not lines, f"{what}:\n  " + "\n  ".join(lines[:40])
         # an identity that is there before and after the step is the same one: others know it by its fingerprint
         now, stay = identities(), self._owners[place].keys() & self._owners[place - 1].keys()

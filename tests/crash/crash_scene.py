@@ -32,7 +32,7 @@ def nothing():
 
 @dataclass(frozen=True)
 class Step:
-    """One command of the operator's: ``apply`` of a configuration, or ``teardown --purge`` of it.
+    """One command of the operator's: ``apply`` of a configuration, or ``teardown`` (with ``--purge``) of it.
 
     ``before`` is done to the machine first; ``after`` takes away what the step leaves on purpose.
     """
@@ -40,6 +40,7 @@ class Step:
     name: str
     configuration: str
     remove: bool = False
+    purge: bool = True
     before: Callable[[], None] = nothing
     after: Callable[[], None] = nothing
 
@@ -136,6 +137,9 @@ def rounds(count):
     tunnels = [configuration(count, **{"tunnel db": tunnel("slappart0", port)}) for port in (3306, 3307)]
     return {
         "create, remove": Round(bridge, (Step("create", whole), Step("remove", whole, remove=True))),
+        "take down, set up": Round(
+            bridge, (Step("take down", whole, remove=True, purge=False), Step("set up", whole))
+        ),
         "grow, shrink": Round(bridge, (Step("grow", whole), Step("shrink", half, after=forget_leavers))),
         "change, change back": Round(
             bridge, (Step("change", other, before=damage), Step("change back", whole, before=damage))

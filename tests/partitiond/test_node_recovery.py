@@ -99,6 +99,13 @@ def test_a_link_is_replaced_in_one_step(tmp_path):
     assert names(tmp_path) == ["a"]
 
 
+def test_flushing_says_when_it_fails(tmp_path):
+    with files.directory(tmp_path) as descriptor:
+        files.flush(descriptor)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        files.flush(-1)
+
+
 def test_emptying_keeps_what_is_to_be_kept(tmp_path):
     for name in ("lock", "other"):
         (tmp_path / name).touch()
