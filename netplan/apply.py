@@ -16,7 +16,7 @@ from typing import NamedTuple
 from netplan import moving, nftables, rtnetlink
 from netplan.errors import NetplanError
 from netplan.filter_state import load_filter
-from netplan.model import MOVED_MARK, Moving
+from netplan.model import GROUP_GOING, MOVED_MARK, Moving
 from netplan.netlink import NETLINK_ROUTE, NetlinkSocket, Refusal, Request
 from netplan.operations import (
     AddressOperation,
@@ -67,16 +67,22 @@ def apply(operations: Sequence[Operation]) -> tuple[Failure, ...]:
     """Do the operations; return those that failed or were refused, in the order of the plan."""
     failures: list[Failure] = []
     blocked: NetplanError | None = None
+    noted: NetplanError | None = None
     with NetlinkSocket(NETLINK_ROUTE) as sock:
         for kind, grouped in groupby(operations, key=type):
             group = tuple(grouped)
             if blocked and kind is not RefusedOperation:
                 failures += (Failure(one, blocked) for one in group)
                 continue
+            if noted and kind is FilterOperation and group[0].action == "remove":
+                failures += (Failure(one, _still_noted(noted)) for one in group)
+                continue
             failed = _HANDLERS[kind](sock, group)
             failures += failed
             if failed and kind is FilterOperation:
                 blocked = _blocked(failed[0].error)
+            if failed and kind is SysctlOperation and group[0].action == "remove":
+                noted = failed[0].error
     return tuple(failures)
 
 
@@ -84,6 +90,18 @@ def _blocked(cause: NetplanError) -> NetplanError:
     error = NetplanError(
         "network.blocked",
         "left undone: the packet filter, which must be there first, could not be loaded",
+        resource="filter/partitiond",
+        hint=cause.message,
+        retryable=cause.retryable,
+    )
+    error.__cause__ = cause
+    return error
+
+
+def _still_noted(cause: NetplanError) -> NetplanError:
+    error = NetplanError(
+        "network.blocked",
+        "left undone: its table notes how a kernel setting was before, which could not be set back",
         resource="filter/partitiond",
         hint=cause.message,
         retryable=cause.retryable,
@@ -224,11 +242,19 @@ def _taps(sock: NetlinkSocket, group: Sequence[TapOperation]) -> list[Failure]:
     gone = [one for one in group if one.action == "remove"]
     kept = [one for one in group if one.action != "remove"]
     failures = _remove_taps(sock, gone) if gone else []
-    try:
-        failed = make_taps((one.name, one.owner) for one in kept if one.owner is not None and not one.tun)
-        failed |= make_taps(
-            ((one.name, one.owner) for one in kept if one.owner is not None and one.tun), tun=True
+    aliases = {one.name: one.alias for one in kept}
+
+    def mark(names: Iterable[str]) -> None:
+        # a refusal comes again, and is told, with all the settings
+        sock.batch(
+            [rtnetlink.set_link(name, alias=aliases[name], mac=None, master=None, up=False) for name in names]
         )
+
+    try:
+        failed: dict[str, NetplanError] = {}
+        for tun in (False, True):
+            these = [(one.name, one.owner) for one in kept if one.owner is not None and one.tun == tun]
+            failed |= make_taps(these, tun=tun, mark=mark) if these else {}
     except NetplanError as error:
         return [*failures, *(Failure(one, error) for one in kept)]
     failures += (Failure(one, failed[one.name]) for one in kept if one.name in failed)
@@ -236,12 +262,14 @@ def _taps(sock: NetlinkSocket, group: Sequence[TapOperation]) -> list[Failure]:
 
 
 def _settings(one: TapOperation) -> Request:
-    return rtnetlink.set_link(one.name, alias=one.alias, mac=one.mac, master=one.master, up=one.up)
+    return rtnetlink.set_link(
+        one.name, alias=one.alias, mac=one.mac, master=one.master, up=one.up, group=one.group
+    )
 
 
 def _remove_taps(sock: NetlinkSocket, group: Sequence[TapOperation]) -> list[Failure]:
     """Put the taps into a link group that nobody else uses, and remove the group."""
-    number = secrets.randbits(31) | 1 << 30
+    number = GROUP_GOING | secrets.randbits(30)
     requests = (
         rtnetlink.set_link(one.name, alias=None, mac=None, master=None, up=False, group=number)
         for one in group
@@ -298,11 +326,17 @@ def _no_link(one: Operation, name: str) -> Failure:
 
 
 def _rules(sock: NetlinkSocket, group: Sequence[RuleOperation]) -> list[Failure]:
-    steps: list[_Step] = []
-    for one in group:
-        steps += (_Step(one, rtnetlink.set_rule(rule), (errno.EEXIST,)) for rule in one.add)
-        steps += (_Step(one, rtnetlink.delete_rule(rule), (errno.ENOENT,)) for rule in one.delete)
-    return _send(sock, steps)
+    """Add first; where that is refused nothing is taken away, which may be the only way to table local."""
+    added = [_Step(one, rtnetlink.set_rule(rule), (errno.EEXIST,)) for one in group for rule in one.add]
+    failures = _send(sock, added) if added else []
+    failed = {failure.operation.id for failure in failures}
+    deleted = [
+        _Step(one, rtnetlink.delete_rule(rule), (errno.ENOENT,))
+        for one in group
+        if one.id not in failed
+        for rule in one.delete
+    ]
+    return failures + (_send(sock, deleted) if deleted else [])
 
 
 def _send(sock: NetlinkSocket, steps: Iterable[_Step]) -> list[Failure]:

@@ -7,6 +7,7 @@ segmentation offload counts one header.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -84,7 +85,7 @@ def _reading(epoch: str, values: list[nfnetlink.CounterValue]) -> CounterReading
     denied: dict[str, int] = {}
     total = 0
     for name, packets, octets in values:
-        what, *rest = name.split("/")
+        what, *rest = _words(name)
         match (what, rest):
             case ("traffic", [partition, family, scope, direction]):
                 bytes_of.setdefault((partition, family, scope), {})[direction] = (octets, packets)
@@ -98,6 +99,11 @@ def _reading(epoch: str, values: list[nfnetlink.CounterValue]) -> CounterReading
         bytes_out, packets_out = directions.get("out", (0, 0))
         traffic.append(Traffic(*key, bytes_in, bytes_out, packets_in, packets_out))
     return CounterReading(epoch, tuple(traffic), denied, total)
+
+
+@lru_cache(maxsize=1 << 13)
+def _words(name: str) -> tuple[str, ...]:
+    return tuple(name.split("/"))
 
 
 def read_taps() -> tuple[TapTraffic, ...]:

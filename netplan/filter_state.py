@@ -17,9 +17,10 @@ daemon adds a partition without reading what it wrote for the others.
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
-from netplan import nftables
+from netplan import nfbatch, nftables
 from netplan.elements import texts
 from netplan.errors import NetplanError
 from netplan.model import FilterContents, FilterState
@@ -72,7 +73,9 @@ def observe_filter(wanted: Filter | None) -> FilterState:
         # a set that somebody added just goes; a changed rule or type means that the rules are written anew
         as_noted = all(digests.get(what) == value for what, value in noted.items())
         intact = (
-            structure == wanted.structure and as_noted and not any(what[:5] == "chain" for what in changes)
+            structure == wanted.structure
+            and as_noted
+            and not any(what[:6] in {"chain ", "table "} for what in changes)
         )
         contents = FilterContents(
             sets=frozenset(one.name for one in found if one.kind == "set"),
@@ -162,9 +165,12 @@ def load_filter(wanted: Filter, loaded: FilterContents, notes: Sequence[str] = (
     """
     with NetlinkSocket(NETLINK_NETFILTER) as sock:
         number = generation(sock)
-        if loaded.intact and loaded.generation == number and _load_elements(wanted, loaded, notes):
+        if loaded.generation == number and _load_elements(wanted, loaded, notes):
             _remember(sock, wanted, loaded, notes, _after(number))
             return
+        if loaded.generation != generation(sock):
+            # somebody committed something since the table was read: what it was is not known
+            loaded = replace(loaded, elements={}, intact=False)
         for _ in range(_TRIES):
             before = generation(sock)
             _run_first(wanted.transactions(loaded, notes))
@@ -191,17 +197,19 @@ def load_filter(wanted: Filter, loaded: FilterContents, notes: Sequence[str] = (
 
 
 def _load_elements(wanted: Filter, loaded: FilterContents, notes: Sequence[str]) -> bool:
-    """Change elements and counters alone, notes included; False when nft refuses that.
+    """Change elements and counters alone, notes included; False when that is not all, or is refused.
 
-    Should somebody else commit first, the noted generation is not the one that the kernel has then, and the
-    next observation compares everything with what is noted.
+    The kernel itself sees to it that nobody else committed anything since ``loaded`` was read.
     """
-    fingerprint = _fingerprint(wanted, loaded.digests, _after(loaded.generation))
+    change = wanted.small_change(loaded, notes)
+    if change is None:
+        return False
+    change += nfbatch.notes(FINGERPRINT_CHAIN, _notes(wanted, loaded.digests, _after(loaded.generation)))
     try:
-        nftables.run(wanted.transaction(loaded, notes) + fingerprint)
+        with NetlinkSocket(NETLINK_NETFILTER) as sock:
+            return nfbatch.commit(sock, loaded.generation, change)
     except NetplanError:
-        return False  # tried again by other means, whose refusal is told
-    return True
+        return False  # tried again by nft, whose refusal is told
 
 
 def _remember(
@@ -235,18 +243,22 @@ def _run_first(texts: Iterable[str]) -> None:
 def _note(sock: NetlinkSocket, wanted: Filter, number: int) -> bool:
     """Write the notes; False when another transaction came between, so that they may describe its work."""
     digests = _digests(chunks(sock, without=FINGERPRINT_CHAIN, filled=False))
-    nftables.run(_fingerprint(wanted, digests, number))
+    nftables.run(_fingerprint(_notes(wanted, digests, number)))
     return generation(sock) == number
 
 
-def _fingerprint(wanted: Filter, digests: Mapping[str, str], number: int) -> str:
-    """Return the text of the notes; ``number`` is the generation that they become part of."""
-    notes = [
+def _notes(wanted: Filter, digests: Mapping[str, str], number: int) -> list[str]:
+    """Return what is to be noted; ``number`` is the generation that the notes become part of."""
+    return [
         f"wanted {wanted.fingerprint}",
         f"structure {wanted.structure}",
         f"generation {number}",
         *(f"{what} {value}" for what, value in digests.items()),
     ]
+
+
+def _fingerprint(notes: Iterable[str]) -> str:
+    """Return the text that notes them."""
     rules = "".join(f'  return comment "{note}"\n' for note in notes)
     return f"table inet {TABLE} {{\n chain {FINGERPRINT_CHAIN} {{\n{rules} }}\n}}\n"
 

@@ -32,6 +32,9 @@ BRIDGE_ALIAS = ALIAS_MARK + "bridge/"
 PORT_ALIAS = ALIAS_MARK + "port/"
 """What the alias of a port that we put into the bridge starts with; the alias that it had before follows."""
 
+GROUP_GOING = 1 << 30
+"""Links of ours in a group from here on are being removed together."""
+
 _PARTITION_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}")
 _LINK_NAME = re.compile(r"[A-Za-z0-9_.-]{1,15}")  # IFNAMSIZ is 16 with the final NUL
 _MAC = re.compile(r"([0-9a-f]{2}:){5}[0-9a-f]{2}")

@@ -90,6 +90,7 @@ class Monitor:
                 rtnetlink.addresses(sock),
                 (
                     *rtnetlink.routes(sock, protocol=PROTOCOL_MARK),
+                    *rtnetlink.routes(sock, family=socket.AF_INET, protocol=PROTOCOL_MARK),
                     *rtnetlink.routes(sock, table=TABLE_MAIN, kind=ROUTE_UNICAST),
                 ),
             )

@@ -199,6 +199,27 @@ class NetlinkSocket:
                     finished = finished or number == last
         return refused
 
+    def transaction(self, requests: Sequence[Request], *, acknowledged: int) -> Refusal | None:
+        """Send the requests as one write that the kernel carries out whole or not at all; return why it did not.
+
+        ``acknowledged`` is the place of the request that asks for an answer.  After a refusal the socket is of
+        no more use: others may follow it.
+        """
+        marked = [
+            one._replace(flags=one.flags | NLM_F_ACK) if place == acknowledged else one
+            for place, one in enumerate(requests)
+        ]
+        first = self._send(marked, acknowledge=False) - len(requests) + 1
+        while True:
+            for message, number, _ in self._receive():
+                if message.kind != _NLMSG_ERROR or number < first:
+                    continue
+                refusal = _refusal(message)
+                if refusal.errno:
+                    return refusal
+                if number == first + acknowledged:
+                    return None
+
     def _send(self, requests: Sequence[Request], *, acknowledge: bool) -> int:
         """Write the requests as one datagram; return the sequence number of the last."""
         parts = []

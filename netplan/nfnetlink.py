@@ -8,10 +8,12 @@ attributes are big endian.
 
 import errno
 import struct
+import sys
+from functools import lru_cache
 from typing import NamedTuple
 
 from netplan.errors import NetplanError
-from netplan.netlink import Message, NetlinkSocket, Refusal, attribute, attributes, elements
+from netplan.netlink import NLA_F_NESTED, Message, NetlinkSocket, Refusal, attribute, attributes, elements
 
 TABLE = "partitiond"
 
@@ -44,6 +46,9 @@ _OF_TABLE = attribute(1, TABLE.encode() + b"\0")
 _TABLE_BYTES = TABLE.encode() + b"\0"
 # NFTA_OBJ_DATA of a counter: bytes and packets, each an attribute of 12 bytes (net/netfilter/nft_counter.c)
 _COUNTER = struct.Struct("!4xQ4xQ")
+_OF_VALUE = frozenset(
+    struct.pack("=HH", 4 + _COUNTER.size, nested | _OBJ_DATA) for nested in (0, NLA_F_NESTED)
+)
 _U32 = struct.Struct("!I")
 _U64 = struct.Struct("!Q")
 
@@ -203,15 +208,35 @@ def parsed(element: bytes) -> Element:
 def counters_of(sock: NetlinkSocket) -> list[CounterValue]:
     """Return every named counter of our table, without resetting any."""
     request = _GENMSG + _OF_TABLE + attribute(_OBJ_TYPE, _U32.pack(_OBJECT_COUNTER))
-    wanted = frozenset((_OBJ_TABLE, _OBJ_NAME, _OBJ_TYPE, _OBJ_DATA))
-    kind = _U32.pack(_OBJECT_COUNTER)
     found = []
     for _, data, start, end in sock.dump(_GETOBJ, request):
-        have = attributes(data, start + 4, end, wanted)
-        if have[_OBJ_TABLE] == _TABLE_BYTES and have[_OBJ_TYPE] == kind:
-            octets, packets = _COUNTER.unpack(have[_OBJ_DATA])
-            found.append(CounterValue(_name(have[_OBJ_NAME]), packets, octets))
+        # the value comes last, behind what names the counter and does not change (nf_tables_fill_obj_info)
+        value = end - _COUNTER.size
+        if data[value - 4 : value] not in _OF_VALUE:
+            value = _value_at(data, start + 4, end)  # of an object with a comment, for instance
+        name = _counter_name(data[start + 4 : value - 4])
+        if name is not None and value < end:
+            octets, packets = _COUNTER.unpack_from(data, value)
+            found.append(CounterValue(name, packets, octets))
     return found
+
+
+def _value_at(data: bytes, start: int, end: int) -> int:
+    """Return where the value of a counter begins in its attributes; ``end`` when there is none."""
+    while start + 4 <= end:
+        if data[start : start + 4] in _OF_VALUE:
+            return start + 4
+        start += (max(int.from_bytes(data[start : start + 2], sys.byteorder), 4) + 3) & ~3
+    return end
+
+
+@lru_cache(maxsize=1 << 13)
+def _counter_name(head: bytes) -> str | None:
+    """Return the name of a counter of our table; None for what is something else."""
+    have = attributes(head, 0, len(head), (_OBJ_TABLE, _OBJ_NAME, _OBJ_TYPE))
+    if have.get(_OBJ_TABLE) != _TABLE_BYTES or have.get(_OBJ_TYPE) != _U32.pack(_OBJECT_COUNTER):
+        return None
+    return _name(have[_OBJ_NAME])
 
 
 def has_counter(sock: NetlinkSocket, name: str) -> bool:

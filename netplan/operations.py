@@ -88,6 +88,7 @@ class TapOperation(Operation):
     mac: str | None = None
     master: int | None = None
     up: bool = False
+    group: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

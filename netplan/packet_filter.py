@@ -16,8 +16,10 @@ import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from netplan import nfbatch
 from netplan.metering import metering
 from netplan.model import DesiredNetwork, FilterContents
+from netplan.netlink import Request
 from netplan.nfnetlink import TABLE
 from netplan.once import once
 from netplan.operations import Operation
@@ -81,6 +83,32 @@ class Filter:
         opening = f"add table inet {TABLE}\ndelete table inet {TABLE}\n"
         yield opening + self.transaction(FilterContents(), sorted(there.union(notes)))
 
+    def small_change(self, loaded: FilterContents, notes: Sequence[str] = ()) -> list[Request] | None:
+        """Return what brings the table from ``loaded`` to this state by elements and counters alone; None where
+        more than that differs, or something of it is not known.
+        """
+        grammars = {**self.maps, **self.sets}
+        if (
+            not loaded.intact
+            or grammars.keys() != loaded.elements.keys()
+            or list(self._stale_objects(loaded))
+        ):
+            return None
+        less: list[Request] = []
+        more: list[Request] = []
+        for name, grammar in grammars.items():
+            wanted, known = self.elements[name], loaded.elements[name]
+            gone = sorted(known.difference(wanted))
+            less += nfbatch.elements(name, grammar, gone, add=False)
+            more += nfbatch.elements(name, grammar, [one for one in wanted if one not in known], add=True)
+        unused = (one for one in loaded.counters - self.counters if not one.startswith(NOTES))
+        return [
+            *nfbatch.counters(sorted((self.counters - loaded.counters).union(notes)), add=True),
+            *less,
+            *nfbatch.counters(sorted(unused), add=False),
+            *more,
+        ]
+
     def _difference(self, loaded: FilterContents) -> tuple[list[str], list[str]]:
         """Return what takes elements away and what adds them."""
         less, more = [], []
@@ -100,14 +128,17 @@ class Filter:
 
     def _stale(self, loaded: FilterContents) -> Iterator[str]:
         """Yield what takes away what we do not know; what refers goes before what is referred to."""
+        yield from self._stale_objects(loaded)
+        gone = (name for name in sorted(loaded.counters - self.counters) if not name.startswith(NOTES))
+        yield from (f"delete counter inet {TABLE} {name}\n" for name in gone)
+
+    def _stale_objects(self, loaded: FilterContents) -> Iterator[str]:
         for kind, there, ours in (
             ("map", loaded.maps, self.maps.keys()),
             ("set", loaded.sets, self.sets.keys()),
             ("chain", loaded.chains, self.chains),
-            ("counter", loaded.counters, self.counters),
         ):
-            gone = (name for name in sorted(there - ours) if kind != "counter" or not name.startswith(NOTES))
-            yield from (f"delete {kind} inet {TABLE} {name}\n" for name in gone)
+            yield from (f"delete {kind} inet {TABLE} {name}\n" for name in sorted(there - ours))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

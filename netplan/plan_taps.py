@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from netplan.errors import NetplanError
 from netplan.model import (
     ALIAS_MARK,
+    GROUP_GOING,
     DesiredNetwork,
     Link,
     ObservedNetwork,
@@ -88,6 +89,7 @@ def _wanted(
             mac=tap.mac if _foreign_mac(link, tap) else None,
             master=master if link.master != master else None,
             up=not link.up,
+            group=0 if link.group >= GROUP_GOING else None,
         )
 
 
@@ -120,6 +122,7 @@ def _wanted_tun(partition: PartitionNetwork, tun: TunSpec, observed: ObservedNet
     reasons = [] if link.tap_owner == tun.owner_uid else [f"owner is {_owner(link)}"]
     reasons += [] if link.up else ["is down"]
     reasons += [] if link.alias == alias else ["is not marked as this partition's"]
+    reasons += ["its removal was cut off"] if link.group >= GROUP_GOING else []
     if reasons:
         yield TapOperation(
             id=identity,
@@ -133,6 +136,7 @@ def _wanted_tun(partition: PartitionNetwork, tun: TunSpec, observed: ObservedNet
             owner=tun.owner_uid if link.tap_owner != tun.owner_uid else None,
             alias=alias if link.alias != alias else None,
             up=not link.up,
+            group=0 if link.group >= GROUP_GOING else None,
         )
 
 
@@ -154,6 +158,8 @@ def _differences(
         yield f"is in {_name(link.master, names)}, should be in {tap.bridge or 'no bridge'}"
     if not link.up:
         yield "is down"
+    if link.group >= GROUP_GOING:
+        yield "its removal was cut off"
     if _foreign_mac(link, tap):
         yield f"address is {link.mac}, should be {tap.mac}"
     if link.alias != alias:

@@ -22,7 +22,16 @@ from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
 from netplan import rtnetlink
-from netplan.model import ALIAS_MARK, PROTOCOL_MARK, Address, Link, Route, address_text
+from netplan.model import (
+    ALIAS_MARK,
+    BRIDGE_ALIAS,
+    PORT_ALIAS,
+    PROTOCOL_MARK,
+    Address,
+    Link,
+    Route,
+    address_text,
+)
 from netplan.netlink import Message, attributes
 from netplan.nfnetlink import TABLE
 from netplan.rtnetlink import ROUTE_UNICAST, TABLE_LOCAL, TABLE_LOCAL_SOURCE, TABLE_MAIN
@@ -37,21 +46,22 @@ _GONE = frozenset((_DELLINK, _DELADDR, _DELROUTE, _DELRULE))
 
 _RTMSG = struct.Struct("=BBBBBBBBI")  # family, dst_len, src_len, tos, table, protocol, scope, type, flags
 _U32 = struct.Struct("=I")
-_FRA_TABLE, _FRA_PROTOCOL = 15, 21
+_FRA_SRC, _FRA_PRIORITY, _FRA_TABLE, _FRA_PROTOCOL = 2, 6, 15, 21
 _INET = 1  # NFPROTO_INET
 _DELTABLE = 10 << 8 | 2  # NFNL_SUBSYS_NFTABLES, NFT_MSG_DELTABLE
 _TABLE_BYTES = TABLE.encode() + b"\0"
 # the first attribute of every nft message about something in a table is the table's name
 _NFTA_TABLE = 1
 
-_RouteKey = tuple[int, bytes, int, int]
+_TABLE_COMPAT = 252  # what a message's header says of a table above 255
+_RouteKey = tuple[int, int, bytes, int, int]
 
 
 class Notice(NamedTuple):
     """Something that concerns us changed.
 
     ``cause`` names it as the plan's operations do (``tap/slaptap3``, ``address/10.0.0.3``,
-    ``filter/partitiond``); ``link/br0`` is the interface or a port of the bridge; ``network/lost`` stands for
+    ``filter/partitiond``); ``link/br0`` is an interface that is not ours; ``network/lost`` stands for
     anything: notices were lost.  ``ours``: it bears, or bore, our mark.
     """
 
@@ -76,15 +86,16 @@ class Relevance:
         self._addresses: dict[tuple[int, bytes], Address] = {}
         self._routes: dict[_RouteKey, Route] = {}
         self._defaults: set[Route] = set()
+        self._shapes: set[tuple[int, int, int]] = set()
 
     def begin(self, links: Iterable[Link], addresses: Iterable[Address], routes: Iterable[Route]) -> None:
         """Start from what is there now."""
         self._links = {link.ifindex: link for link in links}
         self._addresses = {(one.link, one.packed): one for one in addresses if self._concerns(one)}
-        self._routes, self._defaults = {}, set()
+        self._routes, self._defaults, self._shapes = {}, set(), set()
         for route in routes:
             if route.protocol == PROTOCOL_MARK:
-                self._routes[_key(route)] = route
+                self._know(route)
             elif _is_default(route):
                 self._defaults.add(route)
 
@@ -117,8 +128,7 @@ class Relevance:
         named = any(one.name in self.names for one in both)
         if not (ours or named or self._port_moved(now, before, gone)):
             return None
-        kind = "tap" if any(one.tap for one in both) else "link"
-        return Notice(f"{kind}/{now.name}", _change(gone, before is not None), ours)
+        return Notice(f"{_kind(now, before)}/{now.name}", _change(gone, before is not None), ours)
 
     def _port_moved(self, now: Link, before: Link | None, gone: bool) -> bool:
         """Whether a link became, or no longer is, a port of a bridge of ours."""
@@ -148,27 +158,46 @@ class Relevance:
         ours = PROTOCOL_MARK in (now.protocol, before.protocol if before else 0)
         return Notice(f"address/{address_text(now.packed)}", _change(gone, before is not None), ours)
 
+    def _know(self, route: Route) -> None:
+        """Remember a route of ours, and how a message begins that tells of one in its place."""
+        self._routes[_key(route)] = route
+        table = route.table if route.table < 256 else _TABLE_COMPAT
+        self._shapes.add((route.family, table, route.prefixlen))
+
     def _route(self, message: Message, gone: bool) -> Notice | None:
         family, length, _, _, table, protocol, _, kind, _ = _RTMSG.unpack_from(message.data, message.start)
-        if protocol != PROTOCOL_MARK and (family != socket.AF_INET6 or (length and table == TABLE_MAIN)):
+        ours = protocol == PROTOCOL_MARK
+        default = family == socket.AF_INET6 and not length and table == TABLE_MAIN and kind == ROUTE_UNICAST
+        if not (ours or default or (family, table, length) in self._shapes):
             return None  # a router's tables come by the hundred thousand
         now = rtnetlink.read_route(message)
         key = _key(now)
         before = self._routes.get(key)
-        if protocol == PROTOCOL_MARK:
+        if ours:
             if gone:
                 self._routes.pop(key, None)
             elif now == before:
                 return None
             else:
-                self._routes[key] = now
+                self._know(now)
             return Notice(_route_cause(now), _change(gone, before is not None), ours=True)
         if before is not None and not gone:  # took the place of ours, or stands beside it
             return Notice(_route_cause(now), "changed", ours=True)
-        if kind != ROUTE_UNICAST or not _is_default(now) or (not gone and now in self._defaults):
+        if not default or (not gone and now in self._defaults):
             return None
         (self._defaults.discard if gone else self._defaults.add)(now)
         return Notice(_route_cause(now), "gone" if gone else "appeared", ours=False)
+
+
+def _kind(now: Link, before: Link | None) -> str:
+    """The kind of resource that a link is to the plan; its own mark may just have been taken from it."""
+    for link in (now, before or now):
+        for mark, kind in ((BRIDGE_ALIAS, "bridge"), (PORT_ALIAS, "port")):
+            if link.alias.startswith(mark):
+                return kind
+    if now.kind == "tun":
+        return "tap" if now.tap else "tun"
+    return "link"
 
 
 def _change(gone: bool, known: bool) -> Change:
@@ -180,14 +209,16 @@ def _is_link_local(packed: bytes) -> bool:
 
 
 def _is_default(route: Route) -> bool:
-    return route.prefixlen == 0 and route.table == TABLE_MAIN
+    return route.family == socket.AF_INET6 and route.prefixlen == 0 and route.table == TABLE_MAIN
 
 
 def _key(route: Route) -> _RouteKey:
-    return route.table, route.destination, route.prefixlen, route.metric
+    return route.family, route.table, route.destination, route.prefixlen, route.metric
 
 
 def _route_cause(route: Route) -> str:
+    if route.table > TABLE_LOCAL_SOURCE:
+        return f"gateway/{route.table}/{route.text()}"
     kind = {TABLE_LOCAL: "range", TABLE_LOCAL_SOURCE: "source"}.get(route.table, "route")
     return f"{kind}/{route.text()}"
 
@@ -195,13 +226,21 @@ def _route_cause(route: Route) -> str:
 def _rule(message: Message, gone: bool) -> Notice | None:
     """Rules are few; those that lead to the tables where ours lead are looked at, whoever made them."""
     family, _, _, _, table, _, _, _, _ = _RTMSG.unpack_from(message.data, message.start)
-    have = attributes(message.data, message.start + 12, message.end, (_FRA_TABLE, _FRA_PROTOCOL))
+    wanted = (_FRA_SRC, _FRA_PRIORITY, _FRA_TABLE, _FRA_PROTOCOL)
+    have = attributes(message.data, message.start + 12, message.end, wanted)
     ours = have.get(_FRA_PROTOCOL) == bytes((PROTOCOL_MARK,))
     if _FRA_TABLE in have:
         table = _U32.unpack(have[_FRA_TABLE])[0]
-    if ours or (family == socket.AF_INET6 and table in (TABLE_LOCAL, TABLE_LOCAL_SOURCE)):
-        return Notice("rule/local-source", "gone" if gone else "changed", ours)
-    return None
+    local = family == socket.AF_INET6 and table in (TABLE_LOCAL, TABLE_LOCAL_SOURCE)
+    if not (ours or local):
+        return None
+    if local:
+        name = "local-source"
+    elif _FRA_SRC in have:
+        name = f"from-{address_text(have[_FRA_SRC])}"
+    else:
+        name = str(_U32.unpack(have[_FRA_PRIORITY])[0]) if _FRA_PRIORITY in have else "0"
+    return Notice(f"rule/{name}", "gone" if gone else "changed", ours)
 
 
 def judge_nft(message: Message) -> Notice | None:

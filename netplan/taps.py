@@ -7,7 +7,8 @@ import errno
 import fcntl
 import os
 import struct
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager
 
 from netplan.errors import NetplanError
 
@@ -21,32 +22,57 @@ _IFF_VNET_HDR = 0x4000  # qemu's virtio-net asks for it; it can be changed at ea
 _REQUEST = struct.Struct("16sH22x")  # struct ifreq: name, flags
 
 _DEVICE = "/dev/net/tun"
+_AT_ONCE = 64  # taps held open together: far from any limit of descriptors
 
 
-def make_taps(taps: Iterable[tuple[str, int]], *, tun: bool = False) -> dict[str, NetplanError]:
+def make_taps(
+    taps: Iterable[tuple[str, int]],
+    *,
+    tun: bool = False,
+    mark: Callable[[Collection[str]], None] = lambda _: None,
+) -> dict[str, NetplanError]:
     """Make each ``(name, owner uid)`` a persistent tap (or ``tun``), or give an existing one to its owner; return
     the failures by name.
 
-    Raises ``network.no_tun`` when there is no /dev/net/tun to begin with.
+    ``mark`` is called with names of taps that are there and not yet persistent: whoever dies before it
+    returns takes the new ones along, so that there never is one without a mark.  Raises ``network.no_tun``
+    when there is no /dev/net/tun to begin with.
     """
     failed: dict[str, NetplanError] = {}
-    for name, owner in taps:
+    waiting = list(taps)
+    while waiting:
+        these, waiting = waiting[:_AT_ONCE], waiting[_AT_ONCE:]
+        devices: dict[str, int] = {}
         try:
-            _make(name, owner, _IFF_TUN if tun else _IFF_TAP | _IFF_VNET_HDR)
-        except OSError as error:
-            failed[name] = NetplanError(
-                "network.tap",
-                f"cannot make {name}: {error.strerror}",
-                resource=f"tap/{name}",
-                hint="a process still holds it: stop the virtual machine"
-                if error.errno == errno.EBUSY
-                else "",
-                retryable=error.errno == errno.EBUSY,
-            )
+            for name, owner in these:
+                with _noting(name, failed):
+                    devices[name] = _attach(name, owner, _IFF_TUN if tun else _IFF_TAP | _IFF_VNET_HDR)
+            mark(devices.keys())
+            for name, device in devices.items():
+                with _noting(name, failed):
+                    fcntl.ioctl(device, _TUNSETPERSIST, 1)
+        finally:
+            for device in devices.values():
+                os.close(device)
     return failed
 
 
-def _make(name: str, owner: int, kind: int) -> None:
+@contextmanager
+def _noting(name: str, failed: dict[str, NetplanError]) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        failed[name] = NetplanError(
+            "network.tap",
+            f"cannot make {name}: {error.strerror}",
+            resource=f"tap/{name}",
+            hint="a process still holds it: stop the virtual machine" if error.errno == errno.EBUSY else "",
+            retryable=error.errno == errno.EBUSY,
+        )
+
+
+def _attach(name: str, owner: int, kind: int) -> int:
+    """Return a descriptor of the tap, which goes with it unless it is made persistent."""
     try:
         device = os.open(_DEVICE, os.O_RDWR | os.O_CLOEXEC)
     except OSError as error:
@@ -59,6 +85,7 @@ def _make(name: str, owner: int, kind: int) -> None:
     try:
         fcntl.ioctl(device, _TUNSETIFF, _REQUEST.pack(name.encode(), kind | _IFF_NO_PI))
         fcntl.ioctl(device, _TUNSETOWNER, owner)
-        fcntl.ioctl(device, _TUNSETPERSIST, 1)
-    finally:
+    except OSError:
         os.close(device)
+        raise
+    return device

@@ -12,7 +12,6 @@ import email
 import logging
 import os
 import re
-import secrets
 import stat
 import sys
 import time
@@ -123,6 +122,9 @@ def build_software(context: Context, url: str) -> None:
     with files.directory(config.software_root, directory.name) as descriptor:
         content = time.asctime().encode() + b"\n"
         numbers = (owner.pw_uid, owner.pw_gid)
+        files.flush(
+            descriptor
+        )  # thousands of files, for which the mark is about to vouch also after a power cut
         files.write(COMPLETED, content, dir_fd=descriptor, mode=0o644, owner=numbers, durable=True)
 
 
@@ -325,7 +327,4 @@ def _link_software(descriptor: int, directory: Path) -> None:
             return
     except OSError:
         pass  # no link yet, or something else in its place
-    # a name that the partition cannot have taken before us
-    temporary = f".{name}.{secrets.token_hex(6)}"
-    os.symlink(directory, temporary, dir_fd=descriptor)
-    os.rename(temporary, name, src_dir_fd=descriptor, dst_dir_fd=descriptor)
+    files.link(name, directory, dir_fd=descriptor)

@@ -227,7 +227,7 @@ def _changing(
     options: argparse.Namespace, path: str, body: dict[str, Any], alone: Callable[[Context], dict[str, Any]]
 ) -> dict[str, Any]:
     """Let the daemon do a change, or do it alone under the lock where none runs."""
-    from partitiond import control, lock  # noqa: PLC0415 - as above
+    from partitiond import control, recovery  # noqa: PLC0415 - as above
 
     context = _context(options)
     deadline = time.monotonic() + _WAIT_FOR_OTHERS
@@ -237,7 +237,7 @@ def _changing(
             return answer
         try:
             # a daemon that is just starting holds the lock before it listens: ask it again every second
-            with lock.exclusive(context.config.state_dir, options.verb, wait=1.0):
+            with recovery.exclusive(context.config, options.verb, wait=1.0):
                 return _alone(context, alone)
         except PartitiondError as error:
             if error.code != "node.busy" or time.monotonic() > deadline:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from netplan import apply as netplan_apply
@@ -36,7 +37,6 @@ from partitiond.users import UserOperation, UserSpec
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
-    from pathlib import Path
 
     from netplan.model import ObservedNetwork
     from netplan.operations import Operation as NetworkOperation
@@ -155,13 +155,20 @@ def observe(context: Context) -> Observation:
 @once
 def _strangers(database: users.UserDatabase, config: Config) -> list[User]:
     roots = (f"{config.instance_root}/", f"{config.software_root}/")
-    return [user for user in database.users.values() if user.ours and not f"{user.home}/".startswith(roots)]
+    return [
+        user
+        for user in database.users.values()
+        if user.ours
+        and not f"{user.home}/".startswith(roots)
+        and user.partition in (None, Path(user.home).name)
+    ]
 
 
 def refuse_other_node(context: Context, database: users.UserDatabase) -> None:
     """Refuse to touch a machine that carries a node of another configuration: its marks are the same as ours.
 
-    Told by the homes of our users, which lie below the roots of the configuration that made them.
+    Told by the homes of our users, which lie below the roots of the configuration that made them: ``<root>/slappart3``. A
+    home of another name is nobody's: it was changed by hand, and is put right.
     """
     strangers = _strangers(database, context.config)
     if strangers:

@@ -27,6 +27,7 @@ from partitiond import (
     lanes,
     memory,
     metrics,
+    recovery,
     reload,
     status,
     verbs,
@@ -35,7 +36,6 @@ from partitiond.context import Context
 from partitiond.daemon_trials import Trials
 from partitiond.errors import FAMILY, PartitiondError, sentence
 from partitiond.heal import Healer
-from partitiond.lock import exclusive
 from partitiond.watch import Watch
 from slap_client.backoff import Backoff
 
@@ -175,7 +175,7 @@ class Daemon:
         """Run until SIGTERM or SIGINT; return the exit status. Raises a family error when the start fails."""
         context, config = self.context, self.context.config
         memory.be_frugal()
-        with exclusive(config.state_dir, "run"):
+        with recovery.exclusive(config, "run"):
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, lambda *_: self._end())
             signal.signal(signal.SIGHUP, lambda *_: self._requests.put(self._reload))

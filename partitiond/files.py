@@ -6,11 +6,14 @@ opened non-blocking, must be regular, and are read up to a bound.
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
+import re
 import secrets
 import stat
 from contextlib import contextmanager
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from partitiond.errors import PartitiondError
@@ -21,6 +24,10 @@ if TYPE_CHECKING:
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+# what a killed process may leave of write(), link() and empty(); no tenant's file has such a name
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{12}\.partitiond")
+_REMOVING = re.compile(r"\.removing-[0-9a-f]{16}")
+_MOST_LEFTOVERS = 100_000  # names that are looked at: a tenant may make millions
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 
 
@@ -98,8 +105,12 @@ def write(
     owner: tuple[int, int] = (0, 0),
     durable: bool = False,
 ) -> None:
-    """Replace a file below a directory descriptor, whole or not at all. Raises OSError."""
-    temporary = f".{name[:80]}.{secrets.token_hex(6)}"
+    """Replace a file below a directory descriptor, whole or not at all. Raises OSError.
+
+    ``durable``: also when the machine loses its power. What every plan compares by its content can do without: it is
+    written again.
+    """
+    temporary = _temporary(name)
     descriptor = os.open(temporary, _NEW, 0o600, dir_fd=dir_fd)
     try:
         try:
@@ -121,6 +132,45 @@ def write(
         os.fsync(dir_fd)
 
 
+def flush(dir_fd: int) -> None:
+    """Have everything that was written to a directory's file system on the disk (syncfs(2)). Raises OSError."""
+    if ctypes.CDLL(None, use_errno=True).syncfs(dir_fd) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+
+
+def link(name: str, target: Path, *, dir_fd: int) -> None:
+    """Replace a symbolic link below a directory descriptor, in one step. Raises OSError."""
+    temporary = _temporary(name)
+    os.symlink(target, temporary, dir_fd=dir_fd)
+    os.rename(temporary, name, src_dir_fd=dir_fd, dst_dir_fd=dir_fd)
+
+
+def _temporary(name: str) -> str:
+    """A name that nobody can have taken before us, a tenant in its own directory included."""
+    return f".{name[:80]}.{secrets.token_hex(6)}.partitiond"
+
+
+def remove_leftovers(dir_fd: int, *, trees: bool = False) -> None:
+    """Remove the temporary files and links that a killed process left in a directory, for when nobody else writes there.
+
+    ``trees``: also directories whose removal had begun (:func:`empty`), in a directory of root's. Raises OSError,
+    PartitiondError ``files.mounted``.
+    """
+    for name in _names_like(dir_fd, _TEMPORARY):
+        with _ignoring_missing():
+            os.unlink(name, dir_fd=dir_fd)
+    # those below come up while one is removed
+    while trees and (names := _names_like(dir_fd, _REMOVING)):
+        for name in names:
+            _remove_tree(dir_fd, name, _mount_of(dir_fd))
+
+
+def _names_like(dir_fd: int, shape: re.Pattern[str]) -> list[str]:
+    with os.scandir(dir_fd) as entries:
+        return [entry.name for entry in islice(entries, _MOST_LEFTOVERS) if shape.fullmatch(entry.name)]
+
+
 @contextmanager
 def _ignoring_missing() -> Iterator[None]:
     try:
@@ -135,6 +185,23 @@ def write_path(path: Path, content: bytes, *, mode: int = 0o644, owner: tuple[in
         write(path.name, content, dir_fd=descriptor, mode=mode, owner=owner, durable=True)
 
 
+def remove_path(path: Path) -> None:
+    """Remove a file from a directory of root's, durably; one that is not there is fine. Raises OSError."""
+    with _ignoring_missing(), directory(path.parent) as descriptor:
+        os.unlink(path.name, dir_fd=descriptor)
+        os.fsync(descriptor)
+
+
+def make_directory(path: Path, mode: int) -> None:
+    """Make a directory in one of root's, durably; one that is there is fine. Raises OSError."""
+    with directory(path.parent) as descriptor:
+        try:
+            os.mkdir(path.name, mode, dir_fd=descriptor)
+        except FileExistsError:
+            return
+        os.fsync(descriptor)
+
+
 def names(dir_fd: int, limit: int = 1000) -> list[str]:
     """The sorted names in a directory, at most ``limit`` (a tenant may make millions)."""
     found = []
@@ -146,14 +213,16 @@ def names(dir_fd: int, limit: int = 1000) -> list[str]:
     return sorted(found)
 
 
-def empty(dir_fd: int) -> None:
+def empty(dir_fd: int, *, keep: frozenset[str] = frozenset()) -> None:
     """Remove everything below a directory descriptor, never following links nor crossing into another mount.
+
+    ``keep`` are names of files in the directory itself that stay.
 
     Iterative, so that no depth of directories exhausts the stack or the descriptors. Raises OSError, or PartitiondError
     ``files.mounted``.
     """
     mount = _mount_of(dir_fd)
-    while directories := _remove_files(dir_fd):
+    while directories := _remove_files(dir_fd, keep):
         for name in directories:
             _remove_tree(dir_fd, name, mount)
 
@@ -167,12 +236,12 @@ def _mount_of(descriptor: int) -> bytes:
         return stream.read().partition(b"mnt_id:")[2].split()[0]
 
 
-def _remove_files(dir_fd: int) -> list[str]:
-    """Unlink all that is no directory; return the names of the directories."""
+def _remove_files(dir_fd: int, keep: frozenset[str] = frozenset()) -> list[str]:
+    """Unlink all that is no directory and not to be kept; return the names of the directories."""
     with os.scandir(dir_fd) as entries:
         found = [(entry.name, entry.is_dir(follow_symlinks=False)) for entry in entries]
     for name, is_directory in found:
-        if not is_directory:
+        if not is_directory and name not in keep:
             with _refusing_mounts(name):
                 os.unlink(name, dir_fd=dir_fd)
     return [name for name, is_directory in found if is_directory]

@@ -142,10 +142,10 @@ def _open_process(number: int) -> int | None:
 class _Guardian:
     def __init__(self, state_dir: Path, identity: str, alive: int, applier: int | None) -> None:
         # loaded now: an upgrade in the midst of a trial must not mix two versions
-        from partitiond import control, last_good, lock, rollback, trial  # noqa: PLC0415
+        from partitiond import control, last_good, recovery, rollback, trial  # noqa: PLC0415
         from partitiond.context import Context  # noqa: PLC0415
 
-        self._control, self._last_good, self._lock = control, last_good, lock
+        self._control, self._last_good, self._recovery = control, last_good, recovery
         self._rollback, self._trial, self._context = rollback, trial, Context
         self._state_dir, self._identity = state_dir, identity
         self._alive: int | None = alive
@@ -201,7 +201,7 @@ class _Guardian:
         if self._control.call(socket, "POST", "/1/rollback", body, timeout=_ANSWER_SECONDS) is not None:
             logger.info("the daemon has taken it back")
             return
-        with self._lock.exclusive(self._state_dir, "rollback", wait=1.0):
+        with self._recovery.exclusive(config, "rollback", wait=1.0):
             context = self._context.of(config)
             try:
                 outcome = self._rollback.roll_back(context, self._identity, why, last=False)

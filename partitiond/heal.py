@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from partitiond import converge
 from partitiond.errors import FAMILY, sentence
-from partitiond.refusal import Refusal
+from partitiond.refusal import as_json
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from partitiond.converge import Outcome
     from partitiond.metrics import Tally
     from partitiond.operation import AnyOperation
+    from partitiond.refusal import Refusal
     from partitiond.watch import Watch
     from stunnel_mgr.model import Refused
 
@@ -130,13 +131,16 @@ class Healer:
         for key in now.keys() - self._refused:
             one = now[key]
             logger.warning("%s: refused: %s", one.name, one.reason)
-            kind = one.resource if isinstance(one, Refusal) else "tunnel"
+            wish = as_json(one)
+            kind = wish["resource"]
             self._context.events.record(
                 f"{kind}.refused",
                 f"{one.name}: {one.reason}",
-                partition=one.partition,
+                partition=one.partition or None,
                 resource=f"{kind}/{one.name}",
                 reason=one.reason,
+                code=wish["code"],
+                hint=wish["hint"],
             )
         self._refused = frozenset(now)
 

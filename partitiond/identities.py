@@ -118,17 +118,19 @@ def plan(node: Node, published: Mapping[str, PublicIdentity | None]) -> tuple[Id
 
 
 def make(config: Config, partition: Partition) -> None:
-    """Make a new identity; the certificate is written last, so that half a pair is never taken for a whole one."""
+    """Make a new identity; the certificate is written last, so that half a pair is never taken for a whole one.
+
+    Durably: others are about to be told its fingerprint, and one that a power cut took could never be made again.
+    """
     from stunnel_mgr.identity import make_identity as generate  # noqa: PLC0415 - cryptography is slow to import
 
     identity = generate(partition.id)
     directory = directory_of(config, partition.id)
     (directory / CERTIFICATE_FILE).unlink(missing_ok=True)
     with files.directory(directory) as descriptor:
-        files.write(
-            KEY_FILE, identity.key_pem, dir_fd=descriptor, mode=0o400, owner=(partition.uid, partition.gid)
-        )
-        files.write(CERTIFICATE_FILE, identity.certificate_pem, dir_fd=descriptor, mode=0o444)
+        owner = (partition.uid, partition.gid)
+        files.write(KEY_FILE, identity.key_pem, dir_fd=descriptor, mode=0o400, owner=owner, durable=True)
+        files.write(CERTIFICATE_FILE, identity.certificate_pem, dir_fd=descriptor, mode=0o444, durable=True)
 
 
 def remove(config: Config, partition: Partition) -> None:

@@ -287,13 +287,12 @@ def _run(context: Context, partition: Partition, entry: PartitionDocument) -> No
         return
     group = process_group(context, partition)
     with context.applying:
-        changed = (
+        if group.programs:
             context.supervisor.write_group(group)
-            if group.programs
-            else context.supervisor.remove_group(group.name)
-        )
-        if changed:
-            context.supervisor.update()
+        else:
+            context.supervisor.remove_group(group.name)
+        # also when the file is as it was: one who was killed after writing it has told supervisord nothing
+        context.supervisor.update()
         if group.programs:
             context.supervisor.start_group(group.name)
             _look(context, partition)

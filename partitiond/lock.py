@@ -14,10 +14,15 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+NAME = "lock"  # in state_dir
+
 
 @contextmanager
-def exclusive(state_dir: Path, what: str, *, wait: float = 0.0) -> Iterator[None]:
-    """Hold the lock, waiting up to ``wait`` seconds. Raises PartitiondError ``node.busy`` naming the holder."""
+def exclusive(state_dir: Path, what: str, *, wait: float = 0.0) -> Iterator[bool]:
+    """Hold the lock, waiting up to ``wait`` seconds. Raises PartitiondError ``node.busy`` naming the holder.
+
+    Yields whether the holder before was cut off: who comes to the end of its work takes its name out of the file.
+    """
     descriptor = _open(state_dir)
     try:
         deadline = time.monotonic() + wait
@@ -40,22 +45,25 @@ def exclusive(state_dir: Path, what: str, *, wait: float = 0.0) -> Iterator[None
                     retryable=True,
                 )
             time.sleep(0.05)
+        cut_off = os.fstat(descriptor).st_size > 0
+        # over the old name, not after taking it out: the file must not be empty before the work is done
+        os.pwrite(descriptor, name := f"partitiond {what} (process {os.getpid()})\n".encode(), 0)
+        os.ftruncate(descriptor, len(name))
+        yield cut_off
         os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"partitiond {what} (process {os.getpid()})\n".encode(), 0)
-        yield
     finally:
         os.close(descriptor)
 
 
 def _open(state_dir: Path) -> int:
     state_dir.mkdir(parents=True, exist_ok=True)
-    return os.open(state_dir / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    return os.open(state_dir / NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
 
 
 def _stale(descriptor: int, state_dir: Path) -> bool:
     """Whether the open file is not the one at the path any more."""
     try:
-        there = os.lstat(state_dir / "lock")
+        there = os.lstat(state_dir / NAME)
     except FileNotFoundError:
         return True
     return not os.path.samestat(there, os.fstat(descriptor))

@@ -63,10 +63,13 @@ def plan(context: Context, node: Node, processes: tuple[Process, ...]) -> tuple[
         if not known or any(process.state == "STOPPED" and not process.started for process in known):
             operations.append(_operation(partition.id, "change", "not started"))
     wanted = {name for partition in node.partitions for name in (partition.id, group_name(partition.id))}
+    set_up = supervisor.group_names()
     operations += [
-        _operation(name, "remove", "belongs to no partition")
-        for name in supervisor.group_names()
-        if name not in wanted
+        *(_operation(name, "remove", "belongs to no partition") for name in set_up if name not in wanted),
+        *(
+            _operation(name, "remove", "supervisord still has it, although its configuration is gone")
+            for name in sorted(by_group.keys() - set(set_up))
+        ),
     ]
     return tuple(operations)
 

@@ -94,7 +94,7 @@ class Store:
         """Remember; a free partition is forgotten."""
         path = self._instances / f"{state.partition}.json"
         if state.life == "free":
-            path.unlink(missing_ok=True)
+            files.remove_path(path)
         else:
             self._write(path, dataclasses.asdict(state))
 
@@ -168,10 +168,10 @@ class Store:
 
     def forget_software(self, url: str) -> None:
         """Forget a release that was removed."""
-        (self._software / f"{software_name(url)}.json").unlink(missing_ok=True)
+        files.remove_path(self._software / f"{software_name(url)}.json")
 
     def _write(self, path: Path, value: dict[str, object]) -> None:
-        path.parent.mkdir(mode=0o700, exist_ok=True)
+        files.make_directory(path.parent, 0o700)
         files.write_path(path, json.dumps(value, sort_keys=True).encode(), mode=0o600)
 
     def _read(self, path: Path, hint: str = _INSTANCE_HINT) -> dict[str, Any] | None:

@@ -7,6 +7,7 @@ configuration changed. Layout and programme settings are those of slapos.core 1.
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import os
 import re
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 MOST_PROGRAMS = 100
 _MOST_DESCRIPTORS = 20000
 _ANSWER_SECONDS = 90
+_REACHABLE_SECONDS = 5
+_MODULE = "supervisor.supervisord"
 PROGRAM_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,99}")
 _GROUP_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,99}")
 _SOCKET_LIMIT = 104  # struct sockaddr_un holds 108 bytes; supervisord makes a longer temporary name beside it
@@ -181,6 +184,8 @@ class Supervisor:
                 resource=str(self.socket),
                 hint="shorten instance_root",
             )
+        if self._wait_for_another():
+            return
         end_orphans(self.socket)
         environment = {"PATH": execute.PATH, "LANG": "C.UTF-8", "HOME": "/root"}
         command = [
@@ -189,7 +194,7 @@ class Supervisor:
             "-W",
             "ignore",
             "-m",
-            "supervisor.supervisord",
+            _MODULE,
             "-c",
             str(self.configuration),
         ]
@@ -214,9 +219,29 @@ class Supervisor:
             hint=f"read {self.log}",
         )
 
+    def _wait_for_another(self) -> bool:
+        """Return whether one that is there already answers: a partitiond that was killed may just have started it.
+
+        One that cannot be reached for some seconds is ended: it would start everything a second time beside ours.
+        """
+        deadline = time.monotonic() + _REACHABLE_SECONDS
+        while there := [pid for pid in execute.pids() if self._is_server(pid)]:
+            if self.running():
+                return True
+            if time.monotonic() > deadline:
+                for pid in there:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
+            time.sleep(0.05)
+        return False
+
+    def _is_server(self, pid: int) -> bool:
+        words = _read_words(f"/proc/{pid}/cmdline")
+        return _MODULE.encode() in words and str(self.configuration).encode() in words and _alive(pid)
+
     def shutdown(self) -> None:
         """End it with all its processes and wait until it is gone."""
-        if not self.running():
+        if not self.running() and not self._wait_for_another():
             end_orphans(self.socket)
             return
         pid = int(self._call("supervisor.getPID"))
@@ -281,14 +306,15 @@ class Supervisor:
             return False
         return True
 
-    def update(self) -> None:
-        """Make supervisord run what the files say; only groups whose file changed are stopped."""
+    def update(self) -> frozenset[str]:
+        """Make supervisord run what the files say; only groups whose file changed are stopped. Return those started (anew)."""
         added, changed, removed = self._call("supervisor.reloadConfig")[0]
         for name in (*changed, *removed):
             self.stop_group(name)
             self._call("supervisor.removeProcessGroup", name)
         for name in (*changed, *added):
             self._call("supervisor.addProcessGroup", name)
+        return frozenset((*changed, *added))
 
     def start_group(self, name: str) -> None:
         """Start what is not running in a group."""
@@ -363,8 +389,12 @@ def end_orphans(server_socket: Path) -> None:
 
 
 def _environ(pid: int) -> list[bytes]:
+    return _read_words(f"/proc/{pid}/environ") if _alive(pid) else []
+
+
+def _read_words(path: str) -> list[bytes]:
     try:
-        with open(f"/proc/{pid}/environ", "rb") as stream:
-            return stream.read().split(b"\0") if _alive(pid) else []
+        with open(path, "rb") as stream:
+            return stream.read().split(b"\0")
     except OSError:
         return []

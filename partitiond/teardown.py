@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 from typing import TYPE_CHECKING
 
@@ -9,12 +10,12 @@ from netplan import apply as netplan_apply
 from netplan import observe as netplan_observe
 from netplan import plan as netplan_plan
 from netplan.model import DesiredNetwork
-from partitiond import block_devices, device_access, execute, files, last_good, storage, users
+from partitiond import block_devices, device_access, execute, files, last_good, lock, storage, users
 from partitiond.converge import Outcome, refuse_other_node
 from partitiond.errors import FAMILY, sentence
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
     from pathlib import Path
 
     from partitiond.config import Config
@@ -37,6 +38,9 @@ def run(context: Context, *, purge: bool) -> Outcome:
             ("data", lambda: _purge(context.config)) if purge else ("state", lambda: _state(context)),
             ("users", lambda: _users(context.config)),
         ]
+        if purge:
+            # with the lock that is held right now, so last of all: until then nobody else can begin
+            steps.append(("state", lambda: _purge_state(context.config.state_dir)))
         for name, step in steps:
             try:
                 step()
@@ -91,17 +95,28 @@ def _state(context: Context) -> None:
 
 
 def _purge(config: Config) -> None:
-    for path in _data(config):
-        if path.is_dir() and not path.is_symlink():
+    for path in (config.instance_root, config.software_root, config.log_dir, config.run_dir):
+        if _is_own(path):
             with files.directory(path) as descriptor:
                 files.empty(descriptor)
-            try:
-                path.rmdir()
-            except OSError:
-                continue  # a mount point stays, empty
+            _remove_empty(path)
 
 
-def _data(config: Config) -> Iterator[Path]:
-    yield from (config.instance_root, config.software_root, config.log_dir, config.run_dir)
-    # the lock file that is held right now lies here; it goes last
-    yield config.state_dir
+def _purge_state(state_dir: Path) -> None:
+    if _is_own(state_dir):
+        with files.directory(state_dir) as descriptor:
+            files.empty(descriptor, keep=frozenset((lock.NAME,)))
+        (state_dir / lock.NAME).unlink(missing_ok=True)
+        _remove_empty(state_dir, errno.ENOTEMPTY)  # who waited for the lock may have begun
+
+
+def _is_own(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()
+
+
+def _remove_empty(path: Path, *fine: int) -> None:
+    try:
+        path.rmdir()
+    except OSError as error:
+        if error.errno not in (errno.EBUSY, *fine):  # a mount point stays, empty
+            raise

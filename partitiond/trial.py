@@ -131,7 +131,11 @@ def _turn(state_dir: Path) -> Iterator[int]:
 
 def _write(state_dir: Path, trial: Trial) -> Trial:
     content = json.dumps(dataclasses.asdict(trial), sort_keys=True).encode()
-    files.write_path(_path(state_dir), content, mode=0o600)
+    try:
+        files.write_path(_path(state_dir), content, mode=0o600)
+    except FileNotFoundError:
+        # who has just taken the node over from somebody killed removes temporary files; a confirmation does not wait for it
+        files.write_path(_path(state_dir), content, mode=0o600)
     return trial
 
 

@@ -370,12 +370,18 @@ def apply(operation: TunnelOperation, config: Config, supervisor: Supervisor) ->
             resource=partition.id,
             hint="apt install stunnel4",
         )
-    (directory / _LOADED).unlink(missing_ok=True)
+    try:
+        (directory / _LOADED).unlink()
+        cut_off = False
+    except FileNotFoundError:
+        cut_off = True  # or never begun; supervisord may not know what the group's file says
     _write_files(directory, wanted)
     name = group_name(partition.id)
     with verdict.LogTail(config.log_dir / partition.id / "stunnel.log") as tail:
-        if supervisor.write_group(group(config, partition)):
-            supervisor.update()  # starts it, too
+        changed = supervisor.write_group(group(config, partition))
+        started = supervisor.update() if changed or cut_off else frozenset()
+        if name in started:
+            pass
         elif any(item.group == name and item.pid for item in supervisor.processes()):
             supervisor.signal(name, "stunnel", "HUP")
         else:
@@ -389,7 +395,8 @@ def _take_down(supervisor: Supervisor, partition: Partition, directory: Path) ->
     supervisor.stop_group(name)
     if supervisor.remove_group(name):
         supervisor.update()
-    for path in (*directory.glob("pins-*.pem"), directory / render.CONFIG_FILE, directory / _LOADED):
+    # the configuration last: while it is there, the plan sees that something is left
+    for path in (*directory.glob("pins-*.pem"), directory / _LOADED, directory / render.CONFIG_FILE):
         path.unlink(missing_ok=True)
 
 

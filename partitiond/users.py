@@ -2,7 +2,8 @@
 
 Promises: all changes of a pass are one locked rewrite of the user database (``lckpwdf``, temporary file, fsync, rename),
 whatever their number; no program is started; only users that carry our mark in the GECOS field, or that have exactly the
-name that the configuration gives to a partition, are changed; lines of others are kept byte for byte.
+name that the configuration gives to a partition, are changed; lines of others are kept byte for byte. A rewrite that is cut
+off between two of the four files is finished, or taken back, by the next one.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from partitiond.errors import PartitiondError
+from partitiond.files import write_path
 from partitiond.operation import Operation
 from partitiond.settled import Settled
 
@@ -27,6 +29,13 @@ _read: Settled[UserDatabase] = Settled()
 
 MARK = "partitiond"
 SHELL = "/bin/sh"
+
+# The order of the four files is what makes a rewrite that was cut off visible. The mark is in passwd: it comes first and goes
+# last, so that nothing of ours is ever without it. That a user's group is missing is seen by every plan: so it comes last and
+# goes first, and a user who has one is whole.
+_CREATING = ("passwd", "shadow", "gshadow", "group")
+_REMOVING = ("group", "gshadow", "shadow", "passwd")
+_MODES = {"passwd": 0o644, "group": 0o644, "shadow": 0o640, "gshadow": 0o640}
 
 
 @dataclass(frozen=True, slots=True)
@@ -282,18 +291,26 @@ class _Files:
 
 
 def apply(operations: Iterable[UserOperation], etc: Path = Path("/etc")) -> None:
-    """Run the operations as one rewrite. Raises PartitiondError ``users.locked`` or OSError of the file system."""
+    """Run the operations under one lock. Raises PartitiondError ``users.locked`` or OSError of the file system."""
     todo = tuple(operations)
+    made = tuple(operation for operation in todo if operation.spec)
+    gone = tuple(operation for operation in todo if not operation.spec)
     if not todo:
         return
     with _locked():
-        files = _Files(*(_lines(etc / name) for name in ("passwd", "group", "shadow", "gshadow")))
-        _edit(files, todo, str(int(time.time() // 86400)))
-        # groups first: a reader between two renames must not find a user whose group is unknown
-        for name, mode in (("group", 0o644), ("gshadow", 0o640), ("passwd", 0o644), ("shadow", 0o640)):
-            rows: list[list[str]] = getattr(files, name)
-            if rows or (etc / name).exists():
-                _replace(etc / name, "".join(":".join(row) + "\n" for row in rows), mode)
+        if made:
+            _rewrite(etc, made, _CREATING)
+        if gone:
+            _rewrite(etc, gone, _REMOVING)
+
+
+def _rewrite(etc: Path, todo: Sequence[UserOperation], order: Sequence[str]) -> None:
+    files = _Files(*(_lines(etc / name) for name in ("passwd", "group", "shadow", "gshadow")))
+    _edit(files, todo, str(int(time.time() // 86400)))
+    for name in order:
+        rows: list[list[str]] = getattr(files, name)
+        if rows or (etc / name).exists():
+            _replace(etc / name, "".join(":".join(row) + "\n" for row in rows), _MODES[name])
 
 
 def _edit(files: _Files, todo: Sequence[UserOperation], today: str) -> None:
@@ -307,6 +324,7 @@ def _edit(files: _Files, todo: Sequence[UserOperation], today: str) -> None:
     memberships = {spec.name: spec.groups for spec in specs}
     groups = {row[0]: row for row in reversed(files.group) if len(row) == 4}
     shadowed = {row[0]: row for row in reversed(files.shadow) if len(row) > 1}
+    shadowed_groups = {row[0] for row in files.gshadow}
     for spec in specs:
         row = current.get(spec.name)
         own = groups.get(spec.name)
@@ -317,6 +335,7 @@ def _edit(files: _Files, todo: Sequence[UserOperation], today: str) -> None:
             row[1], row[4:7] = "x", [spec.gecos, spec.home, SHELL]
         if spec.name not in groups:
             files.group.append([spec.name, "x", gid, ""])
+        if spec.name not in shadowed_groups:
             files.gshadow.append([spec.name, "!", "", ""])
         if spec.name not in shadowed:
             files.shadow.append([spec.name, "!", today, "", "", "", "", "", ""])
@@ -363,22 +382,4 @@ def _replace(path: Path, text: str, mode: int) -> None:
     content = text.encode("utf-8", "surrogateescape")
     if path.exists() and path.read_bytes() == content:
         return
-    temporary = path.with_name(f"{path.name}+partitiond")
-    descriptor = os.open(
-        temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600
-    )
-    try:
-        os.fchown(descriptor, *owner)
-        os.fchmod(descriptor, mode)
-        view = memoryview(content)
-        while view:
-            view = view[os.write(descriptor, view) :]
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-    temporary.rename(path)
-    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+    write_path(path, content, mode=mode, owner=owner)

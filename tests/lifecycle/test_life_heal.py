@@ -1,6 +1,7 @@
 """Drift under a running daemon: told, counted and repaired by the kernel's word, long before the sweep comes round."""
 
 import json
+import shutil
 import signal
 import socket
 import subprocess
@@ -307,6 +308,25 @@ def test_what_cannot_be_repaired_is_told_once_and_the_rest_is_repaired(node):
         ip("link delete slaptap1")
     node.wait(lambda: links().get("slaptap1", {}).get("ifalias"), "the tap, once its name is free", SOON)
     node.settled()
+
+
+def test_a_refused_tunnel_is_told_once_and_is_no_drift(node):
+    settle(node)
+    drift = len(events(node, "drift.found"))
+    directory = node.base / "instance" / "slappart2" / "etc" / "tunnel"
+    directory.mkdir(parents=True)
+    (directory / "bad.cfg").write_text("[tunnel]\nmode = sideways\n")
+    try:
+        for number in (1, 2):
+            ip(f"address delete 10.0.0.2/32 dev {BRIDGE}")  # what makes it look
+            node.wait(lambda n=number: len(events(node, "drift.found")) >= drift + n, "the next look", SOON)
+            settle(node)
+        (event,) = events(node, "tunnel.refused")
+        assert (event["resource"], event["partition"]) == ("tunnel/slappart2/bad", "slappart2")
+        assert "sideways" in event["reason"]
+        assert len(events(node, "drift.found")) == drift + 2
+    finally:
+        shutil.rmtree(directory.parent)
 
 
 def test_the_interface_made_anew_is_furnished_again(node):

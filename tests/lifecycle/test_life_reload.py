@@ -113,7 +113,6 @@ def test_sighup_takes_an_edited_file_and_tells_the_manager(node, manager):
             "config.needs_restart",
             "computer_id cannot change",
         ),
-        ("bridge = br-life\noff", "bridge = nobridge\noff", "network.no_bridge", "nobridge"),
         ("interface_name = br-life", "interface_name = nowhere", "network.no_interface", "nowhere"),
     ],
 )
@@ -159,6 +158,18 @@ def test_another_master_is_asked_from_then_on(node):
     assert node.cli("sync", "instances").value["failures"] == []
     assert node.front.count("getFullComputerInformation") == asked
     assert node.partition("slappart0")["state"] == "free"
+
+
+def test_a_wish_that_is_refused_is_told(node, manager):
+    _, channel = manager
+    edit(node, "[slapformat]", "[block_devices]\nslappart1 = /dev/nowhere\n\n[slapformat]")
+    node.daemon.send_signal(signal.SIGHUP)
+    assert channel.recv(1000).startswith(b"RELOADING=1\n")
+    assert channel.recv(1000) == b"READY=1\n"
+    (event,) = events(node, "block-device.refused")
+    assert event["partition"] == "slappart1"
+    assert event["resource"].startswith("block-device/")
+    assert event["code"]
 
 
 def test_shrinking_by_reload_takes_back_what_is_ours(node):

@@ -17,7 +17,9 @@ from netplan_scene import (
     wanted,
 )
 
+from netplan import nfnetlink
 from netplan.counters import read_counters, read_taps
+from netplan.netlink import NETLINK_NETFILTER, NetlinkSocket
 from netplan.nftables import run
 
 A, B = UID, UID + 1
@@ -151,3 +153,13 @@ def test_taps_are_read_towards_the_guest(node):
         ("slappart0", "slaptap0"),
         ("slappart1", "slaptap1"),
     }
+
+
+def test_a_counter_with_a_comment_is_read_too(node):
+    """The comment stands behind the value, where the value stands otherwise."""
+    node.converge(wanted(1))
+    run('add counter inet partitiond commented { comment "whose?"; packets 5 bytes 7; }\n')
+    with NetlinkSocket(NETLINK_NETFILTER) as sock:
+        found = {one.name: one for one in nfnetlink.counters_of(sock)}
+    assert found["commented"] == ("commented", 5, 7)
+    assert found["denied"] == ("denied", 0, 0)

@@ -115,6 +115,7 @@ def test_whatever_happens_to_our_rules_is_told(listening, damage, change):
     [
         "link add other0 type veth peer name other1",
         "link set lo mtu 60000",
+        "route add 198.51.100.9/32 dev br0",
         "address add 192.0.2.77/24 dev lo",
         "address add fe80::77/64 dev br0 nodad",
         "route add 198.51.100.0/24 dev br0",
@@ -161,6 +162,23 @@ def test_a_machine_that_comes_and_goes_is_no_notice(listening):
             assert listening() == set()
         assert "NO-CARRIER" in carrier()
         assert listening() == set()
+
+
+def test_marked_routes_and_rules_of_every_family_are_ours(listening):
+    """As routed taps and routable IPv4 have them."""
+    ip("route add 198.51.100.7/32 dev br0 proto 112")
+    assert listening() == {Notice("route/198.51.100.7/32", "appeared", ours=True)}
+    ip("route replace 198.51.100.7/32 dev br0 proto static")
+    assert listening() == {Notice("route/198.51.100.7/32", "changed", ours=True)}
+    ip("route replace 198.51.100.7/32 dev br0 proto 112")
+    ip("route delete 198.51.100.7/32 dev br0")
+    assert Notice("route/198.51.100.7/32", "gone", ours=True) in listening()
+    ip("route add default dev br0 table 11201 proto 112")
+    assert listening() == {Notice("gateway/11201/default", "appeared", ours=True)}
+    ip("rule add from 198.51.100.7 table 11201 proto 112")
+    assert listening() == {Notice("rule/from-198.51.100.7", "changed", ours=True)}
+    ip("rule delete from 198.51.100.7 table 11201")
+    assert listening() == {Notice("rule/from-198.51.100.7", "gone", ours=True)}
 
 
 def test_an_address_that_is_said_once_more_is_no_notice(listening):

@@ -7,7 +7,7 @@ from netplan_scene import BASE, NOTHING, UID, partition, wanted
 
 from netplan.apply import apply
 from netplan.errors import NetplanError
-from netplan.model import DesiredNetwork
+from netplan.model import GROUP_GOING, DesiredNetwork
 from netplan.observe import observe
 from netplan.taps import make_taps
 
@@ -53,6 +53,7 @@ def test_the_bridge_keeps_its_own_address(node):
         (lambda node, tap: node.ipr.link("set", index=tap, address="02:00:00:00:00:01"), "address is"),
         (lambda _node, _tap: make_taps([("slaptap1", 7)]), f"owner is 7, should be {UID + 1}"),
         (lambda node, tap: node.ipr.link("del", index=tap), "missing"),
+        (lambda node, tap: node.ipr.link("set", index=tap, group=GROUP_GOING | 7), "its removal was cut off"),
     ],
 )
 def test_each_drift_comes_back_in_the_plan_and_is_repaired(node, damage, reason):
@@ -111,6 +112,22 @@ def test_a_missing_bridge_is_named(node):
     (failure,) = apply(node.last)
     assert failure.error.code == "network.no_bridge"
     assert "br7 does not exist" in failure.error.message
+
+
+def test_a_tap_goes_with_its_maker_as_long_as_it_has_no_mark(node):
+    child = os.fork()
+    if child == 0:
+        make_taps([("slaptap0", UID), ("slaptap1", UID)], mark=lambda names: os._exit(len(names)))
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 2
+    assert node.link("slaptap0") is node.link("slaptap1") is None
+
+
+def test_more_taps_than_are_held_open_at_once(node):
+    marked = []
+    assert not make_taps(((f"tap{number}", 0) for number in range(130)), mark=marked.extend)
+    assert marked == [f"tap{number}" for number in range(130)]
+    assert all(node.link(name) for name in marked)
 
 
 def test_foreign_taps_stay(node):

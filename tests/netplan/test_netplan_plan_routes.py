@@ -6,7 +6,11 @@ from pathlib import Path
 import pytest
 from netplan_scene import BASE, NEIGHBOUR6, NOTHING, partition, wanted
 
+from netplan.apply import apply
 from netplan.model import DesiredNetwork
+from netplan.observe import observe
+from netplan.operations import RuleOperation
+from netplan.rtnetlink import TABLE_LOCAL
 
 NONLOCAL_BIND = Path("/proc/sys/net/ipv6/ip_nonlocal_bind")
 RANGE = "range/2001:db8:1:0:4002::/80"  # of slappart1
@@ -168,3 +172,14 @@ def test_only_partitions_with_a_range_get_one(node):
     mixed = DesiredNetwork("br0", (partition(0, tap=False, ranges=True), partition(1, tap=False)), BASE.ip)
     operations = node.converge(mixed)
     assert [one for one in operations if one.startswith("range/")] == ["range/2001:db8:1:0:4001::/80"]
+
+
+def test_a_rule_that_is_refused_takes_no_other_away(node):
+    """The only way to table local must not go while its replacement is not there."""
+    there = observe(NOTHING).rules
+    local = next(rule for rule in there if rule.table == TABLE_LOCAL)
+    bad = local._replace(table=0)
+    operation = RuleOperation(id="rule/x", action="remove", reason="a test", add=(bad,), delete=(local,))
+    (failure,) = apply((operation,))
+    assert failure.error.code == "network.netlink"
+    assert observe(NOTHING).rules == there

@@ -69,8 +69,18 @@ def test_a_killed_holder_holds_nothing(tmp_path):
         with pytest.raises(PartitiondError), lock.exclusive(tmp_path, "other"):
             pass
         holder.kill()
-    with lock.exclusive(tmp_path, "other"):
-        pass
+    with lock.exclusive(tmp_path, "other") as cut_off:
+        assert cut_off
+    with lock.exclusive(tmp_path, "another") as cut_off:
+        assert not cut_off
+
+
+def test_who_fails_was_cut_off_too(tmp_path):
+    with pytest.raises(ZeroDivisionError), lock.exclusive(tmp_path, "a long name for a short life"):
+        raise ZeroDivisionError
+    with lock.exclusive(tmp_path, "next") as cut_off:
+        assert cut_off
+        assert (tmp_path / "lock").read_text() == f"partitiond next (process {os.getpid()})\n"
 
 
 def test_a_lock_whose_file_was_removed_is_not_two_locks(tmp_path):
@@ -422,5 +432,6 @@ def test_purging_stays_out_of_what_a_link_points_to(tmp_path):
         state_dir=tmp_path / "st",
     )
     teardown._purge(config)
+    teardown._purge_state(config.state_dir)
     assert (tmp_path / "precious" / "file").exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["i", "precious"]

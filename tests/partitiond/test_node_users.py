@@ -220,6 +220,26 @@ def test_users_can_be_renamed_although_their_numbers_stay(etc):
     assert users.plan(renamed, users.observe(directory)) == ()
 
 
+@pytest.mark.parametrize("written", range(5))
+@pytest.mark.parametrize("wanted", ["there", "gone"])
+@pytest.mark.parametrize("way", ["there", "gone"])
+def test_a_rewrite_that_was_cut_off_is_finished_or_taken_back(etc, way, wanted, written):
+    """So many of the four files were written in the one direction, when the next command comes with either."""
+    absent, present = etc(), etc(name="present")
+    converge(present)
+    before, after = (absent, present) if way == "there" else (present, absent)
+    cut = etc(name="cut")
+    order = users._CREATING if way == "there" else users._REMOVING
+    for place, name in enumerate(order):
+        (cut / name).write_bytes(((after if place < written else before) / name).read_bytes())
+    seen = users.observe(cut)
+    assert all(seen.users[name].ours for name in seen.users.keys() - {"root", "daemon"})
+    converge(cut, NODE if wanted == "there" else ())
+    for name in order:
+        whole = present if wanted == "there" else absent
+        assert sorted(lines(cut, name)) == sorted(lines(whole, name)), name
+
+
 def test_of_two_lines_with_one_name_the_first_counts(etc):
     directory = etc(passwd=PASSWD + "twice:x:70:70::/a:/bin/sh\ntwice:x:71:71::/b:/bin/sh\n")
     assert users.observe(directory).users["twice"].uid == 70

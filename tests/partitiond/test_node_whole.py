@@ -289,6 +289,17 @@ def shell_changed(node):
     )
 
 
+def home_changed(node):
+    _edit(
+        "passwd",
+        lambda line: (
+            line.replace(f"{node.instance}/slappart1:", "/home/me:")
+            if line.startswith("slapuser1:")
+            else line
+        ),
+    )
+
+
 def directory_open(node):
     (node.instance / "slappart1").chmod(0o777)
 
@@ -373,6 +384,7 @@ def key_of(node):
         (range_deleted, {"range/2001:db8:1:0:4002::/80"}, "missing"),
         (user_removed, {"user/slapuser1"}, "missing"),
         (shell_changed, {"user/slapuser1"}, "shell is /bin/bash, should be /bin/sh"),
+        (home_changed, {"user/slapuser1"}, "home is /home/me"),
         (directory_open, {"directory"}, "mode 0777"),
         (directory_removed, {"directory", "resource-file/slappart1"}, "missing"),
         (directory_of_another, {"directory"}, "is uid 0, gid 0"),

@@ -1,0 +1,52 @@
+"""Killed at any point, a command leaves nothing that the next one does not put right.
+
+Whatever is cut off: one ``apply`` (or ``teardown``) more and the machine is as if nothing had happened: users, links,
+addresses, routes, rules, packet filter, kernel settings, files, what supervisord runs; the next plan is empty. Or the operator
+turns back: the command before it, and the machine is as it was. Or the system refuses a step (no space, an I/O error, a no of
+the kernel): that is told with a code, and one command more heals it.
+"""
+
+import pytest
+from crash_chosen import every, refusable, some, thinned
+from crash_matrix import KILLED, REFUSED, TAKEN_BACK
+from crash_scene import rounds
+
+# at any number of partitions; the others cost the same at each
+ROUNDS = ("create, remove", "grow, shrink", "change, change back")
+
+
+@pytest.mark.parametrize("name", [*ROUNDS, "tunnel"])
+def test_one_partition(matrix, name):
+    matrix(rounds(1)[name], 1, {KILLED: every, TAKEN_BACK: some(15), REFUSED: refusable})
+
+
+def test_one_partition_whose_data_stays(matrix):
+    matrix(rounds(1)["take down, set up"], 1, {KILLED: some(20), TAKEN_BACK: some(10), REFUSED: some(10)})
+
+
+@pytest.mark.parametrize("name", ROUNDS)
+def test_ten_partitions(matrix, name):
+    matrix(rounds(10)[name], 10, {KILLED: thinned})
+
+
+@pytest.mark.parametrize("name", ROUNDS)
+def test_a_hundred_partitions(matrix, name):
+    matrix(rounds(100)[name], 100, {KILLED: some(5)}, lanes=2)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", [*ROUNDS, "tunnel", "take down, set up"])
+def test_one_partition_whole(matrix, name):
+    matrix(rounds(1)[name], 1, {KILLED: every, TAKEN_BACK: every, REFUSED: every})
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", ROUNDS)
+def test_ten_partitions_whole(matrix, name):
+    matrix(rounds(10)[name], 10, {KILLED: every, TAKEN_BACK: every, REFUSED: every})
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", ROUNDS)
+def test_a_hundred_partitions_whole(matrix, name):
+    matrix(rounds(100)[name], 100, {KILLED: every, TAKEN_BACK: some(50), REFUSED: some(50)})
