@@ -28,8 +28,8 @@ _LINK_OMITTED = frozenset(
 )
 _INFO_KIND, _INFO_DATA, _INFO_SLAVE_KIND = 1, 2, 4
 _BRIDGE_OMITTED = frozenset(
-    (10, 11, 12, 13, 14, 15, 16, 17, 18, 19)
-)  # root, identity, path, timers (IFLA_BR_*)
+    (10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 48)
+)  # root, identity, path, timers, how many neighbours were learned (IFLA_BR_*)
 _KEPT_FLAGS = ~(0x40 | 0x10000 | 0x20000)  # IFF_RUNNING, LOWER_UP, DORMANT follow the carrier
 _ROUTE_OMITTED = frozenset((12,))  # RTA_CACHEINFO
 _ROUTE_OIF, _ROUTE_CLONED, _ROUTE_STATE = 4, 0x200, 0x1 | 0x10  # RTNH_F_DEAD, RTNH_F_LINKDOWN
