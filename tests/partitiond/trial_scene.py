@@ -16,7 +16,7 @@ import subprocess
 import time
 from pathlib import Path
 
-from partitiond import converge, instances
+from partitiond import converge, instances, trial
 from partitiond.context import Context
 from partitiond.state import InstanceState
 
@@ -150,6 +150,19 @@ class Uplink:
 def reached_again(uplink, address):
     # a try of the operator's in the meantime may still have to fail
     wait(lambda: uplink.reached(address, 1), "the operator to reach the node")
+
+
+def hurry(node):
+    """Let the time of a trial be over in a moment."""
+    path, new = node.state / "trial.json", node.state / "hurried.json"
+    new.write_text(json.dumps(json.loads(path.read_text()) | {"deadline": trial.now() + 0.05}))
+    new.rename(path)
+
+
+def taken_back(node):
+    """Let a trial end, and wait until it is taken back."""
+    hurry(node)
+    wait(lambda: not trial.is_open(node.state), "the end of the trial")
 
 
 def machine():
