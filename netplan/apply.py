@@ -67,22 +67,23 @@ def apply(operations: Sequence[Operation]) -> tuple[Failure, ...]:
     """Do the operations; return those that failed or were refused, in the order of the plan."""
     failures: list[Failure] = []
     blocked: NetplanError | None = None
-    noted: NetplanError | None = None
+    held: dict[type[Operation], NetplanError] = {}
     with NetlinkSocket(NETLINK_ROUTE) as sock:
         for kind, grouped in groupby(operations, key=type):
             group = tuple(grouped)
             if blocked and kind is not RefusedOperation:
                 failures += (Failure(one, blocked) for one in group)
                 continue
-            if noted and kind is FilterOperation and group[0].action == "remove":
-                failures += (Failure(one, _still_noted(noted)) for one in group)
+            if kind in held and group[0].action == "remove":
+                failures += (Failure(one, held[kind]) for one in group)
                 continue
             failed = _HANDLERS[kind](sock, group)
             failures += failed
             if failed and kind is FilterOperation:
                 blocked = _blocked(failed[0].error)
-            if failed and kind is SysctlOperation and group[0].action == "remove":
-                noted = failed[0].error
+            if failed and kind in _HOLDS and group[0].action == "remove":
+                later, why = _HOLDS[kind]
+                held[later] = _held(why, group[0].id, failed[0].error)
     return tuple(failures)
 
 
@@ -98,11 +99,21 @@ def _blocked(cause: NetplanError) -> NetplanError:
     return error
 
 
-def _still_noted(cause: NetplanError) -> NetplanError:
+# what must not go when the removal of the first has failed: with it would go the only memory of how things were
+_HOLDS: dict[type[Operation], tuple[type[Operation], str]] = {
+    SysctlOperation: (
+        FilterOperation,
+        "its table notes how a kernel setting was before, which could not be set back",
+    ),
+    PortOperation: (BridgeOperation, "it has addresses that could not be moved back to their port"),
+}
+
+
+def _held(why: str, resource: str, cause: NetplanError) -> NetplanError:
     error = NetplanError(
         "network.blocked",
-        "left undone: its table notes how a kernel setting was before, which could not be set back",
-        resource="filter/partitiond",
+        f"left undone: {why}",
+        resource=resource,
         hint=cause.message,
         retryable=cause.retryable,
     )
@@ -194,13 +205,15 @@ def _ports(sock: NetlinkSocket, group: Sequence[PortOperation]) -> list[Failure]
     """Put each port in or out and move what is its own, in two writes.
 
     The second is sent only when the kernel took the first: else the node's addresses would end on a bridge
-    that leads nowhere.
+    that leads nowhere.  A port that leaves keeps its mark until all is back: by it a move that was cut off is
+    known.
     """
     failures = []
     for one in group:
         link = rtnetlink.set_link(one.name, alias=one.alias, mac=None, master=one.master, up=True)
-        failed = _send(sock, [_Step(one, link)])
-        failures += failed or _send(sock, _moves(one))
+        step, moves = [_Step(one, link)], _moves(one)
+        first, second = (step, moves) if one.master else (moves, step)
+        failures += _send(sock, first) or _send(sock, second)
     return failures
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from netplan import observe as netplan_observe
-from netplan.model import MOVED_MARK, PROTOCOL_MARK
+from netplan.model import MOVED_MARK, PORT_ALIAS, PROTOCOL_MARK
 from partitiond import choices, node
 from partitiond.choices import Rules
 from partitiond.errors import PartitiondError
@@ -65,9 +65,12 @@ def _is_own(config: Config, ip: ipaddress.IPv4Address) -> bool:
 
 
 def _links(config: Config, look: Look, interface: str) -> frozenset[int]:
+    """The links whose addresses the interface has, or will have: those of its ports to be, or of the bridge that it leaves."""
     keys = config.network
     names = (interface, *keys.bridge_ports) if interface == keys.bridge else (interface,)
-    return frozenset(look.links[name].ifindex for name in names if name in look.links)
+    found = [look.links[name] for name in names if name in look.links]
+    bridges = {link.master for link in found if link.alias.startswith(PORT_ALIAS)}
+    return frozenset({link.ifindex for link in found} | bridges)
 
 
 def _usable(address: Address) -> bool:
@@ -159,8 +162,8 @@ def _tap_gateway(config: Config, look: Look) -> ipaddress.IPv4Interface | None:
     name = config.network.tap_gateway_interface
     if name is None:
         return None
-    link = look.links.get(name)
-    found = [(address, ip) for address, ip in _ipv4(look) if link and address.link == link.ifindex]
+    link, links = look.links.get(name), _links(config, look, name)
+    found = [(address, ip) for address, ip in _ipv4(look) if address.link in links]
     if not found:
         raise PartitiondError(
             "network.no_gateway",

@@ -122,9 +122,8 @@ def build_software(context: Context, url: str) -> None:
     with files.directory(config.software_root, directory.name) as descriptor:
         content = time.asctime().encode() + b"\n"
         numbers = (owner.pw_uid, owner.pw_gid)
-        files.flush(
-            descriptor
-        )  # thousands of files, for which the mark is about to vouch also after a power cut
+        # thousands of files, for which the mark is about to vouch, also after a power cut
+        files.flush(descriptor)
         files.write(COMPLETED, content, dir_fd=descriptor, mode=0o644, owner=numbers, durable=True)
 
 

@@ -73,6 +73,23 @@ def bridge():
     )
 
 
+def uplink():
+    """An Ethernet port that the node is reached by, with addresses and routes of several kinds, and no bridge."""
+    ip(
+        "link set lo up",
+        "link add eth0 address 02:00:00:00:00:02 type veth peer name far",
+        "link set far up",
+        "link set eth0 up",
+        "address add 2001:db8:1::2/64 dev eth0 nodad",
+        "address add 192.0.2.2/24 dev eth0",
+        "address add 192.0.2.9/24 dev eth0",
+        "route add default via 192.0.2.1 src 192.0.2.9 metric 50",
+        "route add 203.0.113.5 dev eth0 scope link",
+        "route add 203.0.114.0/24 via 203.0.113.5",
+        "route add default via 2001:db8:1::1 dev eth0",
+    )
+
+
 def configuration(partitions, **settings):
     """The text of a configuration; ``settings`` are section={key: value}, and None takes a key away."""
     sections = {
@@ -135,7 +152,19 @@ def rounds(count):
         },
     )
     tunnels = [configuration(count, **{"tunnel db": tunnel("slappart0", port)}) for port in (3306, 3307)]
+    moved = configuration(
+        count, slapformat={"interface_name": "eth0"}, partitiond={"bridge": "br1", "bridge_ports": "eth0"}
+    )
+    routed = configuration(
+        count,
+        slapformat={"interface_name": "eth0", "create_tun": "true", "tap_gateway_interface": "eth0"},
+        partitiond={"bridge": None},
+        routable_ipv4={"slappart0": "198.51.100.7/24 via 198.51.100.1"},
+    )
     return {
+        "bridge, route, remove": Round(
+            uplink, (Step("bridge", moved), Step("route", routed), Step("unroute", routed, remove=True))
+        ),
         "create, remove": Round(bridge, (Step("create", whole), Step("remove", whole, remove=True))),
         "take down, set up": Round(
             bridge, (Step("take down", whole, remove=True, purge=False), Step("set up", whole))

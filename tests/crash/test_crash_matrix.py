@@ -12,7 +12,7 @@ from crash_matrix import KILLED, REFUSED, TAKEN_BACK
 from crash_scene import rounds
 
 # at any number of partitions; the others cost the same at each
-ROUNDS = ("create, remove", "grow, shrink", "change, change back")
+ROUNDS = ("create, remove", "grow, shrink", "change, change back", "bridge, route, remove")
 
 
 @pytest.mark.parametrize("name", [*ROUNDS, "tunnel"])
