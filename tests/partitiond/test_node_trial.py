@@ -25,6 +25,7 @@ from trial_scene import (
     hurry,
     instance_runs,
     ip,
+    link_local_on,
     links,
     machine,
     pid_of,
@@ -224,6 +225,7 @@ def test_what_is_confirmed_stays(uplink, node, command):
     assert command("plan", "-c", node.path).returncode == 0
     assert error(command("confirm", "--json", "-c", node.path))["code"] == "trial.none"
     # and from then on it is what the next trial goes back to
+    link_local_on("br1")
     before = machine()
     node.write(slapformat={"partition_amount": 1})
     tried(command, node, "--timeout", "600")

@@ -63,6 +63,12 @@ def at_operator():
         os.close(there)
 
 
+def link_local_on(link):
+    """Wait for what the kernel does by itself and in its own time, so that it is not taken for something else."""
+    table = ("/usr/sbin/ip", "-6", "route", "show", "table", "local")
+    wait(lambda: f"local fe80::5054:ff:fe00:1 dev {link}" in said(*table), "the link-local address")
+
+
 class Uplink:
     """The scene; ``server`` listens on the node, as sshd would."""
 
@@ -99,9 +105,7 @@ class Uplink:
             f"address add {OPERATOR6}/64 dev wire nodad",
             namespace="operator",
         )
-        # what the kernel does by itself, and in its own time, is not to be taken for something else
-        table = ("/usr/sbin/ip", "-6", "route", "show", "table", "local")
-        wait(lambda: "local fe80::5054:ff:fe00:1 dev eth0" in said(*table), "the link-local address")
+        link_local_on("eth0")
         self.server = socket.create_server(("::", 2222), family=socket.AF_INET6, dualstack_ipv6=True)
 
     def close(self):
