@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import json
 import logging
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 OK, ERROR, CHANGES, DEGRADED, WRONG_USE = 0, 1, 2, 3, 64
 _WAIT_FOR_OTHERS = 30.0
+_ANSWER_SECONDS = 2.0
 _BEFORE = 10
 DEFAULT_FILE = "/etc/opt/slapos/slapos.cfg"
 _FORCE = "take busy partitions away, too: what runs in them is ended, their data stays"
@@ -53,9 +55,12 @@ def _common() -> _Parser:
 
 
 def _timeout(text: str) -> float:
-    seconds = float(text)
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
     if not 1 <= seconds <= _LONGEST_TRIAL:
-        raise ValueError
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds from 1 to {_LONGEST_TRIAL:.0f}")
     return seconds
 
 
@@ -290,9 +295,13 @@ def _try(options: argparse.Namespace) -> int:
 
 
 def _confirm(options: argparse.Namespace) -> int:
-    from partitiond import present, verbs  # noqa: PLC0415 - as above
+    from partitiond import control, present, verbs  # noqa: PLC0415 - as above
 
-    _print(options, "confirm", verbs.confirm(_config(options)), present.confirmed)
+    config = _config(options)
+    value = verbs.confirm(config)
+    with contextlib.suppress(PartitiondError):  # it holds without the daemon, which finds out by itself, too
+        control.call(config.run_dir / "control.sock", "POST", "/1/confirmed", {}, timeout=_ANSWER_SECONDS)
+    _print(options, "confirm", value, present.confirmed)
     return OK
 
 
@@ -374,8 +383,7 @@ def _time(text: str | None) -> float | None:
 
 
 def _events(options: argparse.Namespace) -> int:
-    import contextlib  # noqa: PLC0415 - as above
-    from collections import deque  # noqa: PLC0415
+    from collections import deque  # noqa: PLC0415 - as above
 
     from partitiond import event_reader, present  # noqa: PLC0415
 

@@ -155,6 +155,7 @@ class Daemon:
             ("GET", "/metrics"): lambda _query, _body: control.Text(*metrics.render(context, self._tally)),
             ("POST", "/1/apply"): self._apply,
             ("POST", "/1/try"): lambda _query, body: self._trials.try_out(body),
+            ("POST", "/1/confirmed"): lambda _query, _body: self._trials.confirmed(),
             ("POST", "/1/rollback"): lambda _query, body: self._trials.roll_back(body),
             ("POST", "/1/sync"): self._sync,
             ("POST", "/1/teardown"): lambda _query, body: self._tear_down(purge=bool(body.get("purge"))),

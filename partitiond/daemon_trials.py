@@ -84,6 +84,11 @@ class Trials:
             # by another thread: it waits for the end of every lane, and this may be one
             threading.Thread(target=self._take_down, args=(found.id, why), daemon=True).start()
 
+    def confirmed(self) -> dict[str, Any]:
+        """What ``confirm`` tells, so that the master is told, too."""
+        self.look()
+        return {}
+
     def refuse_other(self) -> None:
         """Refuse another configuration than the one on trial. Raises ``trial.pending``; first ends what has ended."""
         if trial.is_open(self._context.config.state_dir):

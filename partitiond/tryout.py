@@ -84,10 +84,6 @@ def _prepare(context: Context, new: Config, before: Config | None, *, force: boo
         raise
 
 
-_HINT_BEFORE = "put the configuration of before into force once: partitiond apply"
-_HINT = "put it into force once without a trial: partitiond apply"
-
-
 def _refuse_adopting(new: Config, seen: Observation, todo: Plan) -> None:
     """Refuse to make others' users, taps and addresses our own on trial: taken back, they would be gone.
 
@@ -102,7 +98,7 @@ def _refuse_adopting(new: Config, seen: Observation, todo: Plan) -> None:
             "trial.no_way_back",
             f"{found[0]}{more} was made by somebody else and would become a part of this node, but no more what it was",
             resource=str(new.file),
-            hint=_HINT,
+            hint="put it into force once without a trial: partitiond apply",
         )
 
 
@@ -120,7 +116,7 @@ def _check_way_back(context: Context, new: Config, before: Config | None) -> Non
                 "trial.no_way_back",
                 f"this is a node already ({ours[0]} is a user of it), and it is not known by what configuration",
                 resource=str(new.file),
-                hint=_HINT_BEFORE,
+                hint="put the configuration of before into force once: partitiond apply",
             )
         return
     context.adopt(before)
@@ -131,7 +127,7 @@ def _check_way_back(context: Context, new: Config, before: Config | None) -> Non
             "trial.no_way_back",
             f"what is in force now could not be put back: {sentence(error)}",
             resource=str(new.file),
-            hint=_HINT_BEFORE,
+            hint="make that possible, or go on without a trial: partitiond apply",
         ) from error
 
 

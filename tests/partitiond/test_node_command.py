@@ -45,6 +45,8 @@ def test_help_is_fine(command, arguments):
 VERBS = [
     ("plan",),
     ("apply",),
+    ("try",),
+    ("confirm",),
     ("status",),
     ("show", "slappart0"),
     ("usage",),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from json_schemas import parsed
-from trial_scene import Daemon, guardians, instance_runs, links, pid_of, wait
+from trial_scene import Daemon, guardians, instance_runs, links, pid_of, taken_back, wait
 
 from partitiond import trial
 from partitiond.context import Context
@@ -112,10 +112,10 @@ def test_a_forced_trial_that_is_taken_back(node, stray, command):
     """What was ended is not started again by a rollback, but its place is back, and the next pass starts it."""
     pid = pid_of(node, 0)
     shrink(node)
-    done = command("try", "--force", "--timeout", "1", "--json", "-c", node.path)
+    done = command("try", "--force", "--timeout", "600", "--json", "-c", node.path)
     assert done.returncode == 0, done.stdout
     assert_gone(node, stray)
-    wait(lambda: not trial.is_open(node.state), "the end of the trial")
+    taken_back(node)
     assert "slapuser2" in users()
     assert "slaptap2" in {one["ifname"] for one in links()}
     assert (pid_of(node, 0), state(node, "slappart2").timestamp) == (pid, None)
@@ -124,9 +124,9 @@ def test_a_forced_trial_that_is_taken_back(node, stray, command):
 
 def test_what_came_into_a_partition_on_trial_goes_with_it(node, stray, command):
     node.write(slapformat={"partition_amount": 4})
-    assert command("try", "--timeout", "2", "-c", node.path).returncode == 0
+    assert command("try", "--timeout", "600", "-c", node.path).returncode == 0
     newcomer = instance_runs(node, 3)
-    wait(lambda: not trial.is_open(node.state), "the end of the trial")
+    taken_back(node)
     assert not Path(f"/proc/{newcomer}").exists()
     assert groups(node) == {"slappart0", "slappart2", "slappart2-tunnel"}
     assert "slapuser3" not in users()

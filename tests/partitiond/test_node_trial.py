@@ -6,7 +6,6 @@ import os
 import pty
 import shlex
 import signal
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -23,13 +22,16 @@ from trial_scene import (
     as_before,
     assert_as_before,
     guardians,
+    hurry,
     instance_runs,
     ip,
+    link_local_on,
     links,
     machine,
     pid_of,
     reached_again,
     said,
+    taken_back,
     wait,
 )
 
@@ -87,8 +89,8 @@ def test_a_wrong_bridge_is_taken_back_by_itself(uplink, node, command):
     before = machine()
     node.write(**WRONGLY)
     with uplink.session(NODE4) as say4, uplink.session(NODE6) as say6:
-        value = tried(command, node, "--timeout", "2")
-        assert 0 < value["trial"]["seconds_left"] <= 2
+        value = tried(command, node, "--timeout", "4")
+        assert 0 < value["trial"]["seconds_left"] <= 4
         assert value["done"] > 20
         assert not uplink.reached(NODE4)
         # what the operator types meanwhile arrives when the node is back
@@ -102,7 +104,7 @@ def test_a_wrong_bridge_is_taken_back_by_itself(uplink, node, command):
     assert wait(lambda: not guardians(), "the guardian to end")
     after = node_status(command, node)
     assert after["trial"] is None
-    assert "it was not confirmed within 2 s" in after["open_cases"][0]
+    assert "it was not confirmed within 4 s" in after["open_cases"][0]
     # nothing puts the same into force by itself
     for verb in (("run",), ("sync", "usage")):
         told = error(command(*verb, "--json", "-c", node.path))
@@ -119,9 +121,9 @@ def test_what_runs_goes_on_and_what_was_before_is_put_back(uplink, node, command
     base = (node.state / "base-address").read_bytes()
     before = machine()
     node.write(slapformat={"partition_amount": 3, "partition_has_ipv6_range": "false"}, **WRONGLY)
-    tried(command, node, "--timeout", "1")
+    tried(command, node, "--timeout", "600")
     assert {"slaptap2", "br0"} <= {one["ifname"] for one in links()}
-    wait(lambda: over(node), "the end of the trial")
+    taken_back(node)
     assert_as_before(before)
     reached_again(uplink, NODE6)
     assert pid_of(node, 0) == pid
@@ -164,8 +166,7 @@ def test_an_apply_that_hangs_is_ended_and_taken_back(uplink, node, command):
     node.write(**WRONGLY)
     started = command.start("try", "--timeout", "600", "-c", node.path)
     stopped_in_the_midst(started, node)
-    path = node.state / "trial.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"deadline": 1.0}))
+    hurry(node)
     started.communicate(timeout=30)
     assert started.returncode == -signal.SIGKILL
     wait(lambda: over(node), "the end of the trial")
@@ -176,20 +177,19 @@ def test_a_session_that_is_cut_off(uplink, node, command):
     """The shell of the operator loses its terminal, and with it everything that was started in it is hung up."""
     before = machine()
     node.write(**WRONGLY)
-    words = shlex.join(command.line("try", "--timeout", "2", "-c", node.path))
+    words = shlex.join(command.line("try", "--timeout", "600", "-c", node.path))
     pid, terminal = pty.fork()
     if pid == 0:
         shell = ["sh", "-c", f"cd / && {words}; sleep 600"]
         os.execve("/bin/sh", shell, command.environment)  # noqa: S606 - it is the shell that is hung up
     try:
-        found = wait(lambda: (one := trial.read(node.state)) and one.state == "pending" and one, "the trial")
+        wait(lambda: (one := trial.read(node.state)) and one.state == "pending", "the trial")
         assert not uplink.reached(NODE4)
-        assert found.seconds_left() > 0
     finally:
         os.close(terminal)
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGHUP
     assert len(guardians()) == 1
-    wait(lambda: over(node), "the end of the trial")
+    taken_back(node)
     reached_again(uplink, NODE4)
     assert_as_before(before)
 
@@ -215,22 +215,22 @@ def test_what_cannot_be_applied_is_taken_back_at_once(uplink, node, command):
 
 def test_what_is_confirmed_stays(uplink, node, command):
     node.write(partitiond=RIGHT)
-    assert tried(command, node, "--timeout", "1.5")["trial"]["state"] == "pending"
+    assert tried(command, node, "--timeout", "600")["trial"]["state"] == "pending"
     reached_again(uplink, NODE4)
     value = parsed(command("confirm", "--json", "-c", node.path))
     assert value["config"] == str(node.path)
     assert over(node)
     assert last_good.load(node.state, node.path) == node.load()
     wait(lambda: not guardians(), "the guardian to end")
-    time.sleep(1.5)
     assert command("plan", "-c", node.path).returncode == 0
     assert error(command("confirm", "--json", "-c", node.path))["code"] == "trial.none"
     # and from then on it is what the next trial goes back to
+    link_local_on("br1")
     before = machine()
     node.write(slapformat={"partition_amount": 1})
-    tried(command, node, "--timeout", "1")
+    tried(command, node, "--timeout", "600")
     assert not as_before(before)
-    wait(lambda: over(node), "the end of the trial")
+    taken_back(node)
     assert_as_before(before)
 
 
@@ -306,15 +306,17 @@ def test_the_guardian_does_not_give_up_but_an_explicit_apply_goes_on(uplink, nod
     before, good = machine(), last_good.path_of(node.state)
     kept = good.read_bytes()
     node.write(**WRONGLY)
-    tried(command, node, "--timeout", "1")
+    tried(command, node, "--timeout", "600")
     good.unlink()
+    hurry(node)
     log = trial.log_path(node.state)
     wait(lambda: "the last good configuration is gone" in log.read_text(), "the guardian to fail")
     good.write_bytes(kept)
     wait(lambda: over(node), "the end of the trial")
     assert_as_before(before)
-    tried(command, node, "--timeout", "1")
+    tried(command, node, "--timeout", "600")
     without_guardian()
+    hurry(node)
     good.unlink()
     node.write(partitiond=RIGHT)
     wait(lambda: trial.read(node.state).ended(), "the end of the time")

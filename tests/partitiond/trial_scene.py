@@ -16,7 +16,7 @@ import subprocess
 import time
 from pathlib import Path
 
-from partitiond import converge, instances
+from partitiond import converge, instances, trial
 from partitiond.context import Context
 from partitiond.state import InstanceState
 
@@ -63,6 +63,12 @@ def at_operator():
         os.close(there)
 
 
+def link_local_on(link):
+    """Wait for what the kernel does by itself and in its own time, so that it is not taken for something else."""
+    table = ("/usr/sbin/ip", "-6", "route", "show", "table", "local")
+    wait(lambda: f"local fe80::5054:ff:fe00:1 dev {link}" in said(*table), "the link-local address")
+
+
 class Uplink:
     """The scene; ``server`` listens on the node, as sshd would."""
 
@@ -99,9 +105,7 @@ class Uplink:
             f"address add {OPERATOR6}/64 dev wire nodad",
             namespace="operator",
         )
-        # what the kernel does by itself, and in its own time, is not to be taken for something else
-        table = ("/usr/sbin/ip", "-6", "route", "show", "table", "local")
-        wait(lambda: "local fe80::5054:ff:fe00:1 dev eth0" in said(*table), "the link-local address")
+        link_local_on("eth0")
         self.server = socket.create_server(("::", 2222), family=socket.AF_INET6, dualstack_ipv6=True)
 
     def close(self):
@@ -150,6 +154,19 @@ class Uplink:
 def reached_again(uplink, address):
     # a try of the operator's in the meantime may still have to fail
     wait(lambda: uplink.reached(address, 1), "the operator to reach the node")
+
+
+def hurry(node):
+    """Let the time of a trial be over in a moment."""
+    path, new = node.state / "trial.json", node.state / "hurried.json"
+    new.write_text(json.dumps(json.loads(path.read_text()) | {"deadline": trial.now() + 0.05}))
+    new.rename(path)
+
+
+def taken_back(node):
+    """Let a trial end, and wait until it is taken back."""
+    hurry(node)
+    wait(lambda: not trial.is_open(node.state), "the end of the trial")
 
 
 def machine():
