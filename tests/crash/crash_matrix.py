@@ -1,7 +1,7 @@
 """The matrix: each step of a round is cut off at each of its points, healed by one command, and compared.
 
-A round goes on in the machine in which the last one ended, so that a case costs a forked victim, a command that heals and a look
-at the machine. Several lanes work side by side, each in a machine of its own: the kernel makes them wait more than work.
+A round goes on in the machine in which the last one ended, so that a case costs a forked victim, a command that heals and
+a look at the machine. Several lanes work side by side, each in a machine of its own: the kernel makes them wait more than work.
 """
 
 import difflib
