@@ -34,6 +34,7 @@ from network_scene import (
     mtu,
     ping,
     routes,
+    slapformat,
     standing_wire,
     started_as,
 )
@@ -283,6 +284,29 @@ def gateway():
     ip_lines("link add gw0 type bridge", "link set gw0 up", "address add 198.51.100.1/24 dev gw0")
     yield "gw0"
     ip("link", "delete", "gw0")
+
+
+FORMATS = {
+    "as it comes": {},
+    "all": {"tap_gateway_interface": "gw0", "create_tun": True},
+    "no IPv6": {"tap_gateway_interface": "gw0", "create_tun": True, "tap_ipv6": False, "tun_ipv6": False},
+    "no taps, no ranges": {"create_tap": False, "partition_has_ipv6_range": False},
+}
+
+
+@pytest.mark.parametrize("options", FORMATS.values(), ids=FORMATS)
+def test_software_finds_what_slapformat_tells_it(operator, gateway, options):
+    here = operator(2, slapformat={key: str(value).lower() for key, value in options.items()})
+    here.apply()
+    theirs = slapformat(here.node, **options)
+    for partition in theirs["partition_list"]:
+        found = resource(here.node, partition["reference"])
+        private = partition["address_list"][0]
+        private["addr"] = found["address_list"][0]["addr"]  # slapformat rolls dice
+        partition["tap"] |= {key: found["tap"][key] for key in ("mac", "bridge")}
+        assert {key: found.get(key, "nothing") for key in partition} == partition
+        assert set(found) - set(partition) == {"block_devices", "certificate", "certificate_fingerprint"}
+    assert here.plan() == {}
 
 
 def test_a_guest_behind_a_routed_tap(operator, wire, gateway):
