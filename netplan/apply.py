@@ -13,7 +13,7 @@ from pathlib import Path
 from socket import AF_INET, AF_INET6
 from typing import NamedTuple
 
-from netplan import moving, nftables, rtnetlink
+from netplan import moving, mtu, nftables, rtnetlink
 from netplan.errors import NetplanError
 from netplan.filter_state import load_filter
 from netplan.model import MOVED_MARK, Moving
@@ -37,7 +37,7 @@ from netplan.taps import make_taps
 _LIKE_THE_PORT = (
     *(
         f"ipv6/conf/{{}}/{key}"
-        for key in ("accept_ra", "autoconf", "forwarding", "use_tempaddr", "proxy_ndp")
+        for key in ("disable_ipv6", "accept_ra", "autoconf", "forwarding", "use_tempaddr", "proxy_ndp")
     ),
     *(
         f"ipv4/conf/{{}}/{key}"
@@ -178,12 +178,24 @@ def _ports(sock: NetlinkSocket, group: Sequence[PortOperation]) -> list[Failure]
     The second is sent only when the kernel took the first: else the node's addresses would end on a bridge
     that leads nowhere.
     """
-    failures = []
+    failures: list[Failure] = []
     for one in group:
+        if one.leads:
+            failures += _keep_jumbo(one)
         link = rtnetlink.set_link(one.name, alias=one.alias, mac=None, master=one.master, up=True)
         failed = _send(sock, [_Step(one, link)])
         failures += failed or _send(sock, _moves(one))
     return failures
+
+
+def _keep_jumbo(one: PortOperation) -> list[Failure]:
+    bridge = one.names[1]
+    try:
+        mtu.keep_jumbo(one.name, bridge)
+    except OSError as error:
+        message = f"cannot give {bridge} the MTU of {one.name}: {error.strerror}"
+        return [Failure(one, NetplanError("network.mtu", message, resource=one.id))]
+    return []
 
 
 def _moves(one: PortOperation) -> list[_Step]:

@@ -101,7 +101,12 @@ def _problems(spec: BridgeSpec, observed: ObservedNetwork) -> Iterator[RefusedOp
         port = observed.links.get(name)
         resource = f"port/{name}"
         if port is None:
-            hint = "set bridge_ports to interfaces of this node: " + ", ".join(_eligible(observed))
+            others = _eligible(observed)
+            hint = (
+                f"bring it back, or set bridge_ports to interfaces of this node: {', '.join(others)}"
+                if others
+                else "bring it back: this node has no other interface that could be a port"
+            )
             yield _refused(resource, "network.no_port", f"there is no network interface {name}", hint)
         elif port.ifindex == _LOOPBACK or port.kind in {"tun", "bridge"}:
             message = f"{name} cannot be a port ({port.kind or 'loopback'})"
@@ -154,13 +159,17 @@ def _wanted(spec: BridgeSpec, observed: ObservedNetwork) -> Iterator[Operation]:
                 name=spec.name,
                 index=index,
             )
+    ours = link is None or link.alias == BRIDGE_ALIAS
     for name in spec.ports:
-        operation = _entering(observed.links[name], spec.name, index, observed)
+        leads = ours and name == spec.ports[0]
+        operation = _entering(observed.links[name], spec.name, index, observed, leads=leads)
         if operation is not None:
             yield operation
 
 
-def _entering(port: Link, bridge: str, index: int, observed: ObservedNetwork) -> PortOperation | None:
+def _entering(
+    port: Link, bridge: str, index: int, observed: ObservedNetwork, *, leads: bool
+) -> PortOperation | None:
     moving = tuple(one for one in observed.moving if one.link == port.ifindex)
     marked = _is_port(port)
     former = next((link for link in observed.links.values() if link.ifindex == port.master), None)
@@ -191,6 +200,7 @@ def _entering(port: Link, bridge: str, index: int, observed: ObservedNetwork) ->
         names=((former or port).name, bridge),
         moving=moving,
         protocol=MOVED_MARK,
+        leads=leads,
     )
 
 

@@ -201,6 +201,27 @@ def test_the_uplink_moves_into_a_bridge_and_back(operator, sessions):
         session.lives()
 
 
+@pytest.mark.parametrize("size", [1400, 9000])
+def test_the_node_keeps_the_size_of_its_frames(operator, size):
+    """A bridge takes the smallest MTU of its ports, and a new tap has 1500."""
+    ip("link", "set", "eth0", "mtu", str(size))
+    here = operator(1, partitiond={"bridge": "br0", "bridge_ports": "eth0"})
+    here.apply()
+    assert (mtu("br0"), mtu("eth0")) == (size, size)
+    here.teardown()
+    assert mtu("eth0") == size
+
+
+def test_what_was_switched_off_for_the_port_is_off_for_the_bridge(operator):
+    (SYS / "ipv6/conf/eth0/disable_ipv6").write_text("1")
+    here = operator(
+        1, partitiond={"bridge": "br0", "bridge_ports": "eth0", "ipv4_partition_network": "10.64.0.0/16"}
+    )
+    here.apply()
+    assert (SYS / "ipv6/conf/br0/disable_ipv6").read_text() == "1\n"
+    assert "fe80" not in ip("-6", "address", "show", "dev", "br0")
+
+
 def test_a_guest_is_a_neighbour_on_the_lan(operator, wire):
     """Also where the operator's own packet filter forwards nothing: frames of guests do not meet it."""
     here = operator(1, partitiond={"bridge": "br0", "bridge_ports": "eth0"})
@@ -568,6 +589,17 @@ def test_a_routable_address(operator, wire, world, master):
     assert "203.0.113" not in json.dumps(network())
     here.teardown()
     assert network() == before
+
+
+def test_a_port_that_goes_costs_itself_alone(operator):
+    here = operator(2, partitiond={"bridge": "br0", "bridge_ports": "eth0"})
+    here.apply()
+    ip_lines("link delete eth0", "link delete slaptap1")
+    (failure,) = here("apply", code=3)["failures"]
+    assert (failure["resource"], failure["code"]) == ("port/eth0", "network.no_port")
+    assert failure["hint"] == "bring it back: this node has no other interface that could be a port"
+    assert "slaptap1" in links()
+    here.teardown()
 
 
 def test_an_address_for_nobody_is_only_warned_of(operator):
