@@ -118,10 +118,10 @@ def gateway_tables(desired: DesiredNetwork) -> dict[IPv4Address, int]:
 
 def local_sources(one: PartitionNetwork, desired: DesiredNetwork) -> Iterator[tuple[bytes, bytes]]:
     """Yield each address of a partition that others on this host connect to, and the source they shall have."""
-    if one.ipv6 and desired.host_ipv6:
-        yield one.ipv6.packed, desired.host_ipv6.packed
+    if desired.host_ipv6:
+        yield from ((ipv6.packed, desired.host_ipv6.packed) for ipv6 in one.reached_ipv6)
     if desired.host_ipv4:
-        yield from ((ipv4.packed, desired.host_ipv4.packed) for ipv4 in one.world_ipv4)
+        yield from ((ipv4.packed, desired.host_ipv4.packed) for ipv4 in one.reached_ipv4)
 
 
 def _local_sources(one: PartitionNetwork, desired: DesiredNetwork) -> Iterator[_Wanted]:

@@ -39,7 +39,7 @@ def own_ipv6(config: Config, look: Look) -> list[ipaddress.IPv6Interface]:
 def own_ipv4(config: Config, look: Look) -> ipaddress.IPv4Interface | None:
     """The node's own first IPv4 address there; None where no partition has an IPv4 address that others reach."""
     keys = config.network
-    if keys.partition_network is None and not keys.routable:
+    if keys.partition_network is None and not keys.routable and not keys.create_tun:
         return None
     links = _links(config, look, keys.ipv4_interface)
     return next(

@@ -614,6 +614,60 @@ def test_an_address_for_nobody_is_only_warned_of(operator):
 # --- what others may not --------------------------------------------------------------------------------------------------
 
 
+def test_nobody_speaks_with_anothers_address(operator, wire, world):
+    here = operator(
+        2,
+        slapformat={"create_tun": "true"},
+        routable_ipv4={"slappart0": "203.0.113.7/24 via 203.0.113.1"},
+    )
+    here.apply()
+    one = here.partitions()["slappart0"]
+    own4 = (one["routable_ipv4"], one["tun"]["ipv4"])
+    own6 = (one["ipv6"], "2001:db8:1:0:4001::77", one["tun"]["ipv6"])
+    with wire.inside():
+        listener4 = socket.create_server((NEIGHBOUR4, 0))
+        listener6 = socket.create_server((NEIGHBOUR6, 0), family=socket.AF_INET6)
+    with listener4, listener6:
+        tries = []
+        for addresses_, listener in ((own4, listener4), (own6, listener6)):
+            target, port = listener.getsockname()[:2]
+            for address in addresses_:
+                tries += [("send", address, target), ("connect", address, target, port)]
+        assert attempts("slapuser0", *tries) == ["sent", "connected"] * 5
+        here("sync", "usage")
+        before = here("usage", "--partition", "slappart0")["partitions"][0]["addresses"]
+        assert attempts("slapuser1", *tries) == ["EPERM", "ECONNREFUSED"] * 5
+        assert attempts("nobody", *tries) == ["EPERM", "ECONNREFUSED"] * 5
+        assert attempts("slapuser1", ("send", one["ipv4"], NEIGHBOUR4)) == ["EPERM"]
+    here("sync", "usage")
+    victim, attacker = here("usage")["partitions"]
+    assert billed(victim["addresses"]) == billed(before)
+    assert (victim["denied_packets"], attacker["denied_packets"]) == (0, 11)
+
+
+def billed(rows):
+    """The traffic of addresses, but those of interfaces: neighbour discovery goes on by itself."""
+    return {
+        (row["address"], row["scope"]): (row["bytes_out"], row["packets_out"])
+        for row in rows
+        if row["family"] != "tap"
+    }
+
+
+def test_unbound_clients_reach_the_node_own_partitions(operator, wire, world):
+    """Their source is the node's own address, and not that of the partition which they connect to."""
+    here = operator(
+        2,
+        slapformat={"create_tun": "true"},
+        routable_ipv4={"slappart0": "203.0.113.7/24 via 203.0.113.1"},
+    )
+    here.apply()
+    one = here.partitions()["slappart0"]
+    for address in (one["ipv6"], one["routable_ipv4"], one["tun"]["ipv4"], one["tun"]["ipv6"]):
+        with started_as("slapuser0", SERVICE, address):
+            assert attempts("slapuser1", ("connect", "", address, 5000)) == ["connected"]
+
+
 # --- more and fewer -------------------------------------------------------------------------------------------------------
 
 
@@ -665,6 +719,20 @@ def comes_and_goes(here, before, after, parts):
     assert set(planned) == wanted | {"filter/partitiond", "supervisord"}
     assert {planned[name]["action"] for name in wanted} == {"create" if after > before else "remove"}
     here.apply()
+
+
+def test_growing_and_shrinking_with_everything_routed(operator, gateway):
+    here = operator(5, slapformat={"create_tun": "true", "tap_gateway_interface": gateway})
+    before = network()
+    here.apply()
+    parts = {index: of_the_network(index, routed=True) for index in range(7)}
+    comes_and_goes(here, 5, 7, parts)
+    comes_and_goes(here, 7, 6, parts)
+    assert {f"slaptap{index}" for index in range(6)} == {
+        name for name in links() if name.startswith("slaptap")
+    }
+    here.teardown()
+    assert network() == before
 
 
 def test_growing_and_shrinking_in_a_bridge(operator):
