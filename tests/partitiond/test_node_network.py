@@ -364,6 +364,32 @@ def test_a_guest_behind_a_routed_tap(operator, wire, gateway):
     assert here.plan() == {}  # whether the node forwards is the operator's
 
 
+def test_no_guest_gets_the_address_of_a_router(operator):
+    """With the LAN's own interface as the guests' gateway: the node would lose its router to a guest."""
+    here = operator(2, slapformat={"tap_gateway_interface": "eth0"})
+    here.apply()
+    given = {one["tap"]["ipv4"] for one in here.partitions().values()}
+    assert not given & {NODE4, NEIGHBOUR4}
+    assert ping(NEIGHBOUR4, patience=5)
+
+
+@pytest.mark.parametrize(
+    ("interface", "problem"), [("gw9", "is no network interface"), ("br9", "has no IPv4 address")]
+)
+def test_a_gateway_interface_that_is_none(operator, interface, problem):
+    ip("link", "add", "br9", "type", "bridge")
+    try:
+        here = operator(1, slapformat={"tap_gateway_interface": interface})
+        error = here("plan", code=1)["error"]
+        assert error["code"] == "network.no_gateway"
+        assert f"tap_gateway_interface = {interface}: {interface} {problem}" in error["message"]
+        assert error["resource"] == str(here.node.path)
+        assert error["hint"]
+    finally:
+        here.node.write(slapformat={"tap_gateway_interface": None})
+        ip("link", "delete", "br9")
+
+
 # --- IPv4 alone -----------------------------------------------------------------------------------------------------------
 
 
@@ -394,6 +420,14 @@ def operator4(request, lan4, node_config, command, master):
         partitiond={"ipv4_partition_network": "10.64.0.0/16"},
     )
     return Operator(command, node)
+
+
+@pytest.fixture
+def operator4_on_the_lan(lan4, node_config, command):
+    """Partitions whose addresses are of the LAN's own network, which has a second router."""
+    ip("route", "add", "203.0.113.0/24", "via", "192.0.2.254")
+    node = node_config(3, interface="eth0", partitiond={"ipv4_partition_network": "192.0.2.0/24"})
+    return Operator(command, node), lan4
 
 
 def test_a_node_with_ipv4_alone(operator4, lan4, master):
@@ -591,6 +625,29 @@ def test_a_routable_address(operator, wire, world, master):
     assert network() == before
 
 
+def test_the_nodes_own_address_is_no_partitions(operator):
+    """The node would lose it: its own services run as users, too."""
+    here = operator(1, routable_ipv4={"slappart0": f"{NODE4}/24 via {NEIGHBOUR4}"})
+    before = network()
+    error = here("apply", code=1)["error"]
+    assert error["code"] == "network.own_address"
+    assert f"{NODE4}/24 on eth0 is the node's own, so it cannot be slappart0's" in error["message"]
+    assert "[routable_ipv4]" in error["hint"]
+    assert network() == before
+    here.node.write(routable_ipv4={"slappart0": None})
+
+
+def test_a_taken_address_costs_that_one_alone(operator):
+    """One that comes to the node later, or that another interface has: the rest of the node is kept up."""
+    here = operator(2, routable_ipv4={"slappart0": "203.0.113.7/24 via 203.0.113.1"})
+    here.apply()
+    ip_lines("address add 203.0.113.7/24 dev eth0", "link delete slaptap1")
+    value = here("apply", code=3)
+    (failure,) = value["failures"]
+    assert (failure["resource"], failure["code"]) == ("address/203.0.113.7", "network.address_taken")
+    assert "slaptap1" in links()
+
+
 def test_a_port_that_goes_costs_itself_alone(operator):
     here = operator(2, partitiond={"bridge": "br0", "bridge_ports": "eth0"})
     here.apply()
@@ -600,6 +657,17 @@ def test_a_port_that_goes_costs_itself_alone(operator):
     assert failure["hint"] == "bring it back: this node has no other interface that could be a port"
     assert "slaptap1" in links()
     here.teardown()
+
+
+def test_partitions_on_the_lan_itself(operator4_on_the_lan):
+    """Of the LAN's own range nobody gets what the node or a router has; neighbours need no route."""
+    here, wire = operator4_on_the_lan
+    here.apply()
+    given = [one["public_ipv4"] for one in here.partitions().values()]
+    assert len(set(given)) == 3
+    assert not set(given) & {NODE4, NEIGHBOUR4, "192.0.2.254"}
+    with started_as("slapuser0", SERVICE, given[0]):
+        assert talk(wire, given[0], NEIGHBOUR4) == hashlib.sha256(b"content").hexdigest()
 
 
 def test_an_address_for_nobody_is_only_warned_of(operator):
