@@ -41,6 +41,7 @@ from network_scene import (
 from test_node_tunnels import declare
 
 from partitiond.context import Context
+from partitiond.errors import PartitiondError
 from stunnel_mgr.identity import make_identity
 
 BRIDGE_FILTERS = [f"bridge/bridge-nf-call-{tool}" for tool in ("iptables", "ip6tables", "arptables")]
@@ -286,6 +287,68 @@ def test_what_cannot_be_bridged_stops_before_anything_is_changed(operator, befor
         for name in ("br0", "other"):  # a pair goes together
             if name in links():
                 ip("link", "delete", name)
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "allowed"),
+    [
+        ("partitiond", "bridge_ports", "eth0/1", "names of network interfaces"),
+        ("partitiond", "bridge_ports", "eth0; eth1", "names of network interfaces"),
+        ("partitiond", "bridge_ports", "a-name-far-too-long", "names of network interfaces"),
+        ("partitiond", "bridge_ports", "eth0 eth0", "each interface once"),
+        ("partitiond", "bridge_ports", "eth0, br0", "other interfaces than the bridge br0 itself"),
+        ("partitiond", "bridge", "slaptap1", "taps and tuns of partitions are called so"),
+        ("partitiond", "ipv4_partition_network", "10.64.0.0", "room for 3 partitions"),
+        ("partitiond", "ipv4_partition_network", "10.64.0.0/30", "room for 3 partitions"),
+        (
+            "partitiond",
+            "ipv4_partition_network",
+            "10.64.0.1/16",
+            "the first address of the network: 10.64.0.0/16",
+        ),
+        ("partitiond", "ipv4_partition_network", "2001:db8::/64", "an IPv4 network"),
+        ("partitiond", "ipv4_partition_network", "127.1.0.0/16", "an IPv4 network"),
+        ("partitiond", "ipv4_partition_network", "0.0.0.0/0", "an IPv4 network"),
+        ("partitiond", "ipv4_partition_network", "169.254.0.0/16", "an IPv4 network"),
+        ("partitiond", "ipv4_partition_network", "224.0.0.0/8", "an IPv4 network"),
+        (
+            "partitiond",
+            "ipv4_partition_network",
+            "10.0.128.0/17",
+            "apart from ipv4_local_network, which is 10.0.0.0/16",
+        ),
+        ("routable_ipv4", "slappart1", "203.0.113.7", "203.0.113.7/24 via 203.0.113.1"),
+        ("routable_ipv4", "slappart1", "203.0.113.7/24", "203.0.113.7/24 via 203.0.113.1"),
+        ("routable_ipv4", "slappart1", "203.0.113.7 via 203.0.113.1", "203.0.113.7/24 via 203.0.113.1"),
+        ("routable_ipv4", "slappart1", "2001:db8::7/64 via 2001:db8::1", "203.0.113.7/24 via 203.0.113.1"),
+        ("routable_ipv4", "slappart1", "203.0.113.0/24 via 203.0.113.1", "203.0.113.7/24 via 203.0.113.1"),
+        ("routable_ipv4", "slappart1", "203.0.113.7/24 via 203.0.113.7", "203.0.113.7/24 via 203.0.113.1"),
+        ("routable_ipv4", "slappart1", "240.0.0.7/24 via 240.0.0.1", "203.0.113.7/24 via 203.0.113.1"),
+        (
+            "routable_ipv4",
+            "slappart1",
+            "203.0.113.5/24 via 203.0.113.1",
+            "another address: this one is that of slappart0",
+        ),
+        ("routable_ipv4", "slappart1", "10.0.9.9/24 via 10.0.9.1", "outside of ipv4_local_network"),
+        ("slapformat", "tap_gateway_interface", "no/link", "a name of a network interface"),
+    ],
+)
+def test_a_bad_value_is_named_with_its_place(node_config, section, key, value, allowed):
+    bridge = {"bridge": "br0"} if key == "bridge_ports" else {}
+    node = node_config(
+        3, interface="eth0", partitiond=bridge, routable_ipv4={"slappart0": "203.0.113.5/24 via 203.0.113.1"}
+    )
+    node.write(**{section: {key: value}})
+    line = 1 + next(
+        n for n, text in enumerate(node.path.read_text().splitlines()) if text == f"{key} = {value}"
+    )
+    with pytest.raises(PartitiondError) as caught:
+        node.load()
+    node.write(**{section: {key: None}})
+    assert caught.value.code == "config.value"
+    (said,) = [one for one in str(caught.value).splitlines() if allowed in one]
+    assert said.startswith(f"{node.path}:{line}: {key} = {value!r}; allowed: ")
 
 
 def test_bridge_ports_need_a_bridge(node_config, command):
