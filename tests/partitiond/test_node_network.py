@@ -393,6 +393,17 @@ def test_software_finds_what_slapformat_tells_it(operator, gateway, options):
     assert here.plan() == {}
 
 
+@pytest.mark.parametrize("taps", ["true", "false"])
+def test_only_its_user_opens_a_tap_or_a_tun(operator, taps):
+    Path("/dev/net/tun").chmod(0o600)  # as the kernel makes it
+    here = operator(2, slapformat={"create_tun": "true", "create_tap": taps})
+    here.apply()
+    tries = [("attach", "slaptun0", 0x1), *([("attach", "slaptap0", 0x2)] if taps == "true" else [])]
+    assert set(attempts("slapuser0", *tries)) == {"open"}
+    assert set(attempts("slapuser1", *tries)) == {"EPERM"}
+    assert set(attempts("nobody", *tries)) == {"EPERM"}
+
+
 def test_a_guest_behind_a_routed_tap(operator, wire, gateway):
     here = operator(1, slapformat={"tap_gateway_interface": gateway})
     here.apply()
