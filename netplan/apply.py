@@ -13,7 +13,7 @@ from pathlib import Path
 from socket import AF_INET, AF_INET6
 from typing import NamedTuple
 
-from netplan import moving, nftables, rtnetlink
+from netplan import moving, mtu, nftables, rtnetlink
 from netplan.errors import NetplanError
 from netplan.filter_state import load_filter
 from netplan.model import GROUP_GOING, MOVED_MARK, Moving
@@ -37,7 +37,7 @@ from netplan.taps import make_taps
 _LIKE_THE_PORT = (
     *(
         f"ipv6/conf/{{}}/{key}"
-        for key in ("accept_ra", "autoconf", "forwarding", "use_tempaddr", "proxy_ndp")
+        for key in ("disable_ipv6", "accept_ra", "autoconf", "forwarding", "use_tempaddr", "proxy_ndp")
     ),
     *(
         f"ipv4/conf/{{}}/{key}"
@@ -181,7 +181,12 @@ def _bridges(sock: NetlinkSocket, group: Sequence[BridgeOperation]) -> list[Fail
         if one.like is not None:
             failures += _copy_settings(one, one.like)
     up = (
-        _Step(one, rtnetlink.set_link(one.name, alias=one.alias, mac=None, master=None, up=True))
+        _Step(
+            one,
+            rtnetlink.set_link(
+                one.name, alias=one.alias, mac=None, master=None, up=True, group=0 if one.alias else None
+            ),
+        )
         for one in kept
     )
     return failures + _send(sock, up)
@@ -202,23 +207,39 @@ def _copy_settings(one: BridgeOperation, port: str) -> list[Failure]:
 
 
 def _ports(sock: NetlinkSocket, group: Sequence[PortOperation]) -> list[Failure]:
-    """Put each port in or out and move what is its own, in two writes.
+    """Put each port in or out and move what is its own.
 
-    The second is sent only when the kernel took the first: else the node's addresses would end on a bridge
-    that leads nowhere.  A port that leaves keeps its mark until all is back: by it a move that was cut off is
-    known.
+    Each write is sent only when the kernel took the one before: else the node's addresses would end on a bridge
+    that leads nowhere, or nowhere at all.  A port that leaves keeps its mark until all is back: by it a move
+    that was cut off is known.
     """
-    failures = []
+    failures: list[Failure] = []
     for one in group:
+        if one.leads:
+            failures += _keep_jumbo(one)
         link = rtnetlink.set_link(one.name, alias=one.alias, mac=None, master=one.master, up=True)
-        step, moves = [_Step(one, link)], _moves(one)
-        first, second = (step, moves) if one.master else (moves, step)
-        failures += _send(sock, first) or _send(sock, second)
+        step, (put, take) = [_Step(one, link)], _moves(one)
+        # one by one what is put: were the first address of a network refused, the second would take its rank
+        puts = [[each] for each in put]
+        for write in (step, *puts, take) if one.master else (*puts, take, step):
+            if failed := _send(sock, write):
+                failures += failed
+                break
     return failures
 
 
-def _moves(one: PortOperation) -> list[_Step]:
-    """Return the steps of a move, such that at each of them an address and its routes are somewhere.
+def _keep_jumbo(one: PortOperation) -> list[Failure]:
+    bridge = one.names[1]
+    try:
+        mtu.keep_jumbo(one.name, bridge)
+    except OSError as error:
+        message = f"cannot give {bridge} the MTU of {one.name}: {error.strerror}"
+        return [Failure(one, NetplanError("network.mtu", message, resource=one.id))]
+    return []
+
+
+def _moves(one: PortOperation) -> tuple[list[_Step], list[_Step]]:
+    """Return the steps that put everything on the new link, and those that take it from the old one.
 
     IPv4 drops routes that name an address as their source when that leaves any link
     (net/ipv4/fib_frontend.c, fib_del_ifaddr), so the routes are set once more at the end.
@@ -244,7 +265,7 @@ def _moves(one: PortOperation) -> list[_Step]:
     ]
     take = [_Step(one, moving.take_address(item), (errno.EADDRNOTAVAIL,)) for item in going]
     early = [step._replace(fine=(errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EINVAL)) for step in over]
-    return [*put, *early, *take, *over]
+    return [*put, *early], [*take, *over]
 
 
 def _unmarked(item: Moving) -> int:

@@ -32,6 +32,9 @@ BRIDGE_ALIAS = ALIAS_MARK + "bridge/"
 PORT_ALIAS = ALIAS_MARK + "port/"
 """What the alias of a port that we put into the bridge starts with; the alias that it had before follows."""
 
+GROUP_MAKING = 1 << 29
+"""A link of ours in this group was just made and has no alias yet, which the kernel takes only afterwards."""
+
 GROUP_GOING = 1 << 30
 """Links of ours in a group from here on are being removed together."""
 
@@ -136,6 +139,18 @@ class PartitionNetwork:
         routable = self.routable_ipv4.interface.ip if self.routable_ipv4 else None
         return tuple(one for one in (self.public_ipv4, routable) if one is not None)
 
+    @property
+    def reached_ipv6(self) -> tuple[IPv6Interface, ...]:
+        """The IPv6 addresses that the host has for it: others reach them, its user alone sends from them."""
+        ends = (self.ipv6, self.tun.ipv6 if self.tun else None)
+        return tuple(one for one in ends if one is not None)
+
+    @property
+    def reached_ipv4(self) -> tuple[IPv4Address, ...]:
+        """The IPv4 addresses that the host has for it, but the private one: likewise."""
+        tun = self.tun.ipv4.ip if self.tun and self.tun.ipv4 else None
+        return (*self.world_ipv4, *((tun,) if tun else ()))
+
     def __post_init__(self) -> None:
         # the id becomes part of nft's text and of link aliases
         if not _PARTITION_ID.fullmatch(self.id):
@@ -174,11 +189,11 @@ class DesiredNetwork:
         _unique("uid", (one.uid for one in partitions))
         _unique("interface", (link.name for one in partitions for link in (one.tap, one.tun) if link))
         own = () if self.host_ipv6 is None else (self.host_ipv6,)
-        _unique("address", (*own, *(one.ipv6.ip for one in partitions if one.ipv6)))
+        _unique("address", (*own, *(end.ip for one in partitions for end in one.reached_ipv6)))
         own4 = () if self.host_ipv4 is None else (self.host_ipv4,)
         _unique(
             "address",
-            (*own4, *(ip for one in partitions for ip in (one.ipv4, *one.world_ipv4) if ip)),
+            (*own4, *(ip for one in partitions for ip in (one.ipv4, *one.reached_ipv4) if ip)),
         )
         _unique("range", (one.ipv6_range for one in partitions if one.ipv6_range))
         if self.interface is None and any(one.ipv6 or one.ipv4 or one.world_ipv4 for one in partitions):

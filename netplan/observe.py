@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping
-from ipaddress import IPv4Network
+from ipaddress import IPv4Address, IPv4Network
 from socket import AF_INET
 from typing import NamedTuple
 
@@ -117,6 +117,15 @@ def _leaving(desired: DesiredNetwork, links: Mapping[str, Link]) -> frozenset[in
         if link.alias.startswith(PORT_ALIAS) and link.master and not stays:
             sources.add(link.master)
     return frozenset(sources)
+
+
+def gateways() -> frozenset[IPv4Address]:
+    """Return the IPv4 gateways of the node's own routes: neighbours whose addresses nobody here may take."""
+    with NetlinkSocket(NETLINK_ROUTE) as sock:
+        routes = rtnetlink.routes(sock, family=AF_INET, kind=rtnetlink.ROUTE_UNICAST)
+    return frozenset(
+        IPv4Address(route.gateway) for route in routes if route.gateway and route.protocol != PROTOCOL_MARK
+    )
 
 
 def routed_elsewhere(network: IPv4Network) -> tuple[IPv4Network, ...]:

@@ -66,6 +66,7 @@ class PortOperation(Operation):
     ``target``.
 
     ``names`` are those of the link that it comes from and of the target; ``protocol`` marks moved addresses.
+    ``leads``: it is the first port of a bridge of ours, which is to carry frames as large as the port does.
     """
 
     name: str
@@ -75,6 +76,7 @@ class PortOperation(Operation):
     names: tuple[str, str] = ("", "")
     moving: tuple[Moving, ...] = ()
     protocol: int = 0
+    leads: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -28,9 +28,9 @@ _COUNT_DENIED = ("counter name denied", "counter name meta skuid map @denied_by"
 
 def ownership(partitions: Sequence[PartitionNetwork]) -> Part:
     """Return the sets and chains that hold each address to its partition's user."""
-    six = [(one.uid, text(one.ipv6)) for one in partitions if one.ipv6]
+    six = [(one.uid, text(address)) for one in partitions for address in one.reached_ipv6]
     four = [(one.uid, text(one.ipv4)) for one in partitions if one.ipv4]
-    world4 = [(one.uid, text(address)) for one in partitions for address in one.world_ipv4]
+    world4 = [(one.uid, text(address)) for one in partitions for address in one.reached_ipv4]
     ranges = [(one.uid, text(one.ipv6_range)) for one in partitions if one.ipv6_range]
     sets = {
         "address6": "type ipv6_addr",

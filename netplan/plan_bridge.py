@@ -13,6 +13,7 @@ from ipaddress import ip_address, ip_network
 from netplan.errors import NetplanError
 from netplan.model import (
     BRIDGE_ALIAS,
+    GROUP_MAKING,
     MOVED_MARK,
     PORT_ALIAS,
     PROTOCOL_MARK,
@@ -55,7 +56,8 @@ def bridge_operations(desired: DesiredNetwork, observed: ObservedNetwork) -> Ite
 
 
 def _is_former(link: Link, spec: BridgeSpec | None) -> bool:
-    return link.alias.startswith(BRIDGE_ALIAS) and (spec is None or link.name != spec.name)
+    ours = link.alias.startswith(BRIDGE_ALIAS) or (link.kind == "bridge" and link.group == GROUP_MAKING)
+    return ours and (spec is None or link.name != spec.name)
 
 
 def after(operations: tuple[Operation, ...], observed: ObservedNetwork) -> ObservedNetwork:
@@ -101,7 +103,12 @@ def _problems(spec: BridgeSpec, observed: ObservedNetwork) -> Iterator[RefusedOp
         port = observed.links.get(name)
         resource = f"port/{name}"
         if port is None:
-            hint = "set bridge_ports to interfaces of this node: " + ", ".join(_eligible(observed))
+            others = _eligible(observed)
+            hint = (
+                f"bring it back, or set bridge_ports to interfaces of this node: {', '.join(others)}"
+                if others
+                else "bring it back: this node has no other interface that could be a port"
+            )
             yield _refused(resource, "network.no_port", f"there is no network interface {name}", hint)
         elif port.ifindex == _LOOPBACK or port.kind in {"tun", "bridge"}:
             message = f"{name} cannot be a port ({port.kind or 'loopback'})"
@@ -144,7 +151,19 @@ def _wanted(spec: BridgeSpec, observed: ObservedNetwork) -> Iterator[Operation]:
         )
     else:
         index = link.ifindex
-        if not link.up:
+        if link.group == GROUP_MAKING:
+            yield BridgeOperation(
+                id=f"bridge/{spec.name}",
+                action="change",
+                before="without a mark",
+                after="a bridge of ours",
+                reason="its making was cut off",
+                name=spec.name,
+                index=index,
+                alias=BRIDGE_ALIAS,
+                like=first.name if first else None,
+            )
+        elif not link.up:
             yield BridgeOperation(
                 id=f"bridge/{spec.name}",
                 action="change",
@@ -154,13 +173,17 @@ def _wanted(spec: BridgeSpec, observed: ObservedNetwork) -> Iterator[Operation]:
                 name=spec.name,
                 index=index,
             )
+    ours = link is None or link.alias == BRIDGE_ALIAS or link.group == GROUP_MAKING
     for name in spec.ports:
-        operation = _entering(observed.links[name], spec.name, index, observed)
+        leads = ours and name == spec.ports[0]
+        operation = _entering(observed.links[name], spec.name, index, observed, leads=leads)
         if operation is not None:
             yield operation
 
 
-def _entering(port: Link, bridge: str, index: int, observed: ObservedNetwork) -> PortOperation | None:
+def _entering(
+    port: Link, bridge: str, index: int, observed: ObservedNetwork, *, leads: bool
+) -> PortOperation | None:
     moving = tuple(one for one in observed.moving if one.link == port.ifindex)
     marked = _is_port(port)
     former = next((link for link in observed.links.values() if link.ifindex == port.master), None)
@@ -191,6 +214,7 @@ def _entering(port: Link, bridge: str, index: int, observed: ObservedNetwork) ->
         names=((former or port).name, bridge),
         moving=moving,
         protocol=MOVED_MARK,
+        leads=leads,
     )
 
 

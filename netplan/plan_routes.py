@@ -123,10 +123,10 @@ def _local_sources(
     one: PartitionNetwork, host_ipv6: IPv6Address | None, host_ipv4: IPv4Address | None
 ) -> Iterator[tuple[bytes, bytes]]:
     """Yield each address of a partition that others on this host connect to, and the source they shall have."""
-    if one.ipv6 and host_ipv6:
-        yield one.ipv6.packed, host_ipv6.packed
+    if host_ipv6:
+        yield from ((ipv6.packed, host_ipv6.packed) for ipv6 in one.reached_ipv6)
     if host_ipv4:
-        yield from ((ipv4.packed, host_ipv4.packed) for ipv4 in one.world_ipv4)
+        yield from ((ipv4.packed, host_ipv4.packed) for ipv4 in one.reached_ipv4)
 
 
 @once_each

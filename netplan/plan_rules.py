@@ -30,8 +30,8 @@ _GATEWAY_PREFERENCE = 11200
 def rule_operations(desired: DesiredNetwork, observed: ObservedNetwork) -> Iterator[RuleOperation]:
     """Yield the operations that the rules need."""
     local = desired.local_source_table
-    six = local and desired.host_ipv6 is not None and any(one.ipv6 for one in desired.partitions)
-    four = local and desired.host_ipv4 is not None and any(one.world_ipv4 for one in desired.partitions)
+    six = local and desired.host_ipv6 is not None and any(one.reached_ipv6 for one in desired.partitions)
+    four = local and desired.host_ipv4 is not None and any(one.reached_ipv4 for one in desired.partitions)
     yield from _local_first(observed, AF_INET6, wanted=six)
     yield from _local_first(observed, AF_INET, wanted=four)
     yield from _gateways(desired, observed)

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Hashable, Iterable
 from typing import Generic, NamedTuple, TypeVar
 
-from netplan.model import PROTOCOL_MARK, Address, Link, Route, Rule
+from netplan.model import GROUP_MAKING, PROTOCOL_MARK, Address, Link, Route, Rule
 from netplan.netlink import (
     NLA_F_NESTED,
     NLM_F_CREATE,
@@ -199,7 +199,8 @@ def set_link(
 
 
 def make_bridge(name: str, index: int, mac: str) -> Request:
-    """Ask for a bridge with that number, without spanning tree, whose ports forward at once.
+    """Ask for a bridge with that number, without spanning tree, whose ports forward at once; in the group of
+    what is still to be marked.
 
     Without STP a port still waits twice the forward delay (net/bridge/br_stp_if.c, br_stp_enable_port), which
     would cut the node off for 30 s.
@@ -211,6 +212,7 @@ def make_bridge(name: str, index: int, mac: str) -> Request:
             _IFINFO.pack(0, 0, index, 0, 0),
             attribute(_IFLA_IFNAME, name.encode() + b"\0"),
             attribute(_IFLA_ADDRESS, bytes.fromhex(mac.replace(":", ""))),
+            attribute(_IFLA_GROUP, _U32.pack(GROUP_MAKING)),
             attribute(_IFLA_LINKINFO | NLA_F_NESTED, info),
         )
     )

@@ -44,24 +44,60 @@ def own_ipv6(config: Config, look: Look) -> list[ipaddress.IPv6Interface]:
 
 
 def own_ipv4(config: Config, look: Look) -> ipaddress.IPv4Interface | None:
-    """The node's own first IPv4 address there; None where no partition has an IPv4 address that others reach."""
+    """The node's own first IPv4 address there; None where no partition has an IPv4 address that others reach.
+
+    Raises PartitiondError ``network.own_address`` when the node has one itself that a partition is to have.
+    """
     keys = config.network
-    if keys.partition_network is None and not keys.routable:
+    _refuse_own(config, look)
+    if keys.partition_network is None and not keys.routable and not keys.create_tun:
         return None
     links = _links(config, look, keys.ipv4_interface)
     return next(
         (
             ipaddress.IPv4Interface((int(ip), address.prefixlen))
             for address, ip in _ipv4(look)
-            if address.link in links and _is_own(config, ip)
+            if address.link in links and _is_own(config, address, ip)
         ),
         None,
     )
 
 
-def _is_own(config: Config, ip: ipaddress.IPv4Address) -> bool:
+def _refuse_own(config: Config, look: Look) -> None:
+    """Refuse to begin with it: a single address (/32) is taken over, one with its network is what the node is reached by.
+
+    Where the partition has its address already, one that comes later is a failure among others.
+    """
+    owners = {one.interface.ip: partition for partition, one in config.network.routable.items()}
+    if not owners:
+        return
+    links = _links(config, look, config.network.ipv4_interface)
+    settled = {address.packed for address in look.addresses if address.protocol == PROTOCOL_MARK}
+    for address, ip in _ipv4(look):
+        if (
+            ip in owners
+            and address.link in links
+            and address.prefixlen < 32
+            and address.packed not in settled
+        ):
+            name = next(link.name for link in look.links.values() if link.ifindex == address.link)
+            raise PartitiondError(
+                "network.own_address",
+                f"{address.text()} on {name} is the node's own, so it cannot be {owners[ip]}'s as well",
+                resource=str(config.file),
+                hint=f"take {owners[ip]} out of [routable_ipv4], or the address from the interface:"
+                f" ip address del {address.text()} dev {name}",
+            )
+
+
+def _is_own(config: Config, address: Address, ip: ipaddress.IPv4Address) -> bool:
     routable = {one.interface.ip for one in config.network.routable.values()}
-    return not (ip in config.ipv4_network or ip in routable or ip.is_loopback or ip.is_link_local)
+    return not (_may_be_private(config, address, ip) or ip in routable or ip.is_loopback or ip.is_link_local)
+
+
+def _may_be_private(config: Config, address: Address, ip: ipaddress.IPv4Address) -> bool:
+    """Whether it may be a partition's already, of slapformat's making: it marks nothing."""
+    return address.prefixlen == 32 and ip in config.ipv4_network and address.protocol != MOVED_MARK
 
 
 def _links(config: Config, look: Look, interface: str) -> frozenset[int]:
@@ -165,9 +201,10 @@ def _tap_gateway(config: Config, look: Look) -> ipaddress.IPv4Interface | None:
     link, links = look.links.get(name), _links(config, look, name)
     found = [(address, ip) for address, ip in _ipv4(look) if address.link in links]
     if not found:
+        problem = "has no IPv4 address" if link else "is no network interface of this node"
         raise PartitiondError(
             "network.no_gateway",
-            f"tap_gateway_interface {name} has no IPv4 address" if link else f"there is no interface {name}",
+            f"tap_gateway_interface = {name}: {name} {problem}",
             resource=str(config.file),
             hint="give it the address that guests shall use as their gateway, or empty tap_gateway_interface",
         )
@@ -183,19 +220,16 @@ def _ipv4(look: Look) -> Iterator[tuple[Address, ipaddress.IPv4Address]]:
 
 
 def _taken(config: Config, look: Look) -> frozenset[ipaddress.IPv4Address]:
-    """IPv4 addresses of the node itself; a private /32 of the interface may be a partition's already (slapformat's)."""
+    """IPv4 addresses of the node itself, and of the routers that it reaches others by."""
     links = _links(config, look, config.network.ipv4_interface)
     own = {
         ip
         for address, ip in _ipv4(look)
-        if not (
-            address.link in links
-            and address.prefixlen == 32
-            and ip in config.ipv4_network
-            and address.protocol != MOVED_MARK
-        )
+        if not (address.link in links and _may_be_private(config, address, ip))
     }
-    return frozenset(own | {one.interface.ip for one in config.network.routable.values()})
+    routable = config.network.routable.values()
+    routers = netplan_observe.gateways() | {one.gateway for one in routable}
+    return frozenset(own | routers | {one.interface.ip for one in routable})
 
 
 def _elsewhere(config: Config) -> tuple[ipaddress.IPv4Network, ...]:

@@ -240,12 +240,16 @@ def _check_storage(config: Config, reader: Reader) -> None:
 def _check_networks(config: Config, reader: Reader) -> None:
     world = config.network.partition_network
     if world and world.overlaps(config.ipv4_network):
-        words = f"a network apart from the private {config.ipv4_network}"
-        reader.bad("partitiond", "ipv4_partition_network", str(world), words)
+        words = f"a network apart from ipv4_local_network, which is {config.ipv4_network}"
+        value = reader.raw("partitiond", "ipv4_partition_network")
+        reader.bad("partitiond", "ipv4_partition_network", value, words)
     for partition, routable in config.network.routable.items():
         if any(routable.interface.ip in one for one in (world, config.ipv4_network) if one):
             words = "an address outside of ipv4_local_network and ipv4_partition_network"
-            reader.bad("routable_ipv4", partition, str(routable.interface), words)
+            reader.bad("routable_ipv4", partition, reader.raw("routable_ipv4", partition), words)
+    bridge = config.network.bridge or ""
+    if re.fullmatch(rf"(?:{re.escape(config.tap_base)}|slaptun)[0-9]+", bridge):
+        reader.bad("partitiond", "bridge", bridge, "another name: taps and tuns of partitions are called so")
     if config.create_tap and config.network.create_tun and config.tap_base == "slaptun":
         reader.bad("slapformat", "tap_base_name", "slaptun", "another name: tun interfaces are called so")
 

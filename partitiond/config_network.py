@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 _PORTS = re.compile(r"[A-Za-z0-9_.-]{1,15}(?:[\s,]+[A-Za-z0-9_.-]{1,15})*")
 _ROUTABLE = re.compile(r"(\S+)\s+via\s+(\S+)")
+_LINK_WORDS = "a name of a network interface, at most 15 characters"
 _ROUTABLE_WORDS = "an address with its prefix length and its gateway, such as 203.0.113.7/24 via 203.0.113.1"
 
 
@@ -49,7 +50,7 @@ def read(
         ipv6_interface = bridge
     gateway = reader.raw("slapformat", "tap_gateway_interface")
     if gateway and not re.fullmatch(r"[A-Za-z0-9_.-]{1,15}", gateway):
-        reader.bad("slapformat", "tap_gateway_interface", gateway, "a name of a network interface")
+        reader.bad("slapformat", "tap_gateway_interface", gateway, _LINK_WORDS)
     return NetworkKeys(
         interface=ipv6_interface,
         ipv4_interface=ipv4_interface,
@@ -69,7 +70,9 @@ def _ports(reader: Reader, bridge: str | None) -> tuple[str, ...]:
     if not value:
         return ()
     if not _PORTS.fullmatch(value):
-        reader.bad("partitiond", "bridge_ports", value, "names of interfaces")
+        reader.bad(
+            "partitiond", "bridge_ports", value, "names of network interfaces, such as eth0 or eth0 eth1"
+        )
         return ()
     ports = tuple(re.split(r"[\s,]+", value))
     if bridge is None:
@@ -87,13 +90,21 @@ def _partition_network(reader: Reader, amount: int) -> ipaddress.IPv4Network | N
         return None
     words = f"an IPv4 network with room for {amount} partitions, such as 10.64.0.0/16"
     try:
-        network = ipaddress.IPv4Network(value)
+        network = ipaddress.IPv4Network(value, strict=False)
     except ValueError:
         reader.bad("partitiond", "ipv4_partition_network", value, words)
         return None
-    if network.is_loopback or network.is_multicast or network.num_addresses < amount + 3:
+    if str(network.network_address) != value.partition("/")[0]:
+        words = f"the first address of the network: {network}"
+        reader.bad("partitiond", "ipv4_partition_network", value, words)
+    elif _is_special(network.network_address) or network.prefixlen < 8 or network.num_addresses < amount + 3:
         reader.bad("partitiond", "ipv4_partition_network", value, words)
     return network
+
+
+def _is_special(one: ipaddress.IPv4Address) -> bool:
+    """Whether nobody can be given it: 0.0.0.0/8, 127.0.0.0/8, 169.254.0.0/16, 224.0.0.0/4, 240.0.0.0/4."""
+    return one.packed[0] == 0 or one.is_loopback or one.is_link_local or one.is_multicast or one.is_reserved
 
 
 def _routable(reader: Reader, partitions: frozenset[str]) -> dict[str, RoutableIPv4]:
@@ -115,7 +126,8 @@ def _routable(reader: Reader, partitions: frozenset[str]) -> dict[str, RoutableI
             reader.bad(section, partition, value, _ROUTABLE_WORDS)
             continue
         if routable.interface.ip in taken:
-            reader.bad(section, partition, value, f"an address that {taken[routable.interface.ip]} has not")
+            words = f"another address: this one is that of {taken[routable.interface.ip]}"
+            reader.bad(section, partition, value, words)
         taken[routable.interface.ip] = partition
         if partition in partitions:
             found[partition] = routable
@@ -130,13 +142,6 @@ def _parse_routable(value: str) -> RoutableIPv4:
     interface, gateway = ipaddress.IPv4Interface(match[1]), ipaddress.IPv4Address(match[2])
     address, network = interface.ip, interface.network
     reserved = network.prefixlen < 31 and address in (network.network_address, network.broadcast_address)
-    if (
-        reserved
-        or gateway == address
-        or address.is_multicast
-        or address.is_loopback
-        or address.is_unspecified
-        or gateway.is_unspecified
-    ):
+    if reserved or gateway == address or _is_special(address) or _is_special(gateway):
         raise ValueError
     return RoutableIPv4(interface, gateway)

@@ -288,7 +288,7 @@ def plan(context: Context, seen: Observation, *, force: bool = False) -> Plan:
         leavers=tuple(operation for operation in people if not operation.spec),
         directories=directories.plan(desired_directories(target), numbers),
         network=network,
-        devices=tun_device.plan(taps=context.config.create_tap and bool(target.partitions)),
+        devices=tun_device.plan(taps=any(item.network.tap or item.network.tun for item in target.partitions)),
         identities=identities.plan(target, published),
         resources=resource_file.plan(target, published, _holdings(seen)),
         services=services.plan(context, target, seen.processes),

@@ -68,10 +68,11 @@ def description(target: Node) -> dict[str, Value]:
     address = target.host_ipv4 if keys.partition_network else target.base
     if address is None:
         family = "IPv4" if keys.partition_network else "IPv6"
+        interface = keys.ipv4_interface if keys.partition_network else keys.interface
         raise PartitiondError(
             f"capacity.no_{family.lower()}",
-            f"{keys.interface} has no global {family} address to offer",
-            resource=keys.interface,
+            f"{interface} has no global {family} address to offer",
+            resource=interface,
             hint=f"give the interface a global {family} address"
             + ("" if keys.partition_network else ", or set ipv4_partition_network on a node without IPv6"),
             retryable=True,
@@ -130,8 +131,8 @@ def _offer(partition: Partition, target: Node, data: storage.Observed) -> Capaci
 def _tap(partition: Partition, target: Node) -> CapacityTap:
     """The tap; its IPv4 is what the master gives back as ``full_ip_list``: the routable one, else the guest's own."""
     network = partition.network
-    # the production master wants a tap name for each partition, whether there is a tap or not
-    name = network.tap.name if network.tap else f"route_{partition.id}"
+    # the production master wants a tap name for each partition, whether there is a tap or not, as slapformat gives it
+    name = f"{target.config.tap_base}{partition.index}"
     guest = network.tap.ipv6.network.network_address + 1 if network.tap and network.tap.ipv6 else None
     ipv6 = network.tap.ipv6 if network.tap else None
     if network.routable_ipv4:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from partitiond.errors import printable
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
 _COLOURS = {"green": "32", "red": "31", "yellow": "33", "bold": "1"}
 
@@ -128,16 +128,18 @@ def status(value: dict[str, Any]) -> str:
     ]
     lines = [
         f"node {node['computer_id']} on {node['interface']}"
-        + (f", taps in bridge {node['bridge']}" if node["bridge"] else ""),
+        + (f", taps in bridge {node['bridge']}" if node["bridge"] else "")
+        + (f" with {', '.join(node['bridge_ports'])}" if node["bridge_ports"] else ""),
         f"master {node['master']['url']}: {reachable}, last answer {node['master']['last_contact'] or 'never'}",
         "",
     ]
+    kinds = _public_addresses(value["partitions"])
     rows = [
         (
             item["id"],
             item["state"],
             item["user"]["name"],
-            item["ipv6"],
+            *(item[key] for key in kinds),
             item["ipv4"],
             item["tap"]["name"] if item["tap"] else None,
             _running(item["processes"]),
@@ -146,9 +148,8 @@ def status(value: dict[str, Any]) -> str:
         )
         for item in value["partitions"]
     ]
-    lines.append(
-        table(("partition", "state", "user", "IPv6", "IPv4", "tap", "processes", "tunnels", "drift"), rows)
-    )
+    heads = ("partition", "state", "user", *kinds.values(), "IPv4", "tap", "processes", "tunnels", "drift")
+    lines.append(table(heads, rows))
     if node["trial"]:
         lines.append(colour(_trial(node["trial"]), "yellow"))
     lines += [f"open: {text}" for text in node["open_cases"]]
@@ -164,6 +165,13 @@ def _trial(found: dict[str, Any]) -> str:
         "rolling back": "is being taken back",
     }
     return f"trial: what is in force {words[found['state']]}"
+
+
+def _public_addresses(partitions: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """Keys and heads of the addresses that others reach, as far as there are any."""
+    heads = {"ipv6": "IPv6", "public_ipv4": "public IPv4", "routable_ipv4": "routable IPv4"}
+    found = {key: head for key, head in heads.items() if any(item[key] for item in partitions)}
+    return found or {"ipv6": "IPv6"}
 
 
 def _running(processes: Sequence[dict[str, Any]]) -> str | None:
@@ -184,7 +192,8 @@ def show(item: dict[str, Any]) -> str:
             f"{item['ipv6_range']}/{item['ipv6_range_prefixlen']}" if item["ipv6_range"] else None,
         ),
         ("IPv4", item["ipv4"]),
-        ("tap", f"{item['tap']['name']}, guest MAC {item['tap']['mac']}" if item["tap"] else None),
+        *_optional(item),
+        ("tap", _tap(item["tap"])),
         ("software", item["software_release"]),
         ("instance", item["instance_guid"]),
         *(("process", f"{one['name']} {one['state']} {one['pid'] or ''}") for one in item["processes"]),
@@ -192,10 +201,30 @@ def show(item: dict[str, Any]) -> str:
         *(("block device", name) for name in item["block_devices"]),
         *(("drift", name) for name in item["drift"]),
     ]
-    lines = [item["id"], *(f"  {name:<12}{_cell(value)}" for name, value in rows)]
+    lines = [item["id"], *(f"  {name:<15}{_cell(value)}" for name, value in rows)]
     if item["error"]:
         lines += ["  last error:", *(f"    {line}" for line in printable(item["error"]).splitlines())]
     return "\n".join(lines)
+
+
+def _tap(tap: dict[str, Any] | None) -> str | None:
+    if tap is None:
+        return None
+    words = [f"{tap['name']}, {'in ' + tap['bridge'] if tap['bridge'] else 'routed'}, guest MAC {tap['mac']}"]
+    words += [f"guest IPv4 {tap['ipv4']}"] if tap["ipv4"] else []
+    words += [f"IPv6 {tap['ipv6']}/{tap['ipv6_prefixlen']}"] if tap["ipv6"] else []
+    return ", ".join(words)
+
+
+def _optional(item: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """What most partitions have not."""
+    if item["public_ipv4"]:
+        yield "public IPv4", item["public_ipv4"]
+    if item["routable_ipv4"]:
+        yield "routable IPv4", f"{item['routable_ipv4']}/{item['routable_ipv4_prefixlen']}"
+    if tun := item["tun"]:
+        ends = (f"{tun[key]}/{tun[f'{key}_prefixlen']}" for key in ("ipv4", "ipv6") if tun[key])
+        yield "tun", ", ".join([tun["name"], *ends])
 
 
 def usage(value: dict[str, Any]) -> str:

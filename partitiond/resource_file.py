@@ -1,7 +1,8 @@
 """``.slapos-resource``: what a partition's software may know of its own resources, as JSON.
 
-The keys of slapos.core 1.26 (``tap``, ``tun``, ``address_list``, ``ipv6_range``, …), and ours: the certificate of the
-partition's tunnel identity, the MAC proposed for a guest on its tap, and the block devices that it may use.
+Every key of slapos.core 1.26 (releases read them by name: ``tap``, ``tun``, ``address_list``, ``ipv6_range``, …), and ours:
+the certificate of the partition's tunnel identity, the MAC proposed for a guest on its tap, the routable IPv4, and the
+block devices that it may use.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from partitiond import files, identities
 from partitiond.errors import PartitiondError
 from partitiond.operation import Operation
 from partitiond.settled import Settled
+from partitiond.users import SHELL
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -58,6 +60,13 @@ def content(node: Node, partition: Partition, identity: PublicIdentity | None, h
     network = partition.network
     value: dict[str, Any] = {
         "reference": partition.id,
+        "path": str(partition.path),
+        "user": {
+            "name": partition.user,
+            "path": str(partition.path),
+            "shell": SHELL,
+            "additional_group_list": [node.config.software_user],
+        },
         "address_list": addresses(node, partition),
         "tap": _tap(node, partition),
         "tun": _tun(partition),
@@ -86,18 +95,15 @@ def content(node: Node, partition: Partition, identity: PublicIdentity | None, h
 
 
 def _tap(node: Node, partition: Partition) -> dict[str, str]:
-    """The tap as slapformat writes it: of a routed one the guest's IPv4, the host's IPv6, and the guest's as gateway."""
+    """The tap as slapformat writes it: of a routed one the guest's IPv4, the host's IPv6, and the guest's as gateway.
+
+    Releases name these keys whether they have a value or not; also where no tap is made.
+    """
     tap = partition.network.tap
+    value = _interface(f"{node.config.tap_base}{partition.index}") | {"bridge": "", "mac": ""}
     if tap is None:
-        return {}
-    value = dict.fromkeys(
-        (
-            *("ipv4_addr", "ipv4_netmask", "ipv4_gateway", "ipv4_network"),
-            *("ipv6_addr", "ipv6_netmask", "ipv6_gateway", "ipv6_network"),
-        ),
-        "",
-    )
-    value |= {"name": tap.name, "bridge": tap.bridge or "", "mac": partition.guest_mac or ""}
+        return value
+    value |= {"bridge": tap.bridge or "", "mac": partition.guest_mac or ""}
     if tap.ipv4 and node.tap_gateway:
         value |= {
             "ipv4_addr": str(tap.ipv4),
@@ -116,12 +122,17 @@ def _tap(node: Node, partition: Partition) -> dict[str, str]:
     return value
 
 
+def _interface(name: str) -> dict[str, str]:
+    kinds = ("addr", "netmask", "gateway", "network")
+    return {"name": name} | {f"{family}_{kind}": "" for family in ("ipv4", "ipv6") for kind in kinds}
+
+
 def _tun(partition: Partition) -> dict[str, str] | None:
-    """The tun as slapformat writes it, without the networks that it keeps to itself."""
+    """The tun as slapformat writes it: a network is the address with its mask."""
     tun = partition.network.tun
     if tun is None:
         return None
-    value = {"name": tun.name}
+    value = _interface(tun.name)
     if tun.ipv4:
         value |= {
             "ipv4_addr": str(tun.ipv4.ip),

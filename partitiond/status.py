@@ -10,6 +10,7 @@ from partitiond.refusal import Refusal
 from stunnel_mgr import sessions
 
 if TYPE_CHECKING:
+    from netplan.model import TunSpec
     from partitiond.context import Context
     from partitiond.converge import Observation, Plan
     from partitiond.node import Node, Partition
@@ -21,7 +22,7 @@ _OPEN_CASES = (
     "datagrams that reach a foreign wildcard socket are not stopped (cgroup BPF is not there yet)",
     "an unbound client of a partition on the same node has the node's own source address",
     "another user can listen on a partition's address (nobody reaches it there) and so keep its own service out",
-    "frames from taps are not filtered (tap_guard is not there yet)",
+    "what is sent through taps and tuns is not filtered (tap_guard is not there yet)",
 )
 
 
@@ -37,6 +38,7 @@ def node(context: Context) -> dict[str, Any]:
             "interface": config.network.interface,
             "bridge": config.network.bridge,
             "trial": trial.as_json(config.state_dir),
+            "bridge_ports": list(config.network.bridge_ports),
             "open_cases": [*_open_cases(seen.node), *_refused_resources(todo)],
             "drift": [operation.id for operation in todo if operation.partition is None],
         },
@@ -56,7 +58,10 @@ def _open_cases(target: Node) -> list[str]:
     interface = config.network.interface
     if config.network.partition_network:
         if target.host_ipv4 is None:
-            found.append(f"{interface} has no IPv4 address of its own")
+            found.append(
+                f"{config.network.ipv4_interface} has no IPv4 address of its own, so the node cannot be offered, and"
+                " unbound clients do not reach partitions of this node"
+            )
     elif target.base is None:
         found.append(f"{interface} has no global IPv6 address, so partitions have none either")
     elif not target.base_is_here:
@@ -121,13 +126,7 @@ def _partition(context: Context, item: Partition, seen: Observation, todo: Plan)
         }
         if network.tap
         else None,
-        "tun": {
-            "name": network.tun.name,
-            "ipv4": str(network.tun.ipv4.ip) if network.tun.ipv4 else None,
-            "ipv6": str(network.tun.ipv6.ip) if network.tun.ipv6 else None,
-        }
-        if network.tun
-        else None,
+        "tun": _tun(network.tun) if network.tun else None,
         "ipv6": str(item.ipv6) if item.ipv6 else None,
         "ipv6_prefixlen": network.ipv6.network.prefixlen if network.ipv6 else None,
         "ipv6_range": str(network.ipv6_range.network_address) if network.ipv6_range else None,
@@ -145,6 +144,16 @@ def _partition(context: Context, item: Partition, seen: Observation, todo: Plan)
         "processes": [_process(process) for process in seen.processes if process.group == item.id],
         "tunnels": [tunnel.name for tunnel in todo.declared[item.id].tunnels],
         "drift": drift,
+    }
+
+
+def _tun(tun: TunSpec) -> dict[str, Any]:
+    return {
+        "name": tun.name,
+        "ipv4": str(tun.ipv4.ip) if tun.ipv4 else None,
+        "ipv4_prefixlen": tun.ipv4.network.prefixlen if tun.ipv4 else None,
+        "ipv6": str(tun.ipv6.ip) if tun.ipv6 else None,
+        "ipv6_prefixlen": tun.ipv6.network.prefixlen if tun.ipv6 else None,
     }
 
 

@@ -157,7 +157,7 @@ def rounds(count):
     )
     routed = configuration(
         count,
-        slapformat={"interface_name": "eth0", "create_tun": "true", "tap_gateway_interface": "eth0"},
+        slapformat={"interface_name": "eth0", "create_tun": "true"},
         partitiond={"bridge": None},
         routable_ipv4={"slappart0": "198.51.100.7/24 via 198.51.100.1"},
     )
