@@ -145,7 +145,7 @@ def stopped_in_the_midst(started, node):
     wait(lambda: "10.0.0.2/32" in said("/usr/sbin/ip", "-brief", "address"), "the first address", pause=0.001)
     started.send_signal(signal.SIGSTOP)
     assert trial.read(node.state).state == "applying"
-    assert len(guardians()) == 1
+    wait(lambda: len(guardians()) == 1, "the guardian to be alone")
 
 
 def test_a_try_that_is_killed_is_taken_back_at_once(uplink, node, command):
@@ -188,7 +188,7 @@ def test_a_session_that_is_cut_off(uplink, node, command):
     finally:
         os.close(terminal)
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGHUP
-    assert len(guardians()) == 1
+    wait(lambda: len(guardians()) == 1, "the guardian to be alone")
     taken_back(node)
     reached_again(uplink, NODE4)
     assert_as_before(before)
@@ -276,6 +276,8 @@ def test_a_trial_is_alone(uplink, node, command):
 
 
 def without_guardian():
+    # the process that starts it bears its name for a moment
+    wait(lambda: len(guardians()) == 1, "the guardian to be alone")
     (pid,) = guardians()
     os.kill(pid, signal.SIGKILL)
     wait(lambda: not guardians(), "the guardian to end")
