@@ -3,6 +3,7 @@
 import json
 import subprocess
 
+import pytest
 from crash_chosen import at_processes
 from crash_matrix import KILLED, REFUSED, TAKEN_BACK
 from crash_scene import Round, Step, bridge, configuration, tunnel
@@ -73,14 +74,28 @@ def test_one_that_waits_for_one_that_is_killed(bridge, node_config, command):
     assert plan(node) == []
 
 
-def test_one_that_builds_beside_one_that_removes(bridge, node_config, command):
+@pytest.mark.parametrize(("first", "second"), [("teardown", "apply"), ("apply", "teardown")])
+def test_one_that_builds_beside_one_that_removes(bridge, node_config, command, first, second):
+    """The second waits, and does its work on what the first left: of what one makes and the other removes, all or nothing."""
     node = node_config(2)
     assert command("apply", "-q", "-c", node.path).returncode == 0
-    both = [command.start(verb, "--json", "-c", node.path) for verb in ("teardown", "apply")]
-    for one in both:
-        finished(one)
-    # whichever came last is what there is, whole
-    assert {one["action"] for one in plan(node)} <= {"create"}
+    node.write(slapformat={"partition_amount": 4})
+    at_work = command.start(first, "--json", "-c", node.path)
+    while not (node.state / "lock").read_text().startswith(f"partitiond {first}"):
+        assert at_work.poll() is None
+    waiting = command.start(second, "--json", "-c", node.path)
+    finished(at_work)
+    finished(waiting)
+    created = {one["id"] for one in plan(node) if one["action"] == "create"}
+    if second == "apply":
+        assert plan(node) == []
+    else:
+        made = {"slapsoft", "slapuser0", "slapuser3"}
+        assert {f"user/{name}" for name in made} | {
+            "tap/slaptap3",
+            "filter/partitiond",
+            "supervisord",
+        } <= created
     assert command("apply", "-q", "-c", node.path).returncode == 0
     assert plan(node) == []
 
