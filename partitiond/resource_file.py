@@ -165,9 +165,12 @@ def plan(
 ) -> tuple[ResourceOperation, ...]:
     """Which files are missing or differ; a file that cannot be read as a plain one differs."""
     operations = []
+    config = node.config
+    # all that the content hangs on besides the partition: a daemon may take another configuration into force
+    common = (node.tap_gateway, config.software_user, config.tap_base, config.network.partition_network)
     for partition in node.partitions:
         path = f"{partition.path}/{NAME}"
-        given = (partition, published[partition.id], holdings[partition.id], node.tap_gateway)
+        given = (partition, published[partition.id], holdings[partition.id], common)
         try:
             right = _is_right.get(path, (path,), given, partial(_compare, node, *given[:3]))
         except FileNotFoundError:

@@ -1,5 +1,6 @@
 """An edited configuration under a running daemon: taken with the next apply or SIGHUP, or refused as a whole."""
 
+import json
 import signal
 import socket
 import time
@@ -76,6 +77,16 @@ def test_apply_takes_an_edited_file(node):
 
     ip("link delete slaptap3")
     node.wait(lambda: events(node, "drift.repaired")[done:], "the new tap to be watched", SOON)
+
+
+def test_what_a_partition_is_told_follows_the_file(node):
+    """Also where nothing of the partition itself is another: what was right by the old file is not by the new one."""
+    time.sleep(0.2)  # files that were just written are not remembered yet
+    node.cli("apply")
+    edit(node, "partition_amount = 2", "partition_amount = 2\nsoftware_user = othersoft")
+    assert node.cli("apply").value["failures"] == []
+    told = json.loads((node.base / "instance" / "slappart0" / ".slapos-resource").read_text())
+    assert told["user"]["additional_group_list"] == ["othersoft"]
 
 
 def test_an_apply_without_an_edit_changes_nothing(node):
