@@ -36,7 +36,7 @@ from partitiond.errors import FAMILY, PartitiondError, sentence
 from partitiond.users import UserOperation, UserSpec
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from netplan.model import ObservedNetwork
     from netplan.operations import Operation as NetworkOperation
@@ -87,7 +87,10 @@ class Observation:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The operations by part, in the order in which they are applied; ``declared`` are the tunnels they come from."""
+    """The operations by part, in the order in which they are applied.
+
+    What they come from, by partition: ``published`` are the identities that are there, ``declared`` the tunnels.
+    """
 
     withdrawals: tuple[block_devices.WithdrawOperation, ...] = ()
     users: tuple[UserOperation, ...] = ()
@@ -102,6 +105,7 @@ class Plan:
     tunnels: tuple[tunnels.TunnelOperation, ...] = ()
     leavers: tuple[UserOperation, ...] = ()
     refused: tuple[Refused | Refusal, ...] = ()
+    published: Mapping[str, PublicIdentity | None] = field(default_factory=dict)
     declared: Mapping[str, PartitionTunnels] = field(default_factory=dict)
 
     def __iter__(self) -> Iterator[AnyOperation]:
@@ -260,10 +264,11 @@ def _directories_of(item: Partition, log_dir: Path, state_dir: Path) -> tuple[Di
     )
 
 
-def plan(context: Context, seen: Observation, *, force: bool = False) -> Plan:
+def plan(context: Context, seen: Observation, *, force: bool = False, done: Plan | None = None) -> Plan:
     """Compare everything; with ``force`` also busy partitions go.
 
-    Raises a family error when the desired state cannot be (a taken uid, a name in the way).
+    ``done``: the plan that was carried out a moment ago. Of a partition that it did nothing for, and that declares no tunnel,
+    the files are not looked at again. Raises a family error when the desired state cannot be (a taken uid, a name in the way).
     """
     target = seen.node
     refuse_other_node(context, seen.users)
@@ -273,8 +278,10 @@ def plan(context: Context, seen: Observation, *, force: bool = False) -> Plan:
         _refuse_busy(context, target, seen.users)
     network = netplan_plan.plan(target.network(), seen.network)
     _refuse_first_bridge(network, seen.network)
-    published = identities.observe(target)
-    wanted_tunnels = declared_tunnels(context, target, published)
+    looked_at = _to_look_at(target, done)
+    ids = frozenset((None, *(item.id for item in looked_at)))
+    published = {**(done.published if done else {}), **identities.observe(target.config, looked_at)}
+    wanted_tunnels = declared_tunnels(context, target, published, looked_at)
     running = frozenset(process.group for process in seen.processes if process.pid)
     people = _plan_users(desired_users(target), seen.users)
     disks = block_devices.plan(seen.block_devices)
@@ -286,15 +293,18 @@ def plan(context: Context, seen: Observation, *, force: bool = False) -> Plan:
         users=tuple(operation for operation in people if operation.spec),
         # a user goes last, when nothing of it runs and nothing is its own any more
         leavers=tuple(operation for operation in people if not operation.spec),
-        directories=directories.plan(desired_directories(target), numbers),
+        directories=directories.plan(
+            [one for one in desired_directories(target) if one.partition in ids], numbers
+        ),
         network=network,
         devices=tun_device.plan(taps=any(item.network.tap or item.network.tun for item in target.partitions)),
-        identities=identities.plan(target, published),
-        resources=resource_file.plan(target, published, _holdings(seen)),
+        identities=identities.plan(looked_at, published),
+        resources=resource_file.plan(target, looked_at, published, _holdings(seen)),
         services=services.plan(context, target, seen.processes),
         tunnels=tuple(
             operation
-            for wanted in wanted_tunnels.values()
+            for name, wanted in wanted_tunnels.items()
+            if name in ids
             for operation in tunnels.plan(wanted, context.config, context.supervisor, running)
         ),
         refused=(
@@ -307,8 +317,27 @@ def plan(context: Context, seen: Observation, *, force: bool = False) -> Plan:
                 for refusal in (*wanted.refused, *tunnels.held_back(wanted))
             ),
         ),
+        published=published,
         declared=wanted_tunnels,
     )
+
+
+def _to_look_at(target: Node, done: Plan | None) -> tuple[Partition, ...]:
+    """The partitions of whose files another look may say something new, now that a plan is carried out."""
+    if done is None:
+        return target.partitions
+    # what it did for the whole node may be about anybody's files, but for network and supervisord
+    parts = (part for part in PARTS if part not in ("network", "services"))
+    others = [operation for part in parts for operation in getattr(done, part)]
+    if any(operation.partition is None for operation in others):
+        return target.partitions
+    touched = {operation.partition for operation in done}
+    quiet = {
+        one.partition.id: one.partition
+        for one in done.declared.values()
+        if not (one.tunnels or one.refused or one.partition.id in touched)
+    }
+    return tuple(item for item in target.partitions if quiet.get(item.id) is not item)
 
 
 def _holdings(seen: Observation) -> dict[str, resource_file.Holdings]:
@@ -323,13 +352,17 @@ _plan_users = once(users.plan)
 
 
 def declared_tunnels(
-    context: Context, target: Node, published: Mapping[str, PublicIdentity | None]
+    context: Context,
+    target: Node,
+    published: Mapping[str, PublicIdentity | None],
+    looked_at: Iterable[Partition],
 ) -> dict[str, PartitionTunnels]:
-    """The tunnels of each partition by its id; ``published`` are the identities that are there."""
+    """The tunnels of each partition by its id: of those not ``looked_at`` none."""
     certificates = {one.fingerprint: one.certificate_pem for one in published.values() if one}
     states = context.store.instances()
-    found = [_tunnels_of(states.get(item.id), target, item, certificates) for item in target.partitions]
-    return {one.partition.id: one for one in tunnels.settle(context.config, found)}
+    found = {item.id: tunnels.PartitionTunnels(item) for item in target.partitions}
+    found |= {item.id: _tunnels_of(states.get(item.id), target, item, certificates) for item in looked_at}
+    return {one.partition.id: one for one in tunnels.settle(context.config, tuple(found.values()))}
 
 
 def _tunnels_of(
@@ -356,11 +389,14 @@ def _only(whole: Plan, names: frozenset[str]) -> Plan:
     )
 
 
-def look(context: Context, *, force: bool = False) -> tuple[Observation, Plan]:
-    """Look at the whole node; what the kernel told of it until now is answered by that. Raises as observe and plan do."""
+def look(context: Context, *, force: bool = False, done: Plan | None = None) -> tuple[Observation, Plan]:
+    """Look at the whole node; what the kernel told of it until now is answered by that.
+
+    ``done`` and what is raised: see :func:`plan`.
+    """
     context.looking()
     seen = observe(context)
-    return seen, plan(context, seen, force=force)
+    return seen, plan(context, seen, force=force, done=done)
 
 
 def apply(
@@ -373,39 +409,37 @@ def apply(
     """Bring the node where it should be and verify by looking again; with ``force`` also busy partitions go.
 
     More than one round is taken while a round makes progress: a tunnel may need the identity that the round before made.
-    ``first``: what a look gave that was taken while ``applying`` is held. Raises a family error when nothing can be done
+    ``first``: what a look gave that was taken since ``applying`` is held. Raises a family error when nothing can be done
     at all.
     """
     outcome = Outcome()
     # the settings in force now, also in a pass that began with others: it would take back what came since
     with context.applying, context.steady():
-        for _ in range(_ROUNDS):
-            seen, whole = first or _look(context, only, force=force)
-            first, todo = None, _only(whole, only)
+        seen, whole = first or _look(context, only, force=force)
+        for again in range(_ROUNDS + 1):
+            todo = _only(whole, only)
             _remember_addresses(context, seen, whole)
-            outcome.left, outcome.refused = tuple(todo), todo.refused
-            if not todo:
-                context.store.save_base(seen.node.base)
+            if not todo or outcome.failures or again == _ROUNDS:
                 break
             outcome.failures = _run(context, seen, todo)
             outcome.done += len(todo) - len(outcome.failures)
-            if outcome.failures:
-                seen, whole = _look(context, only, force=force)
-                todo = _only(whole, only)
-                outcome.left = tuple(todo)
-                _remember_addresses(context, seen, whole)
-                break
+            seen, whole = _look(context, only, force=force, done=whole)
+        outcome.left, outcome.refused = tuple(todo), todo.refused
+        if not todo:
+            context.store.save_base(seen.node.base)
         outcome.stands = todo.stands
         if not only and outcome.stands and not trial.is_open(context.config.state_dir):
             last_good.save(context.config)
     return outcome
 
 
-def _look(context: Context, only: frozenset[str], *, force: bool) -> tuple[Observation, Plan]:
+def _look(
+    context: Context, only: frozenset[str], *, force: bool, done: Plan | None = None
+) -> tuple[Observation, Plan]:
     if not only:
-        return look(context, force=force)
+        return look(context, force=force, done=done)
     seen = observe(context)  # what is not repaired is not answered either
-    return seen, plan(context, seen, force=force)
+    return seen, plan(context, seen, force=force, done=done)
 
 
 def _remember_addresses(context: Context, seen: Observation, whole: Plan) -> None:

@@ -12,6 +12,7 @@ import queue
 import random
 import signal
 import socket
+import sys
 import threading
 import time
 import urllib.parse
@@ -54,6 +55,8 @@ _LONGEST_PAUSE = 300.0
 # a build is given 5 s to end by itself, and as much after a SIGKILL
 _LAST_WORDS = 12.0
 _MOST_EVENTS = 10_000
+# whoever answers somebody lets go of the interpreter at each read and write, and would wait 5 ms each time for a lane at work
+_SWITCH_SECONDS = 0.0005
 
 
 class Lane(threading.Thread):
@@ -176,6 +179,7 @@ class Daemon:
         """Run until SIGTERM or SIGINT; return the exit status. Raises a family error when the start fails."""
         context, config = self.context, self.context.config
         memory.be_frugal()
+        sys.setswitchinterval(_SWITCH_SECONDS)
         with recovery.exclusive(config, "run"):
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, lambda *_: self._end())
@@ -237,9 +241,10 @@ class Daemon:
         try:
             with self.context.applying:
                 self._trials.refuse_reload()
-                if reload.reload(self.context):
+                first = reload.reload(self.context)
+                if first:
                     self._reloaded()
-                    self._tell(converge.apply(self.context))
+                    self._tell(converge.apply(self.context, first=first))
         except FAMILY as error:
             logger.warning("reload: %s", sentence(error))
         except Exception:
@@ -314,10 +319,11 @@ class Daemon:
         force = bool(body.get("force"))
         with self.context.applying:
             self._trials.refuse_other()
-            if reload.reload(self.context, force=force):
+            first = reload.reload(self.context, force=force)
+            if first:
                 self._reloaded()
             names = [str(name) for name in body.get("partitions", [])]
-            return verbs.apply(self.context, names, force=force)
+            return verbs.apply(self.context, names, force=force, first=first)
 
     def _sync(self, _query: dict[str, str], body: dict[str, Any]) -> dict[str, Any]:
         name = str(body.get("lane"))

@@ -19,11 +19,11 @@ from partitiond.settled import Settled
 from stunnel_mgr import render
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
     from pathlib import Path
 
     from partitiond.config import Config
-    from partitiond.node import Node, Partition
+    from partitiond.node import Partition
 
 _read: Settled[PublicIdentity | None] = Settled()
 
@@ -85,21 +85,23 @@ def _published(pem: str) -> PublicIdentity:
     return PublicIdentity(pem, b64encode(der).decode(), "sha256:" + hashlib.sha256(der).hexdigest())
 
 
-def observe(node: Node) -> dict[str, PublicIdentity | None]:
-    """Read what all partitions publish, by partition."""
-    base = f"{node.config.state_dir}/tunnels"
+def observe(config: Config, partitions: Iterable[Partition]) -> dict[str, PublicIdentity | None]:
+    """Read what partitions publish, by partition."""
+    base = f"{config.state_dir}/tunnels"
     return {
         item.id: _read.get(
             f"{base}/{item.id}",
             (f"{base}/{item.id}/{CERTIFICATE_FILE}", f"{base}/{item.id}/{KEY_FILE}"),
             item.uid,
-            partial(read, node.config, item),
+            partial(read, config, item),
         )
-        for item in node.partitions
+        for item in partitions
     }
 
 
-def plan(node: Node, published: Mapping[str, PublicIdentity | None]) -> tuple[IdentityOperation, ...]:
+def plan(
+    partitions: Iterable[Partition], published: Mapping[str, PublicIdentity | None]
+) -> tuple[IdentityOperation, ...]:
     """Which identities must be made; ``published`` are those that are there."""
     return tuple(
         IdentityOperation(
@@ -112,7 +114,7 @@ def plan(node: Node, published: Mapping[str, PublicIdentity | None]) -> tuple[Id
             reason="missing, damaged or readable by others",
             owner=partition,
         )
-        for partition in node.partitions
+        for partition in partitions
         if published[partition.id] is None
     )
 

@@ -50,9 +50,10 @@ def ask(context: Context) -> ComputerDocument:
 
 def capacity(context: Context) -> Result:
     """Tell the master what this node has; nothing as long as that may be taken back."""
-    if trial.is_open(context.config.state_dir):
-        return Result(["not posted while a configuration is on trial"], [])
-    target = converge.observe(context).node
+    with context.applying:  # what is being changed is not offered yet
+        if trial.is_open(context.config.state_dir):
+            return Result(["not posted while a configuration is on trial"], [])
+        target = converge.observe(context).node
     if not target.partitions:
         raise PartitiondError(
             "capacity.nothing", "there are no partitions to offer", hint="set partition_amount"
@@ -152,8 +153,9 @@ def software(context: Context, *, force: bool = False) -> Result:
 
 def instance(context: Context, *, force: bool = False, only: frozenset[str] = frozenset()) -> Result:
     """Configure, start and stop instances."""
-    target, known = converge.observe(context).node, context.store.instances()
-    return instances.run_pass(context, target, ask(context), known=known, force=force, only=only)
+    known, wishes = context.store.instances(), ask(context)
+    target = converge.observe(context).node
+    return instances.run_pass(context, target, wishes, known=known, force=force, only=only)
 
 
 def report(context: Context) -> Result:

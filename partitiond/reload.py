@@ -16,6 +16,7 @@ from partitiond.errors import FAMILY, PartitiondError, sentence
 if TYPE_CHECKING:
     from partitiond.config import Config
     from partitiond.context import Context
+    from partitiond.converge import Observation, Plan
 
 logger = logging.getLogger(__name__)
 
@@ -29,19 +30,22 @@ _FIXED = (
 )
 
 
-def reload(context: Context, *, force: bool = False) -> bool:
-    """Read the configuration again; whether another one is in force now. With ``force`` also one without busy partitions.
+def reload(context: Context, *, force: bool = False) -> tuple[Observation, Plan] | None:
+    """Read the configuration again; None when it says what is in force already. With ``force`` also one without busy
+    partitions.
 
-    Raises a family error: ``config.*`` for a file that is bad, ``config.needs_restart`` for a key that cannot change while
-    the daemon runs, or what stands in the way of a node such as the file wants it. The old configuration stays then.
+    What is returned is the look at the node by which the new configuration was found possible: good for
+    :func:`partitiond.converge.apply` while the caller holds ``applying``. Raises a family error: ``config.*`` for a file that
+    is bad, ``config.needs_restart`` for a key that cannot change while the daemon runs, or what stands in the way of a node
+    such as the file wants it. The old configuration stays then.
     """
     before = context.current
     try:
         new = configuration.load(before.config.file)
         if new == before.config:
-            return False
+            return None
         refuse_fixed(before.config, new)
-        _take(context, new, force=force)
+        look = _take(context, new, force=force)
     except FAMILY as error:
         message = f"{sentence(error)}; the configuration of before stays in force"
         logger.warning("%s", message)
@@ -54,7 +58,7 @@ def reload(context: Context, *, force: bool = False) -> bool:
     message = f"{new.file} is in force, with {new.partition_amount} partitions"
     logger.info("%s", message)
     context.events.record("config.reloaded", message, resource=str(new.file))
-    return True
+    return look
 
 
 def refuse_fixed(old: Config, new: Config) -> None:
@@ -69,13 +73,14 @@ def refuse_fixed(old: Config, new: Config) -> None:
             )
 
 
-def _take(context: Context, new: Config, *, force: bool) -> None:
+def _take(context: Context, new: Config, *, force: bool) -> tuple[Observation, Plan]:
     """Put it into force if a plan can be made with it: whoever asked is told now what stands in the way, not the log later."""
     with context.applying:
         before, node = context.current, context.node
         context.adopt(new)
         try:
-            converge.plan(context, converge.observe(context), force=force)
+            seen = converge.observe(context)
+            return seen, converge.plan(context, seen, force=force)
         except FAMILY:
             context.current, context.node = before, node
             raise

@@ -23,7 +23,7 @@ from partitiond.settled import Settled
 from partitiond.users import SHELL
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     from partitiond.identities import PublicIdentity
     from partitiond.node import Node, Partition
@@ -161,14 +161,17 @@ def addresses(node: Node, partition: Partition) -> list[dict[str, str]]:
 
 
 def plan(
-    node: Node, published: Mapping[str, PublicIdentity | None], holdings: Mapping[str, Holdings]
+    node: Node,
+    partitions: Iterable[Partition],
+    published: Mapping[str, PublicIdentity | None],
+    holdings: Mapping[str, Holdings],
 ) -> tuple[ResourceOperation, ...]:
-    """Which files are missing or differ; a file that cannot be read as a plain one differs."""
+    """Which of the partitions' files are missing or differ; a file that cannot be read as a plain one differs."""
     operations = []
     config = node.config
     # all that the content hangs on besides the partition: a daemon may take another configuration into force
     common = (node.tap_gateway, config.software_user, config.tap_base, config.network.partition_network)
-    for partition in node.partitions:
+    for partition in partitions:
         path = f"{partition.path}/{NAME}"
         given = (partition, published[partition.id], holdings[partition.id], common)
         try:

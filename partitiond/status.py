@@ -164,8 +164,8 @@ def _process(process: Process) -> dict[str, Any]:
 def tunnel_list(context: Context) -> dict[str, Any]:
     """The contract's ``tunnel list`` object."""
     seen = converge.observe(context)
-    published = identities.observe(seen.node)
-    wanted = converge.declared_tunnels(context, seen.node, published)
+    published = identities.observe(seen.node.config, seen.node.partitions)
+    wanted = converge.declared_tunnels(context, seen.node, published, seen.node.partitions)
     sockets = sessions.observe_sockets([tunnel.listen for one in wanted.values() for tunnel in one.tunnels])
     running = {process.group for process in seen.processes if process.pid}
     rows = []

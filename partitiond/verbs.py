@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from partitiond.config import Config
     from partitiond.context import Context
-    from partitiond.converge import Outcome
+    from partitiond.converge import Observation, Outcome, Plan
 
 
 def plan(context: Context) -> dict[str, Any]:
@@ -23,8 +23,17 @@ def plan(context: Context) -> dict[str, Any]:
     return {"operations": [as_json(operation) for operation in found], "refused": _refused(found.refused)}
 
 
-def apply(context: Context, partitions: list[str], *, force: bool = False) -> dict[str, Any]:
-    """``apply``. Raises PartitiondError ``apply.unknown_partition``, ``trial.pending``."""
+def apply(
+    context: Context,
+    partitions: list[str],
+    *,
+    force: bool = False,
+    first: tuple[Observation, Plan] | None = None,
+) -> dict[str, Any]:
+    """``apply``; ``first`` as for :func:`partitiond.converge.apply`.
+
+    Raises PartitiondError ``apply.unknown_partition``, ``trial.pending``.
+    """
     known = {f"{context.config.partition_base}{index}" for index in range(context.config.partition_amount)}
     for name in partitions:
         if name not in known:
@@ -35,7 +44,7 @@ def apply(context: Context, partitions: list[str], *, force: bool = False) -> di
                 hint="partitiond status lists them",
             )
     rollback.refuse_other(context.config)
-    outcome = converge.apply(context, only=frozenset(partitions), force=force)
+    outcome = converge.apply(context, only=frozenset(partitions), force=force, first=first)
     last_good.accept(context.config.state_dir)  # put into force by word
     record(context, outcome)
     return _outcome(outcome)

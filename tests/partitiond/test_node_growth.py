@@ -1,0 +1,75 @@
+"""A partition more in a node that runs: what is looked at, and how often."""
+
+import pytest
+
+from partitiond import converge, identities, reload, verbs
+from partitiond.context import Context
+
+
+@pytest.fixture
+def node(bridge, node_config):
+    return node_config(3)
+
+
+def grown(context, node, amount):
+    """Let the context take up a larger node, as the daemon does."""
+    node.write(slapformat={"partition_amount": amount})
+    with context.applying:
+        return verbs.apply(context, [], first=reload.reload(context))
+
+
+def counted(monkeypatch):
+    """The looks at the node, and of whom the files were looked at in each."""
+    looks, looked_at = [], []
+    observe, files = converge.observe, identities.observe
+
+    def counting(context):
+        looks.append(None)
+        return observe(context)
+
+    def noting(config, partitions):
+        looked_at.append([item.id for item in partitions])
+        return files(config, partitions)
+
+    monkeypatch.setattr(converge, "observe", counting)
+    monkeypatch.setattr(identities, "observe", noting)
+    return looks, looked_at
+
+
+def test_a_partition_more_takes_one_look_before_and_one_after(node, monkeypatch):
+    context = Context.of(node.load())
+    verbs.apply(context, [])
+    looks, looked_at = counted(monkeypatch)
+    outcome = grown(context, node, 4)
+    assert (outcome["failures"], outcome["left"]) == ([], [])
+    assert len(looks) == 2
+    assert looked_at == [["slappart0", "slappart1", "slappart2", "slappart3"], ["slappart3"]]
+    assert verbs.plan(context)["operations"] == []
+
+
+def test_what_a_partition_with_a_tunnel_has_is_looked_at_again(node, monkeypatch):
+    context = Context.of(node.load())
+    verbs.apply(context, [])
+    directory = node.instance / "slappart1" / "etc" / "tunnel"
+    directory.mkdir(parents=True)
+    (directory / "bad.cfg").write_text("[tunnel]\nmode = neither\n")
+    looks, looked_at = counted(monkeypatch)
+    outcome = grown(context, node, 4)
+    assert [one["name"] for one in outcome["refused"]] == ["slappart1/bad"]
+    assert len(looks) == 2
+    assert looked_at[-1] == ["slappart1", "slappart3"]
+
+
+def test_what_changes_meanwhile_is_found_by_the_next_look(node, monkeypatch):
+    context = Context.of(node.load())
+    verbs.apply(context, [])
+    make = identities.make
+
+    def made_while_somebody_else_is_at_it(config, partition):
+        (node.instance / "slappart0").chmod(0o700)
+        make(config, partition)
+
+    monkeypatch.setattr(identities, "make", made_while_somebody_else_is_at_it)
+    outcome = grown(context, node, 4)
+    assert (outcome["failures"], outcome["left"]) == ([], [])
+    assert [one["id"] for one in verbs.plan(context)["operations"]] == [f"directory{node.instance}/slappart0"]
