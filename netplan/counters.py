@@ -14,7 +14,7 @@ from typing import NamedTuple
 from netplan import nfnetlink, rtnetlink
 from netplan.errors import NetplanError
 from netplan.model import ALIAS_MARK
-from netplan.netlink import NETLINK_NETFILTER, NETLINK_ROUTE, NetlinkSocket
+from netplan.netlink import NETLINK_ROUTE, NetlinkSocket
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _TRIES = 3
@@ -63,7 +63,7 @@ class TapTraffic(NamedTuple):
 
 def read_counters() -> CounterReading:
     """Read all counters of the packet filter in one dump."""
-    with NetlinkSocket(NETLINK_NETFILTER) as sock:
+    with nfnetlink.nft_socket() as sock:
         for _ in range(_TRIES):
             before = nfnetlink.table(sock)
             if before is None:

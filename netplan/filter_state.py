@@ -24,8 +24,18 @@ from netplan import nfbatch, nftables
 from netplan.elements import texts
 from netplan.errors import NetplanError
 from netplan.model import FilterContents, FilterState
-from netplan.netlink import NETLINK_NETFILTER, NetlinkSocket
-from netplan.nfnetlink import TABLE, Chunk, chunks, comments, counters_of, generation, parsed, table
+from netplan.netlink import NetlinkSocket
+from netplan.nfnetlink import (
+    TABLE,
+    Chunk,
+    chunks,
+    comments,
+    counters_of,
+    generation,
+    nft_socket,
+    parsed,
+    table,
+)
 from netplan.packet_filter import FINGERPRINT_CHAIN, Filter
 from netplan.sysctls import NOTES
 
@@ -46,7 +56,7 @@ _last: _Loaded | None = None
 
 def observe_filter(wanted: Filter | None) -> FilterState:
     """Return what is loaded; the contents of the table are read only when it is not what is wanted."""
-    with NetlinkSocket(NETLINK_NETFILTER) as sock:
+    with nft_socket() as sock:
         info = table(sock)
         if info is None:
             return FilterState()
@@ -77,11 +87,8 @@ def observe_filter(wanted: Filter | None) -> FilterState:
             and as_noted
             and not any(what[:6] in {"chain ", "table "} for what in changes)
         )
-        contents = FilterContents(
-            sets=frozenset(one.name for one in found if one.kind == "set"),
-            maps=frozenset(one.name for one in found if one.kind == "map"),
-            chains=frozenset(one.name for one in found if one.kind == "chain") | {FINGERPRINT_CHAIN},
-            counters=_counters(sock),
+        contents = replace(
+            _objects(sock, found),
             elements=known if untouched or same else {},
             intact=intact,
             generation=number,
@@ -152,8 +159,17 @@ def _digests(found: Sequence[Chunk]) -> dict[str, str]:
     }
 
 
-def _counters(sock: NetlinkSocket) -> frozenset[str]:
-    return frozenset(value.name for value in counters_of(sock))
+def _objects(sock: NetlinkSocket, found: Sequence[Chunk]) -> FilterContents:
+    """Return the names of all that is in the table, and nothing of what it says."""
+    names = {
+        kind: frozenset(one.name for one in found if one.kind == kind) for kind in ("set", "map", "chain")
+    }
+    return FilterContents(
+        sets=names["set"],
+        maps=names["map"],
+        chains=names["chain"] | {FINGERPRINT_CHAIN},
+        counters=frozenset(value.name for value in counters_of(sock)),
+    )
 
 
 def load_filter(wanted: Filter, loaded: FilterContents, notes: Sequence[str] = ()) -> None:
@@ -163,7 +179,7 @@ def load_filter(wanted: Filter, loaded: FilterContents, notes: Sequence[str] = (
     ``notes``: see :meth:`netplan.packet_filter.Filter.transaction`.  Raises ``network.packet_filter``; what
     was in force then stays.
     """
-    with NetlinkSocket(NETLINK_NETFILTER) as sock:
+    with nft_socket() as sock:
         number = generation(sock)
         if loaded.generation == number and _load_elements(wanted, loaded, notes):
             _remember(sock, wanted, loaded, notes, _after(number))
@@ -178,13 +194,7 @@ def load_filter(wanted: Filter, loaded: FilterContents, notes: Sequence[str] = (
                 _remember(sock, wanted, loaded, notes, _after(_after(before)))
                 return
             # what is there now is not known, but it is ours: next time all is filled again
-            found = chunks(sock, without=FINGERPRINT_CHAIN, filled=False)
-            loaded = FilterContents(
-                sets=frozenset(one.name for one in found if one.kind == "set"),
-                maps=frozenset(one.name for one in found if one.kind == "map"),
-                chains=frozenset(one.name for one in found if one.kind == "chain") | {FINGERPRINT_CHAIN},
-                counters=_counters(sock),
-            )
+            loaded = _objects(sock, chunks(sock, without=FINGERPRINT_CHAIN, filled=False))
         # a note that may describe a foreign change must not stay: without one, the next observation finds
         # drift
         nftables.run(f"flush chain inet {TABLE} {FINGERPRINT_CHAIN}\n")
@@ -206,7 +216,7 @@ def _load_elements(wanted: Filter, loaded: FilterContents, notes: Sequence[str])
         return False
     change += nfbatch.notes(FINGERPRINT_CHAIN, _notes(wanted, loaded.digests, _after(loaded.generation)))
     try:
-        with NetlinkSocket(NETLINK_NETFILTER) as sock:
+        with nft_socket() as sock:
             return nfbatch.commit(sock, loaded.generation, change)
     except NetplanError:
         return False  # tried again by nft, whose refusal is told

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from itertools import product
 
 from netplan.model import PartitionNetwork
+from netplan.once import once_each
 from netplan.ruleset import Part, text
 
 SCOPES = ("remote", "local")
@@ -33,23 +34,30 @@ def counter_name(partition: str, family: str, scope: str, direction: str) -> str
 
 def metering(partitions: Sequence[PartitionNetwork]) -> Part:
     """Return the counters of every address of every partition, and the maps and chains that lead there."""
-    owned: dict[str, list[tuple[str, str]]] = {}
+    owned: dict[str, list[tuple[tuple[str, ...], tuple[str, ...]]]] = {}
     for one in partitions:
-        for family, address in _addresses(one):
-            owned.setdefault(family, []).append((one.id, address))
+        for family, meters in _meters(one).items():
+            owned.setdefault(family, []).append(meters)
     maps: dict[str, str] = {}
     elements: dict[str, list[str]] = {}
     counters: list[str] = []
-    for family, addresses in owned.items():
-        for scope, direction in product(SCOPES, DIRECTIONS):
-            names = [counter_name(partition, family, scope, direction) for partition, _ in addresses]
-            counters += names
+    for family, meters_of in owned.items():
+        for place, (scope, direction) in enumerate(product(SCOPES, DIRECTIONS)):
+            counters += (names[place] for names, _ in meters_of)
             which = f"{family}_{scope}_{direction}"
             maps[which] = _TYPE[family]
-            elements[which] = [
-                f'{address} : "{name}"' for name, (_, address) in zip(names, addresses, strict=True)
-            ]
+            elements[which] = [values[place] for _, values in meters_of]
     return Part({}, maps, elements, counters, _chains([one for one in _TYPE if one in owned]), _HOOKS)
+
+
+@once_each
+def _meters(partition: PartitionNetwork) -> dict[str, tuple[tuple[str, ...], tuple[str, ...]]]:
+    """Return the counters and the elements of each family, for each scope and direction."""
+    found = {}
+    for family, address in _addresses(partition):
+        names = tuple(counter_name(partition.id, family, *which) for which in product(SCOPES, DIRECTIONS))
+        found[family] = (names, tuple(f'{address} : "{name}"' for name in names))
+    return found
 
 
 def _addresses(partition: PartitionNetwork) -> Iterator[tuple[str, str]]:

@@ -63,8 +63,7 @@ class Monitor:
 
     def attend(self, names: frozenset[str]) -> None:
         """Listen for other links from now on."""
-        if names != self._relevance.names:
-            self._relevance.names = names
+        if self._relevance.attend(names):
             self._begin()
 
     def read(self) -> list[Notice]:

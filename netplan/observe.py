@@ -11,7 +11,8 @@ from netplan.errors import NetplanError
 from netplan.filter_state import observe_filter
 from netplan.model import PORT_ALIAS, PROTOCOL_MARK, Address, DesiredNetwork, Link, ObservedNetwork, Route
 from netplan.moving import observe_moving
-from netplan.netlink import NETLINK_NETFILTER, NETLINK_ROUTE, NetlinkSocket
+from netplan.netlink import NETLINK_ROUTE, NetlinkSocket
+from netplan.nfnetlink import nft_socket
 from netplan.packet_filter import render
 
 LOOPBACK = 1
@@ -50,7 +51,7 @@ def observe(desired: DesiredNetwork, seen: Look | None = None) -> ObservedNetwor
         rules = (*rtnetlink.rules(sock), *rtnetlink.rules(sock, AF_INET))
         sources = _leaving(desired, links)
         moving = observe_moving(sock, sources) if sources else ()
-    with NetlinkSocket(NETLINK_NETFILTER) as sock:
+    with nft_socket() as sock:
         notes = sysctls.read_notes(sock)
     return ObservedNetwork(
         links=links,

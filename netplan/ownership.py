@@ -11,8 +11,10 @@ the rule, so what the kernel itself sends passes.  Checked with 144 cases in fac
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from netplan.model import PartitionNetwork
+from netplan.once import once_each
 from netplan.ruleset import Part, text
 
 DENIED = "denied"
@@ -28,10 +30,11 @@ _COUNT_DENIED = ("counter name denied", "counter name meta skuid map @denied_by"
 
 def ownership(partitions: Sequence[PartitionNetwork]) -> Part:
     """Return the sets and chains that hold each address to its partition's user."""
-    six = [(one.uid, text(address)) for one in partitions for address in one.reached_ipv6]
-    four = [(one.uid, text(one.ipv4)) for one in partitions if one.ipv4]
-    world4 = [(one.uid, text(address)) for one in partitions for address in one.reached_ipv4]
-    ranges = [(one.uid, text(one.ipv6_range)) for one in partitions if one.ipv6_range]
+    texts = [_texts(one) for one in partitions]
+    six = [pair for one in texts for pair in one.six]
+    four = [pair for one in texts for pair in one.four]
+    world4 = [pair for one in texts for pair in one.world4]
+    ranges = [pair for one in texts for pair in one.ranges]
     sets = {
         "address6": "type ipv6_addr",
         "owner6": "type uid . ipv6_addr",
@@ -61,6 +64,25 @@ def ownership(partitions: Sequence[PartitionNetwork]) -> Part:
     counters = [DENIED, "spoofed_in", "private_in", *(f"{DENIED}/{one.id}" for one in partitions)]
     maps = {"denied_by": "type uid : counter"}
     return Part(sets, maps, elements, counters, _chains(ranges=bool(ranges), world4=bool(world4)), _HOOKS)
+
+
+class _Texts(NamedTuple):
+    """What a partition has, as nft writes it, each with its user's number."""
+
+    six: list[tuple[int, str]]
+    four: list[tuple[int, str]]
+    world4: list[tuple[int, str]]
+    ranges: list[tuple[int, str]]
+
+
+@once_each
+def _texts(one: PartitionNetwork) -> _Texts:
+    return _Texts(
+        six=[(one.uid, text(address)) for address in one.reached_ipv6],
+        four=[(one.uid, text(one.ipv4))] if one.ipv4 else [],
+        world4=[(one.uid, text(address)) for address in one.reached_ipv4],
+        ranges=[(one.uid, text(one.ipv6_range))] if one.ipv6_range else [],
+    )
 
 
 def _chains(*, ranges: bool, world4: bool) -> dict[str, tuple[str, ...]]:

@@ -99,6 +99,12 @@ class Relevance:
             elif _is_default(route):
                 self._defaults.add(route)
 
+    def attend(self, names: frozenset[str]) -> bool:
+        """Let other names matter; say whether there is a link of which more is to be known now."""
+        different = names ^ self.names
+        self.names = names
+        return any(link.name in different for link in self._links.values())
+
     def judge(self, message: Message) -> Notice | None:
         """Return the notice that a message of rtnetlink is, or None when it does not concern us."""
         gone = message.kind in _GONE

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pytest
 
+from netplan import nfnetlink
 from partitiond import sandbox
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -140,8 +141,10 @@ def _new(before):
 @pytest.fixture(autouse=True)
 def no_leaks(request):
     """Fail a test that leaves a process, thread, descriptor, link, user, nft table or mount behind."""
+    nfnetlink.close_idle()
     before = _look()
     yield
+    nfnetlink.close_idle()
     new = _new(before)
     end = time.monotonic() + _GRACE
     while new and time.monotonic() < end:

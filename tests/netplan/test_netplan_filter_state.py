@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from netplan_scene import NEIGHBOUR6, NOTHING, UID, as_user, send, sink, wanted
 
-from netplan import nfbatch, nftables
+from netplan import nfbatch, nfnetlink, nftables
 from netplan.apply import apply
 from netplan.counters import read_counters
 from netplan.errors import NetplanError
@@ -299,3 +299,23 @@ def test_endless_disturbance_is_an_error_and_leaves_no_note(node, monkeypatch):
     assert failures[0].error.retryable
     assert "keeps changing" in failures[0].error.message
     node.converge(desired)
+
+
+def test_a_socket_is_kept_for_the_next_one_of_the_same_namespace_alone(node):
+    with nfnetlink.nft_socket() as first, nfnetlink.nft_socket() as second:
+        assert first is not second
+    with nfnetlink.nft_socket() as again:
+        assert again in (first, second)
+        home = again.namespace()
+    with node.at_neighbour(), nfnetlink.nft_socket() as elsewhere:
+        assert elsewhere.namespace() != home
+    with nfnetlink.nft_socket() as back:
+        assert back.namespace() == home
+
+
+def test_a_socket_that_failed_is_not_given_to_the_next_one():
+    with pytest.raises(NetplanError), nfnetlink.nft_socket() as failed:
+        nfbatch.commit(failed, nfnetlink.generation(failed), [*nfbatch.counters(["x"], add=False)])
+    with nfnetlink.nft_socket() as fresh:
+        assert fresh is not failed
+        assert nfnetlink.generation(fresh) > 0

@@ -235,3 +235,17 @@ def test_other_names_can_be_listened_for(node):
         monitor.attend(NAMES | {"eth0"})
         ip("link set eth0 down")
         assert Notice("link/eth0", "changed", ours=False) in settled(monitor)
+
+
+def test_of_a_link_that_begins_to_matter_its_addresses_do_too(node):
+    node.converge(wanted(1))
+    ip("link add other type bridge")
+    ip("link set other up")
+    ip("address add 192.0.2.77/32 dev other")
+    with Monitor(NAMES) as monitor:
+        monitor.attend(NAMES | {"other"})
+        ip("address del 192.0.2.77/32 dev other")
+        assert settled(monitor) == {Notice("address/192.0.2.77", "gone", ours=False)}
+        monitor.attend(NAMES)
+        ip("address add 192.0.2.78/32 dev other")
+        assert settled(monitor) == set()
