@@ -368,6 +368,7 @@ def _kinds_of_ipv6(rules: Rules) -> Iterator[_Kind]:
         return
     base, network, shift = rules.base, rules.base.network, rules.prefixshift
     first, where = int(network.network_address), f"{network}, the node's network"
+    own = int(base)
     occupied = Occupied()
 
     def natural_ipv6(index: int) -> IPv6Interface | None:
@@ -379,7 +380,8 @@ def _kinds_of_ipv6(rules: Rules) -> Iterator[_Kind]:
 
     def claim_ipv6(value: IPv6Interface) -> bool:
         # slapformat gives a partition the node's own address where that is on its place
-        return value.ip != base.ip and occupied.add(int(value.ip), int(value.ip))
+        number = int(value)
+        return number != own and occupied.add(number, number)
 
     def claim(value: IPv6Network) -> bool:
         return occupied.add(int(value.network_address), int(value.broadcast_address))

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from partitiond.choices import Choice
     from partitiond.config import Config
+    from partitiond.converge import Looked
     from partitiond.node import Node
     from slap_client.client import SlapClient
 
@@ -52,8 +53,8 @@ class Context:
     """One node at work.
 
     ``applying`` is held while the node is being changed; ``node`` is what the last look at it gave, ``choice`` the
-    addresses that it gave to the partitions. ``looking`` is called right before a look at the whole node: what was told of
-    it until then is answered by that look.
+    addresses that it gave to the partitions, ``looked`` what the last look at the whole node led to. ``looking`` is called
+    right before such a look: what was told of the node until then is answered by it.
     """
 
     current: Settings
@@ -62,6 +63,7 @@ class Context:
     master: MasterContact
     node: Node | None = None
     choice: Choice | None = None
+    looked: Looked | None = None
     stop: threading.Event = field(default_factory=threading.Event)
     applying: threading.RLock = field(default_factory=threading.RLock)
     wake_report: Callable[[], None] = _nobody

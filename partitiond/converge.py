@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _ROUNDS = 3
+_RECENT_SECONDS = 120.0  # two sweeps
 PARTS = (
     "withdrawals",
     "users",
@@ -120,6 +122,17 @@ class Plan:
     def stands(self) -> bool:
         """Whether what everything stands on is as it should be; what single tenants run may be in trouble."""
         return not (self.users or self.directories or self.network or self.leavers)
+
+
+@dataclass(frozen=True, slots=True)
+class Looked:
+    """The last look at the whole node: by which configuration, when (monotonic seconds), and the plan that was made of it, or
+    of the look that followed when that was carried out.
+    """
+
+    config: Config
+    at: float
+    plan: Plan
 
 
 @dataclass(slots=True)
@@ -283,6 +296,7 @@ def plan(context: Context, seen: Observation, *, force: bool = False, done: Plan
     published = {**(done.published if done else {}), **identities.observe(target.config, looked_at)}
     wanted_tunnels = declared_tunnels(context, target, published, looked_at)
     running = frozenset(process.group for process in seen.processes if process.pid)
+    set_up = frozenset(context.supervisor.group_names())
     people = _plan_users(desired_users(target), seen.users)
     disks = block_devices.plan(seen.block_devices)
     data, unusable = storage.plan(target, seen.storage, numbers)
@@ -305,7 +319,9 @@ def plan(context: Context, seen: Observation, *, force: bool = False, done: Plan
             operation
             for name, wanted in wanted_tunnels.items()
             if name in ids
-            for operation in tunnels.plan(wanted, context.config, context.supervisor, running)
+            for operation in tunnels.plan(
+                wanted, context.config, context.supervisor, set_up=set_up, running=running
+            )
         ),
         refused=(
             *disks.refused,
@@ -395,8 +411,20 @@ def look(context: Context, *, force: bool = False, done: Plan | None = None) -> 
     ``done`` and what is raised: see :func:`plan`.
     """
     context.looking()
+    before, began = context.looked, time.monotonic()
     seen = observe(context)
-    return seen, plan(context, seen, force=force, done=done)
+    found = plan(context, seen, force=force, done=done)
+    at = before.at if before and done else began
+    context.looked = Looked(context.config, at, found)
+    return seen, found
+
+
+def recently(context: Context, config: Config) -> Plan | None:
+    """What the last look at the whole node led to, if that was by this configuration and not long ago."""
+    found = context.looked
+    if found is None or found.config is not config or time.monotonic() - found.at > _RECENT_SECONDS:
+        return None
+    return found.plan
 
 
 def apply(

@@ -261,6 +261,7 @@ class Daemon:
                 lane.interval = interval
                 lane.wake()
         self._lanes["capacity"].wake()  # the master has to know what is offered now
+        self._lanes["converge"].wake()  # what the new configuration leaves as it is was not looked at
 
     def _join(self) -> None:
         """Wait for the lanes, all of them together; one that waits for the master is left: it ends with the process."""

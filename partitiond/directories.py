@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
     from pathlib import Path
 
+_NOBODY = (None, None)
+
 
 @dataclass(frozen=True, slots=True)
 class DirectorySpec:
@@ -49,6 +51,13 @@ def plan(
         except (FileNotFoundError, NotADirectoryError):
             operations.append(_operation(spec, None, "missing"))
             continue
+        wanted = (
+            numbers.get(spec.owner, _NOBODY)[0],
+            numbers.get(spec.group, _NOBODY)[1],
+            stat.S_IFDIR | spec.mode,
+        )
+        if (found.st_uid, found.st_gid, found.st_mode) == wanted:
+            continue
         if not stat.S_ISDIR(found.st_mode):
             raise PartitiondError(
                 "directory.in_the_way",
@@ -56,15 +65,8 @@ def plan(
                 resource=str(spec.path),
                 hint="move it away",
             )
-        wanted = (
-            numbers.get(spec.owner, (None, None))[0],
-            numbers.get(spec.group, (None, None))[1],
-            spec.mode,
-        )
-        has = (found.st_uid, found.st_gid, stat.S_IMODE(found.st_mode))
-        if has != wanted:
-            before = f"uid {has[0]}, gid {has[1]}, mode {has[2]:04o}"
-            operations.append(_operation(spec, before, f"is {before}"))
+        before = f"uid {found.st_uid}, gid {found.st_gid}, mode {stat.S_IMODE(found.st_mode):04o}"
+        operations.append(_operation(spec, before, f"is {before}"))
     return tuple(operations)
 
 

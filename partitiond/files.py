@@ -31,6 +31,11 @@ _MOST_LEFTOVERS = 100_000  # names that are looked at: a tenant may make million
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 
 
+def there(path: str) -> bool:
+    """Whether there is anything of that name, a link that leads nowhere included; cheapest where there is nothing."""
+    return os.access(path, os.F_OK, follow_symlinks=False)
+
+
 @contextmanager
 def directory(path: Path, *below: str) -> Iterator[int]:
     """Open a trusted directory, then untrusted components below it, as a descriptor.

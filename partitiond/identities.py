@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING
 
+from netplan.once import once_each
 from partitiond import files
 from partitiond.operation import Operation
 from partitiond.settled import Settled
@@ -87,16 +88,16 @@ def _published(pem: str) -> PublicIdentity:
 
 def observe(config: Config, partitions: Iterable[Partition]) -> dict[str, PublicIdentity | None]:
     """Read what partitions publish, by partition."""
-    base = f"{config.state_dir}/tunnels"
     return {
-        item.id: _read.get(
-            f"{base}/{item.id}",
-            (f"{base}/{item.id}/{CERTIFICATE_FILE}", f"{base}/{item.id}/{KEY_FILE}"),
-            item.uid,
-            partial(read, config, item),
-        )
+        item.id: _read.get(*_files_of(item, config.state_dir), item.uid, partial(read, config, item))
         for item in partitions
     }
+
+
+@once_each
+def _files_of(item: Partition, state_dir: Path) -> tuple[str, tuple[str, str]]:
+    directory = str(_directory(state_dir, item.id))
+    return directory, (f"{directory}/{CERTIFICATE_FILE}", f"{directory}/{KEY_FILE}")
 
 
 def plan(

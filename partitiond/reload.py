@@ -7,6 +7,7 @@ the one they began with.
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from partitiond import config as configuration
@@ -35,7 +36,8 @@ def reload(context: Context, *, force: bool = False) -> tuple[Observation, Plan]
     partitions.
 
     What is returned is the look at the node by which the new configuration was found possible: good for
-    :func:`partitiond.converge.apply` while the caller holds ``applying``. Raises a family error: ``config.*`` for a file that
+    :func:`partitiond.converge.apply` while the caller holds ``applying``, who sees to it that a look at everything follows.
+    Raises a family error: ``config.*`` for a file that
     is bad, ``config.needs_restart`` for a key that cannot change while the daemon runs, or what stands in the way of a node
     such as the file wants it. The old configuration stays then.
     """
@@ -77,10 +79,13 @@ def _take(context: Context, new: Config, *, force: bool) -> tuple[Observation, P
     """Put it into force if a plan can be made with it: whoever asked is told now what stands in the way, not the log later."""
     with context.applying:
         before, node = context.current, context.node
+        # where there are but more or fewer of them, what those that stay have on disk was right in the last sweep
+        same = replace(new, partition_amount=before.config.partition_amount)
+        done = converge.recently(context, before.config) if same == before.config else None
         context.adopt(new)
         try:
             seen = converge.observe(context)
-            return seen, converge.plan(context, seen, force=force)
+            return seen, converge.plan(context, seen, force=force, done=done)
         except FAMILY:
             context.current, context.node = before, node
             raise

@@ -1,9 +1,9 @@
 """Small files that are looked at in every pass, read again only when they are not the ones that were read before.
 
-Promises: what is returned is what reading would return. A file counts as the same while its device, inode, owner, mode, size
-and both times are (nobody but a change of the system's clock can set the time of the last change of an inode, see
-inode(7)), and only when its last change lies back far enough that another one would show: the kernel stamps with the
-resolution of its tick.
+Promises: what is returned is what reading would return. A file counts as the same while its inode is, and the time of that
+inode's last change: whatever is done to content, owner or mode sets it, and nobody can set it back but by the system's
+clock, see inode(7). And only when that time lies back far enough that another change would show: the kernel stamps with
+the resolution of its tick.
 """
 
 from __future__ import annotations
@@ -50,13 +50,4 @@ def _look(path: str) -> tuple[int, ...]:
         found = os.lstat(path)
     except OSError:
         return ()
-    return (
-        found.st_dev,
-        found.st_ino,
-        found.st_mode,
-        found.st_uid,
-        found.st_gid,
-        found.st_size,
-        found.st_mtime_ns,
-        found.st_ctime_ns,
-    )
+    return (found.st_dev, found.st_ino, found.st_ctime_ns)

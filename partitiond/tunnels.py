@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import os
 import shutil
 import socket
 import time
@@ -26,7 +25,7 @@ from stunnel_mgr.model import Refused, Tunnel, TunnelContext
 from stunnel_mgr.syntax import Entry
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Container, Iterable, Mapping, Sequence
     from pathlib import Path
 
     from partitiond.config import Config
@@ -93,7 +92,7 @@ def declared(node: Node, partition: Partition, certificates: Mapping[str, str]) 
     """
     given_here = [given for given in node.config.tunnels if given.partition == partition.id]
     # most partitions declare nothing, and most of these have not even the directory
-    if not given_here and not os.path.lexists(f"{partition.path}/etc"):
+    if not given_here and not files.there(f"{partition.path}/etc"):
         return PartitionTunnels(partition)
     context = TunnelContext(
         partition=partition.id,
@@ -304,14 +303,19 @@ def group(config: Config, partition: Partition) -> Group:
 
 
 def plan(
-    wanted: PartitionTunnels, config: Config, supervisor: Supervisor, running: frozenset[str]
+    wanted: PartitionTunnels,
+    config: Config,
+    supervisor: Supervisor,
+    *,
+    set_up: Container[str],
+    running: Container[str],
 ) -> tuple[TunnelOperation, ...]:
-    """Compare one partition's tunnels with the disk and supervisord. ``running`` are the groups that run."""
+    """Compare one partition's tunnels with the disk and supervisord: groups that have a file, and those that run."""
     partition = wanted.partition
     name = group_name(partition.id)
     if not wanted.files:
         file = f"{config.state_dir}/tunnels/{partition.id}/{render.CONFIG_FILE}"
-        if not supervisor.has_group(name) and not os.path.lexists(file):
+        if name not in set_up and not files.there(file):
             return ()
         return (_operation(wanted, "remove", "no tunnel is declared any more"),)
     directory = identities.directory_of(config, partition.id)

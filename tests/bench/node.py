@@ -48,6 +48,8 @@ PREPARED_BUT_NOT_POSTED = 2
 ENVIRONMENT = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/root", "LANG": "C.UTF-8"}
 # taps come up one by one, and the kernel tells each of it within the first seconds
 SETTLED = 6.0
+# after a partition more the daemon looks at everything, and tells the master
+AFTERWARDS = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,6 +253,7 @@ def in_the_daemon(count: int, repetitions: int) -> dict[str, list[Figure]]:
         for one in range(repetitions):
             configuration(count + 1 + one, meters=100_000)
             more.append(asked(pid))
+            time.sleep(AFTERWARDS)
     return {"a partition more, in the daemon": more, "no change, in the daemon": same}
 
 

@@ -79,6 +79,16 @@ def test_apply_takes_an_edited_file(node):
     node.wait(lambda: events(node, "drift.repaired")[done:], "the new tap to be watched", SOON)
 
 
+def test_a_look_at_everything_follows(node):
+    """What the others have on disk is not looked at for one more; it is right after."""
+    directory = node.base / "instance" / "slappart0"
+    wanted = directory.stat().st_mode
+    directory.chmod(0o700)
+    edit(node, "partition_amount = 2", "partition_amount = 3")
+    node.cli("apply")
+    node.wait(lambda: directory.stat().st_mode == wanted, "the directory to be repaired", SOON)
+
+
 def test_what_a_partition_is_told_follows_the_file(node):
     """Also where nothing of the partition itself is another: what was right by the old file is not by the new one."""
     time.sleep(0.2)  # files that were just written are not remembered yet

@@ -43,7 +43,30 @@ def test_a_partition_more_takes_one_look_before_and_one_after(node, monkeypatch)
     outcome = grown(context, node, 4)
     assert (outcome["failures"], outcome["left"]) == ([], [])
     assert len(looks) == 2
-    assert looked_at == [["slappart0", "slappart1", "slappart2", "slappart3"], ["slappart3"]]
+    assert looked_at == [["slappart3"], ["slappart3"]]
+    assert verbs.plan(context)["operations"] == []
+
+
+def test_with_another_setting_the_files_of_all_are_looked_at(node, monkeypatch):
+    context = Context.of(node.load())
+    verbs.apply(context, [])
+    _, looked_at = counted(monkeypatch)
+    node.write(partitiond={"log_dir": str(node.root / "other-log")})
+    outcome = grown(context, node, 4)
+    assert (outcome["failures"], outcome["left"]) == ([], [])
+    # also afterwards: the new directory of logs is everybody's
+    assert looked_at == [["slappart0", "slappart1", "slappart2", "slappart3"]] * 2
+    assert verbs.plan(context)["operations"] == []
+
+
+def test_so_they_are_when_the_last_look_was_long_ago(node, monkeypatch):
+    context = Context.of(node.load())
+    verbs.apply(context, [])
+    _, looked_at = counted(monkeypatch)
+    monkeypatch.setattr(converge, "_RECENT_SECONDS", 0.0)
+    (node.instance / "slappart0").chmod(0o700)
+    assert grown(context, node, 4)["left"] == []
+    assert looked_at[0] == ["slappart0", "slappart1", "slappart2", "slappart3"]
     assert verbs.plan(context)["operations"] == []
 
 
@@ -53,11 +76,12 @@ def test_what_a_partition_with_a_tunnel_has_is_looked_at_again(node, monkeypatch
     directory = node.instance / "slappart1" / "etc" / "tunnel"
     directory.mkdir(parents=True)
     (directory / "bad.cfg").write_text("[tunnel]\nmode = neither\n")
+    verbs.apply(context, [])
     looks, looked_at = counted(monkeypatch)
     outcome = grown(context, node, 4)
     assert [one["name"] for one in outcome["refused"]] == ["slappart1/bad"]
     assert len(looks) == 2
-    assert looked_at[-1] == ["slappart1", "slappart3"]
+    assert looked_at == [["slappart1", "slappart3"]] * 2
 
 
 def test_what_changes_meanwhile_is_found_by_the_next_look(node, monkeypatch):
