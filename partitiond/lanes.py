@@ -10,14 +10,22 @@ import platform
 from ipaddress import IPv4Interface
 from typing import TYPE_CHECKING
 
+from netplan.once import once
 from partitiond import __version__, converge, instances, softwares, storage, trial
 from partitiond.errors import PartitiondError
 from partitiond.passes import Result
-from slap_client.capacity import CapacityNode, CapacityPartition, CapacityTap, capacity_description
+from slap_client.capacity import (
+    CapacityNode,
+    CapacityPartition,
+    CapacityTap,
+    capacity_description,
+    capacity_document,
+)
 from slap_client.errors import SlapError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from partitiond.context import Context
     from partitiond.node import Node, Partition
@@ -58,9 +66,15 @@ def capacity(context: Context) -> Result:
         raise PartitiondError(
             "capacity.nothing", "there are no partitions to offer", hint="set partition_amount"
         )
-    context.client.post_capacity(description(target))
+    context.client.post_capacity(_document(target, storage.observe(target.config).data))
     context.master.note(True)
     return Result([f"capacity of {len(target.partitions)} partitions posted"], [])
+
+
+@once
+def _document(target: Node, _data: tuple[Path, ...]) -> str:
+    """What the master is told; where neither is another, the same: one that is down is told it again and again."""
+    return capacity_document(description(target))
 
 
 def description(target: Node) -> dict[str, Value]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 import time
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from accounting.disk import DiskMeter
@@ -13,6 +12,7 @@ from accounting.ledger import Ledger
 from accounting.model import CountReading, GaugeReading, Pass, TrafficReading
 from accounting.processes import ProcessMeter
 from netplan import counters
+from netplan.once import once_each
 from partitiond import storage
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ def _owner(tree: str) -> str:
 def _addresses(reading: counters.CounterReading, known: dict[str, Partition]) -> Iterator[TrafficReading]:
     for traffic in reading.traffic:
         partition = known.get(traffic.partition)
-        address = _address(partition, traffic.family) if partition else None
+        address = _addresses_of(partition).get(traffic.family) if partition else None
         if address is None:
             continue  # its counters go with the next load of the filter
         yield TrafficReading(
@@ -139,21 +139,18 @@ def _addresses(reading: counters.CounterReading, known: dict[str, Partition]) ->
         )
 
 
-# thousands a pass, always the same, and slow to write
-_text = lru_cache(maxsize=8192)(str)
-
-
-def _address(partition: Partition, family: str) -> str | None:
+@once_each
+def _addresses_of(partition: Partition) -> dict[str, str]:
+    """The text of each address by its family: thousands a pass, always the same, and slow to write."""
     network = partition.network
-    routable = network.routable_ipv4.interface.ip if network.routable_ipv4 else None
     found = {
         "ipv4": partition.ipv4,
         "ipv6": partition.ipv6,
         "range": network.ipv6_range,
         "public4": network.public_ipv4,
-        "routable4": routable,
-    }.get(family)
-    return None if found is None else _text(found)
+        "routable4": network.routable_ipv4.interface.ip if network.routable_ipv4 else None,
+    }
+    return {family: str(address) for family, address in found.items() if address is not None}
 
 
 def _taps(known: dict[str, Partition]) -> Iterator[TrafficReading]:

@@ -6,10 +6,11 @@ few texts about the node; the rest is sent because the format has it.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Interface, IPv6Address, IPv6Interface, IPv6Network
 
+from slap_client.marshal import dumps
 from slap_client.values import Value
 
 
@@ -79,7 +80,7 @@ class CapacityNode:
 
 
 def capacity_description(node: CapacityNode, partitions: Sequence[CapacityPartition]) -> dict[str, Value]:
-    """Return the dictionary to give to ``SlapClient.post_capacity``.
+    """Return what this node has to offer, as slapformat says it.
 
     List *all* partitions each time: masters drop (slapproxy) or invalidate (production) those not listed.
     """
@@ -108,6 +109,11 @@ def capacity_description(node: CapacityNode, partitions: Sequence[CapacityPartit
         "tap_gateway_interface": node.tap_gateway_interface,
         "tap_ipv6": node.tap_ipv6,
     }
+
+
+def capacity_document(description: Mapping[str, Value]) -> str:
+    """Return the XML to give to ``SlapClient.post_capacity``. Raises SlapError ``slap.value``."""
+    return dumps(dict(description)).decode("ascii")
 
 
 def _partition(partition: CapacityPartition, software_user: str) -> dict[str, Value]:

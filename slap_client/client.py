@@ -13,7 +13,7 @@ from slap_client import documents, failures
 from slap_client.checks import PARTITION_ID
 from slap_client.documents import CertificatePair, ComputerDocument
 from slap_client.errors import SlapError
-from slap_client.marshal import MAX_BYTES, Value, dumps, loads
+from slap_client.marshal import MAX_BYTES, Value, loads
 from slap_client.master_url import parse_master_url
 from slap_client.transport import Transport
 
@@ -99,15 +99,14 @@ class SlapClient:
             )
         return document
 
-    def post_capacity(self, description: Mapping[str, Value]) -> None:
+    def post_capacity(self, document: str) -> None:
         """Tell the master what this node has to offer (loadComputerConfigurationFromXML).
 
-        ``description`` is that of :func:`slap_client.capacity.capacity_description`. Partitions that it
+        ``document`` is that of :func:`slap_client.capacity.capacity_document`. Partitions that it
         does not list are dropped by the master. ``slap.not_found`` means that the master does not know this
         computer.
         """
-        xml = dumps(dict(description)).decode("ascii")
-        self._transport.post("loadComputerConfigurationFromXML", {"xml": xml})
+        self._transport.post("loadComputerConfigurationFromXML", {"xml": document})
 
     def use_computer(self, tioxml: str) -> None:
         """Post a usage report, a TioXML document as text (useComputer); ``slap.refused`` if it is not valid.

@@ -136,12 +136,11 @@ def _form(fields: Mapping[str, str]) -> bytes:
 
 
 def _quoted(text: str) -> str:
-    different = set(text)
     quoted = text.replace("%", "%25")  # first: the others bring some more
-    for one in different - {"%"}:
+    for one in set(text) - {"%", " "}:
         if (safe := quote_plus(one)) != one:
             quoted = quoted.replace(one, safe)
-    return quoted
+    return quoted.replace(" ", "+")  # last: so the signs of the text itself are told from it
 
 
 def _as_it_is(request: requests.PreparedRequest) -> requests.PreparedRequest:

@@ -14,6 +14,7 @@ class Seen:
     fields: dict[str, str]
     headers: dict[str, str]
     peer: tuple[str, int]
+    text: str
 
 
 class _Server(ThreadingHTTPServer):
@@ -52,7 +53,7 @@ class Master:
                 text = parts.query or self.rfile.read(length).decode("utf-8")
                 fields = dict(parse_qsl(text, keep_blank_values=True, strict_parsing=bool(text)))
                 headers = {name.lower(): value for name, value in self.headers.items()}
-                master.seen.append(Seen(self.command, parts.path, fields, headers, self.client_address))
+                master.seen.append(Seen(self.command, parts.path, fields, headers, self.client_address, text))
                 master.answer(self)
 
             do_GET = do_POST = serve  # noqa: N815 - http.server looks for these names

@@ -1,11 +1,13 @@
 import subprocess
 import sys
+import urllib.parse
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from slap_samples import PROXY_CERTIFICATE, PROXY_COMPUTER
 from slap_server import reply
 
+from slap_client.capacity import capacity_document
 from slap_client.client import LOG_TAIL, SlapClient
 from slap_client.documents import CertificatePair
 from slap_client.errors import SlapError
@@ -72,7 +74,7 @@ def test_the_answer_for_another_computer_is_garbage(client, master):
 def test_the_capacity_is_posted_marshalled(client, master):
     master.answer = reply("done")
     description = {"reference": "COMP-7", "partition_list": [{"reference": "slappart0", "path": "/a&b"}]}
-    client.post_capacity(description)
+    client.post_capacity(capacity_document(description))
     (seen,) = master.seen
     assert (seen.method, seen.path, list(seen.fields)) == (
         "POST",
@@ -82,11 +84,22 @@ def test_the_capacity_is_posted_marshalled(client, master):
     assert loads(seen.fields["xml"]) == description
 
 
-def test_a_capacity_that_can_not_be_written_is_not_sent(client, master):
+def test_a_capacity_that_can_not_be_written_is_refused_before_it_is_sent():
     with pytest.raises(SlapError) as caught:
-        client.post_capacity({"reference": "\x00"})
+        capacity_document({"reference": "\x00"})
     assert caught.value.code == "slap.value"
-    assert master.seen == []
+
+
+@pytest.mark.parametrize(
+    "text", ["", "a b+c&d=e%f/g?h#i", "é\u20ac\U0001f600\x00\n\r\t", "%41", "".join(map(chr, range(1, 300)))]
+)
+def test_a_form_is_encoded_as_urllib_does_it(client, master, text):
+    master.answer = reply("done")
+    client.use_computer(text)
+    (seen,) = master.seen
+    fields = {"computer_id": client.computer_id, "use_string": text}
+    assert seen.text == urllib.parse.urlencode(fields)
+    assert seen.headers["content-type"] == "application/x-www-form-urlencoded"
 
 
 @pytest.mark.parametrize(
