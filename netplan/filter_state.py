@@ -174,13 +174,17 @@ def _objects(sock: NetlinkSocket, found: Sequence[Chunk]) -> FilterContents:
 
 def load_filter(wanted: Filter, loaded: FilterContents, notes: Sequence[str] = ()) -> None:
     """Bring the packet filter from ``loaded`` to ``wanted`` in one transaction, and note what was loaded: with
-    it where the rules stay, else in a second, when the kernel has said what it made of them.
+    it where the rules stay, else in a second, when the kernel has said what it made of them.  Where there is no
+    table yet, the rules come first, and all that they look up with the notes.
 
     ``notes``: see :meth:`netplan.packet_filter.Filter.transaction`.  Raises ``network.packet_filter``; what
     was in force then stays.
     """
     with nft_socket() as sock:
         number = generation(sock)
+        if not loaded.chains:
+            loaded = _load_bare(sock, wanted)
+            number = generation(sock)
         if loaded.generation == number and _load_elements(wanted, loaded, notes):
             _remember(sock, wanted, loaded, notes, _after(number))
             return
@@ -204,6 +208,21 @@ def load_filter(wanted: Filter, loaded: FilterContents, notes: Sequence[str] = (
         resource=f"filter/{TABLE}",
         retryable=True,
     )
+
+
+def _load_bare(sock: NetlinkSocket, wanted: Filter) -> FilterContents:
+    """Load the rules where there is no table at all: with nothing in their sets they guard nobody, as nobody was guarded a
+    moment ago.  Return what is there then; of generation 0 when somebody came between.
+    """
+    before = generation(sock)
+    bare = wanted.bare()
+    nftables.run(bare.transaction(FilterContents()))
+    found = chunks(sock, without=FINGERPRINT_CHAIN, filled=False)
+    loaded = _objects(sock, found)
+    if generation(sock) != _after(before):
+        return loaded
+    nothing: dict[str, frozenset[str]] = {name: frozenset() for name in bare.elements}
+    return replace(loaded, elements=nothing, intact=True, generation=_after(before), digests=_digests(found))
 
 
 def _load_elements(wanted: Filter, loaded: FilterContents, notes: Sequence[str]) -> bool:

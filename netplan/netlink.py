@@ -7,6 +7,7 @@ when somebody wants it.
 Layouts: include/uapi/linux/netlink.h; netlink(7).
 """
 
+import contextlib
 import errno
 import os
 import socket
@@ -36,6 +37,8 @@ _NLMSG_DONE = 3
 _NLMSG_OVERRUN = 4
 _ENDS = frozenset((_NLMSG_ERROR, _NLMSG_DONE, _NLMSG_OVERRUN))
 _SOL_NETLINK = 270
+_SO_SNDBUFFORCE = 32
+_SPARE = 64 << 10
 _SO_NETNS_COOKIE = 71  # include/uapi/asm-generic/socket.h
 _NETLINK_CAP_ACK = 10  # an error repeats the header of the request only, not the request
 _NETLINK_EXT_ACK = 11
@@ -153,6 +156,15 @@ class NetlinkSocket:
             )
         except OSError:
             return -1
+
+    def make_room(self, size: int) -> None:
+        """Let a write of so many bytes pass, where we may: one must fit into the socket's buffer as a whole (208 KiB by
+        default).
+        """
+        # the kernel counts twice what is asked for, and its own bookkeeping (net/core/sock.c, __sock_set_sndbuf)
+        if self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) < size + _SPARE:
+            with contextlib.suppress(PermissionError):
+                self._socket.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, size + _SPARE)
 
     def dump(self, kind: int, payload: bytes, *, absent: bool = False) -> list[Message]:
         """Return all that the kernel has of a kind.  A dump that a change ran into is taken again.

@@ -13,6 +13,7 @@ A).
 """
 
 import hashlib
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -30,6 +31,8 @@ from netplan.sysctls import NOTES
 FINGERPRINT_CHAIN = "fingerprint"
 """A chain that no hook reaches; the comments of its rules say what was loaded (:mod:`netplan.filter_state`).
 """
+
+_COUNTER_OF_RULE = re.compile(r"counter name (\S+)")
 
 REMOVE = f"delete table inet {TABLE}\n"
 
@@ -70,6 +73,14 @@ class Filter:
         parts += (*less, *self._stale(loaded), *more)
         parts.append("" if loaded.intact else self.rules)
         return "".join(parts)
+
+    def bare(self) -> "Filter":
+        """Return the same rules with nothing in their sets, and with those counters alone that rules name."""
+        return replace(
+            self,
+            elements=dict.fromkeys(self.elements, ()),
+            counters=self.counters.intersection(_COUNTER_OF_RULE.findall(self.rules)),
+        )
 
     def transactions(self, loaded: FilterContents, notes: Sequence[str] = ()) -> Iterator[str]:
         """Yield the texts to try in this order, each good for more than the one before.

@@ -491,15 +491,19 @@ def _run(context: Context, seen: Observation, todo: Plan) -> list[tuple[str, Exc
     directories.apply(todo.directories, numbers)
     for failed, error in netplan_apply.apply(todo.network):
         failures.append((failed.id, error))
-    config = context.config
+    config, supervisord = context.config, services.Start(context)
+    # one that has nothing to run yet starts beside what comes before the services
+    early = [] if context.supervisor.group_names() else [one for one in todo.services if one.group is None]
     calls: list[tuple[str, Callable[[], None]]] = [
         *((one.id, partial(directories.apply, (one,), numbers)) for one in todo.storage),
         *((one.id, tun_device.apply) for one in todo.devices),
         # what could not be taken from one is given to no other
         *((one.id, partial(device_access.grant, one)) for one in todo.grants if not kept),
+        *((one.id, supervisord.begin) for one in early),
         *((one.id, partial(identities.make, config, one.owner)) for one in todo.identities),
         *((one.id, partial(_write_resource, seen, one.owner)) for one in todo.resources),
-        *((one.id, partial(services.apply, context, one)) for one in todo.services),
+        *((one.id, supervisord.wait) for one in early),
+        *((one.id, partial(services.apply, context, one)) for one in todo.services if one not in early),
         *((one.id, partial(tunnels.apply, one, config, context.supervisor)) for one in todo.tunnels),
     ]
     if todo.leavers:

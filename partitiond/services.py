@@ -10,6 +10,8 @@ from partitiond.operation import Operation
 from partitiond.tunnels import group_name
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from partitiond.context import Context
     from partitiond.node import Node
     from partitiond.operation import Action
@@ -87,13 +89,33 @@ def _operation(group: str, action: Action, reason: str) -> ServiceOperation:
     )
 
 
+class Start:
+    """supervisord on its way up: other work can be done until it answers. Both steps raise PartitiondError, OSError."""
+
+    def __init__(self, context: Context) -> None:
+        self._supervisor = context.supervisor
+        self._ready: Callable[[], None] | None = None
+
+    def begin(self) -> None:
+        """Write its configuration, and start it where it does not run."""
+        supervisor = self._supervisor
+        files.write_path(supervisor.configuration, supervisor.render().encode(), mode=0o600)
+        if not supervisor.running():
+            self._ready = supervisor.start()
+
+    def wait(self) -> None:
+        """Wait for what was begun."""
+        if self._ready is not None:
+            self._ready()
+
+
 def apply(context: Context, operation: ServiceOperation) -> None:
     """Run one operation. Raises PartitiondError, OSError."""
     supervisor = context.supervisor
     if operation.group is None:
-        files.write_path(supervisor.configuration, supervisor.render().encode(), mode=0o600)
-        if not supervisor.running():
-            supervisor.start()
+        start = Start(context)
+        start.begin()
+        start.wait()
     elif operation.action == "remove":
         supervisor.stop_group(operation.group)
         supervisor.remove_group(operation.group)

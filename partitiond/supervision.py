@@ -17,6 +17,7 @@ import sys
 import time
 import xmlrpc.client
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from partitiond import execute, files
@@ -24,6 +25,7 @@ from partitiond.errors import PartitiondError
 from partitiond.unix_http import UnixConnection
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from partitiond.config import Config
@@ -175,8 +177,11 @@ class Supervisor:
             return False
         return True
 
-    def start(self) -> None:
-        """Start it, detached. Raises PartitiondError ``supervisor.start`` with the end of its output."""
+    def start(self) -> Callable[[], None]:
+        """Start it, detached; what is returned waits until it answers, and must be called.
+
+        Both raise PartitiondError ``supervisor.start``, the second with the end of its output.
+        """
         if len(str(self.socket)) > _SOCKET_LIMIT:
             raise PartitiondError(
                 "supervisor.start",
@@ -185,7 +190,7 @@ class Supervisor:
                 hint="shorten instance_root",
             )
         if self._wait_for_another():
-            return
+            return lambda: None
         end_orphans(self.socket)
         environment = {"PATH": execute.PATH, "LANG": "C.UTF-8", "HOME": "/root"}
         command = [
@@ -198,23 +203,27 @@ class Supervisor:
             "-c",
             str(self.configuration),
         ]
-        done = subprocess.run(
+        started = subprocess.Popen(
             command,
             cwd="/",
             env=environment,
             stdin=subprocess.DEVNULL,
-            capture_output=True,
-            check=False,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             start_new_session=True,
         )
+        return partial(self._answers, started)
+
+    def _answers(self, started: subprocess.Popen[bytes]) -> None:
+        _, said = started.communicate()
         deadline = time.monotonic() + 20
-        while done.returncode == 0 and time.monotonic() < deadline:
+        while started.returncode == 0 and time.monotonic() < deadline:
             if self.running():
                 return
-            time.sleep(0.02)
+            time.sleep(0.01)
         raise PartitiondError(
             "supervisor.start",
-            f"did not start: {done.stderr.decode(errors='replace').strip()[-500:] or 'no answer on its socket'}",
+            f"did not start: {said.decode(errors='replace').strip()[-500:] or 'no answer on its socket'}",
             resource=str(self.configuration),
             hint=f"read {self.log}",
         )

@@ -319,3 +319,35 @@ def test_a_socket_that_failed_is_not_given_to_the_next_one():
     with nfnetlink.nft_socket() as fresh:
         assert fresh is not failed
         assert nfnetlink.generation(fresh) > 0
+
+
+@pytest.mark.parametrize("first", [0, 5])
+def test_a_thousand_at_once_are_all_guarded(node, first, way):
+    """An attribute of netlink holds 64 KiB, which is fewer; a write holds 208 KiB, unless more is asked for."""
+    if first:
+        node.converge(wanted(first, ranges=True))
+    desired = wanted(1000, ranges=True)
+    (loading,) = (one for one in node.plan(desired).values() if isinstance(one, FilterOperation))
+    assert not apply([loading])
+    nftables.run("add table inet other\ndelete table inet other\n")  # so that the elements are compared
+    found = observe(desired).filter
+    assert (found.wanted, found.drift) == (render(desired).fingerprint, ())
+
+
+def test_rules_without_their_elements_are_no_filter(node, monkeypatch):
+    """Whoever is killed between the two transactions leaves what the next one finishes."""
+    desired = wanted(3, ranges=True)
+    commit = nfbatch.commit
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("netplan.nfbatch.commit", killed)
+    with pytest.raises(KeyboardInterrupt):
+        node.converge(desired)
+    monkeypatch.setattr("netplan.nfbatch.commit", commit)
+    assert "filter/partitiond" in node.converge(desired)
+    whole = _listing()
+    nftables.run(f"delete table {TABLE}\n")
+    node.converge(desired)
+    assert _listing() == whole
