@@ -171,7 +171,10 @@ def _proxies():
 
 
 def _ruleset():
-    """All tables; counters' values and what is noted of handles and generations are left out."""
+    """All tables; counters' values and what is noted of handles and generations are left out.
+
+    The objects of a table are sorted: the kernel lists them by when they were made, which says nothing.
+    """
     library = ctypes.CDLL("libnftables.so.1")
     library.nft_ctx_new.restype = ctypes.c_void_p
     library.nft_ctx_get_output_buffer.restype = ctypes.c_char_p
@@ -185,8 +188,13 @@ def _ruleset():
         library.nft_ctx_free(context)
     text = re.sub(r"packets \d+ bytes \d+", "packets N bytes N", text)
     text = re.sub(r'comment "((?!wanted|structure).*) \S+"', r'comment "\1 …"', text)
-    tables = re.findall(r"^(table .*) \{\n(.*?)^\}", text, re.MULTILINE | re.DOTALL)
-    return {f"nft {name}": re.sub(r",\s+", ",\n", body) for name, body in tables}
+    tables = re.findall(r"^(table [^\n]*) \{\n(.*?)^\}", text, re.MULTILINE | re.DOTALL)
+    return {f"nft {name}": _sorted(re.sub(r",\s+", ",\n", body)) for name, body in tables}
+
+
+def _sorted(body):
+    """The objects of a table by kind and name, each whole: the rules of a chain stay in their order."""
+    return "".join(sorted(re.findall(r"^\t\S.*?^\t\}\n", body, re.MULTILINE | re.DOTALL)))
 
 
 def _sysctls():
