@@ -15,7 +15,7 @@ from typing import Self
 
 from netplan import rtnetlink
 from netplan.errors import NetplanError
-from netplan.model import PROTOCOL_MARK
+from netplan.model import PROTOCOL_MARK, Link
 from netplan.netlink import NETLINK_NETFILTER, NETLINK_ROUTE, Message, NetlinkSocket, messages
 from netplan.relevance import LOST, Notice, Relevance, judge_nft
 from netplan.rtnetlink import ROUTE_UNICAST, TABLE_MAIN
@@ -65,6 +65,10 @@ class Monitor:
         """Listen for other links from now on."""
         if self._relevance.attend(names):
             self._begin()
+
+    def links(self) -> dict[str, Link]:
+        """Return every link of the namespace by name, as the kernel has told of it until the last :meth:`read`."""
+        return {link.name: link for link in self._relevance.links()}
 
     def read(self) -> list[Notice]:
         """Return what concerns us of all that was told since; never waits.  Raises ``network.netlink``."""

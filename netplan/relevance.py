@@ -99,6 +99,10 @@ class Relevance:
             elif _is_default(route):
                 self._defaults.add(route)
 
+    def links(self) -> Iterable[Link]:
+        """Return every link that there is, also those that do not concern us."""
+        return self._links.values()
+
     def attend(self, names: frozenset[str]) -> bool:
         """Let other names matter; say whether there is a link of which more is to be known now."""
         different = names ^ self.names

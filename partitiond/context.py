@@ -15,9 +15,10 @@ from partitiond.state import Store
 from partitiond.supervision import Supervisor
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
     from pathlib import Path
 
+    from netplan.model import Link
     from partitiond.choices import Choice
     from partitiond.config import Config
     from partitiond.converge import Looked
@@ -31,6 +32,10 @@ def _text(path: Path | None) -> str | None:
 
 def _nobody() -> None:
     """Wake nobody: without a daemon there is no other lane."""
+
+
+def _unknown() -> None:
+    """Nobody listens to the kernel."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +59,8 @@ class Context:
 
     ``applying`` is held while the node is being changed; ``node`` is what the last look at it gave, ``choice`` the
     addresses that it gave to the partitions, ``looked`` what the last look at the whole node led to. ``looking`` is called
-    right before such a look: what was told of the node until then is answered by it.
+    right before such a look: what was told of the node until then is answered by it. ``links`` are those that somebody who
+    listens knows, None where nobody does.
     """
 
     current: Settings
@@ -69,6 +75,7 @@ class Context:
     wake_report: Callable[[], None] = _nobody
     wake_instances: Callable[[], None] = _nobody
     looking: Callable[[], None] = _nobody
+    links: Callable[[], Mapping[str, Link] | None] = _unknown
     _local: threading.local = field(default_factory=threading.local)
 
     @classmethod

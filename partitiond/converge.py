@@ -146,11 +146,14 @@ class Outcome:
     stands: bool = False
 
 
-def observe(context: Context) -> Observation:
-    """Look at the node. Raises a family error when the interface is missing or the user database cannot be read."""
+def observe(context: Context, *, again: bool = False) -> Observation:
+    """Look at the node; ``again``: links need not be listed that somebody listens to.
+
+    Raises a family error when the interface is missing or the user database cannot be read.
+    """
     config = context.config
     database = users.observe()
-    look = netplan_observe.look()
+    look = netplan_observe.look(context.links() if again else None)
     choice, base_is_here = addressing.choose(context, look)
     host_ipv4 = addressing.own_ipv4(config, look)
     found = node.build(config, base_is_here, database.numbers(), choice, host_ipv4, context.node)
@@ -412,7 +415,7 @@ def look(context: Context, *, force: bool = False, done: Plan | None = None) -> 
     """
     context.looking()
     before, began = context.looked, time.monotonic()
-    seen = observe(context)
+    seen = observe(context, again=done is not None)
     found = plan(context, seen, force=force, done=done)
     at = before.at if before and done else began
     context.looked = Looked(context.config, at, found)

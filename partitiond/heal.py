@@ -40,7 +40,7 @@ class Healer:
         self._failed = ""
         # what each look of a pass answers; from the second on mostly notices of the pass's own work
         self._looks: list[dict[str, float]] = []
-        context.looking = self._look
+        context.looking, context.links = self._look, watch.links
 
     def _look(self) -> None:
         self._looks.append(self.watch.take())

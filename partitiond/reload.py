@@ -84,7 +84,7 @@ def _take(context: Context, new: Config, *, force: bool) -> tuple[Observation, P
         done = converge.recently(context, before.config) if same == before.config else None
         context.adopt(new)
         try:
-            seen = converge.observe(context)
+            seen = converge.observe(context, again=done is not None)
             return seen, converge.plan(context, seen, force=force, done=done)
         except FAMILY:
             context.current, context.node = before, node

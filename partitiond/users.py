@@ -13,7 +13,7 @@ import os
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -106,18 +106,31 @@ def observe(etc: Path = Path("/etc")) -> UserDatabase:
 
 def _observe(etc: Path) -> UserDatabase:
     files = {name: _lines(etc / name) for name in ("passwd", "group", "shadow")}
-    shadow = {row[0]: row[1] for row in reversed(files["shadow"]) if len(row) > 1}
-    users = {}
     # of two lines with one name getpwnam(3) knows the first
-    for row in reversed(files["passwd"]):
-        if len(row) == 7 and _number(row[2]) and _number(row[3]):
-            locked = _locked_field(row[1]) or (row[1] == "x" and _locked_field(shadow.get(row[0], "!")))
-            users[row[0]] = User(row[0], int(row[2]), int(row[3]), row[4], row[5], row[6], locked)
+    shadow = {row[0]: _locked_field(row[1]) for row in _rows(files["shadow"]) if len(row) > 1}
+    users = {}
+    for line in reversed(files["passwd"]):
+        user = _user(line, shadow.get(line.partition(":")[0], True))
+        if user is not None:
+            users[user.name] = user
     users = dict(reversed(users.items()))
-    rows = [row for row in reversed(files["group"]) if len(row) == 4 and _number(row[2])]
+    rows = [row for row in _rows(files["group"]) if len(row) == 4 and _number(row[2])]
     groups = {row[0]: int(row[2]) for row in rows}
     members = {row[0]: frozenset(filter(None, row[3].split(","))) for row in rows}
     return UserDatabase(users, groups, members)
+
+
+def _rows(lines: Sequence[str]) -> Iterator[list[str]]:
+    return (line.split(":") for line in reversed(lines))
+
+
+@lru_cache(maxsize=1 << 13)  # when one user comes, the others' lines are as they were
+def _user(line: str, shadow_locked: bool) -> User | None:
+    row = line.split(":")
+    if len(row) != 7 or not _number(row[2]) or not _number(row[3]):
+        return None
+    locked = _locked_field(row[1]) or (row[1] == "x" and shadow_locked)
+    return User(row[0], int(row[2]), int(row[3]), row[4], row[5], row[6], locked)
 
 
 def _number(text: str) -> bool:
@@ -128,7 +141,7 @@ def _locked_field(text: str) -> bool:
     return text[:1] in ("!", "*")
 
 
-def _lines(path: Path) -> list[list[str]]:
+def _lines(path: Path) -> list[str]:
     try:
         # bytes: text mode would turn \r\n into \n in lines that are not ours
         text = path.read_bytes().decode("utf-8", "surrogateescape")
@@ -142,7 +155,7 @@ def _lines(path: Path) -> list[list[str]]:
             hint="run as root",
         ) from error
     # at \n alone: str.splitlines would also cut a foreign line at U+2028 or a form feed
-    return [line.split(":") for line in text.removesuffix("\n").split("\n")] if text else []
+    return text.removesuffix("\n").split("\n") if text else []
 
 
 def plan(desired: Sequence[UserSpec], observed: UserDatabase) -> tuple[UserOperation, ...]:
@@ -305,7 +318,8 @@ def apply(operations: Iterable[UserOperation], etc: Path = Path("/etc")) -> None
 
 
 def _rewrite(etc: Path, todo: Sequence[UserOperation], order: Sequence[str]) -> None:
-    files = _Files(*(_lines(etc / name) for name in ("passwd", "group", "shadow", "gshadow")))
+    names = ("passwd", "group", "shadow", "gshadow")
+    files = _Files(*([line.split(":") for line in _lines(etc / name)] for name in names))
     _edit(files, todo, str(int(time.time() // 86400)))
     for name in order:
         rows: list[list[str]] = getattr(files, name)

@@ -16,8 +16,9 @@ from partitiond.errors import sentence
 from partitiond.pacing import Pacer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Mapping
 
+    from netplan.model import Link
     from partitiond.config import Config
 
 logger = logging.getLogger(__name__)
@@ -82,6 +83,15 @@ class Watch(threading.Thread):
         with self._turn:
             self._read()
             return self._pacer.take()
+
+    def links(self) -> Mapping[str, Link] | None:
+        """Every link, as the kernel has told of it until now; None while it does not tell, which the thread logs."""
+        with self._turn:
+            try:
+                self._read()
+            except NetplanError:
+                return None
+            return self._monitor.links()
 
     def strike(self, causes: Iterable[str]) -> list[str]:
         """Count a look for these causes; return those that from now on have to wait (see :class:`Pacer`)."""

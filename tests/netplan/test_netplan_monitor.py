@@ -12,6 +12,7 @@ import pytest
 from netplan_scene import wanted
 
 from netplan.monitor import Monitor
+from netplan.observe import look
 from netplan.relevance import LOST, Notice
 
 TUNSETIFF, IFF_TAP, IFF_NO_PI = 0x400454CA, 2, 0x1000
@@ -249,3 +250,16 @@ def test_of_a_link_that_begins_to_matter_its_addresses_do_too(node):
         monitor.attend(NAMES)
         ip("address add 192.0.2.78/32 dev other")
         assert settled(monitor) == set()
+
+
+def test_the_links_that_were_told_of_are_those_that_a_dump_lists(node):
+    node.converge(wanted(2))
+    with Monitor(NAMES) as monitor:
+        node.converge(wanted(4))
+        ip("link add other type bridge")
+        ip("link set slaptap1 down")
+        ip("link delete slaptap0")
+        ip("link set other name another")
+        monitor.read()
+        assert monitor.links() == look().links
+        assert look(monitor.links()) == look()

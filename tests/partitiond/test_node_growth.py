@@ -23,9 +23,9 @@ def counted(monkeypatch):
     looks, looked_at = [], []
     observe, files = converge.observe, identities.observe
 
-    def counting(context):
+    def counting(context, **how):
         looks.append(None)
-        return observe(context)
+        return observe(context, **how)
 
     def noting(config, partitions):
         looked_at.append([item.id for item in partitions])
