@@ -11,12 +11,12 @@ from collections.abc import Callable, Iterable, Sequence
 from itertools import groupby
 from pathlib import Path
 from socket import AF_INET, AF_INET6
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from netplan import moving, mtu, nftables, rtnetlink
 from netplan.errors import NetplanError
 from netplan.filter_state import load_filter
-from netplan.model import GROUP_GOING, MOVED_MARK, Moving
+from netplan.model import GROUP_GOING, MOVED_MARK, Address, Moving, Route
 from netplan.netlink import NETLINK_ROUTE, NetlinkSocket, Refusal, Request
 from netplan.operations import (
     AddressOperation,
@@ -80,18 +80,19 @@ def apply(operations: Sequence[Operation]) -> tuple[Failure, ...]:
             failed = _HANDLERS[kind](sock, group)
             failures += failed
             if failed and kind is FilterOperation:
-                blocked = _blocked(failed[0].error)
+                why = "the packet filter, which must be there first, could not be loaded"
+                blocked = _blocked(why, "filter/partitiond", failed[0].error)
             if failed and kind in _HOLDS and group[0].action == "remove":
                 later, why = _HOLDS[kind]
-                held[later] = _held(why, group[0].id, failed[0].error)
+                held[later] = _blocked(why, group[0].id, failed[0].error)
     return tuple(failures)
 
 
-def _blocked(cause: NetplanError) -> NetplanError:
+def _blocked(why: str, resource: str, cause: NetplanError) -> NetplanError:
     error = NetplanError(
         "network.blocked",
-        "left undone: the packet filter, which must be there first, could not be loaded",
-        resource="filter/partitiond",
+        f"left undone: {why}",
+        resource=resource,
         hint=cause.message,
         retryable=cause.retryable,
     )
@@ -107,18 +108,6 @@ _HOLDS: dict[type[Operation], tuple[type[Operation], str]] = {
     ),
     PortOperation: (BridgeOperation, "it has addresses that could not be moved back to their port"),
 }
-
-
-def _held(why: str, resource: str, cause: NetplanError) -> NetplanError:
-    error = NetplanError(
-        "network.blocked",
-        f"left undone: {why}",
-        resource=resource,
-        hint=cause.message,
-        retryable=cause.retryable,
-    )
-    error.__cause__ = cause
-    return error
 
 
 def _refused(_sock: NetlinkSocket, group: Sequence[RefusedOperation]) -> list[Failure]:
@@ -318,40 +307,43 @@ def _remove_taps(sock: NetlinkSocket, group: Sequence[TapOperation]) -> list[Fai
 
 def _addresses(sock: NetlinkSocket, group: Sequence[AddressOperation]) -> list[Failure]:
     steps: list[_Step] = []
-    missing: list[Failure] = []
-    links = _new_links(sock, group)
+    links, missing = _new_links(sock, group)
     for one in group:
         steps += (_Step(one, rtnetlink.delete_address(old), (errno.EADDRNOTAVAIL,)) for old in one.delete)
-        if one.on is not None and one.on not in links:
-            missing.append(_no_link(one, one.on))
-        elif one.add:
-            link = links[one.on] if one.on is not None else one.add.link
-            steps.append(_Step(one, rtnetlink.set_address(one.add._replace(link=link))))
+        if one.add and one.on in links:
+            steps.append(_Step(one, rtnetlink.set_address(_over(one.add, links[one.on]))))
     return missing + _send(sock, steps)
 
 
 def _routes(sock: NetlinkSocket, group: Sequence[RouteOperation]) -> list[Failure]:
     steps: list[_Step] = []
-    missing: list[Failure] = []
-    links = _new_links(sock, group)
+    links, missing = _new_links(sock, group)
     for one in group:
         if one.delete:
             steps.append(_Step(one, rtnetlink.delete_route(one.delete), (errno.ESRCH,)))
-        if one.on is not None and one.on not in links:
-            missing.append(_no_link(one, one.on))
-        elif one.add:
-            link = links[one.on] if one.on is not None else one.add.link
-            steps.append(_Step(one, rtnetlink.set_route(one.add._replace(link=link))))
+        if one.add and one.on in links:
+            steps.append(_Step(one, rtnetlink.set_route(_over(one.add, links[one.on]))))
     return missing + _send(sock, steps)
 
 
+_Placed = TypeVar("_Placed", Address, Route)
+
+
+def _over(one: _Placed, link: int | None) -> _Placed:
+    """Return it on another link, or as it is."""
+    return one if link is None else one._replace(link=link)
+
+
 def _new_links(
-    sock: NetlinkSocket, group: Sequence[AddressOperation] | Sequence[RouteOperation]
-) -> dict[str, int]:
-    """Return the numbers of the links that operations before these have made."""
-    if all(one.on is None for one in group):
-        return {}
-    return {name: link.ifindex for name, link in rtnetlink.links(sock).items()}
+    sock: NetlinkSocket, group: Sequence[AddressOperation | RouteOperation]
+) -> tuple[dict[str | None, int | None], list[Failure]]:
+    """Return the numbers of the links that operations before these have made, by name (None: what names its link by number
+    itself), and the operations whose link is not there.
+    """
+    links: dict[str | None, int | None] = {None: None}
+    if any(one.on is not None for one in group):
+        links |= {name: link.ifindex for name, link in rtnetlink.links(sock).items()}
+    return links, [_no_link(one, one.on) for one in group if one.on is not None and one.on not in links]
 
 
 def _no_link(one: Operation, name: str) -> Failure:

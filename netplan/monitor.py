@@ -16,11 +16,17 @@ from typing import Self
 from netplan import rtnetlink
 from netplan.errors import NetplanError
 from netplan.model import PROTOCOL_MARK, Link
-from netplan.netlink import NETLINK_NETFILTER, NETLINK_ROUTE, Message, NetlinkSocket, messages
+from netplan.netlink import (
+    NETLINK_NETFILTER,
+    NETLINK_ROUTE,
+    SOL_NETLINK,
+    Message,
+    NetlinkSocket,
+    messages,
+)
 from netplan.relevance import LOST, Notice, Relevance, judge_nft
 from netplan.rtnetlink import ROUTE_UNICAST, TABLE_MAIN
 
-_SOL_NETLINK = 270
 _ADD_MEMBERSHIP = 1
 _SO_RCVBUFFORCE = 33
 # links, IPv4 addresses, routes and rules, IPv6 addresses, routes and rules
@@ -110,7 +116,7 @@ def _listener(protocol: int, groups: tuple[int, ...]) -> socket.socket:
         sock.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _QUEUE)
         sock.bind((0, 0))
         for group in groups:
-            sock.setsockopt(_SOL_NETLINK, _ADD_MEMBERSHIP, group)
+            sock.setsockopt(SOL_NETLINK, _ADD_MEMBERSHIP, group)
     except OSError as error:
         sock.close()
         raise _broken(error) from error

@@ -25,7 +25,9 @@ from netplan.rtnetlink import (
     IFA_F_NOPREFIXROUTE,
     IFA_F_PERMANENT,
     IFA_F_TENTATIVE,
+    IFADDR,
     ROUTE_LOCAL,
+    RTMSG,
 )
 
 _RTM_NEWADDR, _RTM_DELADDR, _RTM_GETADDR = 20, 21, 22
@@ -59,8 +61,6 @@ _RTNH_F_ONLINK = 4
 _ROUTE_KINDS_OF_KERNEL = frozenset((ROUTE_LOCAL, 3, 4, 5))  # local, broadcast, anycast, multicast
 _USER_HZ = 100
 
-_IFADDR = struct.Struct("=BBBBI")
-_RTMSG = struct.Struct("=BBBBBBBBI")
 _NEXTHOP = struct.Struct("=HBBi")  # length, flags, hops, index
 _U32 = struct.Struct("=I")
 
@@ -70,11 +70,11 @@ def observe_moving(sock: NetlinkSocket, links: Container[int]) -> tuple[Moving, 
     kernel makes by itself (link-local, temporary, prefix routes).
     """
     found = [
-        *map(_address, sock.dump(_RTM_GETADDR, _IFADDR.pack(0, 0, 0, 0, 0))),
+        *map(_address, sock.dump(_RTM_GETADDR, IFADDR.pack(0, 0, 0, 0, 0))),
         *(
             _route(message)
             for family in (socket.AF_INET, socket.AF_INET6)
-            for message in sock.dump(_RTM_GETROUTE, _RTMSG.pack(family, *[0] * 8))
+            for message in sock.dump(_RTM_GETROUTE, RTMSG.pack(family, *[0] * 8))
         ),
     ]
     return tuple(one for one in found if one is not None and one.link in links)
@@ -82,7 +82,7 @@ def observe_moving(sock: NetlinkSocket, links: Container[int]) -> tuple[Moving, 
 
 def _address(message: Message) -> Moving | None:
     _, data, start, end = message
-    family, prefixlen, flags, _, link = _IFADDR.unpack_from(data, start)
+    family, prefixlen, flags, _, link = IFADDR.unpack_from(data, start)
     have = attributes(data, start + 8, end, (_IFA_ADDRESS, _IFA_LOCAL, _IFA_FLAGS, _IFA_PROTO))
     packed = have.get(_IFA_LOCAL) or have.get(_IFA_ADDRESS, b"")
     flags = _number(have.get(_IFA_FLAGS), flags)
@@ -97,7 +97,7 @@ def _address(message: Message) -> Moving | None:
 
 def _route(message: Message) -> Moving | None:
     _, data, start, end = message
-    family, prefixlen, _, _, _, protocol, _, kind, flags = _RTMSG.unpack_from(data, start)
+    family, prefixlen, _, _, _, protocol, _, kind, flags = RTMSG.unpack_from(data, start)
     if protocol in {_RTPROT_KERNEL, PROTOCOL_MARK} or kind in _ROUTE_KINDS_OF_KERNEL or flags & _RTM_F_CLONED:
         return None
     have = attributes(data, start + 12, end, (_RTA_DST, _RTA_OIF, _RTA_GATEWAY, _RTA_PREFSRC, _RTA_MULTIPATH))
@@ -116,14 +116,14 @@ def put_address(one: Moving, target: int, names: tuple[str, str], protocol: int)
 
     It is not asked for in the neighbourhood again (IFA_F_NODAD): it was in use a moment ago, on the same wire.
     """
-    family, prefixlen, flags, scope, _ = _IFADDR.unpack_from(one.message)
+    family, prefixlen, flags, scope, _ = IFADDR.unpack_from(one.message)
     have = attributes(one.message, 8, len(one.message), (*_IFA_KEPT, _IFA_LABEL, _IFA_FLAGS))
     flags = _number(have.get(_IFA_FLAGS), flags)
     flags &= ~(IFA_F_TENTATIVE | IFA_F_DADFAILED | IFA_F_PERMANENT)
     if family == socket.AF_INET6:
         flags |= IFA_F_NODAD
     parts = [
-        _IFADDR.pack(family, prefixlen, flags & 0xFF, scope, target),
+        IFADDR.pack(family, prefixlen, flags & 0xFF, scope, target),
         *(attribute(kind, have[kind]) for kind in _IFA_KEPT if kind in have),
         attribute(_IFA_FLAGS, _U32.pack(flags)),
         attribute(_IFA_PROTO, bytes((protocol,))),
@@ -137,8 +137,8 @@ def put_address(one: Moving, target: int, names: tuple[str, str], protocol: int)
 
 def take_address(one: Moving) -> Request:
     """Ask for the removal of the address from its old link."""
-    family, prefixlen, _, _, link = _IFADDR.unpack_from(one.message)
-    payload = _IFADDR.pack(family, prefixlen, 0, 0, link)
+    family, prefixlen, _, _, link = IFADDR.unpack_from(one.message)
+    payload = IFADDR.pack(family, prefixlen, 0, 0, link)
     return Request(
         _RTM_DELADDR,
         0,
@@ -154,12 +154,12 @@ def has_prefix_route(one: Moving) -> bool:
 
 def put_route(one: Moving, target: int) -> Request:
     """Ask for the route over link ``target``, in the place of the old one."""
-    head = list(_RTMSG.unpack_from(one.message))
+    head = list(RTMSG.unpack_from(one.message))
     head[8] &= _RTNH_F_ONLINK
     have = attributes(
         one.message, 12, len(one.message), (*_RTA_KEPT, _RTA_OIF, _RTA_MULTIPATH, _RTA_CACHEINFO)
     )
-    parts = [_RTMSG.pack(*head), *(attribute(kind, have[kind]) for kind in _RTA_KEPT if kind in have)]
+    parts = [RTMSG.pack(*head), *(attribute(kind, have[kind]) for kind in _RTA_KEPT if kind in have)]
     if _RTA_OIF in have:
         parts.append(attribute(_RTA_OIF, _U32.pack(target)))
     if _RTA_MULTIPATH in have:

@@ -36,7 +36,7 @@ _NLMSG_ERROR = 2
 _NLMSG_DONE = 3
 _NLMSG_OVERRUN = 4
 _ENDS = frozenset((_NLMSG_ERROR, _NLMSG_DONE, _NLMSG_OVERRUN))
-_SOL_NETLINK = 270
+SOL_NETLINK = 270
 _SO_SNDBUFFORCE = 32
 _SPARE = 64 << 10
 _SO_NETNS_COOKIE = 71  # include/uapi/asm-generic/socket.h
@@ -132,7 +132,7 @@ class NetlinkSocket:
         try:
             self._socket.bind((0, 0))
             for option in (_NETLINK_CAP_ACK, _NETLINK_EXT_ACK, _NETLINK_GET_STRICT_CHK):
-                self._socket.setsockopt(_SOL_NETLINK, option, 1)
+                self._socket.setsockopt(SOL_NETLINK, option, 1)
         except OSError:
             self._socket.close()
             raise

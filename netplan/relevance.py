@@ -34,7 +34,7 @@ from netplan.model import (
 )
 from netplan.netlink import Message, attributes
 from netplan.nfnetlink import TABLE
-from netplan.rtnetlink import ROUTE_UNICAST, TABLE_LOCAL, TABLE_LOCAL_SOURCE, TABLE_MAIN
+from netplan.rtnetlink import ROUTE_UNICAST, RTMSG, TABLE_LOCAL, TABLE_LOCAL_SOURCE, TABLE_MAIN
 
 Change = Literal["appeared", "changed", "gone", "lost"]
 
@@ -44,7 +44,6 @@ _NEWROUTE, _DELROUTE = 24, 25
 _NEWRULE, _DELRULE = 32, 33
 _GONE = frozenset((_DELLINK, _DELADDR, _DELROUTE, _DELRULE))
 
-_RTMSG = struct.Struct("=BBBBBBBBI")  # family, dst_len, src_len, tos, table, protocol, scope, type, flags
 _U32 = struct.Struct("=I")
 _FRA_SRC, _FRA_PRIORITY, _FRA_TABLE, _FRA_PROTOCOL = 2, 6, 15, 21
 _INET = 1  # NFPROTO_INET
@@ -175,7 +174,7 @@ class Relevance:
         self._shapes.add((route.family, table, route.prefixlen))
 
     def _route(self, message: Message, gone: bool) -> Notice | None:
-        family, length, _, _, table, protocol, _, kind, _ = _RTMSG.unpack_from(message.data, message.start)
+        family, length, _, _, table, protocol, _, kind, _ = RTMSG.unpack_from(message.data, message.start)
         ours = protocol == PROTOCOL_MARK
         default = family == socket.AF_INET6 and not length and table == TABLE_MAIN and kind == ROUTE_UNICAST
         if not (ours or default or (family, table, length) in self._shapes):
@@ -235,7 +234,7 @@ def _route_cause(route: Route) -> str:
 
 def _rule(message: Message, gone: bool) -> Notice | None:
     """Rules are few; those that lead to the tables where ours lead are looked at, whoever made them."""
-    family, _, _, _, table, _, _, _, _ = _RTMSG.unpack_from(message.data, message.start)
+    family, _, _, _, table, _, _, _, _ = RTMSG.unpack_from(message.data, message.start)
     wanted = (_FRA_SRC, _FRA_PRIORITY, _FRA_TABLE, _FRA_PROTOCOL)
     have = attributes(message.data, message.start + 12, message.end, wanted)
     ours = have.get(_FRA_PROTOCOL) == bytes((PROTOCOL_MARK,))

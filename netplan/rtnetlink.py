@@ -73,8 +73,10 @@ _RULE_ATTRIBUTES = frozenset((_FRA_SRC, _FRA_PRIORITY, _FRA_TABLE, _FRA_PROTOCOL
 _FR_ACT_TO_TBL = 1
 
 _IFINFO = struct.Struct("=BxHiII")  # family, type, index, flags, change
-_IFADDR = struct.Struct("=BBBBI")  # family, prefixlen, flags, scope, index
-_RTMSG = struct.Struct("=BBBBBBBBI")  # family, dst_len, src_len, tos, table, protocol, scope, type, flags
+IFADDR = struct.Struct("=BBBBI")
+"""struct ifaddrmsg: family, prefixlen, flags, scope, index."""
+RTMSG = struct.Struct("=BBBBBBBBI")
+"""struct rtmsg: family, dst_len, src_len, tos, table, protocol, scope, type, flags."""
 _U32 = struct.Struct("=I")
 _CACHEINFO = struct.Struct("=IIII")  # preferred, valid, created, updated
 _STATS64 = struct.Struct("=4Q")  # rx_packets, tx_packets, rx_bytes, tx_bytes
@@ -237,12 +239,12 @@ def delete_group(group: int) -> Request:
 
 def addresses(sock: NetlinkSocket) -> tuple[Address, ...]:
     """Return every IPv4 and IPv6 address of every link."""
-    return tuple(_addresses(sock.dump(_RTM_GETADDR, _IFADDR.pack(0, 0, 0, 0, 0))))
+    return tuple(_addresses(sock.dump(_RTM_GETADDR, IFADDR.pack(0, 0, 0, 0, 0))))
 
 
 def _address(message: Message) -> Address:
     _, data, start, end = message
-    _, prefixlen, flags, _, link = _IFADDR.unpack_from(data, start)
+    _, prefixlen, flags, _, link = IFADDR.unpack_from(data, start)
     have = attributes(data, start + 8, end, _ADDRESS_ATTRIBUTES)
     # on point-to-point links IFA_ADDRESS is the peer and IFA_LOCAL our own (if_addr.h); plain IPv6 has no
     # IFA_LOCAL
@@ -269,7 +271,7 @@ def set_address(address: Address) -> Request:
     scope = _SCOPE_HOST if alone and not ipv6 else 0
     payload = b"".join(
         (
-            _IFADDR.pack(family, address.prefixlen, address.flags & 0xFF, scope, address.link),
+            IFADDR.pack(family, address.prefixlen, address.flags & 0xFF, scope, address.link),
             attribute(_IFA_LOCAL, address.packed),
             attribute(_IFA_ADDRESS, address.packed),
             attribute(_IFA_FLAGS, _U32.pack(address.flags)),
@@ -284,7 +286,7 @@ def set_address(address: Address) -> Request:
 def delete_address(address: Address) -> Request:
     """Ask for the removal of an address."""
     family = socket.AF_INET6 if len(address.packed) == 16 else socket.AF_INET
-    payload = _IFADDR.pack(family, address.prefixlen, 0, 0, address.link)
+    payload = IFADDR.pack(family, address.prefixlen, 0, 0, address.link)
     payload += attribute(_IFA_LOCAL, address.packed) + attribute(_IFA_ADDRESS, address.packed)
     return Request(_RTM_DELADDR, 0, payload)
 
@@ -299,7 +301,7 @@ def routes(
     link: int = 0,
 ) -> tuple[Route, ...]:
     """Return the routes that match what is not 0; the kernel itself filters (ip6_fib.c, inet6_dump_fib)."""
-    payload = _RTMSG.pack(family, 0, 0, 0, 0, protocol, 0, kind, 0)
+    payload = RTMSG.pack(family, 0, 0, 0, 0, protocol, 0, kind, 0)
     if table:
         payload += attribute(_RTA_TABLE, _U32.pack(table))
     if link:
@@ -309,7 +311,7 @@ def routes(
 
 def _route(message: Message) -> Route:
     _, data, start, end = message
-    family, prefixlen, _, _, table, protocol, _, kind, flags = _RTMSG.unpack_from(data, start)
+    family, prefixlen, _, _, table, protocol, _, kind, flags = RTMSG.unpack_from(data, start)
     have = attributes(data, start + 12, end, _ROUTE_ATTRIBUTES)
     return Route(
         _number(have.get(_RTA_TABLE), table),
@@ -347,7 +349,7 @@ def _route_payload(route: Route) -> bytes:
         scope = _SCOPE_HOST if route.kind == ROUTE_LOCAL else 0 if route.gateway else _SCOPE_LINK
     head = (route.family, route.prefixlen, 0, 0, min(route.table, 255), route.protocol, scope, route.kind)
     parts = [
-        _RTMSG.pack(*head, route.flags),
+        RTMSG.pack(*head, route.flags),
         attribute(_RTA_TABLE, _U32.pack(route.table)),
         attribute(_RTA_PRIORITY, _U32.pack(route.metric)),
     ]
@@ -367,8 +369,8 @@ def rules(sock: NetlinkSocket, family: int = socket.AF_INET6) -> tuple[Rule, ...
     """Return the rules that send everything, or what comes from one address, to a table."""
     found = []
     whole = 8 * (16 if family == socket.AF_INET6 else 4)
-    for _, data, start, end in sock.dump(_RTM_GETRULE, _RTMSG.pack(family, *[0] * 8)):
-        _, dst_len, src_len, _, table, _, _, action, flags = _RTMSG.unpack_from(data, start)
+    for _, data, start, end in sock.dump(_RTM_GETRULE, RTMSG.pack(family, *[0] * 8)):
+        _, dst_len, src_len, _, table, _, _, action, flags = RTMSG.unpack_from(data, start)
         if dst_len or src_len not in {0, whole} or flags or action != _FR_ACT_TO_TBL:
             continue
         have = attributes(data, start + 12, end, _RULE_ATTRIBUTES)
@@ -398,7 +400,7 @@ def _rule_payload(rule: Rule) -> bytes:
     head = (rule.family, 0, 8 * len(rule.source), 0, min(rule.table, 255), 0, 0, _FR_ACT_TO_TBL)
     return b"".join(
         (
-            _RTMSG.pack(*head, 0),
+            RTMSG.pack(*head, 0),
             attribute(_FRA_SRC, rule.source) if rule.source else b"",
             attribute(_FRA_PRIORITY, _U32.pack(rule.preference)),
             attribute(_FRA_TABLE, _U32.pack(rule.table)),
