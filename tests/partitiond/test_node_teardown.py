@@ -9,7 +9,6 @@ from trial_scene import (
     NODE6,
     OPERATOR4,
     RIGHT,
-    Uplink,
     assert_as_before,
     instance_runs,
     ip,
@@ -38,16 +37,6 @@ NODES = {
         "partitiond": {**RIGHT, "ipv4_partition_network": "198.51.100.0/24"},
     },
 }
-
-
-@pytest.fixture
-def uplink():
-    scene = Uplink()
-    try:
-        scene.up()
-        yield scene
-    finally:
-        scene.close()
 
 
 @pytest.fixture(autouse=True)

@@ -18,7 +18,6 @@ from trial_scene import (
     NODE6,
     RIGHT,
     WRONG,
-    Uplink,
     as_before,
     assert_as_before,
     guardians,
@@ -39,16 +38,6 @@ from partitiond import config, last_good, trial
 from partitiond.errors import PartitiondError
 
 WRONGLY = {"partitiond": WRONG}
-
-
-@pytest.fixture
-def uplink():
-    scene = Uplink()
-    try:
-        scene.up()
-        yield scene
-    finally:
-        scene.close()
 
 
 @pytest.fixture

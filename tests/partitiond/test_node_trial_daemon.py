@@ -11,7 +11,6 @@ from trial_scene import (
     RIGHT,
     WRONG,
     Daemon,
-    Uplink,
     assert_as_before,
     guardians,
     hurry,
@@ -26,16 +25,6 @@ from trial_scene import (
 from partitiond import last_good, trial
 
 WRONGLY = {"partitiond": WRONG}
-
-
-@pytest.fixture
-def uplink():
-    scene = Uplink()
-    try:
-        scene.up()
-        yield scene
-    finally:
-        scene.close()
 
 
 @pytest.fixture
