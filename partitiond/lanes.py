@@ -61,7 +61,8 @@ def capacity(context: Context) -> Result:
     with context.applying:  # what is being changed is not offered yet
         if trial.is_open(context.config.state_dir):
             return Result(["not posted while a configuration is on trial"], [])
-        target = converge.observe(context).node
+        # a daemon looks at the node often enough, and at once when the kernel tells of something
+        target = context.node or converge.observe(context).node
     if not target.partitions:
         raise PartitiondError(
             "capacity.nothing", "there are no partitions to offer", hint="set partition_amount"
