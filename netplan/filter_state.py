@@ -178,7 +178,7 @@ def load_filter(wanted: Filter, loaded: FilterContents, notes: Sequence[str] = (
     table yet, the rules come first, and all that they look up with the notes.
 
     ``notes``: see :meth:`netplan.packet_filter.Filter.transaction`.  Raises ``network.packet_filter``; what
-    was in force then stays.
+    was in force then stays, or rules that guard nobody and bear no note.
     """
     with nft_socket() as sock:
         number = generation(sock)
@@ -216,7 +216,7 @@ def _load_bare(sock: NetlinkSocket, wanted: Filter) -> FilterContents:
     """
     before = generation(sock)
     bare = wanted.bare()
-    nftables.run(bare.transaction(FilterContents()))
+    nftables.run(bare.anew())  # somebody may have made one since it was looked for
     found = chunks(sock, without=FINGERPRINT_CHAIN, filled=False)
     loaded = _objects(sock, found)
     if generation(sock) != _after(before):

@@ -46,6 +46,7 @@ class Monitor:
 
     def __init__(self, names: frozenset[str]) -> None:
         self._relevance = Relevance(names)
+        self._lost = False
         with contextlib.ExitStack() as stack:
             self._route = stack.enter_context(_listener(NETLINK_ROUTE, _ROUTE_GROUPS))
             self._nft = stack.enter_context(_listener(NETLINK_NETFILTER, _NFT_GROUPS))
@@ -78,7 +79,7 @@ class Monitor:
 
     def read(self) -> list[Notice]:
         """Return what concerns us of all that was told since; never waits.  Raises ``network.netlink``."""
-        found, lost = [], False
+        found = []
         for sock, judge in ((self._route, self._relevance.judge), (self._nft, _judge_nft)):
             try:
                 found += [notice for message in _waiting(sock) if (notice := judge(message))]
@@ -86,9 +87,10 @@ class Monitor:
                 if error.errno != errno.ENOBUFS:
                     raise _broken(error) from error
                 _discard(sock)
-                lost = True
-        if lost:
-            self._begin()
+                self._lost = True
+        if self._lost:
+            self._begin()  # where that fails, it is still to be done
+            self._lost = False
             found.append(LOST)
         return found
 

@@ -6,6 +6,7 @@ times as much as these dumps.  Layouts: include/uapi/linux/netfilter/{nfnetlink,
 attributes are big endian.
 """
 
+import atexit
 import errno
 import os
 import struct
@@ -105,6 +106,7 @@ def _waiting(here: tuple[int, int]) -> NetlinkSocket | None:
     return None
 
 
+@atexit.register
 def close_idle() -> None:
     """Close the sockets that wait for the next who needs one: each keeps its network namespace."""
     _waiting((0, 0))

@@ -19,6 +19,7 @@ LOOPBACK = 1
 """The index of lo in every network namespace (LOOPBACK_IFINDEX, include/net/flow.h)."""
 
 
+_MOST_DOWN = 16
 _ADDRESS_MARKS_SINCE = (5, 18)  # commit 47f0bd503210, "net: Add new protocol attribute to IP addresses"
 
 
@@ -36,7 +37,18 @@ def look(links: Mapping[str, Link] | None = None) -> Look:
     costs 5 ms, half a look.
     """
     with NetlinkSocket(NETLINK_ROUTE) as sock:
-        return Look(rtnetlink.links(sock) if links is None else links, rtnetlink.addresses(sock))
+        return Look(_checked(sock, links or {}) or rtnetlink.links(sock), rtnetlink.addresses(sock))
+
+
+def _checked(sock: NetlinkSocket, links: Mapping[str, Link]) -> Mapping[str, Link] | None:
+    """Look again at those that are down: of what is set on them then (owner, alias, group) the kernel does not tell
+    (net/core/rtnetlink.c and dev.c, netdev_state_change).  None where they are many.
+    """
+    down = [one for one in links.values() if not one.up]
+    if len(down) > _MOST_DOWN:
+        return None
+    now = {one.name: rtnetlink.link(sock, one.ifindex) for one in down}
+    return {one.name: one for name, known in links.items() if (one := now.get(name, known)) is not None}
 
 
 def observe(desired: DesiredNetwork, seen: Look | None = None) -> ObservedNetwork:

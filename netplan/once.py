@@ -1,6 +1,7 @@
 """Pure functions of large values that stay the same from pass to pass: computed once for each."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
+from functools import lru_cache
 from operator import is_
 from typing import Concatenate, ParamSpec, Protocol, TypeVar
 
@@ -13,7 +14,14 @@ class _Named(Protocol):
     def id(self) -> str: ...
 
 
+_Value = TypeVar("_Value", bound=Hashable)
 _Item = TypeVar("_Item", bound=_Named)
+
+
+@lru_cache(maxsize=64)
+def same(value: _Value) -> _Value:
+    """Return what was given when an equal value was given before: what :func:`once` knows again."""
+    return value
 
 
 def once(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:

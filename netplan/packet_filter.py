@@ -91,8 +91,12 @@ class Filter:
         yield self.transaction(loaded, notes)
         yield self.transaction(replace(loaded, elements={}, intact=False), notes)
         there = {one for one in loaded.counters if one.startswith(NOTES)}
+        yield self.anew(sorted(there.union(notes)))
+
+    def anew(self, notes: Sequence[str] = ()) -> str:
+        """Return the text that makes the table anew, whatever is there."""
         opening = f"add table inet {TABLE}\ndelete table inet {TABLE}\n"
-        yield opening + self.transaction(FilterContents(), sorted(there.union(notes)))
+        return opening + self.transaction(FilterContents(), notes)
 
     def small_change(self, loaded: FilterContents, notes: Sequence[str] = ()) -> list[Request] | None:
         """Return what brings the table from ``loaded`` to this state by elements and counters alone; None where

@@ -44,6 +44,7 @@ _NEWROUTE, _DELROUTE = 24, 25
 _NEWRULE, _DELRULE = 32, 33
 _GONE = frozenset((_DELLINK, _DELADDR, _DELROUTE, _DELRULE))
 
+_IFINFO_SIZE, _IFLA_WIRELESS = 16, 11
 _U32 = struct.Struct("=I")
 _FRA_SRC, _FRA_PRIORITY, _FRA_TABLE, _FRA_PROTOCOL = 2, 6, 15, 21
 _INET = 1  # NFPROTO_INET
@@ -124,6 +125,8 @@ class Relevance:
     def _link(self, message: Message, gone: bool) -> Notice | None:
         if message.data[message.start] != socket.AF_UNSPEC:
             return None
+        if attributes(message.data, message.start + _IFINFO_SIZE, message.end, (_IFLA_WIRELESS,)):
+            return None  # an event of a wireless card, which says nothing else (net/wireless/wext-core.c)
         now = rtnetlink.read_link(message)
         before = self._links.get(now.ifindex)
         if gone:

@@ -7,12 +7,14 @@ each also has a metric for its prefix route (IFA_RT_PRIORITY, Linux 4.18) of our
 back, and which moves nothing: our addresses have no prefix route.
 """
 
+import errno
 import socket
 import struct
 import sys
 from collections.abc import Callable, Hashable, Iterable
 from typing import Generic, NamedTuple, TypeVar
 
+from netplan.errors import NetplanError
 from netplan.model import GROUP_MAKING, PROTOCOL_MARK, Address, Link, Route, Rule
 from netplan.netlink import (
     NLA_F_NESTED,
@@ -21,6 +23,7 @@ from netplan.netlink import (
     NLM_F_REPLACE,
     Message,
     NetlinkSocket,
+    Refusal,
     Request,
     attribute,
     attributes,
@@ -134,6 +137,19 @@ def links(sock: NetlinkSocket) -> dict[str, Link]:
     mask = attribute(_IFLA_EXT_MASK, _U32.pack(_RTEXT_FILTER_SKIP_STATS))
     found = _links(sock.dump(_RTM_GETLINK, _IFINFO.pack(0, 0, 0, 0, 0) + mask))
     return {link.name: link for link in found}
+
+
+def link(sock: NetlinkSocket, index: int) -> Link | None:
+    """Return the link of that number, without statistics, or None."""
+    mask = attribute(_IFLA_EXT_MASK, _U32.pack(_RTEXT_FILTER_SKIP_STATS))
+    found = sock.get(_RTM_GETLINK, _IFINFO.pack(0, 0, index, 0, 0) + mask)
+    if isinstance(found, Refusal):
+        if found.errno != errno.ENODEV:
+            raise NetplanError(
+                "network.netlink", f"the kernel refused a link: {found.text()}", retryable=True
+            )
+        return None
+    return _link(found)
 
 
 def _link(message: Message) -> Link:

@@ -104,6 +104,12 @@ class Context:
             self._local.settings = before
 
     @property
+    def node_in_force(self) -> Node | None:
+        """What the last look at the node gave, if that was by the configuration in force."""
+        found = self.node
+        return found if found is not None and found.config is self.config else None
+
+    @property
     def _settings(self) -> Settings:
         pinned: Settings | None = getattr(self._local, "settings", None)
         return pinned or self.current

@@ -280,11 +280,15 @@ def _directories_of(item: Partition, log_dir: Path, state_dir: Path) -> tuple[Di
     )
 
 
-def plan(context: Context, seen: Observation, *, force: bool = False, done: Plan | None = None) -> Plan:
+def plan(
+    context: Context, seen: Observation, *, force: bool = False, done: Plan | None = None, anew: bool = False
+) -> Plan:
     """Compare everything; with ``force`` also busy partitions go.
 
     ``done``: the plan that was carried out a moment ago. Of a partition that it did nothing for, and that declares no tunnel,
-    the files are not looked at again. Raises a family error when the desired state cannot be (a taken uid, a name in the way).
+    the files are not looked at again; ``anew``: its directories are, which all else stands on.
+
+    Raises a family error when the desired state cannot be (a taken uid, a name in the way).
     """
     target = seen.node
     refuse_other_node(context, seen.users)
@@ -296,7 +300,9 @@ def plan(context: Context, seen: Observation, *, force: bool = False, done: Plan
     _refuse_first_bridge(network, seen.network)
     looked_at = _to_look_at(target, done)
     ids = frozenset((None, *(item.id for item in looked_at)))
-    published = {**(done.published if done else {}), **identities.observe(target.config, looked_at)}
+    published = identities.observe(target.config, looked_at)
+    if done is not None:
+        published |= {item.id: done.published[item.id] for item in target.partitions if item.id not in ids}
     wanted_tunnels = declared_tunnels(context, target, published, looked_at)
     running = frozenset(process.group for process in seen.processes if process.pid)
     set_up = frozenset(context.supervisor.group_names())
@@ -311,7 +317,7 @@ def plan(context: Context, seen: Observation, *, force: bool = False, done: Plan
         # a user goes last, when nothing of it runs and nothing is its own any more
         leavers=tuple(operation for operation in people if not operation.spec),
         directories=directories.plan(
-            [one for one in desired_directories(target) if one.partition in ids], numbers
+            [one for one in desired_directories(target) if anew or one.partition in ids], numbers
         ),
         network=network,
         devices=tun_device.plan(taps=any(item.network.tap or item.network.tun for item in target.partitions)),
@@ -511,8 +517,11 @@ def _run(context: Context, seen: Observation, todo: Plan) -> list[tuple[str, Exc
     ]
     if todo.leavers:
         calls.append(("users", partial(_remove_users, context, seen, todo.leavers, kept)))
-    for name, call in calls:
-        _try(failures, name, call)
+    try:
+        for name, call in calls:
+            _try(failures, name, call)
+    finally:
+        _try(failures, "supervisord", supervisord.wait)  # also where something of ours broke off
     return failures
 
 

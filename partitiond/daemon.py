@@ -253,8 +253,6 @@ class Daemon:
 
     def _reloaded(self) -> None:
         """Let everything that holds something of the configuration follow it."""
-        if self._healer is not None:
-            self._healer.watch.attend(self.context.config)
         for name, lane in self._lanes.items():
             interval = self._interval(name)
             if interval != lane.interval:
@@ -262,6 +260,8 @@ class Daemon:
                 lane.wake()
         self._lanes["capacity"].wake()  # the master has to know what is offered now
         self._lanes["converge"].wake()  # what the new configuration leaves as it is was not looked at
+        if self._healer is not None:
+            self._healer.watch.attend(self.context.config)
 
     def _join(self) -> None:
         """Wait for the lanes, all of them together; one that waits for the master is left: it ends with the process."""

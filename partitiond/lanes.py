@@ -10,7 +10,7 @@ import platform
 from ipaddress import IPv4Interface
 from typing import TYPE_CHECKING
 
-from netplan.once import once
+from netplan.once import once, same
 from partitiond import __version__, converge, instances, softwares, storage, trial
 from partitiond.errors import PartitiondError
 from partitiond.passes import Result
@@ -62,24 +62,28 @@ def capacity(context: Context) -> Result:
         if trial.is_open(context.config.state_dir):
             return Result(["not posted while a configuration is on trial"], [])
         # a daemon looks at the node often enough, and at once when the kernel tells of something
-        target = context.node or converge.observe(context).node
+        target = context.node_in_force or converge.observe(context).node
     if not target.partitions:
         raise PartitiondError(
             "capacity.nothing", "there are no partitions to offer", hint="set partition_amount"
         )
-    context.client.post_capacity(_document(target, storage.observe(target.config).data))
+    data = same(storage.observe(target.config).data)
+    context.client.post_capacity(_document(target, data, same(_distribution())))
     context.master.note(True)
     return Result([f"capacity of {len(target.partitions)} partitions posted"], [])
 
 
 @once
-def _document(target: Node, _data: tuple[Path, ...]) -> str:
-    """What the master is told; where neither is another, the same: one that is down is told it again and again."""
-    return capacity_document(description(target))
+def _document(target: Node, data: tuple[Path, ...], distribution: tuple[str, str, str]) -> str:
+    """What the master is told; where none is another, the same: one that is down is told it again and again."""
+    return capacity_document(description(target, storage.Observed(data), distribution))
 
 
-def description(target: Node) -> dict[str, Value]:
-    """The document that slapformat posts (slapos.core 1.26). Raises PartitiondError for a node without an address."""
+def description(target: Node, data: storage.Observed, distribution: tuple[str, str, str]) -> dict[str, Value]:
+    """The document that slapformat posts (slapos.core 1.26); ``distribution`` are its id, version and name.
+
+    Raises PartitiondError for a node without an address.
+    """
     config, keys = target.config, target.config.network
     address = target.host_ipv4 if keys.partition_network else target.base
     if address is None:
@@ -93,7 +97,6 @@ def description(target: Node) -> dict[str, Value]:
             + ("" if keys.partition_network else ", or set ipv4_partition_network on a node without IPv6"),
             retryable=True,
         )
-    data = storage.observe(config)
     return capacity_description(
         CapacityNode(
             reference=config.computer_id,
@@ -104,7 +107,7 @@ def description(target: Node) -> dict[str, Value]:
             interface_name=config.interface,
             ipv6_interface=config.ipv6_interface,
             ipv4_local_network=str(config.ipv4_network),
-            os_type=(platform.platform(), *_distribution()),
+            os_type=(platform.platform(), *distribution),
             python_version=platform.python_version(),
             version=f"partitiond/{__version__}",
             ipv6_prefixshift=config.ipv6_prefixshift,
@@ -181,7 +184,7 @@ def report(context: Context) -> Result:
 def usage(context: Context) -> Result:
     """Take one pass of all meters."""
     # every few seconds: the sweep looks at the whole node often enough
-    target = context.node or converge.observe(context).node
+    target = context.node_in_force or converge.observe(context).node
     gaps = context.meters.record(context, target)
     for gap in gaps:
         logger.warning("usage: gap: %s", gap.reason)

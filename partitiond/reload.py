@@ -85,7 +85,7 @@ def _take(context: Context, new: Config, *, force: bool) -> tuple[Observation, P
         context.adopt(new)
         try:
             seen = converge.observe(context, again=done is not None)
-            return seen, converge.plan(context, seen, force=force, done=done)
+            return seen, converge.plan(context, seen, force=force, done=done, anew=True)
         except FAMILY:
             context.current, context.node = before, node
             raise

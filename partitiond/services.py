@@ -104,9 +104,10 @@ class Start:
             self._ready = supervisor.start()
 
     def wait(self) -> None:
-        """Wait for what was begun."""
-        if self._ready is not None:
-            self._ready()
+        """Wait for what was begun, once."""
+        ready, self._ready = self._ready, None
+        if ready is not None:
+            ready()
 
 
 def apply(context: Context, operation: ServiceOperation) -> None:

@@ -87,6 +87,7 @@ class Watch(threading.Thread):
     def links(self) -> Mapping[str, Link] | None:
         """Every link, as the kernel has told of it until now; None while it does not tell, which the thread logs."""
         with self._turn:
+            self._nudge()  # what is read here is the thread's to announce, and what fails here its to log
             try:
                 self._read()
             except NetplanError:

@@ -351,3 +351,19 @@ def test_rules_without_their_elements_are_no_filter(node, monkeypatch):
     nftables.run(f"delete table {TABLE}\n")
     node.converge(desired)
     assert _listing() == whole
+
+
+def test_a_table_that_appears_before_the_load_is_not_taken_for_empty(node):
+    """As when a saved ruleset is restored while we start: who is in its sets is not let through."""
+    desired = wanted(2, ranges=True)
+    node.plan(desired)
+    nftables.run(
+        f"add table {TABLE}\nadd set {TABLE} owner6 {{ type uid . ipv6_addr; }}\n"
+        f"add element {TABLE} owner6 {{ 7 . 2001:db8:1::2 }}\nadd set {TABLE} private4 {{ type inet_service; }}\n"
+    )
+    assert not apply(node.last)
+    appeared = _listing()
+    assert "7" not in _nft("list", "set", "inet", "partitiond", "owner6").split()
+    nftables.run(f"delete table {TABLE}\n")
+    node.converge(desired)
+    assert _listing() == appeared

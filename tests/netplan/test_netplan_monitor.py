@@ -11,6 +11,7 @@ from fcntl import ioctl
 import pytest
 from netplan_scene import wanted
 
+from netplan.errors import NetplanError
 from netplan.monitor import Monitor
 from netplan.observe import look
 from netplan.relevance import LOST, Notice
@@ -230,6 +231,28 @@ def test_lost_notices_are_told_as_such_and_listening_goes_on(node):
         assert settled(monitor) == {Notice("tap/slaptap0", "changed", ours=True)}
 
 
+def test_what_was_lost_stays_so_until_all_was_read_anew(node, monkeypatch):
+    node.converge(wanted(1))
+    with Monitor(NAMES) as monitor:
+        for descriptor in monitor.filenos():
+            with socket.socket(fileno=os.dup(descriptor)) as one:
+                one.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
+        for _ in range(10):
+            ip("link set slaptap0 down")
+            ip("link set slaptap0 up")
+        with monkeypatch.context() as patch:
+
+            def changing(_):
+                raise NetplanError("network.netlink", "the network keeps changing")
+
+            patch.setattr("netplan.rtnetlink.links", changing)
+            for _ in range(2):
+                with pytest.raises(NetplanError):
+                    monitor.read()
+        assert monitor.read()[-1] == LOST
+        assert LOST not in monitor.read()
+
+
 def test_other_names_can_be_listened_for(node):
     node.converge(wanted(1))
     with Monitor(NAMES) as monitor:
@@ -261,5 +284,10 @@ def test_the_links_that_were_told_of_are_those_that_a_dump_lists(node):
         ip("link delete slaptap0")
         ip("link set other name another")
         monitor.read()
-        assert monitor.links() == look().links
+        assert look(monitor.links()) == look()
+        # of what is set on a link that is down the kernel does not tell
+        ip("link set another alias something")
+        ip("tuntap add slaptap9 mode tap user 4711")
+        ip("link delete slaptap1")
+        monitor.read()
         assert look(monitor.links()) == look()

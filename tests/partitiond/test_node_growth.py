@@ -2,8 +2,9 @@
 
 import pytest
 
-from partitiond import converge, identities, reload, verbs
+from partitiond import converge, identities, lanes, reload, verbs
 from partitiond.context import Context
+from slap_client.marshal import loads
 
 
 @pytest.fixture
@@ -97,3 +98,23 @@ def test_what_changes_meanwhile_is_found_by_the_next_look(node, monkeypatch):
     outcome = grown(context, node, 4)
     assert (outcome["failures"], outcome["left"]) == ([], [])
     assert [one["id"] for one in verbs.plan(context)["operations"]] == [f"directory{node.instance}/slappart0"]
+
+
+def test_the_master_is_told_of_what_is_in_force(node, monkeypatch):
+    """Not of what the last look was for, when that was taken back."""
+    told = []
+    context = Context.of(node.load())
+    monkeypatch.setattr(
+        type(context.client), "post_capacity", lambda _, document: told.append(loads(document))
+    )
+    verbs.apply(context, [])
+    before = context.config
+    node.write(slapformat={"partition_amount": 5})
+    context.adopt(node.load())
+    converge.observe(context)
+    context.adopt(before)
+    lanes.capacity(context)
+    assert len(told[0]["partition_list"]) == 3
+    lanes.capacity(context)
+    assert told[1] == told[0]
+    context.client.close()

@@ -169,7 +169,7 @@ def test_software_and_master_are_told(node):
     entry = SimpleNamespace(software_release="http://r", requested_state="started")
     profile = buildout.instance_profile(context, target.partitions[0], entry).decode()
     assert f"[storage-configuration]\nstorage-home = {node.home}\n" in profile
-    said = lanes.description(target)
+    said = lanes.description(target, storage.observe(target.config), ("debian", "12", "Debian"))
     assert said["instance_storage_home"] == str(node.home)
     assert said["partition_list"][1]["external_storage_list"] == [str(node.home / "data1" / "slappart1")]
 
