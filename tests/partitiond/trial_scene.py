@@ -4,7 +4,6 @@ The bridge is the operator's own and speaks the spanning tree protocol: a new po
 """
 
 import contextlib
-import ctypes
 import difflib
 import errno
 import json
@@ -16,6 +15,8 @@ import subprocess
 import time
 from pathlib import Path
 
+from network_scene import inside
+
 from partitiond import converge, instances, trial
 from partitiond.context import Context
 from partitiond.state import InstanceState
@@ -24,8 +25,6 @@ NODE4, NODE6, OPERATOR4, OPERATOR6 = "192.0.2.2", "2001:db8:1::2", "192.0.2.1", 
 PATIENCE = 20.0
 WRONG = {"bridge": "br0", "bridge_ports": "eth0"}
 RIGHT = {"bridge": "br1", "bridge_ports": "eth0"}
-_CLONE_NEWNET = 0x40000000
-_LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 def ip(*lines, namespace=None):
@@ -49,18 +48,9 @@ def wait(condition, what, seconds=PATIENCE, pause=0.02):
     return found
 
 
-@contextlib.contextmanager
 def at_operator():
     """What is opened in the block is in the operator's network."""
-    home = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
-    there = os.open("/run/netns/operator", os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        assert _LIBC.setns(there, _CLONE_NEWNET) == 0
-        yield
-    finally:
-        assert _LIBC.setns(home, _CLONE_NEWNET) == 0
-        os.close(home)
-        os.close(there)
+    return inside("operator")
 
 
 def link_local_on(link):
