@@ -323,7 +323,7 @@ def plan(
         devices=tun_device.plan(taps=any(item.network.tap or item.network.tun for item in target.partitions)),
         identities=identities.plan(looked_at, published),
         resources=resource_file.plan(target, looked_at, published, _holdings(seen)),
-        services=services.plan(context, target, seen.processes),
+        services=services.plan(context, target, seen.processes, set_up),
         tunnels=tuple(
             operation
             for name, wanted in wanted_tunnels.items()

@@ -25,8 +25,10 @@ class ServiceOperation(Operation):
     group: str | None
 
 
-def plan(context: Context, node: Node, processes: tuple[Process, ...]) -> tuple[ServiceOperation, ...]:
-    """Compare supervisord with what the last good configuration of each instance says."""
+def plan(
+    context: Context, node: Node, processes: tuple[Process, ...], set_up: frozenset[str]
+) -> tuple[ServiceOperation, ...]:
+    """Compare supervisord with what the last good configuration of each instance says; ``set_up`` are the groups on disk."""
     operations = []
     supervisor = context.supervisor
     try:
@@ -58,19 +60,18 @@ def plan(context: Context, node: Node, processes: tuple[Process, ...]) -> tuple[
         by_group.setdefault(process.group, []).append(process)
     for partition in node.partitions:
         state = states.get(partition.id)
-        if state is None or supervisor.group_text(partition.id) is None or state.wanted != "started":
+        if state is None or partition.id not in set_up or state.wanted != "started":
             continue
         known = by_group.get(partition.id, [])
         # EXITED and FATAL are the instance's own doing; STOPPED without ever a start is a supervisord that began anew
         if not known or any(process.state == "STOPPED" and not process.started for process in known):
             operations.append(_operation(partition.id, "change", "not started"))
     wanted = {name for partition in node.partitions for name in (partition.id, group_name(partition.id))}
-    set_up = supervisor.group_names()
     operations += [
-        *(_operation(name, "remove", "belongs to no partition") for name in set_up if name not in wanted),
+        *(_operation(name, "remove", "belongs to no partition") for name in sorted(set_up - wanted)),
         *(
             _operation(name, "remove", "supervisord still has it, although its configuration is gone")
-            for name in sorted(by_group.keys() - set(set_up))
+            for name in sorted(by_group.keys() - set_up)
         ),
     ]
     return tuple(operations)
