@@ -15,6 +15,7 @@ from netplan.ruleset import Part, text
 
 SCOPES = ("remote", "local")
 DIRECTIONS = ("in", "out")
+_WAYS = tuple(product(SCOPES, DIRECTIONS))  # each address has a counter for each, in this order
 
 _TYPE = {
     "ipv6": "type ipv6_addr : counter",
@@ -42,7 +43,7 @@ def metering(partitions: Sequence[PartitionNetwork]) -> Part:
     elements: dict[str, list[str]] = {}
     counters: list[str] = []
     for family, meters_of in owned.items():
-        for place, (scope, direction) in enumerate(product(SCOPES, DIRECTIONS)):
+        for place, (scope, direction) in enumerate(_WAYS):
             counters += (names[place] for names, _ in meters_of)
             which = f"{family}_{scope}_{direction}"
             maps[which] = _TYPE[family]
@@ -52,10 +53,10 @@ def metering(partitions: Sequence[PartitionNetwork]) -> Part:
 
 @once_each
 def _meters(partition: PartitionNetwork) -> dict[str, tuple[tuple[str, ...], tuple[str, ...]]]:
-    """Return the counters and the elements of each family, for each scope and direction."""
+    """Return the counters and the elements of each family, by the place of scope and direction in ``_WAYS``."""
     found = {}
     for family, address in _addresses(partition):
-        names = tuple(counter_name(partition.id, family, *which) for which in product(SCOPES, DIRECTIONS))
+        names = tuple(counter_name(partition.id, family, *way) for way in _WAYS)
         found[family] = (names, tuple(f'{address} : "{name}"' for name in names))
     return found
 

@@ -3,10 +3,12 @@
 libnftables reads all objects of the table before it adds one element: 12 ms at 300 partitions, most of what a
 partition more costs.  Here the same is 0.3 ms.  And it looks up each number of a user as a name first, in a
 database of as many users: 300 partitions from nothing cost it 130 ms, 500 twice as much, here 50 and 80 ms.
-Only for what :mod:`netplan.packet_filter` adds and removes
-when partitions come and go: elements of its kinds of sets, counters, and the rules without effect that bear
-our notes.  Layouts: include/uapi/linux/netfilter/{nfnetlink,nf_tables}.h; how nft writes elements of each kind
-is read back by :mod:`netplan.elements`, and the tests compare both ways.
+
+Only for what :mod:`netplan.packet_filter` adds and removes when partitions come and go: elements of its kinds
+of sets, counters, and the rules without effect that bear our notes.  How nft writes elements of each kind is
+read back by :mod:`netplan.elements`, and the tests compare both ways.
+
+Layouts: include/uapi/linux/netfilter/{nfnetlink,nf_tables}.h.
 """
 
 import sys

@@ -81,6 +81,7 @@ IFADDR = struct.Struct("=BBBBI")
 RTMSG = struct.Struct("=BBBBBBBBI")
 """struct rtmsg: family, dst_len, src_len, tos, table, protocol, scope, type, flags."""
 _U32 = struct.Struct("=I")
+_WITHOUT_STATISTICS = attribute(_IFLA_EXT_MASK, _U32.pack(_RTEXT_FILTER_SKIP_STATS))
 _CACHEINFO = struct.Struct("=IIII")  # preferred, valid, created, updated
 _STATS64 = struct.Struct("=4Q")  # rx_packets, tx_packets, rx_bytes, tx_bytes
 
@@ -134,15 +135,13 @@ class LinkCounters(NamedTuple):
 
 def links(sock: NetlinkSocket) -> dict[str, Link]:
     """Return every link by name, without statistics."""
-    mask = attribute(_IFLA_EXT_MASK, _U32.pack(_RTEXT_FILTER_SKIP_STATS))
-    found = _links(sock.dump(_RTM_GETLINK, _IFINFO.pack(0, 0, 0, 0, 0) + mask))
+    found = _links(sock.dump(_RTM_GETLINK, _IFINFO.pack(0, 0, 0, 0, 0) + _WITHOUT_STATISTICS))
     return {link.name: link for link in found}
 
 
 def link(sock: NetlinkSocket, index: int) -> Link | None:
     """Return the link of that number, without statistics, or None."""
-    mask = attribute(_IFLA_EXT_MASK, _U32.pack(_RTEXT_FILTER_SKIP_STATS))
-    found = sock.get(_RTM_GETLINK, _IFINFO.pack(0, 0, index, 0, 0) + mask)
+    found = sock.get(_RTM_GETLINK, _IFINFO.pack(0, 0, index, 0, 0) + _WITHOUT_STATISTICS)
     if isinstance(found, Refusal):
         if found.errno != errno.ENODEV:
             raise NetplanError(

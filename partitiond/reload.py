@@ -37,9 +37,9 @@ def reload(context: Context, *, force: bool = False) -> tuple[Observation, Plan]
 
     What is returned is the look at the node by which the new configuration was found possible: good for
     :func:`partitiond.converge.apply` while the caller holds ``applying``, who sees to it that a look at everything follows.
-    Raises a family error: ``config.*`` for a file that
-    is bad, ``config.needs_restart`` for a key that cannot change while the daemon runs, or what stands in the way of a node
-    such as the file wants it. The old configuration stays then.
+
+    Raises a family error: ``config.*`` for a file that is bad, ``config.needs_restart`` for a key that cannot change while
+    the daemon runs, or what stands in the way of a node such as the file wants it. The old configuration stays then.
     """
     before = context.current
     try:
