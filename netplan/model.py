@@ -8,7 +8,7 @@ costs more than reading the kernel.
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from ipaddress import IPv4Address, IPv4Interface, IPv6Address, IPv6Interface, IPv6Network
+from ipaddress import IPv4Address, IPv4Interface, IPv4Network, IPv6Address, IPv6Interface, IPv6Network
 from socket import AF_INET, AF_INET6, inet_ntop
 from typing import NamedTuple
 
@@ -43,10 +43,40 @@ _LINK_NAME = re.compile(r"[A-Za-z0-9_.-]{1,15}")  # IFNAMSIZ is 16 with the fina
 _MAC = re.compile(r"([0-9a-f]{2}:){5}[0-9a-f]{2}")
 
 
+Network = IPv4Network | IPv6Network
+
+
+@dataclass(frozen=True, slots=True)
+class TapGuard:
+    """What may leave a tap: ``own`` are the guest's addresses, ``mac`` its MAC (None: the first that is seen).
+
+    ``strict``: from its own addresses only; a family without one is blocked as a whole.  Else from any that
+    nobody else owns (:class:`Protected`).
+    """
+
+    strict: bool
+    own: tuple[Network, ...] = ()
+    mac: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.mac is not None and not _MAC.fullmatch(self.mac):
+            raise _invalid("tap", f"{self.mac!r} is no MAC (six lower-case hex pairs and colons)")
+
+
+@dataclass(frozen=True, slots=True)
+class Protected:
+    """What no guest may claim besides what partitions own: addresses and MACs of the node, its routers and
+    resolvers; networks of VPNs.
+    """
+
+    networks: tuple[Network, ...] = ()
+    macs: tuple[str, ...] = ()
+
+
 @dataclass(frozen=True, slots=True)
 class TapSpec:
     """A persistent tap: its name, who may open it, the MAC of the host's end, the bridge it is a port of
-    (None: routed).
+    (None: routed), what may leave it (None: everything).
 
     Of a routed tap, ``ipv6`` is the host's end; its network is routed to the guest, who has the first address
     of it. ``ipv4`` is the guest's own address.
@@ -58,6 +88,7 @@ class TapSpec:
     bridge: str | None = None
     ipv6: IPv6Interface | None = None
     ipv4: IPv4Address | None = None
+    guard: TapGuard | None = None
 
     def __post_init__(self) -> None:
         _check_link(self.name)
@@ -170,7 +201,7 @@ class DesiredNetwork:
     source hint for unbound IPv6 traffic; ``ownership`` False leaves only metering in the packet filter;
     ``packet_filter`` False leaves no packet filter at all; ``local_source_table`` gives unbound clients of a
     partition on the same host the host's source address, ``host_ipv6`` or ``host_ipv4`` (where cgroup BPF is
-    not there to do better).
+    not there to do better); ``protected`` is what no guest behind a tap may claim.
     """
 
     interface: str | None = None
@@ -182,6 +213,7 @@ class DesiredNetwork:
     host_ipv4: IPv4Address | None = None
     bridge: BridgeSpec | None = None
     ipv4_interface: str | None = None
+    protected: Protected = Protected()
 
     def __post_init__(self) -> None:
         partitions = self.partitions

@@ -12,7 +12,7 @@ class Part:
     chains.
 
     ``hooks`` has for a base chain what follows ``type filter hook``.  A chain stands before those that jump
-    to it.
+    to it.  Of ``sets``, the kernel fills those that are ``dynamic`` itself.
     """
 
     sets: Mapping[str, str]
@@ -21,6 +21,8 @@ class Part:
     counters: Sequence[str]
     chains: Mapping[str, Sequence[str]]
     hooks: Mapping[str, str]
+    family: str = "inet"
+    dynamic: frozenset[str] = frozenset()
 
 
 def text(address: IPv4Address | IPv6Interface | IPv6Network) -> str:
