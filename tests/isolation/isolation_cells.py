@@ -66,7 +66,6 @@ class Matrix:
     title: str
     attackers: tuple
     cells: list = field(default_factory=list)
-    seconds: float = 0.0
 
     @property
     def breaches(self):
@@ -75,6 +74,15 @@ class Matrix:
     @property
     def broken(self):
         return [one for one in self.cells if one.broken]
+
+    def shares(self):
+        """{kind: (breaches, cells that have to be refused)}."""
+        found = defaultdict(lambda: (0, 0))
+        for one in self.cells:
+            if not one.allowed and not one.known:
+                breaches, cells = found[one.kind]
+                found[one.kind] = breaches + one.breach, cells + 1
+        return dict(found)
 
     def idle(self):
         """One cell of each attempt that got through for nobody, although this kernel has what it needs."""

@@ -63,42 +63,37 @@ class Guests:
 
     def cells(self):
         """What arrived at the wire or at a service, of all that was written."""
-        rows = {one.id: [*self._legitimate(one), *self._hostile(one)] for one in self.scene.tenants}
-        tuns = {one.id: list(self._packets(one)) for one in self.scene.tenants}
-        told = {}
-        for tap, wanted in ((True, rows), (False, tuns)):
-            answers = self.scene.ask_all(
-                {
-                    one.id: (
-                        "attempt",
-                        [
-                            [
-                                "frames",
-                                self._link(one, tap=tap),
-                                tap,
-                                [content.hex() for _, _, content in wanted[one.id]],
-                            ]
-                        ],
-                    )
-                    for one in self.scene.tenants
-                }
-            )
-            told |= {(name, tap): said[0] for name, said in answers.items()}
+        tenants = self.scene.tenants
+        frames = {one.id: [*self._legitimate(one), *self._hostile(one)] for one in tenants}
+        # afterwards: where nothing stops it, a bridge believes it, and sends what is for the other to this tap
+        others = {one.id: list(self._other_macs(one)) for one in tenants}
+        packets = {one.id: list(self._packets(one)) for one in tenants}
+        return [*self._written((True, frames), (False, packets)), *self._written((True, others))]
+
+    def _written(self, *writings):
+        """Let each be written by the partition's own process, all at once: (tap or tun, {partition: packets})."""
+        told = self.scene.ask_all(
+            {
+                one.id: ("attempt", [self._writing(one, tap, rows[one.id]) for tap, rows in writings])
+                for one in self.scene.tenants
+            }
+        )
         seen = self.scene.sightings()
         cells = []
-        for tap, wanted in ((True, rows), (False, tuns)):
-            for name, own in wanted.items():
+        for place, (_, rows) in enumerate(writings):
+            for name, own in rows.items():
                 for job, token, _ in own:
                     # the capture of lo is no place where somebody is reached
                     got = any(row[:2] != ("root", "capture") for row in seen.get(token, ()))
                     cells.append(
-                        job.cell(got, "ok, seen" if got else told[name, tap].replace("ok", "unseen"))
+                        job.cell(got, "ok, seen" if got else told[name][place].replace("ok", "unseen"))
                     )
         return cells
 
     @staticmethod
-    def _link(one, *, tap):
-        return one.network.tap.name if tap else one.network.tun.name
+    def _writing(one, tap, rows):
+        link = one.network.tap.name if tap else one.network.tun.name
+        return ["frames", link, tap, [content.hex() for _, _, content in rows]]
 
     def _legitimate(self, one):
         """First of all, so that the guest's own MAC is the one that is known."""
@@ -119,22 +114,23 @@ class Guests:
                 continue
             for kind, address in other.addresses.items():
                 yield from self._as_another(one, other, f"its {kind}", address)
-            token = self.rounds.token()
-            source = one.addresses["range"]
-            content = frame(_bytes(other.guest_mac), self.far_mac, packet(source, NEIGHBOUR6, HERE, token))
-            yield self._job("frames from the tap", one, other.id, "its MAC"), token, content
         for kind, address in {
             "the router's": (NEIGHBOUR6, NEIGHBOUR4),
             "the node's": tuple(HOST.values()),
         }.items():
             for source in address:
                 yield from self._as_another(one, None, f"{kind} {'IPv6' if _six(source) else 'IPv4'}", source)
-        token = self.rounds.token()
-        content = frame(self.host_mac, self.far_mac, packet(one.addresses["range"], NEIGHBOUR6, HERE, token))
-        yield self._job("frames from the tap", one, "node", "the node's MAC"), token, content
-        token = self.rounds.token()
-        content = frame(self.far_mac, b"\xff" * 6, packet(one.addresses["range"], NEIGHBOUR6, HERE, token))
-        yield self._job("frames from the tap", one, "node", "the router's MAC"), token, content
+
+    def _other_macs(self, one):
+        source = one.addresses["range"]
+        macs = {
+            other.id: ("its MAC", _bytes(other.guest_mac)) for other in self.scene.tenants if other is not one
+        }
+        macs |= {"node": ("the node's MAC", self.host_mac), "wire": ("the router's MAC", self.far_mac)}
+        for victim, (what, claimed) in macs.items():
+            token = self.rounds.token()
+            content = frame(claimed, b"\xff" * 6, packet(source, NEIGHBOUR6, HERE, token))
+            yield self._job("frames from the tap", one, victim, what), token, content
 
     def _as_another(self, one, other, kind, address):
         guest, victim = _bytes(one.guest_mac), other.id if other else "node"

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from device_loops import disks
-from network_scene import NEIGHBOUR4, NEIGHBOUR6, NODE4, NODE6, Master, standing_wire
+from network_scene import NEIGHBOUR4, NEIGHBOUR6, NODE4, NODE6, SYS, Master, standing_wire
 
 from partitiond import converge
 from partitiond.context import Context
@@ -150,7 +150,6 @@ class Scene:
         names = [f"slappart{index}" for index in range(COUNT)]
         self.master.as_production_does("COMP-1", RELEASE, started=set(names))
         self.verb("sync", "instances")
-        self.verb("sync", "usage")
         self._start_agents()
         for _ in range(2 * COUNT + 3):
             channel, _ = self._hub.accept()
@@ -246,7 +245,9 @@ class Scene:
 
     @property
     def attackers(self):
-        return (*(one.user for one in self.tenants), VISITOR)
+        """The columns; where nothing is in force some of them are enough."""
+        users = tuple(one.user for one in self.tenants)
+        return (*(users if self.enforced else users[::3]), VISITOR)
 
     def agent_name(self, attacker):
         """The agent of a column: of a partition's user the one that supervisord started."""
@@ -374,17 +375,20 @@ def _locks_for_all():
 
 
 @contextlib.contextmanager
-def _pings_for_all(wire):
-    """As systemd sets it on Debian; one value for each network."""
-    path = Path("/proc/sys/net/ipv4/ping_group_range")
+def _settings(wire):
+    """Everybody may ping, as systemd sets it on Debian; and the node forwards, as many do: the worst case."""
+    pings = "ipv4/ping_group_range"
+    wanted = {pings: "0 2147483647", "ipv4/ip_forward": "1", "ipv6/conf/all/forwarding": "1"}
     with wire.inside():
-        path.write_text("0 2147483647")
-    before = path.read_text()
-    path.write_text("0 2147483647")
+        (SYS / pings).write_text(wanted[pings])
+    before = {name: (SYS / name).read_text() for name in wanted}
+    for name, value in wanted.items():
+        (SYS / name).write_text(value)
     try:
         yield
     finally:
-        path.write_text(before)
+        for name, value in before.items():
+            (SYS / name).write_text(value)
 
 
 @dataclass(frozen=True)
@@ -402,7 +406,7 @@ def standing_ground(directory):
     with contextlib.ExitStack() as stack:
         wire = stack.enter_context(standing_wire())
         _world(wire)
-        stack.enter_context(_pings_for_all(wire))
+        stack.enter_context(_settings(wire))
         stack.enter_context(_locks_for_all())
         stack.enter_context(_visitor())
         make = stack.enter_context(disks(directory))
