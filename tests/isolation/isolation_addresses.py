@@ -27,7 +27,8 @@ class Rounds:
     def __init__(self, scene, *, whole=False):
         self.scene, self.whole = scene, whole
         self._numbers, self._turns = itertools.count(1), itertools.count()
-        self.users = {name: place for place, name in enumerate(scene.attackers)}
+        places = {VISITOR: COUNT} | {one.user: one.index for one in scene.tenants}
+        self.users = {name: places[name] for name in scene.attackers}
 
     # --- what is there
 
@@ -38,14 +39,14 @@ class Rounds:
             rows = []
             for kind, address in one.addresses.items():
                 rows += [[f"service {kind} {what}", what, address, SERVICE] for what in ("udp", "tcp")]
-                for place in self.users.values():
+                for place in range(COUNT + 1):
                     for number, variant in enumerate(("udp address", "udp shared", "tcp shared")):
                         name = f"squatted {kind} {place} {variant}"
                         rows.append([name, variant, address, SQUATTED + 4 * place + number])
             questions[one.id] = ("listen", rows)
         near, far = ["127.0.0.1", "::1", *HOST.values()], WIRE.values()
         questions["root"] = ("listen", [[f"resolver {one}", "udp", one, RESOLVER] for one in near])
-        ports = (SERVICE, *(HERE + place for place in self.users.values()))
+        ports = (SERVICE, *(HERE + place for place in range(COUNT + 1)))
         questions["wire"] = (
             "listen",
             [

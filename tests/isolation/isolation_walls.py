@@ -260,9 +260,10 @@ def devices(scene):
             yield _job(scene, "block devices", attacker, victim, "set acl", "set acl", path)
         for what, words in {
             "new tap of that kind": ("attach", f"{tap}x{attacker[-1]}", _TAP),
-            "set the tap down": ("set link", tap, 0x8914, "0000"),
-            "its MAC": ("set link", tap, 0x8924, "0100020000000099"),
-            "its MTU": ("set link", tap, 0x8922, "dc050000"),
+            # what they are already: where root may do it, nothing shall change
+            "set its flags": ("set link", tap, 0x8914, "0110"),
+            "set its MAC": ("set link", tap, 0x8924, "0100" + victim.network.tap.mac.replace(":", "")),
+            "set its MTU": ("set link", tap, 0x8922, "dc050000"),
             "capture its frames": ("raw socket", socket.AF_PACKET, socket.SOCK_RAW, 0x0300),
         }.items():
             yield _job(scene, "taps and tuns", attacker, victim, what, *words)
