@@ -381,20 +381,53 @@ def join_process(pid, kind):
     in_child(_join_process, pid, kind)
 
 
-def inherited():
-    """Descriptors beyond the first three that were not opened here: a directory or device of root's would be a way out."""
+def _descriptors():
+    """What was open before this program opened anything."""
+    found = {}
     for name in os.listdir("/proc/self/fd"):
         try:
-            target = os.readlink(f"/proc/self/fd/{name}")
-        except OSError:
+            found[int(name)] = os.readlink(f"/proc/self/fd/{name}")
+        except OSError:  # the one that lists
             continue
-        if target.startswith("/") and not target.startswith(("/dev/null", "/proc/", "/dev/urandom")):
-            return target
+    return found
+
+
+AT_START = _descriptors()
+
+
+def inherited():
+    """A descriptor beyond the first three, or one of these that is no pipe: a directory of root's would be a way out."""
+    for number, target in AT_START.items():
+        if number > 2 or not target.startswith(("pipe:", "/dev/null")):
+            return f"{number} {target}"
     return missing()
 
 
+def knows(name):
+    """A variable that whoever started the product had in its environment."""
+    if name not in os.environ:
+        missing()
+
+
+def belongs(allowed):
+    """A group beyond those that are allowed."""
+    more = {*os.getgroups(), os.getgid(), os.getegid()} - set(allowed)
+    if not more:
+        missing()
+    return sorted(more)
+
+
+def there(how, pid):
+    """What any user may ask of a process by its number."""
+    {
+        "getsid": os.getsid,
+        "affinity": os.sched_getaffinity,
+        "pidfd": lambda one: os.close(os.pidfd_open(one)),
+    }[how](pid)
+
+
 def privileged():
-    """A capability, or a group that is not the user's own."""
+    """A capability."""
     status = dict(
         line.split(":\t", 1) for line in Path("/proc/self/status").read_text().splitlines() if ":\t" in line
     )
@@ -513,6 +546,9 @@ ATTEMPTS = {
     "join": join,
     "join process": join_process,
     "inherited": inherited,
+    "knows": knows,
+    "belongs": belongs,
+    "there": there,
     "privileged": privileged,
     "new privileges": owns_new_privileges,
 }

@@ -16,8 +16,9 @@ from isolation_working import Working
 
 # what no product has to stop, so that nothing shows how it would be
 KERNELS_OWN = {
-    "sent by the wire": "a source that is the node's own IPv4 is a martian (net/ipv4/fib_frontend.c)",
-    "packets from the tun": "likewise",
+    "sent by the wire": "IPv4",  # a source that is the node's own IPv4 is a martian (net/ipv4/fib_frontend.c)
+    "packets from the tun": "IPv4",
+    "frames for another": "for its guest",  # a bridge has learned where that is
 }
 
 
@@ -68,7 +69,14 @@ def run(scene, title, summary, *, whole=False):
     rounds = Rounds(scene, whole=whole)
     rounds.open()
     matrix.cells += Working(rounds).cells()
-    for take in (rounds.listening, rounds.everywhere, rounds.squatting, rounds.sending, rounds.nobodys):
+    for take in (
+        rounds.listening,
+        rounds.everywhere,
+        rounds.squatting,
+        rounds.sending,
+        rounds.nobodys,
+        rounds.common,
+    ):
         matrix.cells += take()
     # last, for where nothing is in force they lead the wire astray
     matrix.cells += [*rounds.private(), *rounds.from_wire(), *Guests(rounds).cells()]
@@ -110,9 +118,10 @@ def test_each_attempt_gets_through_where_nothing_stops_it(make_scene, summary):
     idle = [
         one
         for one in matrix.idle()
-        if not one.kind.startswith("source: ") and not (one.kind in KERNELS_OWN and "IPv4" in one.what)
+        if not one.kind.startswith("source: ") and KERNELS_OWN.get(one.kind, "\0") not in one.what
     ]
     assert not idle, f"these prove nothing:\n{first_of_each(idle)}"
     for kind, (breaches, cells) in matrix.shares().items():
-        assert kind.startswith("source: ") or breaches * 10 >= cells, f"{kind}: {breaches} of {cells}"
+        judged = not kind.startswith("source: ") and kind not in KERNELS_OWN
+        assert not judged or breaches * 10 >= cells, f"{kind}: {breaches} of {cells}"
     assert len(matrix.breaches) > 10000
