@@ -280,7 +280,7 @@ class Scene:
                 outcomes[place] = outcome
         return outcomes
 
-    def connect(self, jobs, patience=0.7, most=400):
+    def connect(self, jobs, patience=0.4, most=400):
         """Connect [variant, source, target, port, token] by each agent, hundreds at once."""
         outcomes, places = [""] * len(jobs), {}
         for place, job in enumerate(jobs):
