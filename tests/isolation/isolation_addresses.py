@@ -286,7 +286,7 @@ class Rounds:
         for job, outcome in zip((*streams, *datagrams), told, strict=True):
             token = job.words[4] if job.words[0] != "send" else job.words[5]
             got = any(where == sockets[token] for _, where, _ in seen.get(token, ()))
-            cells.append(job.cell(got, "ok, received" if got else outcome.replace("ok", "unseen")))
+            cells.append(job.cell(got, "ok, received" if got else _unseen(outcome)))
         return cells
 
     def _title(self, client, victim):
@@ -337,7 +337,7 @@ class Rounds:
                 got = any(source == address for _, _, source in seen.get(_token_of(job.words), ()))
             else:
                 got = outcome == f"ok {address}" or (address, job.words[3]) in syn
-            cells.append(job.cell(got, "ok, seen" if got else outcome.replace("ok", "another source")))
+            cells.append(job.cell(got, "ok, seen" if got else _unseen(outcome)))
         return cells
 
     def _targets(self, attacker, victim, address):
@@ -445,7 +445,7 @@ class Rounds:
                 got = any(one == source for _, _, one in seen.get(_token_of(job.words), ()))
             else:
                 got = outcome == f"ok {job.words[1]}" or (job.words[1], job.words[3]) in syn
-            cells.append(job.cell(got, "ok, seen" if got else outcome.replace("ok", "another source")))
+            cells.append(job.cell(got, "ok, seen" if got else _unseen(outcome)))
         return cells
 
     def _nobody(self, attacker, name, six, what, words):
@@ -495,7 +495,7 @@ class Rounds:
                 got = any(who == job.victim for who, _, _ in seen.get(_token_of(job.words), ()))
             else:
                 got = outcome.startswith("ok")
-            cells.append(job.cell(got, outcome if got else outcome.replace("ok", "unseen")))
+            cells.append(job.cell(got, outcome if got else _unseen(outcome)))
         return cells
 
     # --- from the wire
@@ -510,6 +510,11 @@ class Rounds:
                 words = ("send", "udp transparent", address, target, SERVICE, self.token())
                 jobs.append(Job("sent by the wire", "wire", other.id, f"from {kind}", words, "wire"))
         return self._delivered(jobs, [])
+
+
+def _unseen(outcome):
+    """What a system call said that had no effect; IPv6 echo requests say nothing of being refused (net/ipv6/ping.c)."""
+    return "unseen" if outcome.startswith("ok") else outcome
 
 
 def _token_of(words):

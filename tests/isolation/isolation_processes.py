@@ -276,15 +276,6 @@ def key(description):
     call("keyctl", 11, number, ctypes.create_string_buffer(16), 16)  # KEYCTL_READ
 
 
-def session_identity():
-    """The number of one's session keyring."""
-    return call("keyctl", 0, -3, 0)
-
-
-def key_by_number(number):
-    call("keyctl", 11, number, ctypes.create_string_buffer(16), 16)
-
-
 # --- namespaces ---------------------------------------------------------------------------------------------------------------
 
 
@@ -462,14 +453,23 @@ def _lay_out_shared(what):
         os.close(call("mq_open", what["name"].encode(), os.O_RDWR | os.O_CREAT, 0o666, attributes))
     finally:
         os.umask(mask)
-    call("add_key", b"user", what["name"].encode(), b"secret", 6, -3)
+    _keep_key(what["name"].encode())
     return shm
+
+
+def _keep_key(name):
+    """Put a key into the session keyring, into a new one of its own where the inherited one is closed (session-keyring(7))."""
+    try:
+        call("add_key", b"user", name, b"secret", 6, -3)
+    except PermissionError:
+        call("keyctl", 1, None)  # KEYCTL_JOIN_SESSION_KEYRING
+        call("add_key", b"user", name, b"secret", 6, -3)
 
 
 def lay_out(kept, what):
     """Make what others look for: open to all by its own mode, as a careless tenant leaves it.
 
-    ``files`` are written and opened to all, ``directories`` too; ``sockets`` listen.  Says which numbers things have.
+    ``files`` are written and opened to all, ``directories`` too; ``sockets`` listen.  Says which number the memory has.
     """
     for path in what["directories"]:
         os.makedirs(path, exist_ok=True)
@@ -483,7 +483,7 @@ def lay_out(kept, what):
         if not path.startswith("\0"):
             os.chmod(path, 0o777)
         sock.listen(64)
-    return {"shm": _lay_out_shared(what), "keyring": session_identity()}
+    return {"shm": _lay_out_shared(what)}
 
 
 def take_up(kept, what):
@@ -536,7 +536,6 @@ ATTEMPTS = {
     "mqueue": posix_queue,
     "abstract": abstract,
     "key": key,
-    "key by number": key_by_number,
     "uncover": uncover,
     "mount proc": mount_proc,
     "read as root": read_as_root,
