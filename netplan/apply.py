@@ -15,7 +15,7 @@ from typing import NamedTuple, TypeVar
 
 from netplan import moving, mtu, nftables, rtnetlink
 from netplan.errors import NetplanError
-from netplan.filter_state import load_filter
+from netplan.filter_state import load_filter, remove_filter
 from netplan.model import GROUP_GOING, MOVED_MARK, Address, Moving, Route
 from netplan.netlink import NETLINK_ROUTE, NetlinkSocket, Refusal, Request
 from netplan.operations import (
@@ -29,7 +29,7 @@ from netplan.operations import (
     SysctlOperation,
     TapOperation,
 )
-from netplan.packet_filter import REMOVE, FilterOperation, note_text
+from netplan.packet_filter import FilterOperation, note_text
 from netplan.taps import make_taps
 
 # What a bridge takes over of its first port: whether it hears router advertisements, and how strictly it
@@ -121,7 +121,7 @@ def _filter(_sock: NetlinkSocket, group: Sequence[FilterOperation]) -> list[Fail
             if one.wanted:
                 load_filter(one.wanted, one.loaded, one.notes)
             else:
-                nftables.run(REMOVE)
+                remove_filter()
         except NetplanError as error:
             failures.append(Failure(one, error))
     return failures

@@ -31,12 +31,13 @@ from netplan.nfnetlink import (
     chunks,
     comments,
     counters_of,
+    families,
     generation,
     nft_socket,
     parsed,
     table,
 )
-from netplan.packet_filter import FINGERPRINT_CHAIN, Filter
+from netplan.packet_filter import FINGERPRINT_CHAIN, Filter, removal
 from netplan.sysctls import NOTES
 
 _TRIES = 3
@@ -59,7 +60,7 @@ def observe_filter(wanted: Filter | None) -> FilterState:
     with nft_socket() as sock:
         info = table(sock)
         if info is None:
-            return FilterState()
+            return FilterState(loaded=wanted is None and bool(families(sock)))
         noted, number = _read_notes(sock), generation(sock)
         loaded, structure = noted.pop("wanted", ""), noted.pop("structure", "")
         untouched = noted.pop("generation", "") == str(number) and not info.flags & _DORMANT
@@ -69,7 +70,8 @@ def observe_filter(wanted: Filter | None) -> FilterState:
         if untouched and wanted and _last and _last.place == (sock.namespace(), info.handle, number):
             contents = _by_heart(_last, wanted, noted, number)
             return FilterState(loaded=True, wanted=loaded, contents=contents)
-        found = chunks(sock, without=FINGERPRINT_CHAIN)
+        there = families(sock)
+        found = chunks(sock, without=FINGERPRINT_CHAIN, among=sorted(there))
         known = _elements(found, wanted) if wanted and structure == wanted.structure else {}
         digests = noted if untouched else _digests(found)
         changes = {} if untouched else _changes(noted, digests)
@@ -88,7 +90,7 @@ def observe_filter(wanted: Filter | None) -> FilterState:
             and not any(what[:6] in {"chain ", "table "} for what in changes)
         )
         contents = replace(
-            _objects(sock, found),
+            _objects(sock, found, there),
             elements=known if untouched or same else {},
             intact=intact,
             generation=number,
@@ -100,6 +102,7 @@ def observe_filter(wanted: Filter | None) -> FilterState:
 def _by_heart(last: _Loaded, wanted: Filter, noted: Mapping[str, str], number: int) -> FilterContents:
     old, same = last.filter, last.filter.structure == wanted.structure
     return FilterContents(
+        families=frozenset(old.families),
         sets=frozenset(old.sets),
         maps=frozenset(old.maps),
         chains=old.chains,
@@ -124,7 +127,8 @@ def _elements(found: Sequence[Chunk], wanted: Filter) -> dict[str, frozenset[str
     known = {}
     for one in found:
         grammar = wanted.maps.get(one.name) or wanted.sets.get(one.name)
-        values = texts(grammar, map(parsed, one.parts)) if grammar and one.kind != "chain" else None
+        ours = grammar and one.kind != "chain" and one.name in wanted.elements
+        values = texts(grammar, map(parsed, one.parts)) if grammar and ours else None
         if values is not None:
             known[one.name] = values
     return known
@@ -159,12 +163,13 @@ def _digests(found: Sequence[Chunk]) -> dict[str, str]:
     }
 
 
-def _objects(sock: NetlinkSocket, found: Sequence[Chunk]) -> FilterContents:
-    """Return the names of all that is in the table, and nothing of what it says."""
+def _objects(sock: NetlinkSocket, found: Sequence[Chunk], there: frozenset[str]) -> FilterContents:
+    """Return the names of all that is in the tables, and nothing of what it says."""
     names = {
         kind: frozenset(one.name for one in found if one.kind == kind) for kind in ("set", "map", "chain")
     }
     return FilterContents(
+        families=there,
         sets=names["set"],
         maps=names["map"],
         chains=names["chain"] | {FINGERPRINT_CHAIN},
@@ -198,7 +203,7 @@ def load_filter(wanted: Filter, loaded: FilterContents, notes: Sequence[str] = (
                 _remember(sock, wanted, loaded, notes, _after(_after(before)))
                 return
             # what is there now is not known, but it is ours: next time all is filled again
-            loaded = _objects(sock, chunks(sock, without=FINGERPRINT_CHAIN, filled=False))
+            loaded = _look(sock)
         # a note that may describe a foreign change must not stay: without one, the next observation finds
         # drift
         nftables.run(f"flush chain inet {TABLE} {FINGERPRINT_CHAIN}\n")
@@ -210,19 +215,33 @@ def load_filter(wanted: Filter, loaded: FilterContents, notes: Sequence[str] = (
     )
 
 
+def remove_filter() -> None:
+    """Remove all our tables.  Raises ``network.packet_filter``."""
+    with nft_socket() as sock:
+        there = families(sock)
+    if there:
+        nftables.run(removal(there))
+
+
 def _load_bare(sock: NetlinkSocket, wanted: Filter) -> FilterContents:
     """Load the rules where there is no table at all: with nothing in their sets they guard nobody, as nobody was guarded a
     moment ago.  Return what is there then; of generation 0 when somebody came between.
     """
     before = generation(sock)
     bare = wanted.bare()
-    nftables.run(bare.anew())  # somebody may have made one since it was looked for
-    found = chunks(sock, without=FINGERPRINT_CHAIN, filled=False)
-    loaded = _objects(sock, found)
+    nftables.run(bare.anew(families(sock)))  # somebody may have made one since it was looked for
+    there = frozenset(bare.families)
+    found = chunks(sock, without=FINGERPRINT_CHAIN, filled=False, among=sorted(there))
+    loaded = _objects(sock, found, there)
     if generation(sock) != _after(before):
         return loaded
     nothing: dict[str, frozenset[str]] = {name: frozenset() for name in bare.elements}
     return replace(loaded, elements=nothing, intact=True, generation=_after(before), digests=_digests(found))
+
+
+def _look(sock: NetlinkSocket) -> FilterContents:
+    there = families(sock)
+    return _objects(sock, chunks(sock, without=FINGERPRINT_CHAIN, filled=False, among=sorted(there)), there)
 
 
 def _load_elements(wanted: Filter, loaded: FilterContents, notes: Sequence[str]) -> bool:
@@ -271,7 +290,8 @@ def _run_first(texts: Iterable[str]) -> None:
 
 def _note(sock: NetlinkSocket, wanted: Filter, number: int) -> bool:
     """Write the notes; False when another transaction came between, so that they may describe its work."""
-    digests = _digests(chunks(sock, without=FINGERPRINT_CHAIN, filled=False))
+    there = families(sock)
+    digests = _digests(chunks(sock, without=FINGERPRINT_CHAIN, filled=False, among=sorted(there)))
     nftables.run(_fingerprint(_notes(wanted, digests, number)))
     return generation(sock) == number
 

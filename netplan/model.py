@@ -356,7 +356,7 @@ class Moving(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class FilterContents:
-    """What is in the table of our packet filter, by name.
+    """What is in the tables of our packet filter, by name (:func:`netplan.nfnetlink.full_name`).
 
     ``elements`` has those of the sets and maps that can be read, written as nft does.  ``intact``: the chains
     are as we left them, and as they are wanted now; then ``digests`` says what they and the sets are, as of
@@ -370,6 +370,7 @@ class FilterContents:
     elements: Mapping[str, frozenset[str]] = field(default_factory=dict)
     intact: bool = False
     generation: int = 0
+    families: frozenset[str] = frozenset()
     digests: Mapping[str, str] = field(default_factory=dict)
 
 

@@ -17,9 +17,10 @@ from functools import cache, lru_cache
 from ipaddress import ip_network
 from socket import AF_INET, AF_INET6, inet_pton
 
+from netplan.elements import SIZES, padded
 from netplan.errors import NetplanError
 from netplan.netlink import NLA_F_NESTED, NLM_F_CREATE, NetlinkSocket, Request, attribute
-from netplan.nfnetlink import TABLE
+from netplan.nfnetlink import FAMILIES, TABLE, split_name
 
 _BEGIN, _END = 0x10, 0x11  # NFNL_MSG_BATCH_BEGIN, NFNL_MSG_BATCH_END
 _SUBSYSTEM = 10  # NFNL_SUBSYS_NFTABLES
@@ -27,7 +28,8 @@ _NEWRULE, _DELRULE, _NEWSETELEM, _DELSETELEM, _NEWOBJ, _DELOBJ = (
     _SUBSYSTEM << 8 | number for number in (6, 8, 12, 14, 18, 20)
 )
 _NLM_F_APPEND = 0x800
-_GENMSG = b"\x01\0\0\0"  # NFPROTO_INET, NFNETLINK_V0
+_GENMSGS = {family: bytes((number, 0, 0, 0)) for family, number in FAMILIES.items()}  # NFNETLINK_V0
+_GENMSG = _GENMSGS["inet"]
 _BATCH = b"\0\0" + _SUBSYSTEM.to_bytes(2, "big")
 _BATCH_GENID = 1
 _OBJECT_COUNTER = 1
@@ -76,11 +78,15 @@ def counters(names: Iterable[str], *, add: bool) -> Iterator[Request]:
 
 
 def elements(name: str, grammar: str, texts: Sequence[str], *, add: bool) -> Iterator[Request]:
-    """Yield what adds elements to a set or map, or deletes them, written as nft does.  Raises ValueError."""
+    """Yield what adds elements to a set or map, or deletes them, written as nft does.  Raises ValueError.
+
+    ``name``: see :func:`netplan.nfnetlink.full_name`.
+    """
     if not texts:
         return
     kind, flags = (_NEWSETELEM, NLM_F_CREATE) if add else (_DELSETELEM, 0)
-    where = _GENMSG + _TABLE_NAME + _name(2, name)
+    family, bare = split_name(name)
+    where = _GENMSGS[family] + _TABLE_NAME + _name(2, bare)
     types, interval = _grammar(grammar)
     listed: list[bytes] = []
     size = 0
@@ -126,6 +132,8 @@ def _element(types: tuple[str, ...], text: str, *, interval: bool, referring: bo
     if len(fields) != len(types):
         raise ValueError(text)
     ends = [_field(kind, field, sortable=interval) for kind, field in zip(types, fields, strict=True)]
+    if len(types) > 1:
+        ends = [(_pad(lowest), _pad(highest)) for lowest, highest in ends]
     first = b"".join([end[0] for end in ends])
     if not interval:
         return _nested(1, _key(1, first) + reference)
@@ -144,11 +152,21 @@ def _field(kind: str, text: str, *, sortable: bool) -> tuple[bytes, bytes]:
     if kind == "uid":
         value = int(text).to_bytes(4, "big" if sortable else sys.byteorder)
         return value, value
+    if kind == "ifname":
+        value = text.strip('"').encode().ljust(SIZES[kind], b"\0")
+        return value, value
+    if kind == "ether_addr":
+        value = bytes.fromhex(text.replace(":", ""))
+        return value, value
     if "/" in text:
         network = ip_network(text)
         return network.network_address.packed, network.broadcast_address.packed
     value = inet_pton(AF_INET if kind == "ipv4_addr" else AF_INET6, text)
     return value, value
+
+
+def _pad(value: bytes) -> bytes:
+    return value.ljust(padded(len(value)), b"\0")
 
 
 def _key(kind: int, value: bytes) -> bytes:
