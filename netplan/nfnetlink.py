@@ -49,7 +49,7 @@ _SET_ITSELF = frozenset((_SET_FLAGS, 4, 5, 6, 7, 11, 15, 16))
 _ELEM_TABLE, _ELEM_SET, _ELEM_LIST = 1, 2, 3
 _ELEM_KEY, _ELEM_FLAGS, _ELEM_EXPR, _ELEM_OBJECT, _ELEM_KEY_END = 1, 3, 7, 9, 10
 _EXPR_DATA = 2
-_COUNTER_PACKETS = 2
+_COUNTER_BYTES, _COUNTER_PACKETS = 1, 2
 _ELEM_INTERVAL_END = 1
 _OBJ_TABLE, _OBJ_NAME, _OBJ_TYPE, _OBJ_DATA = 1, 2, 3, 4
 _GEN_ID = 1
@@ -307,13 +307,28 @@ def dynamic_sets(sock: NetlinkSocket, family: str) -> list[str]:
     return found
 
 
-def counted(element: bytes) -> tuple[bytes, int]:
-    """Return the key of an element, and the packets that the counter which it bears has seen."""
+class Counted(NamedTuple):
+    """An element of a set that bears a counter."""
+
+    key: bytes
+    packets: int
+    bytes: int
+
+
+def counted(sock: NetlinkSocket, family: str, name: str) -> list[Counted]:
+    """Return the elements of one of our sets with what their counters say."""
+    return [_counted(one) for one in set_elements(sock, family, name)]
+
+
+def _counted(element: bytes) -> Counted:
     have = attributes(element, 0, len(element), (_ELEM_KEY, _ELEM_EXPR))
     expression = have.get(_ELEM_EXPR, b"")
     data = attributes(expression, 0, len(expression), (_EXPR_DATA,)).get(_EXPR_DATA, b"")
-    value = attributes(data, 0, len(data), (_COUNTER_PACKETS,)).get(_COUNTER_PACKETS)
-    return have.get(_ELEM_KEY, b"")[4:], _U64.unpack(value)[0] if value else 0
+    values = attributes(data, 0, len(data), (_COUNTER_BYTES, _COUNTER_PACKETS))
+    packets, octets = (
+        _U64.unpack(values[one])[0] if one in values else 0 for one in (_COUNTER_PACKETS, _COUNTER_BYTES)
+    )
+    return Counted(have.get(_ELEM_KEY, b"")[4:], packets, octets)
 
 
 def counters_of(sock: NetlinkSocket) -> list[CounterValue]:

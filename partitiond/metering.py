@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 _DISK_SECONDS = 300.0
 
+_SHARED_ADDRESSES = {"ipv6": "::", "ipv4": "0.0.0.0"}  # noqa: S104 - nothing listens there
+"""What stands for the node's own addresses in what is metered: they may change, and belong to all."""
+
 
 @dataclass(slots=True)
 class Metering:
@@ -75,12 +78,8 @@ class Metering:
         return Pass(
             at=time.time(),
             owners=owners,
-            traffic=(*_addresses(reading, known), *_taps(known)),
-            counts=tuple(
-                CountReading(partition, "denied_packets", reading.epoch, count)
-                for partition, count in (reading.denied or {}).items()
-                if partition in known
-            ),
+            traffic=(*_addresses(reading, known), *_shared(reading, node), *_taps(known)),
+            counts=tuple(_refusals(reading, node)),
             gauges=(*scan.gauges(), *self._disks(node)),
             processes=scan.processes,
         )
@@ -136,6 +135,43 @@ def _addresses(reading: counters.CounterReading, known: dict[str, Partition]) ->
             bytes_out=traffic.bytes_out,
             packets_in=traffic.packets_in,
             packets_out=traffic.packets_out,
+        )
+
+
+def _shared(reading: counters.CounterReading, node: Node) -> Iterator[TrafficReading]:
+    """What left and came with the node's own addresses, by whose processes it was."""
+    owners = {item.uid: item.id for item in node.partitions}
+    for one in reading.shared:
+        if one.uid in owners:
+            yield TrafficReading(
+                partition=owners[one.uid],
+                address=_SHARED_ADDRESSES[one.family],
+                family="ipv6" if one.family == "ipv6" else "ipv4",
+                scope="remote",
+                epoch=reading.epoch,
+                bytes_in=one.bytes_in,
+                bytes_out=one.bytes_out,
+                packets_in=one.packets_in,
+                packets_out=one.packets_out,
+            )
+
+
+def _refusals(reading: counters.CounterReading, node: Node) -> Iterator[CountReading]:
+    """What was refused, by the partition whose user or guest tried; those who never did have no counter."""
+    users = {item.uid: item.id for item in node.partitions}
+    taps = {item.network.tap.name: item.id for item in node.partitions if item.network.tap}
+    packets, frames = dict.fromkeys(users.values(), 0), dict.fromkeys(taps.values(), 0)
+    for one in reading.refused:
+        if one.uid in users:
+            packets[users[one.uid]] += one.packets
+        elif one.tap in taps:
+            frames[taps[one.tap]] += one.packets
+    if reading.epoch:
+        yield from (
+            CountReading(who, "denied_packets", reading.epoch, count) for who, count in packets.items()
+        )
+        yield from (
+            CountReading(who, "denied_frames", reading.tap_epoch, count) for who, count in frames.items()
         )
 
 
