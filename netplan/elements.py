@@ -41,8 +41,8 @@ def _text(types: list[str], element: Element) -> str:
         fields.append(
             _network(first, last) if last and first != last else _value(kind, first, sortable=bool(last))
         )
-        offset += padded(size) if len(types) > 1 else size
-    if offset != len(element.key) or element.end:
+        offset += padded(size)
+    if offset != padded(len(element.key)) or element.end:
         raise ValueError
     return _with_counter(" . ".join(fields), element)
 
