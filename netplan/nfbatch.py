@@ -19,13 +19,13 @@ from socket import AF_INET, AF_INET6, inet_pton
 
 from netplan.elements import SIZES, padded
 from netplan.errors import NetplanError
-from netplan.netlink import NLA_F_NESTED, NLM_F_CREATE, NetlinkSocket, Request, attribute
+from netplan.netlink import NLA_F_NESTED, NLM_F_CREATE, NetlinkSocket, Refusal, Request, attribute
 from netplan.nfnetlink import FAMILIES, TABLE, split_name
 
 _BEGIN, _END = 0x10, 0x11  # NFNL_MSG_BATCH_BEGIN, NFNL_MSG_BATCH_END
 _SUBSYSTEM = 10  # NFNL_SUBSYS_NFTABLES
-_NEWRULE, _DELRULE, _NEWSETELEM, _DELSETELEM, _NEWOBJ, _DELOBJ = (
-    _SUBSYSTEM << 8 | number for number in (6, 8, 12, 14, 18, 20)
+_NEWTABLE, _DELTABLE, _NEWRULE, _DELRULE, _NEWSETELEM, _DELSETELEM, _NEWOBJ, _DELOBJ = (
+    _SUBSYSTEM << 8 | number for number in (0, 2, 6, 8, 12, 14, 18, 20)
 )
 _NLM_F_APPEND = 0x800
 _GENMSGS = {family: bytes((number, 0, 0, 0)) for family, number in FAMILIES.items()}  # NFNETLINK_V0
@@ -44,6 +44,19 @@ _MOST_BYTES = 32 << 20
 """A transaction is one write: 2.5 KiB for each partition, and memory of the kernel's while it lasts."""
 
 
+class RefusedError(NetplanError):
+    """The kernel refused a transaction: all of it."""
+
+    def __init__(self, refusal: Refusal) -> None:
+        self.errno = refusal.errno
+        super().__init__(
+            "network.packet_filter",
+            f"the kernel refused the transaction: {refusal.text()}",
+            resource=f"filter/{TABLE}",
+            hint="the rules that were loaded before are still in force",
+        )
+
+
 def commit(sock: NetlinkSocket, generation: int, requests: Sequence[Request]) -> bool:
     """Commit all of them or none, if nobody else has committed anything since ``generation``.
 
@@ -56,13 +69,19 @@ def commit(sock: NetlinkSocket, generation: int, requests: Sequence[Request]) ->
     begin = Request(_BEGIN, 0, _BATCH + attribute(_BATCH_GENID, generation.to_bytes(4, "big")))
     refusal = sock.transaction([begin, *requests, Request(_END, 0, _BATCH)], acknowledged=len(requests))
     if refusal is not None:
-        raise NetplanError(
-            "network.packet_filter",
-            f"the kernel refused the transaction: {refusal.text()}",
-            resource=f"filter/{TABLE}",
-            hint="the rules that were loaded before are still in force",
-        )
+        raise RefusedError(refusal)
     return True
+
+
+def tables(families: Iterable[str], flags: int) -> Iterator[Request]:
+    """Yield what makes our tables, or gives them other flags (NFT_TABLE_F_*)."""
+    about = _TABLE_NAME + attribute(2, flags.to_bytes(4, "big"))
+    yield from (Request(_NEWTABLE, NLM_F_CREATE, _GENMSGS[family] + about) for family in families)
+
+
+def no_tables(families: Iterable[str]) -> Iterator[Request]:
+    """Yield what removes our tables, with all that is in them."""
+    yield from (Request(_DELTABLE, 0, _GENMSGS[family] + _TABLE_NAME) for family in families)
 
 
 def counters(names: Iterable[str], *, add: bool) -> Iterator[Request]:
