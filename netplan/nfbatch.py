@@ -11,6 +11,7 @@ read back by :mod:`netplan.elements`, and the tests compare both ways.
 Layouts: include/uapi/linux/netfilter/{nfnetlink,nf_tables}.h.
 """
 
+import struct
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cache, lru_cache
@@ -36,6 +37,9 @@ _OBJECT_COUNTER = 1
 _INTERVAL_END = 1
 _RETURN = -5  # NFT_RETURN
 _COMMENT = 0  # NFTNL_UDATA_RULE_COMMENT
+_LISTED = 1 | NLA_F_NESTED  # NFTA_LIST_ELEM
+_ATTRIBUTE = struct.Struct("=HH")
+_FILL = (b"", b"\0\0\0", b"\0\0", b"\0")
 _TABLE_NAME = attribute(1, TABLE.encode() + b"\0")
 
 # an attribute says its own length in 16 bits (include/uapi/linux/netlink.h, struct nlattr)
@@ -155,7 +159,9 @@ def _element(types: tuple[str, ...], text: str, *, interval: bool, referring: bo
         ends = [(_pad(lowest), _pad(highest)) for lowest, highest in ends]
     first = b"".join([end[0] for end in ends])
     if not interval:
-        return _nested(1, _key(1, first) + reference)
+        # most elements are so: headers that are always the same are packed once
+        body = _key_head(len(first)) + first + _FILL[len(first) & 3] + reference
+        return _ATTRIBUTE.pack(4 + len(body), _LISTED) + body
     last = b"".join([end[1] for end in ends])
     if len(types) > 1:
         return _nested(1, _key(1, first) + _key(10, last) + reference)
@@ -182,6 +188,13 @@ def _field(kind: str, text: str, *, sortable: bool) -> tuple[bytes, bytes]:
         return network.network_address.packed, network.broadcast_address.packed
     value = inet_pton(AF_INET if kind == "ipv4_addr" else AF_INET6, text)
     return value, value
+
+
+@cache
+def _key_head(size: int) -> bytes:
+    """Return the headers before the value of a key that has so many bytes."""
+    inner = 4 + size
+    return _ATTRIBUTE.pack(4 + padded(inner), 1 | NLA_F_NESTED) + _ATTRIBUTE.pack(inner, 1)
 
 
 def _pad(value: bytes) -> bytes:
