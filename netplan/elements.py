@@ -50,7 +50,9 @@ def _text(kinds: tuple[str, ...], element: Element) -> str:
         first, last = element.key[offset : offset + size], element.last[offset : offset + size]
         # nft puts numbers into network order where ranges must be sorted, that is where there is a last key
         fields.append(
-            _network(kind, first, last) if last and first != last else _value(kind, first, sortable=bool(last))
+            _network(kind, first, last)
+            if last and first != last
+            else _value(kind, first, sortable=bool(last))
         )
         offset += padded(size)
     if offset != padded(len(element.key)) or element.end:

@@ -80,8 +80,15 @@ def _has(family: str, name: str) -> bool:
 def _elements(one: PartitionNetwork) -> _Elements:
     """Return what one partition has; of one without a guarded tap only what it takes from others."""
     of: dict[str, list[str]] = {}
-    addresses = [*(end.ip for end in one.reached_ipv6), *one.reached_ipv4, *([one.ipv4] if one.ipv4 else [])]
-    networks = [*([one.ipv6_range] if one.ipv6_range else []), *map(ip_network, addresses)]
+    addresses: list[IPv4Address | IPv6Address] = [
+        *(end.ip for end in one.reached_ipv6),
+        *one.reached_ipv4,
+        *([one.ipv4] if one.ipv4 else []),
+    ]
+    networks: list[Network] = [
+        *([one.ipv6_range] if one.ipv6_range else []),
+        *(ip_network(ip) for ip in addresses),
+    ]
     macs: list[str] = []
     tap = one.tap
     if tap is not None:
@@ -129,9 +136,7 @@ def _taken(partitions: Sequence[PartitionNetwork], protected: Protected) -> _Tak
         four += one.four
         six += one.six
     macs = {*protected.macs, *(mac for one in each for mac in one.macs)}
-    return _Taken(
-        [text for _, _, text in _apart(four)], [text for _, _, text in _apart(six)], sorted(macs)
-    )
+    return _Taken([text for _, _, text in _apart(four)], [text for _, _, text in _apart(six)], sorted(macs))
 
 
 def _range(network: Network) -> _Range:

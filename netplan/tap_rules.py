@@ -74,10 +74,9 @@ LEARNED = {
 (``in_use4``: any).
 """
 
-REFUSALS = ("mac", "vlan", "ethertype", "arp", "ipv4", "ipv6", "nd", "ra", "redirect", "query", "dhcp") + (
-    "fragment",
-    "extension",
-    "malformed",
+REFUSALS = (
+    *("mac", "vlan", "ethertype", "arp", "ipv4", "ipv6", "nd", "ra", "redirect", "query", "dhcp"),
+    *("fragment", "extension", "malformed"),
 )
 """Why a frame was refused; ``refused_<rule>`` counts them by tap."""
 
@@ -104,7 +103,7 @@ def counting_sets(family: str) -> dict[str, str]:
 
 def chains(family: str) -> dict[str, tuple[str, ...]]:
     """Return the chains of a family; each stands before those that go to it."""
-    found = {
+    found: dict[str, tuple[str, ...]] = {
         f"refuse_{rule}": (f"add @{refused(rule)} {{ iifname counter }}", "drop")
         for rule in _refusals(family)
     }
@@ -146,15 +145,17 @@ _KINDS = {
 
 def _frames(family: str) -> dict[str, tuple[str, ...]]:
     """Return what each frame meets first: who sends it, by its MAC, then what it is."""
+    learn = (
+        # one frame alone gets through: of two at the same moment on two processors, both would be the first
+        "add @mac_claims { iifname limit rate 1/week burst 1 packets }",
+        "add @learned_macs { iifname . @ll,48,48 }",
+        "add @held_macs { ether saddr }",
+        "add @learned_taps { iifname }",
+        "goto tap_kinds",
+    )
     found: dict[str, tuple[str, ...]] = {
         "tap_kinds": _KINDS[family],
-        "tap_learn": (
-            # one frame alone gets through: of two at the same moment on two processors, both would be the first
-            "add @mac_claims { iifname limit rate 1/week burst 1 packets }"
-            " add @learned_macs { iifname . @ll,48,48 } add @held_macs { ether saddr }"
-            " add @learned_taps { iifname } goto tap_kinds",
-            "goto refuse_mac",
-        ),
+        "tap_learn": (" ".join(learn), "goto refuse_mac"),
         "tap_unknown_mac": (
             "iifname @learned_taps goto refuse_mac",
             "iifname @fixed_mac_taps goto refuse_mac",

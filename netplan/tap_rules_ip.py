@@ -123,8 +123,11 @@ def ipv6_chains() -> dict[str, tuple[str, ...]]:
             "exthdr rt exists goto refuse_extension",
             "exthdr frag exists goto tap_fragment6",
             "meta l4proto icmpv6 goto tap_icmp6_behind",
-            "meta l4proto udp goto tap_udp6",
-            "goto tap_source6",
+            # the last header may be said to be longer than the packet
+            "meta l4proto udp @th,0,64 != 0 goto tap_udp6",
+            "meta l4proto udp goto refuse_malformed",
+            "@th,0,32 != 0 goto tap_source6",
+            "goto refuse_malformed",
         ),
         "tap_ipv6": (
             "meta l4proto tcp ip6 nexthdr tcp goto tap_source6",
