@@ -48,7 +48,8 @@ Network = IPv4Network | IPv6Network
 
 @dataclass(frozen=True, slots=True)
 class TapGuard:
-    """What may leave a tap: ``own`` are the guest's addresses, ``mac`` its MAC (None: the first that is seen).
+    """What may leave a tap: ``own`` are the guest's addresses, ``mac`` its MAC (None: the first that is seen;
+    ``proposed`` is then kept free for it).
 
     ``strict``: from its own addresses only; a family without one is blocked as a whole.  Else from any that
     nobody else owns (:class:`Protected`).
@@ -57,10 +58,12 @@ class TapGuard:
     strict: bool
     own: tuple[Network, ...] = ()
     mac: str | None = None
+    proposed: str | None = None
 
     def __post_init__(self) -> None:
-        if self.mac is not None and not _MAC.fullmatch(self.mac):
-            raise _invalid("tap", f"{self.mac!r} is no MAC (six lower-case hex pairs and colons)")
+        for mac in (self.mac, self.proposed):
+            if mac is not None and not _MAC.fullmatch(mac):
+                raise _invalid("tap", f"{mac!r} is no MAC (six lower-case hex pairs and colons)")
 
 
 @dataclass(frozen=True, slots=True)
