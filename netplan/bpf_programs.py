@@ -320,7 +320,7 @@ def _but_special4(made: Assembler, register: int) -> None:
 def _choose(made: Assembler, *, connecting: bool, place: int) -> None:
     """Find the source for the address: register 0 points at it, in the user's or the node's entry.
 
-    A partition's user has its own towards everything but itself.  Anybody else, and who has none of this family, has the
+    A partition's user has its own.  Anybody else, and who has none of this family, has the
     node's towards partitions, and what the kernel chooses towards the rest.  A datagram to the node may be the answer
     of a wildcard server, which must come from where the question went; a connection there is left to the kernel.
     """
@@ -329,10 +329,9 @@ def _choose(made: Assembler, *, connecting: bool, place: int) -> None:
     _current_user(made)
     _look_up(made, OWNERS, _ADDRESS)
     made.jump_if(RESULT, "==", 0, ranged)
+    made.load(1, RESULT, 4)
+    made.jump_if_word(1, "&", PRIVATE, "allow")
     made.load(1, RESULT, 0)
-    made.jump_if_registers(1, "==", _USER, "allow")
-    made.load(2, RESULT, 4)
-    made.jump_if_word(2, "&", PRIVATE, "allow")
     made.set(_IS_OWNED, 0)
     made.jump_if_word(1, "==", -1, "allow" if connecting else own)
     made.set(_IS_OWNED, 1)

@@ -1,9 +1,13 @@
 """What the programs at the cgroup close and give, with real sockets of real users."""
 
+import contextlib
 import os
 import socket
+import subprocess
+import sys
 from dataclasses import replace
 from ipaddress import IPv4Address, IPv4Interface
+from pathlib import Path
 
 import pytest
 from netplan_scene import (
@@ -14,9 +18,12 @@ from netplan_scene import (
     UID,
     as_user,
     ask,
+    connect,
     echoing,
     family_of,
     know_each_other,
+    opened_by,
+    send,
     wanted,
 )
 
@@ -38,7 +45,8 @@ pytestmark = pytest.mark.skipif(
 
 def hooked(count=3, **more):
     """A and B have routable IPv4, C has not."""
-    desired = wanted(count, **{"ranges": True, "cgroup_bpf": True, "host_ipv4": IPv4Address(HOST4), **more})
+    options = {"ranges": True, "cgroup_bpf": True, "local_source_table": True, "host_ipv4": IPv4Address(HOST4)}
+    desired = wanted(count, **(options | more))
     world = (A_WORLD4, B_WORLD4)
     partitions = tuple(
         replace(
@@ -176,3 +184,203 @@ def test_sources_on_the_wire(guarded, uid, target, seen, kind, connected):
 def test_a_wildcard_server_answers_the_wire_from_its_own(guarded, kind):
     with echoing(A, "::", kind) as port, guarded.at_neighbour():
         assert ask(A6, port, kind) == NEIGHBOUR6
+
+
+# --- what comes in ----------------------------------------------------------------------------------------------------
+
+REUSE = (socket.SOL_SOCKET, socket.SO_REUSEADDR)
+NOTHING_COMES = {"timeout", "ECONNREFUSED", "ECONNRESET"}
+
+
+@contextlib.contextmanager
+def listening(uid, address, kind=UDP, port=0, options=()):
+    """A socket as one that was bound before we came, or by who may: opened in a user's name, bound by root."""
+    with opened_by(uid):
+        one = socket.socket(family_of(address), kind)
+    with one:
+        for level, option in options:
+            one.setsockopt(level, option, 1)
+        one.bind((address, port))
+        if kind == TCP:
+            one.listen()
+        one.setblocking(False)
+        yield one
+
+
+def heard(one):
+    count = 0
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            one.recv(64)
+            count += 1
+    return count
+
+
+@pytest.mark.parametrize("target", [A6, A_RANGE, A4, A_WORLD4])
+@pytest.mark.parametrize("sender", ["wire", "A", "root", "nobody"])
+def test_a_foreign_wildcard_socket_hears_nothing(guarded, target, sender):
+    with listening(B, "::") as thief:
+        port = thief.getsockname()[1]
+        if sender == "wire":
+            with guarded.at_neighbour():
+                send(None, target, port, count=3)
+        else:
+            as_user(
+                {"A": A, "root": ROOT, "nobody": NOBODY}[sender], lambda: send(None, target, port, count=3)
+            )
+        assert heard(thief) == 0
+        # of private IPv4 the packet filter sees to the wire and to nobody
+        reaches = target != A4 or sender in {"A", "root"}
+        assert read_refusals() == ({(B, "receive"): 3} if reaches else {})
+        own = B6 if ":" in target else B_WORLD4
+        with guarded.at_neighbour():
+            send(None, own, port)
+        assert heard(thief) == 1
+
+
+@pytest.mark.parametrize("target", [A6, A_RANGE])
+@pytest.mark.parametrize("first", ["thief", "owner"])
+def test_a_shared_port_is_not_stolen(guarded, target, first):
+    """The kernel gives a datagram to the socket that was bound last."""
+    users = (B, A) if first == "thief" else (A, B)
+    with (
+        listening(users[0], target, options=[REUSE]) as one,
+        listening(users[1], target, port=one.getsockname()[1], options=[REUSE]) as other,
+    ):
+        thief, owner = (one, other) if first == "thief" else (other, one)
+        with guarded.at_neighbour():
+            send(None, target, one.getsockname()[1], count=3)
+        assert heard(thief) == 0
+        # who sits on a port that is not his keeps others out at most; what he was not given, is counted
+        assert heard(owner) + read_refusals().get((B, "receive"), 0) == 3
+
+
+@pytest.mark.parametrize("target", [A6, A_RANGE])
+def test_no_user_can_sit_on_a_port_of_another(guarded, target):
+    with listening(A, target, options=[REUSE]) as owner:
+        port = owner.getsockname()[1]
+
+        def steal():
+            with socket.socket(socket.AF_INET6, UDP) as one:
+                one.setsockopt(*REUSE, 1)
+                one.bind((target, port))
+                return "ok"
+
+        assert as_user(B, steal) == "EPERM"
+        with guarded.at_neighbour():
+            send(None, target, port, count=3)
+        assert heard(owner) == 3
+
+
+def test_without_the_programs_it_is_stolen(node):
+    """The others can fail."""
+    node.converge(hooked(cgroup_bpf=False))
+    know_each_other(node)
+    with listening(A, A6, options=[REUSE]) as owner:
+        port = owner.getsockname()[1]
+        with listening(B, A6, port=port, options=[REUSE]) as thief, listening(B, "::") as wildcard:
+            with node.at_neighbour():
+                send(None, A6, port, count=3)
+                send(None, A6, wildcard.getsockname()[1], count=3)
+            assert (heard(owner), heard(thief), heard(wildcard)) == (0, 3, 3)
+    with echoing(B, B6, UDP) as port:
+        assert as_user(A, lambda: ask(B6, port, UDP)) != A6
+
+
+@pytest.mark.parametrize("cookies", ["0", "2"])
+@pytest.mark.parametrize("address", [A6, A_RANGE, "::"])
+@pytest.mark.parametrize("client", ["wire", "A", "C", "nobody", "root"])
+def test_a_squatter_serves_nobody(guarded, address, client, cookies):
+    """Not even where every handshake goes by SYN cookies, whose SYN-ACK the packet filter cannot tell whose it is."""
+    setting = Path("/proc/sys/net/ipv4/tcp_syncookies")
+    setting.write_text(cookies)
+    target = A6 if address == "::" else address
+    with listening(B, address, TCP) as squatter:
+        port = squatter.getsockname()[1]
+
+        def attempt():
+            return connect(None, target, port, patience=0.3)
+
+        if client == "wire":
+            with guarded.at_neighbour():
+                assert as_user(NOBODY, attempt) in NOTHING_COMES
+        else:
+            uid = {"A": A, "C": C, "nobody": NOBODY, "root": ROOT}[client]
+            assert as_user(uid, attempt) in NOTHING_COMES
+        with pytest.raises(BlockingIOError):
+            squatter.accept()
+
+
+@pytest.mark.parametrize("cookies", ["0", "2"])
+def test_the_owner_serves_everybody(guarded, cookies):
+    Path("/proc/sys/net/ipv4/tcp_syncookies").write_text(cookies)
+    with echoing(A, "::", TCP) as port:
+        for uid, seen in ((A, A6), (C, C6), (NOBODY, HOST6), (ROOT, HOST6)):
+            assert as_user(uid, lambda: ask(A6, port, TCP)) == seen
+        with guarded.at_neighbour():
+            assert ask(A6, port, TCP) == NEIGHBOUR6
+
+
+# --- what must go on --------------------------------------------------------------------------------------------------
+
+PING = """
+import socket, struct, sys
+bound, target = sys.argv[1:]
+with socket.socket(socket.AF_INET6, socket.SOCK_DGRAM, socket.IPPROTO_ICMPV6) as one:
+    one.settimeout(2)
+    if bound:
+        one.bind((bound, 0))
+    one.sendto(struct.pack("!BBHHH", 128, 0, 0, 0, 1), (target, 0))
+    print(one.recv(64)[0])
+"""
+
+
+def ping(uid, target, bound=""):
+    def work():
+        done = subprocess.run(
+            [sys.executable, "-c", PING, bound, target], capture_output=True, text=True, check=False
+        )
+        return done.stdout.strip() or done.stderr.strip().rpartition("\n")[2]
+
+    return as_user(uid, work)
+
+
+def test_pings(guarded):
+    everybody = Path("/proc/sys/net/ipv4/ping_group_range")
+    everybody.write_text("0 65535")
+    for uid in (A, B, NOBODY, ROOT):
+        for target in (A6, NEIGHBOUR6, HOST6, "::1"):
+            assert (uid, target, ping(uid, target)) == (uid, target, "129")
+    assert ping(A, NEIGHBOUR6, A6) == "129"
+    assert "timed out" in ping(B, NEIGHBOUR6, A6)  # refused by the packet filter, which ping sockets do not tell
+    with guarded.at_neighbour():
+        everybody.write_text("0 65535")
+        assert ping(ROOT, A6) == "129"
+
+
+def test_what_the_kernel_itself_sends_arrives(guarded):
+    for uid in (B, NOBODY):
+        assert as_user(uid, lambda: connect(None, A6, 9)) == "ECONNREFUSED"
+        assert as_user(uid, lambda: ask(A6, 9, UDP)) == "ECONNREFUSED"  # by an ICMP error
+
+
+@pytest.mark.parametrize("kind", [TCP, UDP])
+def test_a_client_with_a_port_and_no_address_reaches_the_node(guarded, kind):
+    """No program can give it an address any more, so the routing table does."""
+    with echoing(B, B6, kind) as port, echoing(B, B_WORLD4, kind) as port4:
+        assert as_user(A, lambda: ask(B6, port, kind, bound="::")) == HOST6
+        assert as_user(A, lambda: ask(B_WORLD4, port4, kind, bound="0.0.0.0")) == HOST4
+
+
+def test_a_datagram_socket_is_used_for_several_destinations(guarded):
+    """As getaddrinfo(3) does to sort what it found."""
+
+    def work():
+        with socket.socket(socket.AF_INET6, UDP) as one:
+            found = []
+            for target in (NEIGHBOUR6, "::1", B6, HOST6):
+                one.connect((target, 9))
+                found.append(one.getsockname()[0])
+            return found
+
+    assert as_user(A, work) == str([A6] * 4)
