@@ -203,8 +203,9 @@ class DesiredNetwork:
     ``bridge`` None: no bridge is made, one that is there may still be named by taps.  ``host_ipv6`` is the
     source hint for unbound IPv6 traffic; ``ownership`` False leaves only metering in the packet filter;
     ``packet_filter`` False leaves no packet filter at all; ``local_source_table`` gives unbound clients of a
-    partition on the same host the host's source address, ``host_ipv6`` or ``host_ipv4`` (where cgroup BPF is
-    not there to do better); ``protected`` is what no guest behind a tap may claim.
+    partition on the same host the host's source address, ``host_ipv6`` or ``host_ipv4``, where nothing does
+    better; ``cgroup_bpf``: programs at the cgroup shall, if this kernel and our rights allow it; ``protected``
+    is what no guest behind a tap may claim.
     """
 
     interface: str | None = None
@@ -213,6 +214,7 @@ class DesiredNetwork:
     ownership: bool = True
     packet_filter: bool = True
     local_source_table: bool = False
+    cgroup_bpf: bool = False
     host_ipv4: IPv4Address | None = None
     bridge: BridgeSpec | None = None
     ipv4_interface: str | None = None
@@ -240,6 +242,11 @@ class DesiredNetwork:
     def filtered(self) -> bool:
         """Whether there shall be a packet filter."""
         return self.packet_filter and bool(self.partitions)
+
+    @property
+    def hooked(self) -> bool:
+        """Whether there shall be programs at the cgroup."""
+        return self.cgroup_bpf and self.ownership and bool(self.partitions)
 
 
 def _check_link(name: str) -> None:
@@ -394,6 +401,22 @@ class FilterState:
 
 
 @dataclass(frozen=True, slots=True)
+class HookState:
+    """What there is of our programs at the cgroup.
+
+    ``version`` names those in force ("" when there are none, or not all), ``contents`` is the fingerprint of what
+    their maps hold, ``leftover`` names other directories with pins of ours. ``refused`` says why there can be none.
+    ``everywhere``: what comes in is checked in other network namespaces, too (:mod:`netplan.bpf_programs`).
+    """
+
+    version: str = ""
+    contents: str = ""
+    leftover: tuple[str, ...] = ()
+    refused: str = ""
+    everywhere: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class ObservedNetwork:
     """What the kernel has, as far as :func:`netplan.plan.plan` needs it.
 
@@ -412,3 +435,4 @@ class ObservedNetwork:
     notes: frozenset[str] = frozenset()
     address_marks: bool = True
     filter: FilterState = field(default_factory=FilterState)
+    hooks: HookState = field(default_factory=HookState)

@@ -7,6 +7,7 @@ from socket import AF_INET
 from typing import NamedTuple
 
 from netplan import rtnetlink, sysctls
+from netplan.bpf_state import observe_hooks
 from netplan.errors import NetplanError
 from netplan.filter_state import observe_filter
 from netplan.model import PORT_ALIAS, PROTOCOL_MARK, Address, DesiredNetwork, Link, ObservedNetwork, Route
@@ -79,6 +80,7 @@ def observe(desired: DesiredNetwork, seen: Look | None = None) -> ObservedNetwor
         notes=notes,
         address_marks=_kernel() >= _ADDRESS_MARKS_SINCE,
         filter=observe_filter(render(desired) if desired.filtered else None),
+        hooks=observe_hooks(wanted=desired.hooked),
     )
 
 
