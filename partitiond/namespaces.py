@@ -1,0 +1,247 @@
+"""Private namespaces of partitions: mounts and System V IPC of their own, pinned so that they outlive whoever made them.
+
+In a partition's namespaces ``/proc`` shows its own processes only, ``/tmp``, ``/var/tmp`` and ``/dev/shm`` are its own, and
+so are System V IPC and POSIX message queues. What the host mounts later arrives, nothing goes the other way.
+
+One pin for each: the mount namespace on a file of a small private tmpfs. The kernel copies such mounts into no other mount
+namespace (fs/namespace.c, ``is_mnt_ns_file``), but it does copy pins of IPC namespaces; so that one is pinned inside the mount
+namespace, where only root gets. Both go together when the last process has left and the pin is gone.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from partitiond import mounts
+from partitiond.mounts import CLONE_NEWIPC, CLONE_NEWNS, MS_BIND, MS_NODEV, MS_NOEXEC, MS_NOSUID
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+NSENTER = "/usr/bin/nsenter"
+# of the memory, for all that a partition keeps in the three directories together; the kernel's own default is half for each
+_SIZE = "25%"
+# not /dev/shm alone: programs use /tmp and /var/tmp for what only they should see, too
+_COVERED = (("tmp", "/tmp"), ("var-tmp", "/var/tmp"), ("shm", "/dev/shm"))  # noqa: S108 - the private ones
+_IPC = "ipc"
+_QUEUES = "/dev/mqueue"
+# a new IPC namespace begins with the kernel's defaults (ipc_namespaces(7)); what the operator has set is meant for tenants too
+_IPC_SETTINGS = (
+    *("kernel/shmmax", "kernel/shmall", "kernel/shmmni", "kernel/shm_rmid_forced", "kernel/sem"),
+    *("kernel/msgmax", "kernel/msgmnb", "kernel/msgmni"),
+    *("fs/mqueue/msg_max", "fs/mqueue/msgsize_max", "fs/mqueue/queues_max"),
+    *("fs/mqueue/msg_default", "fs/mqueue/msgsize_default"),
+)
+_DIRECTORY = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
+
+
+def hides_processes() -> bool:
+    """Whether this kernel hides processes in one mount of ``/proc`` alone: Linux 5.8, which brought the word for it, too.
+
+    Before, the option would change every ``/proc`` of the machine.
+    """
+    return mounts.knows_option("proc", "hidepid", "invisible")
+
+
+def pinned(directory: Path) -> dict[str, bool]:
+    """The names below ``directory``, and whether a namespace is pinned there."""
+    try:
+        names = os.listdir(directory)  # noqa: PTH208 - names suffice
+    except FileNotFoundError:
+        return {}
+    if not names:
+        return {}
+    # all namespaces lie in one file system of the kernel's own (fs/nsfs.c)
+    device = os.stat("/proc/self/ns/mnt").st_dev  # noqa: PTH116 - likewise
+    return {name: os.stat(f"{directory}/{name}").st_dev == device for name in names}  # noqa: PTH116 - for 500 of them
+
+
+def entry(directory: Path, name: str, cwd: Path) -> tuple[str, ...]:
+    """The words before a command that let it begin in the namespaces of ``name``, in the directory ``cwd``; for root.
+
+    Twice: where the IPC namespace is pinned can only be seen from inside.
+    """
+    return (
+        *(NSENTER, f"--mount={directory}/{name}", "--"),
+        *(NSENTER, f"--ipc={directory}/{_IPC}", f"--wdns={cwd}", "--"),
+    )
+
+
+def make(
+    directory: Path, names: Iterable[str], shown: Sequence[Path] = ()
+) -> tuple[tuple[str, OSError], ...]:
+    """Make and pin namespaces; return those that failed.
+
+    ``shown`` are directories that stay as they are also where they lie below one that is covered. Raises OSError when
+    ``directory`` cannot be made ready.
+    """
+    _make_ready(directory)
+    settings = _read_settings()
+    hidden = hides_processes()
+    failures = []
+    for name in names:
+        # unshare(2) and setns(2) change the calling thread only, so no process is needed; what fails ends with its thread
+        with ThreadPoolExecutor(1, "namespaces") as thread:
+            made = thread.submit(
+                _make_one, directory, name, lambda: _lay_out(directory, shown, settings, hidden)
+            )
+            try:
+                made.result()
+            except OSError as error:
+                failures.append((name, error))
+    return tuple(failures)
+
+
+def remove(directory: Path, name: str) -> None:
+    """Remove a pin; the namespaces live on as long as a process is in them. One that is not there is fine. Raises OSError."""
+    pin = f"{directory}/{name}"
+    try:
+        # MNT_DETACH: a process that is just entering keeps nothing busy
+        mounts.detach(pin)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOENT):  # no mount, or no file
+            raise
+    Path(pin).unlink(missing_ok=True)
+
+
+def remove_all(directory: Path) -> None:
+    """Remove all pins and what they stand on. Raises OSError."""
+    while os.path.ismount(directory):
+        mounts.detach(str(directory))
+    try:
+        directory.rmdir()
+    except FileNotFoundError:
+        return
+
+
+def _make_ready(directory: Path) -> None:
+    """A mount of its own, which shares nothing: the kernel lets no namespace be pinned where it could come to hold itself."""
+    directory.mkdir(mode=0o700, exist_ok=True)
+    if not os.path.ismount(directory):
+        mounts.mount(
+            "partitiond", str(directory), "tmpfs", MS_NOSUID | MS_NODEV | MS_NOEXEC, "mode=0700,size=1m"
+        )
+    # each time: who was killed between the two has left it shared
+    mounts.mount("none", str(directory), "", mounts.MS_PRIVATE)
+
+
+def _read_settings() -> dict[str, bytes]:
+    found = {}
+    for name in _IPC_SETTINGS:
+        try:
+            with open(f"/proc/sys/{name}", "rb") as stream:
+                found[name] = stream.read()
+        except FileNotFoundError:
+            continue  # a kernel without message queues
+    return found
+
+
+def _make_one(directory: Path, name: str, lay_out: Callable[[], None]) -> None:
+    remove(directory, name)
+    processors = iter(sorted(os.sched_getaffinity(0)))
+    with _opened("/proc/thread-self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC) as home:
+        while True:
+            mounts.unshare(CLONE_NEWNS | CLONE_NEWIPC)
+            lay_out()
+            with _opened("/proc/thread-self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC) as made:
+                mounts.enter(home, CLONE_NEWNS)
+                try:
+                    _pin(f"/proc/self/fd/{made}", f"{directory}/{name}")
+                except OSError as error:
+                    processor = next(processors, None)
+                    if error.errno != errno.EINVAL or processor is None:
+                        raise
+                else:
+                    return
+            # Only a younger namespace can be pinned (mnt_ns_loop), and since Linux 6.18 the numbers that tell the age are
+            # given out by each processor in lots of its own: seen where ours is not the machine's first.
+            os.sched_setaffinity(0, {processor})
+
+
+def _pin(namespace: str, pin: str) -> None:
+    os.close(os.open(pin, os.O_RDONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
+    mounts.mount(namespace, pin, "", MS_BIND)
+
+
+# --- inside -----------------------------------------------------------------------------------------------------------
+
+
+def _lay_out(directory: Path, shown: Sequence[Path], settings: Mapping[str, bytes], hidden: bool) -> None:
+    # slave: what the host mounts and unmounts later arrives, nothing goes the other way
+    mounts.mount("none", "/", "", mounts.MS_REC | mounts.MS_SLAVE)
+    mounts.detach(str(directory))
+    for name, content in settings.items():
+        _write_setting(Path("/proc/sys", name), content)
+    mounts.mount("partitiond", str(directory), "tmpfs", MS_NOSUID | MS_NODEV, f"mode=0700,size={_SIZE}")
+    _cover(directory, shown)
+    if os.path.ismount(_QUEUES):
+        mounts.mount("mqueue", _QUEUES, "mqueue", MS_NOSUID | MS_NODEV | MS_NOEXEC)
+    if hidden:
+        _hide_processes()
+    pin = directory / _IPC
+    pin.touch(mode=0o600)
+    mounts.mount("/proc/thread-self/ns/ipc", str(pin), "", MS_BIND)
+
+
+def _write_setting(path: Path, content: bytes) -> None:
+    if path.read_bytes() != content:
+        path.write_bytes(content)
+
+
+def _cover(directory: Path, shown: Sequence[Path]) -> None:
+    """Put empty directories of one file system over those that everybody shares: one limit, and one to be kept in memory."""
+    targets = {name: os.path.realpath(path) for name, path in _COVERED if os.path.isdir(path)}  # noqa: PTH112 - likewise
+    with ExitStack() as stack:
+        below = [path for path in shown if path.is_dir() and _covers(targets.values(), path)]
+        kept = [(path, stack.enter_context(_opened(path, _DIRECTORY))) for path in below]
+        # by descriptor: it may lie below one of them itself
+        own = stack.enter_context(_opened(directory, _DIRECTORY))
+        done = set()
+        for name, target in targets.items():
+            if target not in done:  # one may be a link to another
+                done.add(target)
+                os.mkdir(name, dir_fd=own)
+                os.chmod(f"/proc/self/fd/{own}/{name}", 0o1777)  # noqa: PTH101, S103 - as everybody expects of them
+                mounts.mount(f"/proc/self/fd/{own}/{name}", target, "", MS_BIND)
+        for path, descriptor in kept:
+            path.mkdir(mode=0o755, parents=True, exist_ok=True)
+            mounts.mount(f"/proc/self/fd/{descriptor}", str(path), "", MS_BIND | mounts.MS_REC)
+
+
+def _covers(targets: Iterable[str], path: Path) -> bool:
+    return any(path.is_relative_to(target) for target in targets)
+
+
+def _hide_processes() -> None:
+    """Show in ``/proc`` only whose they are; any other ``/proc`` (of a chroot, for one) would be a window beside it."""
+    for place in _places_of("proc"):
+        if place != "/proc":
+            mounts.detach(place)
+    mounts.mount("proc", "/proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC, "hidepid=invisible")
+
+
+def _places_of(kind: str) -> list[str]:
+    """Where a kind of file system is mounted, the last one first."""
+    found = []
+    with open("/proc/thread-self/mountinfo", "rb") as stream:
+        for line in stream:
+            left, _, right = line.partition(b" - ")
+            if right.split(b" ", 1)[0] == kind.encode():
+                # proc_pid_mountinfo(5): blanks and the like are written in octal
+                place = left.split(b" ")[4].decode("unicode_escape").encode("latin-1")
+                found.append(os.fsdecode(place))
+    return found[::-1]
+
+
+@contextmanager
+def _opened(path: Path | str, flags: int) -> Iterator[int]:
+    descriptor = os.open(path, flags)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
