@@ -143,7 +143,7 @@ def _read_settings() -> dict[str, bytes]:
 
 def _make_one(directory: Path, name: str, lay_out: Callable[[], None]) -> None:
     remove(directory, name)
-    processors = iter(sorted(os.sched_getaffinity(0)))
+    processors = iter(range(os.cpu_count() or 1))
     with _opened("/proc/thread-self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC) as home:
         while True:
             mounts.unshare(CLONE_NEWNS | CLONE_NEWIPC)
@@ -153,14 +153,25 @@ def _make_one(directory: Path, name: str, lay_out: Callable[[], None]) -> None:
                 try:
                     _pin(f"/proc/self/fd/{made}", f"{directory}/{name}")
                 except OSError as error:
-                    processor = next(processors, None)
-                    if error.errno != errno.EINVAL or processor is None:
+                    # Only a younger namespace can be pinned (mnt_ns_loop), and since Linux 6.18 the numbers that tell the age
+                    # are given out by each processor in lots of its own: seen where ours is not the machine's first.
+                    if error.errno != errno.EINVAL or not _moved(processors):
                         raise
                 else:
                     return
-            # Only a younger namespace can be pinned (mnt_ns_loop), and since Linux 6.18 the numbers that tell the age are
-            # given out by each processor in lots of its own: seen where ours is not the machine's first.
+
+
+def _moved(processors: Iterator[int]) -> bool:
+    """Move this thread to the next processor on which it may run; whether there was one."""
+    for processor in processors:
+        try:
             os.sched_setaffinity(0, {processor})
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # offline, or not for us (cpuset(7))
+                raise
+        else:
+            return True
+    return False
 
 
 def _pin(namespace: str, pin: str) -> None:
