@@ -14,6 +14,7 @@ import errno
 import os
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,7 +22,7 @@ from partitiond import mounts
 from partitiond.mounts import CLONE_NEWIPC, CLONE_NEWNS, MS_BIND, MS_NODEV, MS_NOEXEC, MS_NOSUID
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
 NSENTER = "/usr/bin/nsenter"
 # of the memory, for all that a partition keeps in the three directories together; the kernel's own default is half for each
@@ -83,18 +84,10 @@ def make(
     _make_ready(directory)
     settings = _read_settings()
     hidden = hides_processes()
-    failures = []
-    for name in names:
-        # unshare(2) and setns(2) change the calling thread only, so no process is needed; what fails ends with its thread
-        with ThreadPoolExecutor(1, "namespaces") as thread:
-            made = thread.submit(
-                _make_one, directory, name, lambda: _lay_out(directory, shown, settings, hidden)
-            )
-            try:
-                made.result()
-            except OSError as error:
-                failures.append((name, error))
-    return tuple(failures)
+    # unshare(2) and setns(2) change the calling thread only, so no process is needed
+    with ThreadPoolExecutor(1, "namespaces") as thread:
+        lay_out = partial(_lay_out, directory, shown, settings, hidden)
+        return thread.submit(_make_all, directory, names, lay_out).result()
 
 
 def remove(directory: Path, name: str) -> None:
@@ -141,24 +134,39 @@ def _read_settings() -> dict[str, bytes]:
     return found
 
 
-def _make_one(directory: Path, name: str, lay_out: Callable[[], None]) -> None:
-    remove(directory, name)
+def _make_all(
+    directory: Path, names: Iterable[str], lay_out: Callable[[], None]
+) -> tuple[tuple[str, OSError], ...]:
+    failures = []
     processors = iter(range(os.cpu_count() or 1))
     with _opened("/proc/thread-self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC) as home:
-        while True:
-            mounts.unshare(CLONE_NEWNS | CLONE_NEWIPC)
-            lay_out()
-            with _opened("/proc/thread-self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC) as made:
-                mounts.enter(home, CLONE_NEWNS)
-                try:
-                    _pin(f"/proc/self/fd/{made}", f"{directory}/{name}")
-                except OSError as error:
-                    # Only a younger namespace can be pinned (mnt_ns_loop), and since Linux 6.18 the numbers that tell the age
-                    # are given out by each processor in lots of its own: seen where ours is not the machine's first.
-                    if error.errno != errno.EINVAL or not _moved(processors):
-                        raise
-                else:
-                    return
+        for name in names:
+            try:
+                _make_one(directory, name, home, lay_out, processors)
+            except OSError as error:
+                failures.append((name, error))
+            mounts.enter(home, CLONE_NEWNS)  # where it was not left; from elsewhere no other could be made
+    return tuple(failures)
+
+
+def _make_one(
+    directory: Path, name: str, home: int, lay_out: Callable[[], None], processors: Iterator[int]
+) -> None:
+    remove(directory, name)
+    while True:
+        mounts.unshare(CLONE_NEWNS | CLONE_NEWIPC)
+        lay_out()
+        with _opened("/proc/thread-self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC) as made:
+            mounts.enter(home, CLONE_NEWNS)
+            try:
+                _pin(f"/proc/self/fd/{made}", f"{directory}/{name}")
+            except OSError as error:
+                # Only a younger namespace can be pinned (mnt_ns_loop), and since Linux 6.18 the numbers that tell the age are
+                # given out by each processor in lots of its own: seen where ours is not the machine's first.
+                if error.errno != errno.EINVAL or not _moved(processors):
+                    raise
+            else:
+                return
 
 
 def _moved(processors: Iterator[int]) -> bool:
@@ -182,12 +190,10 @@ def _pin(namespace: str, pin: str) -> None:
 # --- inside -----------------------------------------------------------------------------------------------------------
 
 
-def _lay_out(directory: Path, shown: Sequence[Path], settings: Mapping[str, bytes], hidden: bool) -> None:
+def _lay_out(directory: Path, shown: Sequence[Path], settings: dict[str, bytes], hidden: bool) -> None:
     # slave: what the host mounts and unmounts later arrives, nothing goes the other way
     mounts.mount("none", "/", "", mounts.MS_REC | mounts.MS_SLAVE)
-    mounts.detach(str(directory))
-    for name, content in settings.items():
-        _write_setting(Path("/proc/sys", name), content)
+    _write_settings(settings)
     mounts.mount("partitiond", str(directory), "tmpfs", MS_NOSUID | MS_NODEV, f"mode=0700,size={_SIZE}")
     _cover(directory, shown)
     if os.path.ismount(_QUEUES):
@@ -199,9 +205,15 @@ def _lay_out(directory: Path, shown: Sequence[Path], settings: Mapping[str, byte
     mounts.mount("/proc/thread-self/ns/ipc", str(pin), "", MS_BIND)
 
 
-def _write_setting(path: Path, content: bytes) -> None:
-    if path.read_bytes() != content:
-        path.write_bytes(content)
+def _write_settings(settings: dict[str, bytes]) -> None:
+    for name, content in list(settings.items()):
+        path = Path("/proc/sys", name)
+        if path.read_bytes() == content:
+            del settings[
+                name
+            ]  # all new namespaces begin alike: for the others of this pass it need not be looked at
+        else:
+            path.write_bytes(content)
 
 
 def _cover(directory: Path, shown: Sequence[Path]) -> None:
