@@ -62,6 +62,25 @@ def pinned(directory: Path) -> dict[str, bool]:
     return {name: os.stat(f"{directory}/{name}").st_dev == device for name in names}  # noqa: PTH116 - for 500 of them
 
 
+def is_outside(pin: Path, pid: int) -> bool:
+    """Whether a process is in another mount namespace than the pinned one; one that has ended is not."""
+    try:
+        found = os.stat(f"/proc/{pid}/ns/mnt")  # noqa: PTH116 - a magic link
+    except FileNotFoundError:
+        return False
+    return not pin.exists() or not os.path.samestat(found, pin.stat())
+
+
+def mounts_arrive() -> bool:
+    """Whether what is mounted on this machine later reaches the namespaces: where / is shared, as systemd makes it."""
+    with open("/proc/self/mountinfo", encoding="utf-8", errors="replace") as stream:
+        for line in stream:
+            fields = line.split(" ")
+            if fields[4] == "/":
+                return any(field.startswith("shared:") for field in fields[6 : fields.index("-")])
+    return False
+
+
 def entry(directory: Path, name: str, cwd: Path) -> tuple[str, ...]:
     """The words before a command that let it begin in the namespaces of ``name``, in the directory ``cwd``; for root.
 

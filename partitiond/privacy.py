@@ -18,12 +18,13 @@ from partitiond.operation import Operation
 from partitiond.supervision import relaunched
 
 if TYPE_CHECKING:
-    from collections.abc import Container, Iterable, Mapping
+    from collections.abc import Container, Iterable, Iterator, Mapping
 
     from partitiond.config import Config
     from partitiond.context import Context
     from partitiond.node import Partition
     from partitiond.operation import Action
+    from partitiond.supervision import Process
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,6 +162,41 @@ def relaunch(context: Context, partition: Partition) -> bool:
 def forget(config: Config, partition: Partition) -> None:
     """Remove what an instance leaves behind in its namespaces, with them. Raises OSError."""
     namespaces.remove(directory(config), partition.id)
+
+
+def open_cases(config: Config, partitions: Iterable[Partition], processes: Iterable[Process]) -> list[str]:
+    """What of the privacy of partitions is open on this node, in words."""
+    private = {item.id: item for item in partitions if is_private(config, item)}
+    found = []
+    shared = sorted(item.id for item in partitions if item.id not in private)
+    if shared:
+        names = "every partition" if not private else ", ".join(shared)
+        found.append(
+            f"private_namespaces is off for {names}: /proc, /tmp, /dev/shm and System V IPC are the node's own"
+        )
+    if not private:
+        return found
+    if not namespaces.hides_processes():
+        found.append("partitions see the processes of others in /proc: this kernel is older than Linux 5.8")
+    if not namespaces.mounts_arrive():
+        found.append(
+            "/ is no shared mount, so what is mounted later does not reach partitions that have begun, and what is unmounted"
+            " stays in use there; mount --make-rshared / before the first partition starts"
+        )
+    late = sorted(set(_outside(config, private, processes)))
+    if late:
+        found.append(
+            f"{', '.join(late)} began before its namespaces were made: private when it is next started"
+        )
+    return found
+
+
+def _outside(config: Config, private: Mapping[str, Partition], processes: Iterable[Process]) -> Iterator[str]:
+    """The private partitions of which supervisord runs something that has begun elsewhere."""
+    for process in processes:
+        name = process.group.removesuffix("-tunnel")
+        if name in private and process.pid and namespaces.is_outside(directory(config) / name, process.pid):
+            yield name
 
 
 def remove_all(config: Config) -> None:

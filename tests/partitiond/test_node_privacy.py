@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from json_schemas import parsed
 
-from partitiond import converge, execute, instances, mounts, namespaces, privacy
+from partitiond import converge, execute, instances, mounts, namespaces, privacy, status
 from partitiond.context import Context
 from partitiond.state import InstanceState
 
@@ -55,6 +55,9 @@ class Scene:
             operation.id: (operation.action, operation.reason)
             for operation in converge.plan(self.context, converge.observe(self.context))
         }
+
+    def open_cases(self):
+        return [case for case in status.node(self.context)["node"]["open_cases"] if "namespaces" in case]
 
     def partition(self, index):
         return converge.observe(self.context).node.partitions[index]
@@ -436,13 +439,18 @@ def test_a_tenant_of_an_older_version_runs_on_and_is_private_when_supervisord_st
     scene.apply()
     before = [scene.pid(index) for index in range(3)]
     assert namespaces_of(before[2]) == namespaces_of("self")
+    (case,) = scene.open_cases()
+    assert case.startswith("private_namespaces is off for slappart2: ")
     scene.reread(private_namespaces={"slappart2": None})
     scene.apply()
     assert [scene.pid(index) for index in range(3)] == before
+    (case,) = scene.open_cases()
+    assert case.startswith("slappart2 began before its namespaces were made")
     scene.context.supervisor.shutdown()
     scene.apply()
     for index in range(3):
         assert not set(namespaces_of(scene.pid(index))) & set(namespaces_of("self"))
+    assert not scene.open_cases()
 
 
 def test_a_partition_with_nothing_to_run_has_none(scene):
@@ -669,6 +677,26 @@ def test_one_that_cannot_be_made_harms_no_other(pins):
     ((name, error),) = namespaces.make(pins, ["one", "no/where", "three"])
     assert (name, error.errno) == ("no/where", errno.ENOENT)
     assert namespaces.pinned(pins) == {"one": True, "three": True}
+
+
+def test_what_this_machine_cannot_is_said(scene, monkeypatch):
+    def said(word):
+        return [case for case in status.node(scene.context)["node"]["open_cases"] if word in case]
+
+    assert not namespaces.mounts_arrive(), "nothing is shared in the sandbox"
+    assert said("--make-rshared")
+    assert not said("Linux 5.8")
+    monkeypatch.setattr(namespaces, "hides_processes", lambda: False)
+    assert said("Linux 5.8")
+    mounts.mount("none", "/", "", mounts.MS_SHARED)
+    try:
+        assert namespaces.mounts_arrive()
+        assert not said("--make-rshared")
+    finally:
+        mounts.mount("none", "/", "", mounts.MS_PRIVATE)
+    scene.reread(partitiond={"private_namespaces": "off"})
+    assert said("private_namespaces is off for every partition")
+    assert not said("Linux 5.8")
 
 
 def test_a_kernel_that_cannot_hide_processes_has_the_rest(pins, monkeypatch):
