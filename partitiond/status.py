@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from partitiond import converge, identities, last_good, trial, tunnels
+from partitiond import converge, identities, last_good, privacy, trial, tunnels
 from partitiond.refusal import Refusal
 from stunnel_mgr import sessions
 
@@ -46,7 +46,12 @@ def node(context: Context) -> dict[str, Any]:
             "source_selection": _source_selection(seen),
             "trial": trial.as_json(config.state_dir),
             "bridge_ports": list(config.network.bridge_ports),
-            "open_cases": [*_open_cases(seen.node), *_without_programs(seen), *_refused_resources(todo)],
+            "open_cases": [
+                *_open_cases(seen.node),
+                *_without_programs(seen),
+                *privacy.open_cases(config, seen.node.partitions, seen.processes),
+                *_refused_resources(todo),
+            ],
             "drift": [operation.id for operation in todo if operation.partition is None],
         },
         "partitions": [_partition(context, item, seen, todo) for item in seen.node.partitions],
