@@ -13,7 +13,8 @@ from typing import NamedTuple
 
 from netplan import nfnetlink, rtnetlink
 from netplan.errors import NetplanError
-from netplan.model import ALIAS_MARK
+from netplan.legacy_filter import read_legacy_counters
+from netplan.model import ALIAS_MARK, Backend
 from netplan.netlink import NETLINK_ROUTE, NetlinkSocket
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
@@ -61,8 +62,11 @@ class TapTraffic(NamedTuple):
     packets_out: int
 
 
-def read_counters() -> CounterReading:
+def read_counters(backend: Backend = "nftables") -> CounterReading:
     """Read all counters of the packet filter in one dump."""
+    if backend == "iptables":
+        epoch, values = read_legacy_counters()
+        return _reading(f"{_boot_id()}/{epoch}", values) if epoch else CounterReading("")
     with nfnetlink.nft_socket() as sock:
         for _ in range(_TRIES):
             before = nfnetlink.table(sock)

@@ -13,13 +13,14 @@ from netplan_scene import (
     as_user,
     connect,
     know_each_other,
+    read_counters,
     send,
     serving,
     sink,
     wanted,
 )
 
-from netplan.counters import read_counters
+pytestmark = pytest.mark.usefixtures("backend")
 
 A, B, NOBODY, ROOT = UID, UID + 1, 1234, 0
 A6, B6 = "2001:db8:1::2", "2001:db8:1::3"
