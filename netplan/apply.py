@@ -13,9 +13,9 @@ from pathlib import Path
 from socket import AF_INET, AF_INET6
 from typing import NamedTuple, TypeVar
 
-from netplan import moving, mtu, nftables, rtnetlink
+from netplan import moving, mtu, rtnetlink
 from netplan.errors import NetplanError
-from netplan.filter_state import load_filter
+from netplan.filter_state import load_filter, note_setting, remove_filter
 from netplan.legacy_filter import LegacyOperation, load_legacy, note_legacy, remove_legacy
 from netplan.model import GROUP_GOING, MOVED_MARK, Address, Moving, Route
 from netplan.netlink import NETLINK_ROUTE, NetlinkSocket, Refusal, Request
@@ -30,7 +30,7 @@ from netplan.operations import (
     SysctlOperation,
     TapOperation,
 )
-from netplan.packet_filter import REMOVE, FilterOperation, note_text
+from netplan.packet_filter import FilterOperation
 from netplan.taps import make_taps
 
 # What a bridge takes over of its first port: whether it hears router advertisements, and how strictly it
@@ -122,7 +122,7 @@ def _filter(_sock: NetlinkSocket, group: Sequence[FilterOperation]) -> list[Fail
             if one.wanted:
                 load_filter(one.wanted, one.loaded, one.notes)
             else:
-                nftables.run(REMOVE)
+                remove_filter()
         except NetplanError as error:
             failures.append(Failure(one, error))
     return failures
@@ -146,7 +146,7 @@ def _note(one: SysctlOperation, *, add: bool) -> None:
         if backend == "iptables":
             note_legacy(one.setting.note, add=add)
         else:
-            nftables.run(note_text("add" if add else "delete", one.setting.note))
+            note_setting(one.setting.note, there=add)
 
 
 def _sysctl(_sock: NetlinkSocket, group: Sequence[SysctlOperation]) -> list[Failure]:
@@ -304,6 +304,12 @@ def _taps(sock: NetlinkSocket, group: Sequence[TapOperation]) -> list[Failure]:
         return [*failures, *(Failure(one, error) for one in kept)]
     failures += (Failure(one, failed[one.name]) for one in kept if one.name in failed)
     return failures + _send(sock, (_Step(one, _settings(one)) for one in kept if one.name not in failed))
+
+
+def block_taps(names: Iterable[str]) -> None:
+    """Set taps down at once: no frame leaves a tap that is down.  Those that are not there need nothing."""
+    with NetlinkSocket(NETLINK_ROUTE) as sock:
+        sock.batch([rtnetlink.set_down(name) for name in names])
 
 
 def _settings(one: TapOperation) -> Request:

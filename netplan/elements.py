@@ -1,7 +1,7 @@
 """Elements of nft sets: from the kernel's bytes to the text that nft would be given for them.  Pure.
 
-Only the types that our sets have (``uid``, ``ipv4_addr``, ``ipv6_addr`` and concatenations of them); what
-cannot be read with certainty is None, and its set is then filled anew.
+Only the types that our sets have (:data:`SIZES` and concatenations of them); what cannot be read with
+certainty is None, and its set is then filled anew.
 """
 
 import sys
@@ -10,7 +10,13 @@ from socket import AF_INET, AF_INET6, inet_ntop
 
 from netplan.nfnetlink import Element
 
-_SIZES = {"uid": 4, "ipv4_addr": 4, "ipv6_addr": 16}
+SIZES = {"uid": 4, "ipv4_addr": 4, "ipv6_addr": 16, "ifname": 16, "ether_addr": 6}
+"""The types of fields, with their bytes; in a concatenation each begins at a multiple of four."""
+
+
+def padded(size: int) -> int:
+    """Return what a field takes in a concatenation (include/net/netfilter/nf_tables.h, NFT_REG32_SIZE)."""
+    return (size + 3) & ~3
 
 
 def texts(grammar: str, found: Iterable[Element]) -> frozenset[str] | None:
@@ -29,14 +35,14 @@ def _text(types: list[str], element: Element) -> str:
     fields = []
     offset = 0
     for kind in types:
-        size = _SIZES[kind]
+        size = SIZES[kind]
         first, last = element.key[offset : offset + size], element.last[offset : offset + size]
         # nft puts numbers into network order where ranges must be sorted, that is where there is a last key
         fields.append(
             _network(first, last) if last and first != last else _value(kind, first, sortable=bool(last))
         )
-        offset += size
-    if offset != len(element.key) or element.end:
+        offset += padded(size)
+    if offset != padded(len(element.key)) or element.end:
         raise ValueError
     return _with_counter(" . ".join(fields), element)
 
@@ -64,6 +70,10 @@ def _with_counter(key: str, element: Element) -> str:
 def _value(kind: str, data: bytes, *, sortable: bool) -> str:
     if kind == "uid":
         return str(int.from_bytes(data, "big" if sortable else sys.byteorder))
+    if kind == "ifname":
+        return f'"{data.rstrip(bytes(1)).decode()}"'
+    if kind == "ether_addr":
+        return data.hex(":")
     return inet_ntop(AF_INET if kind == "ipv4_addr" else AF_INET6, data)
 
 

@@ -21,13 +21,16 @@ from typing import Literal, NamedTuple
 from netplan.metering import counter_name
 from netplan.model import DesiredNetwork, PartitionNetwork
 from netplan.once import once, once_each
-from netplan.ownership import DENIED
+from netplan.ownership import RULES
 from netplan.xtables import ANY_USER, Chains, Entry, Rule, entry
 
 PREFIX = "PARTITIOND-"
 """What the name of each of our chains starts with; of at most 28 characters (XT_EXTENSION_MAXNAMELEN)."""
 
 _JUMPS = {"INPUT": "IN", "FORWARD": "FORWARD", "OUTPUT": "OUT"}
+REFUSED, SHARED = "refused", "shared"
+"""What the comments of the rules start with that count refusals, and use of the host's own address."""
+
 _BITS = 4  # the addresses of one chain differ in so many
 
 
@@ -116,7 +119,7 @@ def render_legacy(desired: DesiredNetwork) -> LegacyFilter:
         owned = [one for share in shares for one in share[family]]
         if desired.ownership:
             _ownership(draft, desired.partitions, owned)
-        _metering(draft, owned, ownership=desired.ownership)
+        _metering(draft, desired, owned, family)
         chains[family] = {
             PREFIX + name: tuple(entry(rule, family) for rule in rules)
             for name, rules in draft.chains.items()
@@ -150,79 +153,92 @@ def _owned(one: PartitionNetwork, kind: str, text: str) -> _Owned:
     return _Owned(one.id, one.uid, kind, text, network.prefixlen, neighbours)
 
 
+def _by_user(draft: _Draft, name: str, partitions: Sequence[PartitionNetwork], counted: str) -> str:
+    """Write a chain that counts packets by the partition's user who sent them, and return its name."""
+    blocks: dict[int, list[int]] = {}
+    for one in partitions:
+        blocks.setdefault(one.uid >> _BITS, []).append(one.uid)
+    for block, users in blocks.items():
+        each = (Rule("RETURN", users=(uid, uid), comment=f"{counted}/{uid}") for uid in users)
+        place = draft.chain(f"{name}-{block}", each)
+        of_these = (block << _BITS, (block + 1 << _BITS) - 1)
+        draft.chain(name, [Rule(place, goto=True, users=of_these)])
+    return draft.chain(name, ())
+
+
 def _ownership(draft: _Draft, partitions: Sequence[PartitionNetwork], owned: Sequence[_Owned]) -> None:
     """Write the rules of :mod:`netplan.ownership`."""
     private = [one for one in owned if one.kind == "ipv4"]
-    users: dict[int, list[PartitionNetwork]] = {}
-    for one in partitions:
-        users.setdefault(one.uid >> _BITS, []).append(one)
-    for block, members in users.items():
-        counted = (Rule("RETURN", users=(one.uid, one.uid), comment=f"{DENIED}/{one.id}") for one in members)
-        place = draft.chain(f"DENIED-{block}", counted)
-        of_these = (block << _BITS, (block + 1 << _BITS) - 1)
-        draft.chain("DENIED", [Rule(place, goto=True, users=of_these)])
-    count = Rule(draft.chain("DENIED", ()), comment=DENIED)
-    # as in nftables: a drop is EPERM for send(2), only connect(2) of TCP would wait without a reset; and the
-    # answer to a source that is not on this host would leave it
-    deny = draft.chain("DENY", (count, Rule("RESET", tcp=True), Rule("DROP")))
-    mute = draft.chain("MUTE", (count, Rule("DROP")))
-    rest = draft.chain("REST", [Rule(mute, goto=True, users=ANY_USER, unlike_local=True)])
+    reached = [one for one in owned if one.kind != "ipv4"]
+    needed = {"address": bool(reached), "private": bool(private), "foreign": True}
+    deny = {}
+    for rule in (rule for rule in RULES if needed[rule]):
+        count = Rule(_by_user(draft, rule.upper(), partitions, f"{REFUSED}/{rule}"))
+        # as in nftables: a drop is EPERM for send(2), only connect(2) of TCP would wait without a reset; and
+        # the answer to a source that is not on this host would leave it
+        reset = () if rule == "foreign" else (Rule("RESET", tcp=True),)
+        deny[rule] = draft.chain(f"DENY-{rule.upper()}", (count, *reset, Rule("DROP")))
+    foreign = Rule(deny["foreign"], goto=True, users=ANY_USER, unlike_local=True)
+    rest = draft.chain("REST", [foreign])
 
     def own(one: _Owned) -> Iterator[Rule]:
         yield Rule("RETURN", source=one.text, users=(one.uid, one.uid))
         if one.kind not in ("ipv4", "range"):  # see "same6" of the nft rules
             yield Rule("RETURN", source=one.text, destination=one.text, echo_request=True)
-        yield Rule(deny, goto=True, source=one.text, users=ANY_USER)
+        why = "private" if one.kind == "ipv4" else "address"
+        yield Rule(deny[why], goto=True, source=one.text, users=ANY_USER)
 
     def reach(one: _Owned) -> Iterator[Rule]:
         yield Rule("RETURN", destination=one.text, users=(one.uid, one.uid))
-        yield Rule(deny, goto=True, destination=one.text, users=ANY_USER)
+        yield Rule(deny["private"], goto=True, destination=one.text, users=ANY_USER)
 
     if private:
         draft.chain("OUT", [Rule(draft.look_up("REACH", "destination", private, reach, ""))])
     draft.chain("OUT", [Rule(draft.look_up("OWN", "source", owned, own, rest))])
-    # nobody else sends from what others reach; private addresses: see _metering
-    reached = [one for one in owned if one.kind != "ipv4"]
-    if reached:
+    if reached:  # nobody else sends from these; private addresses: see _metering
         spoofed = draft.look_up(
             "SPOOF", "source", reached, lambda one: iter([Rule("DROP", source=one.text)]), ""
         )
         draft.chain("FORWARD", [Rule(spoofed)])
 
 
-def _metering(draft: _Draft, owned: Sequence[_Owned], *, ownership: bool) -> None:
+def _metering(draft: _Draft, desired: DesiredNetwork, owned: Sequence[_Owned], family: AddressFamily) -> None:
     """Write the counters behind the rules of ownership, by side of lo and direction."""
     metered = [one for one in owned if one.kind != "tun"]
 
-    def counters(scope: str, direction: str) -> str:
+    def counters(scope: str, direction: str, end: str = "") -> str:
         side: _Side = "source" if direction == "out" else "destination"
 
         def count(one: _Owned) -> Iterator[Rule]:
-            if ownership and one.kind == "ipv4" and (scope, direction) == ("remote", "in"):
+            if desired.ownership and one.kind == "ipv4" and (scope, direction) == ("remote", "in"):
                 yield Rule("DROP", destination=one.text)  # the weak host model would let the LAN in
                 return
             name = counter_name(one.partition, one.kind, scope, direction)
             yield _of(Rule("RETURN", comment=name), side, one.text)
 
-        return draft.look_up(f"{scope[0]}{direction}".upper(), side, metered, count, "")
+        return draft.look_up(f"{scope[0]}{direction}".upper(), side, metered, count, end)
 
-    if not metered:
-        return
-    spoofed = [one.target for one in draft.chains.get("FORWARD", ())]
-    draft.chain(
-        "IN",
-        (
-            Rule("RETURN", from_lo=True, rst=True),  # of what ownership refused, see netplan.metering
-            Rule(counters("local", "in"), goto=True, from_lo=True),
-            *(Rule(name) for name in spoofed),
-            Rule(counters("remote", "in"), goto=True),
-        ),
+    version = "ipv6" if family == AF_INET6 else "ipv4"
+    shared = _by_user(draft, "SHARED", desired.partitions, f"{SHARED}/{version}")
+    to_lo = (
+        [Rule(counters("local", "out"), goto=True, to_lo=True)] if metered else [Rule("RETURN", to_lo=True)]
     )
     draft.chain(
         "OUT",
         (
-            Rule("RETURN", to_lo=True, rst=True),
-            Rule(counters("local", "out"), goto=True, to_lo=True),
-            Rule(counters("remote", "out"), goto=True),
+            Rule("RETURN", to_lo=True, rst=True),  # of what ownership refused, see netplan.metering
+            *to_lo,
+            Rule(counters("remote", "out", shared), goto=True),
         ),
     )
+    if metered:
+        spoofed = [one.target for one in draft.chains.get("FORWARD", ())]
+        draft.chain(
+            "IN",
+            (
+                Rule("RETURN", from_lo=True, rst=True),
+                Rule(counters("local", "in"), goto=True, from_lo=True),
+                *(Rule(name) for name in spoofed),
+                Rule(counters("remote", "in"), goto=True),
+            ),
+        )

@@ -363,7 +363,7 @@ class Moving(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class FilterContents:
-    """What is in the table of our packet filter, by name.
+    """What is in the tables of our packet filter, by name (:func:`netplan.nfnetlink.full_name`).
 
     ``elements`` has those of the sets and maps that can be read, written as nft does.  ``intact``: the chains
     are as we left them, and as they are wanted now; then ``digests`` says what they and the sets are, as of
@@ -377,6 +377,7 @@ class FilterContents:
     elements: Mapping[str, frozenset[str]] = field(default_factory=dict)
     intact: bool = False
     generation: int = 0
+    families: frozenset[str] = frozenset()
     digests: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -385,12 +386,14 @@ class FilterState:
     """What is loaded of our packet filter.
 
     ``wanted`` is the fingerprint of the filter it was loaded for ("" when there is none), ``drift`` what was
-    changed since by somebody else; ``contents`` are read only when they are needed.
+    changed since by somebody else; ``contents`` are read only when they are needed.  ``as_of`` is the nft
+    generation at which it was found to be as wanted (0: it was not).
     """
 
     loaded: bool = False
     wanted: str = ""
     drift: tuple[str, ...] = ()
+    as_of: int = 0
     contents: FilterContents = field(default_factory=FilterContents)
 
 

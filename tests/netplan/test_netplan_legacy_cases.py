@@ -9,6 +9,7 @@ from ipaddress import IPv4Address
 
 import pytest
 from netplan_scene import (
+    BASE,
     NEIGHBOUR4,
     NEIGHBOUR6,
     UID,
@@ -110,6 +111,24 @@ def test_case_metered_then_dropped(either):
     assert found.packets_out == (0 if held else 1)
 
 
+def test_case_refusals_of_others(either):
+    node, held = either
+    with sink(node) as port:
+        assert as_user(1234, lambda: send(A6, NEIGHBOUR6, port)) == "EPERM"
+    assert [one.uid for one in read_counters().refused] == ([1234] if held else [])
+
+
+def test_case_own_address_in(either):
+    """By TCP, whose answers come to a socket that the kernel has found already."""
+    node, held = either
+    with sink(node, kind=socket.SOCK_STREAM) as port:
+        assert as_user(A, lambda: connect(str(BASE.ip), NEIGHBOUR6, port)) == "ok"
+    (found,) = read_counters().shared
+    assert (found.uid, found.family) == (A, "ipv6")
+    assert found.packets_out > 1
+    assert (found.packets_in > 0) == held
+
+
 def test_case_two_commits(either, monkeypatch):
     """A change that fails in the middle: with iptables, IPv6 is as wanted and IPv4 as before."""
     node, held = either
@@ -122,7 +141,7 @@ def test_case_two_commits(either, monkeypatch):
 
     with monkeypatch.context() as patch:
         if held:
-            patch.setattr("netplan.nftables.run", lambda _: broken(AF_INET, ()))
+            patch.setattr("netplan.nftables.run", lambda *_: broken(AF_INET, ()))
             patch.setattr("netplan.nfbatch.commit", lambda *_: broken(AF_INET, ()))
         else:
             patch.setattr("netplan.legacy_filter.write", broken)

@@ -14,4 +14,4 @@ def test_a_counter_with_a_comment_is_read_too(node):
     with NetlinkSocket(NETLINK_NETFILTER) as sock:
         found = {one.name: one for one in nfnetlink.counters_of(sock)}
     assert found["commented"] == ("commented", 5, 7)
-    assert found["denied"] == ("denied", 0, 0)
+    assert found["private_in"] == ("private_in", 0, 0)
