@@ -90,34 +90,54 @@ def is_there(family: AddressFamily) -> bool:
         return False
 
 
+class Size(NamedTuple):
+    """How many rules a table has, and how large they are."""
+
+    rules: int
+    bytes: int
+
+
+def size(family: AddressFamily) -> Size:
+    """Return the size of the table, which is made where it is missing."""
+    with _asking(family) as sock:
+        return _info(sock, family)[1]
+
+
 def read(family: AddressFamily) -> dict[str, tuple[Counted, ...]]:
     """Return every chain of the table, which is made where it is missing."""
-    level = _LEVELS[family]
+    with _asking(family) as sock:
+        for _ in range(_TRIES):
+            hooks, (_, length) = _info(sock, family)
+            try:
+                blob = _ask(sock, family, _GET_ENTRIES, _REQUEST.pack(_TABLE, length) + bytes(length))
+            except BlockingIOError:  # EAGAIN: it has become another size
+                continue
+            return parse(blob[_REQUEST.size :], hooks, family)
+    raise _failed(f"the rules of {_TOOLS[family]} change each time that they are read")
+
+
+@contextmanager
+def _asking(family: AddressFamily) -> Iterator[socket]:
     try:
         with socket(family, SOCK_RAW, IPPROTO_RAW) as sock:
-            for _ in range(_TRIES):
-                answer = _ask(sock, level, _GET_INFO, _TABLE.ljust(_INFO.size, b"\0"))
-                _, valid, *numbers = _INFO.unpack(answer)
-                size = numbers[-1]
-                request = _REQUEST.pack(_TABLE, size)
-                try:
-                    blob = _ask(sock, level, _GET_ENTRIES, request + bytes(size))
-                except BlockingIOError:  # EAGAIN: it has become another size
-                    continue
-                hooks = {hook: numbers[hook] for hook in range(5) if valid & 1 << hook}
-                return parse(blob[_REQUEST.size :], hooks, family)
+            yield sock
     except OSError as error:
         hint = "the kernel needs legacy iptables (CONFIG_IP_NF_IPTABLES_LEGACY, CONFIG_IP_NF_FILTER), or set"
         message = f"the kernel does not answer about {_TOOLS[family]}: {error.strerror}"
         raise _failed(message, hint=f"{hint} packet_filter = nftables", retryable=False) from error
-    raise _failed(f"the rules of {_TOOLS[family]} change each time that they are read")
 
 
-def _ask(sock: socket, level: int, option: int, request: bytes) -> bytes:
+def _info(sock: socket, family: AddressFamily) -> tuple[dict[int, int], Size]:
+    """Return where each built-in chain begins, by hook, and the size."""
+    _, valid, *numbers = _INFO.unpack(_ask(sock, family, _GET_INFO, _TABLE.ljust(_INFO.size, b"\0")))
+    return {hook: numbers[hook] for hook in range(5) if valid & 1 << hook}, Size(*numbers[-2:])
+
+
+def _ask(sock: socket, family: AddressFamily, option: int, request: bytes) -> bytes:
     """Call getsockopt(2) with something to say: Python's own passes nothing in."""
     buffer = ctypes.create_string_buffer(request, len(request))
     length = ctypes.c_uint32(len(request))
-    if _libc.getsockopt(sock.fileno(), level, option, buffer, ctypes.byref(length)):
+    if _libc.getsockopt(sock.fileno(), _LEVELS[family], option, buffer, ctypes.byref(length)):
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number))
     return buffer.raw

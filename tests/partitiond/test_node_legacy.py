@@ -3,12 +3,14 @@
 import os
 import socket
 import subprocess
+import threading
 from importlib.util import find_spec
 
 import pytest
 from json_schemas import parsed
 
 from netplan.legacy_cases import OPEN_CASES
+from partitiond.watch import Watch
 
 pytestmark = pytest.mark.skipif(
     find_spec("iptc") is None, reason="python-iptables is not installed: tools/environment --with iptables"
@@ -81,3 +83,21 @@ def test_a_legacy_node_goes_over_and_back_and_nothing_is_billed_twice(bridge, no
     ask("apply")
     done = command("teardown", "--purge", "-c", node.path)
     assert (done.returncode, _rules(), _nft()) == (0, 0, [])
+
+
+def test_a_flush_wakes_the_watch_of_a_legacy_node(bridge, node_config):
+    """Nobody tells of it."""
+    node = node_config(1, partitiond={"packet_filter": "iptables", "uid_base": 6000})
+    woken = threading.Event()
+    watch = Watch(node.load(), woken.set)
+    watch.start()
+    try:
+        subprocess.run(["/usr/sbin/iptables-legacy", "-N", "theirs"], check=True)
+        assert woken.wait(20)
+        assert list(watch.take()) == ["filter/iptables"]
+        subprocess.run(["/usr/sbin/iptables-legacy", "-X", "theirs"], check=True)
+        node.write(partitiond={"packet_filter": "nftables"})
+        watch.attend(node.load())
+        assert watch.take() == {}
+    finally:
+        watch.close()
