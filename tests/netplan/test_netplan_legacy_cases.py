@@ -1,11 +1,13 @@
 """Each case that the packet filter of legacy hosts leaves open: open it is, and nftables holds it."""
 
+import re
 import socket
 import subprocess
 import sys
 import time
 from dataclasses import replace
 from ipaddress import IPv4Address
+from pathlib import Path
 
 import pytest
 from netplan_scene import (
@@ -50,6 +52,11 @@ def either(backend, node):
 def test_every_case_has_a_proof_here():
     proofs = [name.removeprefix("test_case_").replace("_", "-") for name in globals() if "test_case_" in name]
     assert set(proofs) - {"late-notice-of-what-has-the-same-size"} == OPEN_CASES.keys()
+
+
+def test_the_document_names_the_same_cases():
+    text = Path(__file__).parents[2].joinpath("docs/design/packet-filter.md").read_text()
+    assert re.findall(r"^\| `([a-z-]+)` \|", text, re.MULTILINE) == list(OPEN_CASES)
 
 
 def test_case_tap_guard(legacy):
