@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv4Interface, IPv4Network, IPv6Address, IPv6Interface, IPv6Network
 from socket import AF_INET, AF_INET6, inet_ntop
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from netplan.errors import NetplanError
 
@@ -44,6 +44,11 @@ _MAC = re.compile(r"([0-9a-f]{2}:){5}[0-9a-f]{2}")
 
 
 Network = IPv4Network | IPv6Network
+
+Backend = Literal["nftables", "iptables"]
+"""What the packet filter is made of: iptables is for hosts that have nothing else, and holds less
+(:mod:`netplan.legacy_cases`).
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,10 +207,10 @@ class DesiredNetwork:
     ``interface`` gets the partitions' addresses, ``ipv4_interface`` those of IPv4 where that is another one.
     ``bridge`` None: no bridge is made, one that is there may still be named by taps.  ``host_ipv6`` is the
     source hint for unbound IPv6 traffic; ``ownership`` False leaves only metering in the packet filter;
-    ``packet_filter`` False leaves no packet filter at all; ``local_source_table`` gives unbound clients of a
-    partition on the same host the host's source address, ``host_ipv6`` or ``host_ipv4``, where nothing does
-    better; ``cgroup_bpf``: programs at the cgroup shall, if this kernel and our rights allow it; ``protected``
-    is what no guest behind a tap may claim.
+    ``packet_filter`` False leaves no packet filter at all; ``backend`` says what it is made of;
+    ``local_source_table`` gives unbound clients of a partition on the same host the host's source address,
+    ``host_ipv6`` or ``host_ipv4``, where nothing does better; ``cgroup_bpf``: programs at the cgroup shall, if
+    this kernel and our rights allow it; ``protected`` is what no guest behind a tap may claim.
     """
 
     interface: str | None = None
@@ -219,6 +224,7 @@ class DesiredNetwork:
     bridge: BridgeSpec | None = None
     ipv4_interface: str | None = None
     protected: Protected = Protected()
+    backend: Backend = "nftables"
 
     def __post_init__(self) -> None:
         partitions = self.partitions
@@ -423,7 +429,8 @@ class ObservedNetwork:
     ``routes`` are those with our mark, the local ones to ``lo``, and those of the main table that a plan looks
     at. ``moving`` is what the ports of the bridge, or a bridge that goes, have of addresses and routes.
     ``sysctls`` are the settings that a plan may change (absent: not in this kernel), ``notes`` the names of
-    those that we changed, as our table says. ``address_marks``: the kernel keeps IFA_PROTO.
+    those that we changed, as our table says; ``legacy`` and ``legacy_notes`` say the same of iptables.
+    ``address_marks``: the kernel keeps IFA_PROTO.
     """
 
     links: Mapping[str, Link]
@@ -436,3 +443,5 @@ class ObservedNetwork:
     address_marks: bool = True
     filter: FilterState = field(default_factory=FilterState)
     hooks: HookState = field(default_factory=HookState)
+    legacy: FilterState = field(default_factory=FilterState)
+    legacy_notes: frozenset[str] = frozenset()

@@ -23,6 +23,7 @@ from partitiond.errors import PartitiondError
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from netplan.model import Backend
     from partitiond.config_network import NetworkKeys
     from partitiond.device_config import OperatorDevice
 
@@ -148,6 +149,7 @@ class Config:
     state_dir: Path
     log_dir: Path
     run_dir: Path
+    packet_filter: Backend
     address_ownership: bool
     destroy_guard: bool
     intervals: Intervals
@@ -352,12 +354,9 @@ def _link(reader: Reader, section: str, key: str, default: str | None) -> str:
     return reader.text(section, key, default, _INTERFACE, words)
 
 
-def _refuse_iptables(reader: Reader) -> None:
+def _packet_filter(reader: Reader) -> Backend:
     chosen = reader.choice("partitiond", "packet_filter", "nftables", ("nftables", "iptables"))
-    if chosen == "iptables":
-        reader.problems.append(
-            f"{reader.place('partitiond', 'packet_filter')}: packet_filter = 'iptables' is not there yet; allowed: nftables"
-        )
+    return "iptables" if chosen == "iptables" else "nftables"
 
 
 def _ipv4_network(reader: Reader, amount: int) -> ipaddress.IPv4Network:
@@ -412,7 +411,6 @@ def _build(path: Path, reader: Reader) -> Config:
     amount = _amount(reader)
     interface = _link(reader, "slapformat", "interface_name", None)
     bridge = _link(reader, "partitiond", "bridge", "")
-    _refuse_iptables(reader)
     local_network = _ipv4_network(reader, amount)
     ipv6_interface = _link(reader, "slapformat", "ipv6_interface", interface) or interface
     partition_base = _name(reader, "partition_base_name", "slappart")
@@ -452,6 +450,7 @@ def _build(path: Path, reader: Reader) -> Config:
         state_dir=reader.own_path("partitiond", "state_dir", "/var/lib/partitiond"),
         log_dir=reader.own_path("partitiond", "log_dir", "/var/log/partitiond"),
         run_dir=reader.own_path("partitiond", "run_dir", "/run/partitiond"),
+        packet_filter=_packet_filter(reader),
         address_ownership=_enforced(reader),
         destroy_guard=reader.truth("partitiond", "destroy_guard", True),
         intervals=_intervals(reader),

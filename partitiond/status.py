@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from netplan.legacy_cases import OPEN_CASES as LEGACY_CASES
 from partitiond import converge, identities, last_good, privacy, trial, tunnels
 from partitiond.refusal import Refusal
 from stunnel_mgr import sessions
@@ -61,6 +62,8 @@ def node(context: Context) -> dict[str, Any]:
 def _open_cases(target: Node) -> list[str]:
     config = target.config
     found = list(_OPEN_CASES)
+    if config.packet_filter == "iptables":
+        found += (f"{name}: {text} (packet_filter = iptables)" for name, text in LEGACY_CASES.items())
     if not config.address_ownership:
         found.insert(0, "address_ownership is off: every user may use every address of the node")
     rejected = last_good.rejected_file(config)

@@ -62,6 +62,7 @@ def test_the_defaults_are_those_of_slapos_core_and_of_the_contract(load):
     assert found.ipv4_network == ipaddress.IPv4Network("10.0.0.0/16")
     assert (found.interface, found.ipv6_interface, found.network.bridge) == ("br0", "br0", None)
     assert (found.computer_xml, found.computer_json) == (None, None)
+    assert found.packet_filter == "nftables"
     assert (found.create_tap, found.ipv6_range, found.address_ownership, found.destroy_guard) == (True,) * 4
     assert (found.state_dir, found.log_dir, found.run_dir) == (
         Path("/var/lib/partitiond"),
@@ -102,7 +103,6 @@ BAD = [
     ("slapformat", "software_user", "slapuser2", "no user of a partition"),
     ("partitiond", "uid_base", "0", "whole number from 100"),
     ("partitiond", "packet_filter", "nftable", "did you mean nftables?"),
-    ("partitiond", "packet_filter", "iptables", "allowed: nftables"),
     ("partitiond", "address_ownership", "on", "enforce or off"),
     ("partitiond", "destroy_guard", "sometimes", "true, false"),
     ("partitiond", "meter_interval", "0", "whole number from 1"),
