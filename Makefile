@@ -29,7 +29,7 @@ bench: $(B)/test.stamp ## figures beside the floor, in private namespaces
 install: ## an environment at PREFIX that partition users can execute, with all that builds need offline
 	tools/environment --prefix $(PREFIX) --python $(PYTHON) --with master
 
-SOURCES := pyproject.toml setup.py tools/environment $(wildcard requirements/*.txt) \
+SOURCES := pyproject.toml setup.py tools/environment tools/guest $(wildcard requirements/*.txt) \
 	$(shell find partitiond netplan stunnel_mgr accounting slap_client -type f ! -name '*.pyc')
 
 $(B)/demo.stamp: $(SOURCES)
