@@ -5,6 +5,9 @@ from ipaddress import ip_address
 
 BROADCAST = "ff:ff:ff:ff:ff:ff"
 ALL_NODES = "33:33:00:00:00:01"
+SPANNING_TREE = "01:80:c2:00:00:00"
+PADDING, ROUTER_ALERT = b"\1\4\0\0\0\0", b"\5\2\0\0\1\0"  # options of IPv6: RFC 8200, RFC 2711
+SNAP_IPV4 = bytes.fromhex("aaaa030000000800")
 ARP, IPV4, IPV6, VLAN, PROVIDER_VLAN, LOCAL_EXPERIMENT = 0x0806, 0x0800, 0x86DD, 0x8100, 0x88A8, 0x88B5
 _UDP, _ICMP, _ICMP6, _HOP_BY_HOP, _FRAGMENT = 17, 1, 58, 0, 44
 
@@ -18,6 +21,8 @@ def packed(address):
 
 
 def ethernet(source, target, kind, body):
+    """``kind``: the EtherType, or None for the length that IEEE 802.3 has there."""
+    kind = len(body) if kind is None else kind
     return mac_bytes(target) + mac_bytes(source) + struct.pack("!H", kind) + body
 
 
@@ -34,9 +39,11 @@ def _checksum(data):
     return ~total & 0xFFFF
 
 
-def ipv4(source, target, protocol, body):
-    head = struct.pack("!BBHHHBBH", 0x45, 0, 20 + len(body), 1, 0, 64, protocol, 0)
-    head += packed(source) + packed(target)
+def ipv4(source, target, protocol, body, *, more=False, options=b""):
+    """``more``: a first fragment."""
+    words, length = 5 + len(options) // 4, 20 + len(options) + len(body)
+    head = struct.pack("!BBHHHBBH", 0x40 | words, 0, length, 1, more << 13, 64, protocol, 0)
+    head += packed(source) + packed(target) + options
     return head[:10] + struct.pack("!H", _checksum(head)) + head[12:] + body
 
 
@@ -61,10 +68,9 @@ def icmp6(source, target, body):
     return ipv6(source, target, _ICMP6, _icmp6_body(source, target, body))
 
 
-def behind_hop_by_hop(source, target, body):
-    """An ICMPv6 message behind an options header that says nothing (PadN)."""
-    options = bytes([_ICMP6, 0, 1, 4, 0, 0, 0, 0])
-    return ipv6(source, target, _HOP_BY_HOP, options + _icmp6_body(source, target, body))
+def behind_options(source, target, body, option):
+    """An ICMPv6 message behind a hop-by-hop header with an option of six bytes."""
+    return ipv6(source, target, _HOP_BY_HOP, bytes([_ICMP6, 0]) + option + _icmp6_body(source, target, body))
 
 
 def in_a_fragment(source, target, body):
@@ -123,6 +129,17 @@ def dhcp_offer(server, offered, mac):
     )
     head += bytes(4) + mac_bytes(mac).ljust(16, b"\0") + bytes(192)
     return head + bytes.fromhex("63825363 350102 3604") + packed(server) + b"\3\4" + packed(server) + b"\xff"
+
+
+def multicast_query():
+    """Who asks so is the querier, to whom switches send all groups: RFC 2710, RFC 2236."""
+    return struct.pack("!BBHHH", 130, 0, 0, 1000, 0) + bytes(16), bytes.fromhex("1164ee9b00000000")
+
+
+def bridge_protocol(mac):
+    """Be the root of the spanning tree: IEEE 802.1D, 9.3.1."""
+    root = b"\0\0" + mac_bytes(mac)
+    return b"\x42\x42\3" + bytes(5) + root + bytes(4) + root + bytes.fromhex("8001 0000 1400 0200 0f00")
 
 
 # --- what is seen -----------------------------------------------------------------------------------------------------

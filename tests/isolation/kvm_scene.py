@@ -18,6 +18,8 @@ from kvm_image import busybox
 NODE4, ROUTER4 = "192.0.2.2", "192.0.2.1"
 NODE6, ROUTER6 = "2001:db8:1::2", "2001:db8:1::1"  # as tests/conftest.py has them
 PREFIX6, LEASES = "2001:db8:1::", ("192.0.2.100", "192.0.2.120")
+GATEWAY4 = "198.51.100.1"
+_FORWARDING = Path("/proc/sys/net/ipv4/ip_forward"), Path("/proc/sys/net/ipv6/conf/all/forwarding")
 _TUNSETIFF, _IFF_TAP, _IFF_NO_PI = 0x400454CA, 0x0002, 0x1000  # include/uapi/linux/if_tun.h
 _ETH_P_ALL, _SO_RCVBUFFORCE = 3, 33
 _CLONE_NEWNET = 0x40000000
@@ -95,6 +97,23 @@ def standing_router(bridge, directory):
         yield router
     finally:
         router.stop()
+
+
+@contextlib.contextmanager
+def forwarding(bridge, networks):
+    """Have the node forward what the router sends to it for ``networks``; guests' IPv4 are of gw0's network."""
+    kept = {one: one.read_text() for one in _FORWARDING}
+    ip("link add gw0 type bridge", "link set gw0 up", f"address add {GATEWAY4}/24 dev gw0")
+    ways = ((one, NODE6 if ":" in one else NODE4) for one in networks)
+    ip(*(f"route add {network} via {node}" for network, node in ways), namespace=bridge.router)
+    try:
+        for one in _FORWARDING:
+            one.write_text("1")
+        yield
+    finally:
+        for one, text in kept.items():
+            one.write_text(text)
+        ip("link delete gw0")
 
 
 # --- sinks --------------------------------------------------------------------------------------------------------------

@@ -16,11 +16,16 @@ from kvm_frames import (
     IPV4,
     IPV6,
     LOCAL_EXPERIMENT,
+    PADDING,
     PROVIDER_VLAN,
+    ROUTER_ALERT,
+    SNAP_IPV4,
+    SPANNING_TREE,
     VLAN,
     advertisement,
     arp,
-    behind_hop_by_hop,
+    behind_options,
+    bridge_protocol,
     dhcp_offer,
     ethernet,
     icmp4,
@@ -28,6 +33,7 @@ from kvm_frames import (
     in_a_fragment,
     ipv4,
     mac_bytes,
+    multicast_query,
     packed,
     redirect,
     redirect4,
@@ -69,18 +75,22 @@ class Lan:
 # --- with the guest's own means -------------------------------------------------------------------------------------------
 
 
+def _spoken(foreign, target):
+    width = 128 if ":" in foreign else 32
+    detection = "/proc/sys/net/ipv6/conf/eth0/accept_dad"  # without it an address can be used at once
+    return (
+        f"echo 0 >{detection}; ip address add {foreign}/{width} dev eth0",
+        f"send datagram {foreign} {target}",
+        f"ip address del {foreign}/{width} dev eth0; echo 1 >{detection}",
+    )
+
+
 def _address(lan, what, foreign, target):
     """Take an address, and speak from it: with ARP or neighbour discovery first, where the target's MAC is not known."""
-    width = 128 if ":" in foreign else 32
     value = packed(foreign)
-    detection = "/proc/sys/net/ipv6/conf/eth0/accept_dad"  # without it an address can be used at once
     return Spoof(
         f"datagram from {what}",
-        (
-            f"echo 0 >{detection}; ip address add {foreign}/{width} dev eth0",
-            f"send datagram {foreign} {target}",
-            f"ip address del {foreign}/{width} dev eth0; echo 1 >{detection}",
-        ),
+        _spoken(foreign, target),
         lambda frame: sources(frame) == (mac_bytes(lan.mac), value),
     )
 
@@ -169,11 +179,12 @@ def _routers(lan):
     source, everybody = lan.link_local, "ff02::1"
     advertised = router_advertisement(_PREFIX, lan.mac)
     passed = ipv4(NODE4, "198.51.100.9", 17, bytes(8))
+    asked6, asked4 = multicast_query()
     return (
         _raw("RA", ethernet(lan.mac, ALL_NODES, IPV6, icmp6(source, everybody, advertised))),
         _raw(
             "RA behind an options header",
-            ethernet(lan.mac, ALL_NODES, IPV6, behind_hop_by_hop(source, everybody, advertised)),
+            ethernet(lan.mac, ALL_NODES, IPV6, behind_options(source, everybody, advertised, PADDING)),
         ),
         _raw(
             "RA in a fragment",
@@ -187,16 +198,29 @@ def _routers(lan):
             "ICMP redirect",
             ethernet(lan.mac, BROADCAST, IPV4, icmp4(lan.ipv4, NODE4, redirect4(lan.ipv4, passed))),
         ),
+        _raw(
+            "MLD query",
+            ethernet(lan.mac, ALL_NODES, IPV6, behind_options(source, everybody, asked6, ROUTER_ALERT)),
+        ),
+        _raw(
+            "IGMP query", ethernet(lan.mac, "01:00:5e:00:00:01", IPV4, ipv4(lan.ipv4, "224.0.0.1", 2, asked4))
+        ),
+        _raw("root of the spanning tree", ethernet(lan.mac, SPANNING_TREE, None, bridge_protocol(lan.mac))),
     )
 
 
 def _servers(lan):
     offer = dhcp_offer(lan.ipv4, "192.0.2.200", lan.node_mac)
     advertise = bytes.fromhex("02005afe") + _TOKEN
+    first = udp(lan.ipv4, "255.255.255.255", 67, 68, offer)[20:]
     return (
         _raw(
             "DHCP server",
             ethernet(lan.mac, BROADCAST, IPV4, udp(lan.ipv4, "255.255.255.255", 67, 68, offer)),
+        ),
+        _raw(
+            "DHCP server in fragments",
+            ethernet(lan.mac, BROADCAST, IPV4, ipv4(lan.ipv4, "255.255.255.255", 17, first[:128], more=True)),
         ),
         _raw(
             "DHCPv6 server",
@@ -214,6 +238,7 @@ def _datagrams(lan):
     everybody4, everybody6 = "192.0.2.255", "ff02::1"
     once, twice, cut = (data(NODE4, everybody4, _TOKEN + word) for word in (b"once", b"twice", b"cut off"))
     tag = b"\0\2" + IPV4.to_bytes(2, "big")
+    back = b"\x83\7\4" + packed(lan.ipv4) + b"\0"  # loose source and record route: RFC 791
     doubly = b"\0\3" + VLAN.to_bytes(2, "big") + tag
     return (
         _raw("UDP from the node's address", ethernet(lan.mac, BROADCAST, IPV4, data(NODE4, everybody4))),
@@ -230,6 +255,19 @@ def _datagrams(lan):
         _raw("802.1Q", ethernet(lan.mac, BROADCAST, VLAN, tag + once), once),
         _raw("802.1ad with 802.1Q", ethernet(lan.mac, BROADCAST, PROVIDER_VLAN, doubly + twice), twice),
         _raw("unknown EtherType", ethernet(lan.mac, BROADCAST, LOCAL_EXPERIMENT, _TOKEN)),
+        _raw(
+            "UDP from the node in 802.2",
+            ethernet(lan.mac, BROADCAST, None, SNAP_IPV4 + data(NODE4, everybody4)),
+        ),
+        _raw(
+            "IPv4 with a route back",
+            ethernet(
+                lan.mac,
+                BROADCAST,
+                IPV4,
+                ipv4(lan.ipv4, everybody4, 17, data(NODE4, everybody4)[20:], options=back),
+            ),
+        ),
         _raw("cut off IPv4 header", ethernet(lan.mac, BROADCAST, IPV4, cut[:11])),
     )
 
@@ -242,10 +280,21 @@ def strangers(lan):
     )
 
 
-def marker(lan, text):
-    """An honest frame to everybody, and what it is known by."""
-    frame = ethernet(lan.mac, BROADCAST, IPV4, udp(lan.ipv4, "192.0.2.255", 40001, 9, text.encode()))
-    return f"send frame eth0 {frame.hex()}", frame
+def routed(foreign, beyond):
+    """A datagram from ``foreign`` to somebody ``beyond`` the node, which puts its own MAC before it."""
+    value = packed(foreign)
+    return Spoof(
+        f"datagram from {foreign}",
+        _spoken(foreign, beyond),
+        lambda frame: sources(frame)[1] == value and foreign.encode() in frame,
+    )
+
+
+def honest(lan, text, *, to=(BROADCAST, "192.0.2.255")):
+    """A line that sends ``text`` as who the guest is; ``to`` a MAC and an address."""
+    mac, target = to
+    frame = ethernet(lan.mac, mac, IPV4, udp(lan.ipv4, target, 40001, 9, text.encode()))
+    return f"send frame eth0 {frame.hex()}"
 
 
 def spoofs(lan):

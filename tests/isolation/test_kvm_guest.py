@@ -4,32 +4,13 @@ qemu runs as the partition's user; the kernel in it is Debian's own. What a spoo
 router and at another guest's tap. The guest's console stands at the end of the log.
 """
 
-import contextlib
-import json
-import pwd
-
 import pytest
-from kvm_guest import booted
-from kvm_image import needed, place
-from kvm_scene import ROUTER4, ROUTER6, mac_of, standing_router, standing_sinks
-from kvm_spoofs import Lan, link_local, marker, spoofs, strangers
+from kvm_image import needed
+from kvm_scene import GATEWAY4, ROUTER4, ROUTER6, forwarding, mac_of, standing_router
+from kvm_spoofs import routed, spoofs, strangers
+from kvm_tenant import Consoles, Tenant, attacked, logged, reaches_the_router, seen_at_any_time, table
 
 OWN_MAC = "52:54:00:12:34:56"  # made up by the guest's release, as qemu's default is
-
-
-class Consoles:
-    """What guests said and where their spoofs were seen, shown at the end of the run whatever came of it."""
-
-    def __init__(self):
-        self._sections = []
-
-    def add(self, guard, what, text):
-        self._sections.append((f"kvm guest, tap_guard = {guard}: {what}", text))
-
-    def pytest_terminal_summary(self, terminalreporter):
-        for title, text in self._sections:
-            terminalreporter.section(title)
-            terminalreporter.write_line(text)
 
 
 @pytest.fixture(scope="session")
@@ -37,46 +18,6 @@ def consoles(request):
     made = Consoles()
     request.config.pluginmanager.register(made)
     return made
-
-
-class Tenant:
-    """A whole node with a guest on its first partition's tap."""
-
-    def __init__(self, bridge, node, command):
-        self.bridge, self.node, self._command = bridge, node, command
-        self.apply()
-        self.status = self._said("status")["partitions"]
-        owner = pwd.getpwnam("slapuser0")
-        self.images = place(node.instance / "slappart0", owner.pw_uid, owner.pw_gid)
-
-    def _said(self, verb):
-        done = self._command(verb, "--json", "-c", self.node.path)
-        assert done.returncode == 0, done.stdout + done.stderr
-        return json.loads(done.stdout)
-
-    def apply(self):
-        assert self._said("apply")["left"] == []
-
-    def nothing_to_do(self):
-        assert self._said("plan")["operations"] == []
-
-    def boot(self, mac):
-        return booted("slapuser0", "slaptap0", mac, self.images)
-
-    def sinks(self):
-        return standing_sinks(self.bridge, "slaptap1")
-
-    def lan(self, router, guest, ipv4, ipv6):
-        return Lan(
-            mac=guest.mac,
-            ipv4=ipv4,
-            ipv6=ipv6,
-            link_local=link_local(guest.mac),
-            router_mac=router.mac,
-            node_mac=mac_of(self.bridge.name),
-            tap_mac=self.status[1]["tap"]["mac"],
-            partition6=self.status[1]["ipv6"],
-        )
 
 
 @pytest.fixture
@@ -91,51 +32,6 @@ def router(bridge, tmp_path):
     needed()
     with standing_router(bridge, tmp_path) as made:
         yield made
-
-
-def reaches_the_router(guest, page):
-    """Echo and TCP over both families, by whatever addresses the guest has."""
-    for address in (ROUTER4, ROUTER6):
-        where = f"[{address}]" if ":" in address else address
-        guest.does(f"again ping -c 1 -W 1 {address}")
-        assert guest.does(f"wget -q -O - http://{where}/page") == page
-
-
-def attacked(guest, sinks, lan, attempts):
-    """Where each attempt was seen, by its name.
-
-    An honest frame follows each: frames of one queue of a card keep their order, so what a sink sees before it came from
-    the attempt.  That it is seen at all shows that the sinks work.
-    """
-    found = {}
-    for number, one in enumerate(attempts):
-        for line in one.lines:
-            guest.does(line)  # a guest is not told what a guard drops
-        send, mark = marker(lan, f"honest {number}.")
-        guest.does(send)
-        found[one.name] = [sink.name for sink in sinks if any(map(one.seen_in, sink.until(mark)))]
-    return found
-
-
-def seen_at_any_time(sinks, attempts):
-    """Names of attempts of which something was seen, be it late."""
-    return {one.name for one in attempts for sink in sinks if any(map(one.seen_in, sink.frames))}
-
-
-def table(found):
-    width = max(map(len, found))
-    seen = sum(map(bool, found.values()))
-    rows = [f"{name:<{width}}  {', '.join(where) or '-'}" for name, where in found.items()]
-    return "\n".join([*rows, f"{len(found)} tried from inside, {seen} seen outside"])
-
-
-@contextlib.contextmanager
-def logged(consoles, guest, guard):
-    """Keep the guest's console, whatever comes of it."""
-    try:
-        yield
-    finally:
-        consoles.add(guard, "its console", guest.text())
 
 
 # --- with assigned addresses ----------------------------------------------------------------------------------------------
@@ -165,4 +61,52 @@ def test_a_guest_with_assigned_addresses_uses_those_alone(guard, tenant, router,
         assert [name for name, where in found.items() if not where] == []
     else:
         assert seen_at_any_time(sinks, hostile) == set()
+    here.nothing_to_do()
+
+
+# --- behind a routed tap --------------------------------------------------------------------------------------------------
+
+BEYOND4, BEYOND6 = "203.0.113.9", "2001:db8:9::9"  # somewhere behind the router
+
+
+@pytest.fixture
+def gateway(router, bridge):
+    with forwarding(bridge, ("198.51.100.0/24", "2001:db8:1:0:8000::/66")):
+        yield
+
+
+def takes_what_it_is_given(guest, tap):
+    """As .slapos-resource has it: an IPv4 address behind a gateway, and the first address of a range."""
+    guest.does(f"ip link set lo up; ip link set eth0 up; ip address add {tap['ipv4_addr']}/32 dev eth0")
+    guest.does(f"ip route add {GATEWAY4} dev eth0; ip route add default via {GATEWAY4}")
+    guest.does(f"ip address add {tap['ipv6_gateway']}/80 dev eth0")
+    guest.does(f"ip -6 route add default via {tap['ipv6_addr']}; again settled 'inet6 {tap['ipv6_gateway']}'")
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("guard", ["off"])
+def test_a_guest_behind_a_routed_tap_uses_its_own_addresses_alone(guard, gateway, tenant, router, consoles):
+    """As slapformat makes taps. Where nothing is said, the guard is ``strict``; without one all that is tried arrives."""
+    title = f"{guard or 'strict'}, routed"
+    here = tenant(slapformat={"tap_gateway_interface": "gw0"}, partitiond={"tap_guard": guard})
+    tap = here.resource()["tap"]
+    with here.sinks() as sinks, here.boot(tap["mac"]) as guest, logged(consoles, guest, title):
+        takes_what_it_is_given(guest, tap)
+        reaches_the_router(guest, router.page)
+        lan = here.lan(router, guest, tap["ipv4_addr"], tap["ipv6_gateway"])
+        own = (routed(f"{tap['ipv6_gateway']}77", BEYOND6),)
+        hostile = (
+            *(routed(one, BEYOND4) for one in (ROUTER4, "198.51.100.3", "198.51.100.77", "203.0.113.50")),
+            *(routed(one, BEYOND6) for one in (ROUTER6, "2001:db8:1:0:8002::77", "2001:db8:77::1")),
+        )
+        reached = [one for one in sinks if one.name == "router"]  # the others are on the way, or not on it
+        found = attacked(guest, reached, lan, own + hostile, to=(mac_of("slaptap0"), BEYOND4))
+        consoles.add(title, "what was seen of it", table(found))
+        reaches_the_router(guest, router.page)
+        guest.power_off()
+    if guard == "off":
+        assert [name for name, where in found.items() if not where] == []
+    else:
+        assert seen_at_any_time(reached, hostile) == set()
+        assert [name for name, where in found.items() if where] == [one.name for one in own]
     here.nothing_to_do()
