@@ -80,7 +80,7 @@ class Scene:
     def start(self, index):
         """Start what it has, as each pass of the instances does."""
         partition = self.partition(index)
-        self.context.supervisor.write_group(instances.process_group(self.context, partition))
+        self.context.supervisor.write_group(programs.group(self.context, partition))
         self.context.supervisor.update()
         self.context.supervisor.start_group(partition.id)
 
