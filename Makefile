@@ -6,7 +6,7 @@ ENV := $(B)$(PREFIX)
 RUN := $(ENV)/bin/python3 -I -m partitiond.sandbox --bind $(CURDIR):$(CURDIR) --
 ARGS ?=
 
-.PHONY: help demo test test-full lint bench install clean
+.PHONY: help demo test test-full lint bench bench-packets install clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -25,6 +25,9 @@ lint: $(B)/test.stamp ## ruff, mypy --strict, import-linter
 
 bench: $(B)/test.stamp ## figures beside the floor, in private namespaces
 	$(RUN) $(PREFIX)/bin/python3 -P $(CURDIR)/tests/bench/node.py $(ARGS)
+
+bench-packets: $(B)/test.stamp ## what isolation costs a packet, beside no rules, in private namespaces
+	$(RUN) $(PREFIX)/bin/python3 -P $(CURDIR)/tests/bench/packets.py $(ARGS)
 
 install: ## an environment at PREFIX that partition users can execute, with all that builds need offline
 	tools/environment --prefix $(PREFIX) --python $(PYTHON) --with master

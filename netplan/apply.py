@@ -13,9 +13,9 @@ from pathlib import Path
 from socket import AF_INET, AF_INET6
 from typing import NamedTuple, TypeVar
 
-from netplan import moving, mtu, nftables, rtnetlink
+from netplan import moving, mtu, rtnetlink
 from netplan.errors import NetplanError
-from netplan.filter_state import load_filter, remove_filter
+from netplan.filter_state import load_filter, note_setting, remove_filter
 from netplan.model import GROUP_GOING, MOVED_MARK, Address, Moving, Route
 from netplan.netlink import NETLINK_ROUTE, NetlinkSocket, Refusal, Request
 from netplan.operations import (
@@ -29,7 +29,7 @@ from netplan.operations import (
     SysctlOperation,
     TapOperation,
 )
-from netplan.packet_filter import FilterOperation, note_text
+from netplan.packet_filter import FilterOperation
 from netplan.taps import make_taps
 
 # What a bridge takes over of its first port: whether it hears router advertisements, and how strictly it
@@ -133,10 +133,10 @@ def _sysctl(_sock: NetlinkSocket, group: Sequence[SysctlOperation]) -> list[Fail
         try:
             # first the note: a crash in between leaves one too many, not one too few
             if one.note and one.action != "remove":
-                nftables.run(note_text("add", one.setting.note))
+                note_setting(one.setting.note, there=True)
             one.setting.path.write_text(one.value, encoding="ascii")
             if one.note and one.action == "remove":
-                nftables.run(note_text("delete", one.setting.note))
+                note_setting(one.setting.note, there=False)
         except NetplanError as error:
             failures.append(Failure(one, error))
         except FileNotFoundError:
@@ -282,6 +282,12 @@ def _taps(sock: NetlinkSocket, group: Sequence[TapOperation]) -> list[Failure]:
         return [*failures, *(Failure(one, error) for one in kept)]
     failures += (Failure(one, failed[one.name]) for one in kept if one.name in failed)
     return failures + _send(sock, (step for one in kept if one.name not in failed for step in _settings(one)))
+
+
+def block_taps(names: Iterable[str]) -> None:
+    """Set taps down at once: no frame leaves a tap that is down.  Those that are not there need nothing."""
+    with NetlinkSocket(NETLINK_ROUTE) as sock:
+        sock.batch([rtnetlink.set_down(name) for name in names])
 
 
 def _settings(one: TapOperation) -> Iterator[_Step]:

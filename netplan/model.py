@@ -392,12 +392,14 @@ class FilterState:
     """What is loaded of our packet filter.
 
     ``wanted`` is the fingerprint of the filter it was loaded for ("" when there is none), ``drift`` what was
-    changed since by somebody else; ``contents`` are read only when they are needed.
+    changed since by somebody else; ``contents`` are read only when they are needed.  ``as_of`` is the nft
+    generation at which it was found to be as wanted (0: it was not).
     """
 
     loaded: bool = False
     wanted: str = ""
     drift: tuple[str, ...] = ()
+    as_of: int = 0
     contents: FilterContents = field(default_factory=FilterContents)
 
 

@@ -65,20 +65,21 @@ class Filter:
     fingerprint: str
 
     def transaction(self, loaded: FilterContents, notes: Sequence[str] = ()) -> str:
-        """Return the text that brings the table from ``loaded`` to this state.
+        """Return the text that brings our tables, which are there, from ``loaded`` to this state.
 
+        No table is named as one to add: nft would ask for one without flags (:mod:`netplan.holding`).
         ``notes`` of kernel settings (:mod:`netplan.sysctls`) are added; those that are there stay.
         """
-        parts = [f"add table {family} {TABLE}\n" for family in self.families]
         if loaded.intact:
-            parts.append(f"flush chain inet {TABLE} {FINGERPRINT_CHAIN}\n")
+            parts = [f"flush chain inet {TABLE} {FINGERPRINT_CHAIN}\n"]
         else:
-            parts += (f"flush table {family} {TABLE}\n" for family in self.families)
+            parts = [f"flush table {family} {TABLE}\n" for family in self.families]
         # counters come first: nft 1.0.6 sends the elements of a new interval map together with the map itself
-        parts.append(
-            _block("inet", [f"counter {name} {{ }}" for name in sorted(self.counters - loaded.counters)])
+        parts += (f"add counter inet {TABLE} {name}\n" for name in sorted(self.counters - loaded.counters))
+        parts += (
+            "" if loaded.intact else self.declarations,
+            *(f"add counter inet {TABLE} {one}\n" for one in notes),
         )
-        parts += ("" if loaded.intact else self.declarations, *(note_text("add", one) for one in notes))
         less, more = self._difference(loaded)
         parts += (*less, *self._stale(loaded), *more)
         parts.append("" if loaded.intact else self.rules)
@@ -96,20 +97,15 @@ class Filter:
         """Yield the texts to try in this order, each good for more than the one before.
 
         Changes alone; everything filled again; the table replaced, for what cannot be changed in place (such
-        as the type of a set).  Only with the last do the counters begin anew, which their epoch tells.
+        as the type of a set).  Only with the last do the counters begin anew, which their epoch tells, and
+        nobody can hold such tables.
         """
         yield self.transaction(loaded, notes)
         yield self.transaction(replace(loaded, elements={}, intact=False), notes)
         there = {one for one in loaded.counters if one.startswith(NOTES)}
-        yield self.anew(loaded.families, sorted(there.union(notes)))
-
-    def anew(self, there: Iterable[str], notes: Sequence[str] = ()) -> str:
-        """Return the text that makes the tables anew, whatever is in those that are ``there``."""
-        opening = "".join(
-            f"add table {family} {TABLE}\ndelete table {family} {TABLE}\n"
-            for family in sorted({*self.families, *there})
-        )
-        return opening + self.transaction(FilterContents(), notes)
+        everything = sorted({*self.families, *loaded.families})
+        opening = removal(everything) + "".join(f"add table {family} {TABLE}\n" for family in self.families)
+        yield opening + self.transaction(FilterContents(), sorted(there.union(notes)))
 
     def small_change(self, loaded: FilterContents, notes: Sequence[str] = ()) -> list[Request] | None:
         """Return what brings the table from ``loaded`` to this state by elements and counters alone; None where
@@ -183,11 +179,6 @@ class FilterOperation(Operation):
     notes: tuple[str, ...] = ()
 
 
-def note_text(verb: str, note: str) -> str:
-    """Return the command that adds or deletes a note of a kernel setting."""
-    return f"{verb} counter inet {TABLE} {note}\n"
-
-
 def _elements(verb: str, name: str, elements: Sequence[str]) -> str:
     return f"{verb} element {_place(name)} {{ {', '.join(elements)} }}\n" if elements else ""
 
@@ -198,11 +189,6 @@ def _place(full: str) -> str:
     return f"{family} {TABLE} {name}"
 
 
-def _block(family: str, lines: Iterable[str]) -> str:
-    body = "".join(f" {line}\n" for line in lines)
-    return f"table {family} {TABLE} {{\n{body}}}\n" if body else ""
-
-
 @once
 def render(desired: DesiredNetwork) -> Filter:
     """Return the packet filter of a desired state."""
@@ -210,9 +196,9 @@ def render(desired: DesiredNetwork) -> Filter:
     if desired.ownership:
         parts.insert(0, ownership(desired.partitions))
     parts += tap_guard(desired.partitions, desired.protected)
-    declarations = "".join(_block(part.family, _declarations(part)) for part in parts)
-    declarations += _block("inet", (f"chain {FINGERPRINT_CHAIN} {{ }}",))
-    rules = "".join(_block(part.family, _rules(part)) for part in parts)
+    declarations = "".join(line for part in parts for line in _declarations(part))
+    declarations += f"add chain inet {TABLE} {FINGERPRINT_CHAIN}\n"
+    rules = "".join(line for part in parts for line in _rules(part))
     elements = {_of(part, name): values for part in parts for name, values in part.elements.items()}
     counters = [name for part in parts for name in part.counters]
     structure = hashlib.sha256((declarations + rules).encode())
@@ -239,17 +225,17 @@ def _of(part: Part, name: str) -> str:
 
 
 def _declarations(part: Part) -> Iterator[str]:
+    where = f"{part.family} {TABLE}"
     for name, grammar in part.sets.items():
-        yield f"set {name} {{ {grammar}; }}"
+        yield f"add set {where} {name} {{ {grammar}; }}\n"
     for name, grammar in part.maps.items():
-        yield f"map {name} {{ {grammar}; }}"
+        yield f"add map {where} {name} {{ {grammar}; }}\n"
     for name in part.chains:
         hook = part.hooks.get(name)
-        yield f"chain {name} {{ type filter hook {hook}; policy accept; }}" if hook else f"chain {name} {{ }}"
+        about = f" {{ type filter hook {hook}; policy accept; }}" if hook else ""
+        yield f"add chain {where} {name}{about}\n"
 
 
 def _rules(part: Part) -> Iterator[str]:
     for name, rules in part.chains.items():
-        yield f"chain {name} {{"
-        yield from (f" {rule}" for rule in rules)
-        yield "}"
+        yield from (f"add rule {part.family} {TABLE} {name} {rule}\n" for rule in rules)

@@ -237,6 +237,13 @@ def set_port(name: str, forwards: int) -> Request:
     return Request(_RTM_NEWLINK, 0, payload)
 
 
+def set_down(name: str) -> Request:
+    """Ask for a link to be down."""
+    return Request(
+        _RTM_SETLINK, 0, _IFINFO.pack(0, 0, 0, 0, _IFF_UP) + attribute(_IFLA_IFNAME, name.encode() + b"\0")
+    )
+
+
 def make_bridge(name: str, index: int, mac: str) -> Request:
     """Ask for a bridge with that number, without spanning tree, whose ports forward at once; in the group of
     what is still to be marked.

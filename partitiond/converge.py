@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from netplan import apply as netplan_apply
+from netplan import filter_state as netplan_filter
 from netplan import observe as netplan_observe
 from netplan import plan as netplan_plan
 from netplan.model import BRIDGE_ALIAS
@@ -461,6 +462,7 @@ def apply(
             outcome.failures = _run(context, seen, todo)
             outcome.done += len(todo) - len(outcome.failures)
             seen, whole = _look(context, only, force=force, done=whole)
+        _try(outcome.failures, "filter/partitiond", partial(netplan_filter.keep, seen.network.filter))
         outcome.left, outcome.refused = tuple(todo), todo.refused
         if not todo:
             context.store.save_base(seen.node.base)

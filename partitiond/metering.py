@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from partitiond.node import Node, Partition
 
 _DISK_SECONDS = 300.0
+_OF_TAP = "tap-"
 
 _SHARED_ADDRESSES = {"ipv6": "::", "ipv4": "0.0.0.0"}  # noqa: S104 - nothing listens there
 """What stands for the node's own addresses in what is metered: they may change, and belong to all."""
@@ -79,7 +80,7 @@ class Metering:
             at=time.time(),
             owners=owners,
             traffic=(*_addresses(reading, known), *_shared(reading, node), *_taps(known)),
-            counts=tuple(_refusals(reading, node)),
+            counts=tuple(_denied(reading, node)),
             gauges=(*scan.gauges(), *self._disks(node)),
             processes=scan.processes,
         )
@@ -156,23 +157,30 @@ def _shared(reading: counters.CounterReading, node: Node) -> Iterator[TrafficRea
             )
 
 
-def _refusals(reading: counters.CounterReading, node: Node) -> Iterator[CountReading]:
-    """What was refused, by the partition whose user or guest tried; those who never did have no counter."""
+def refusals(reading: counters.CounterReading, node: Node) -> dict[tuple[str, str], int]:
+    """What was refused, by partition and rule (``tap-arp``: a guest's frame); those who never tried are not there."""
     users = {item.uid: item.id for item in node.partitions}
     taps = {item.network.tap.name: item.id for item in node.partitions if item.network.tap}
-    packets, frames = dict.fromkeys(users.values(), 0), dict.fromkeys(taps.values(), 0)
+    found: dict[tuple[str, str], int] = {}
     for one in reading.refused:
-        if one.uid in users:
-            packets[users[one.uid]] += one.packets
-        elif one.tap in taps:
-            frames[taps[one.tap]] += one.packets
-    if reading.epoch:
-        yield from (
-            CountReading(who, "denied_packets", reading.epoch, count) for who, count in packets.items()
-        )
-        yield from (
-            CountReading(who, "denied_frames", reading.tap_epoch, count) for who, count in frames.items()
-        )
+        partition = users.get(one.uid) if one.uid is not None else taps.get(one.tap or "")
+        if partition is not None:
+            key = (partition, one.rule if one.tap is None else f"{_OF_TAP}{one.rule}")
+            found[key] = found.get(key, 0) + one.packets
+    return found
+
+
+def _denied(reading: counters.CounterReading, node: Node) -> Iterator[CountReading]:
+    """The sums of :func:`refusals` for each partition."""
+    if not reading.epoch:
+        return
+    packets, frames = (dict.fromkeys((item.id for item in node.partitions), 0) for _ in range(2))
+    for (partition, rule), count in refusals(reading, node).items():
+        (frames if rule.startswith(_OF_TAP) else packets)[partition] += count
+    for item in node.partitions:
+        yield CountReading(item.id, "denied_packets", reading.epoch, packets[item.id])
+        if item.network.tap:
+            yield CountReading(item.id, "denied_frames", reading.tap_epoch, frames[item.id])
 
 
 @once_each

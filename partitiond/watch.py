@@ -37,11 +37,16 @@ def names(config: Config) -> frozenset[str]:
 
 
 class Watch(threading.Thread):
-    """Listens from when it is made; wakes from when it is started.  Raises NetplanError ``network.netlink`` when made."""
+    """Listens from when it is made; wakes from when it is started.  Raises NetplanError ``network.netlink`` when made.
 
-    def __init__(self, config: Config, wake: Callable[[], None]) -> None:
+    ``exposed`` is called at once, by this thread, when a table of the packet filter is gone.
+    """
+
+    def __init__(
+        self, config: Config, wake: Callable[[], None], exposed: Callable[[], None] = lambda: None
+    ) -> None:
         super().__init__(name="watch", daemon=True)
-        self._wake = wake
+        self._wake, self._exposed = wake, exposed
         self._pacer = Pacer()
         self._turn = threading.Lock()
         self._stopping = False
@@ -99,11 +104,15 @@ class Watch(threading.Thread):
         with self._turn:
             return self._pacer.strike(causes, time.monotonic())
 
-    def _read(self) -> None:
+    def _read(self) -> bool:
+        """Note what the kernel told; return whether a table of the packet filter is gone."""
+        any_exposed = False
         for notice in self._monitor.read():
             # without the packet filter every address is anybody's: that waits for nothing
             exposed = notice.cause.startswith("filter/") and notice.change == "gone"
             self._pacer.note(notice.cause, time.monotonic(), urgent=exposed)
+            any_exposed |= exposed
+        return any_exposed
 
     def run(self) -> None:
         """Until it is closed: wait for the kernel, then for quiet, then wake the lane."""
@@ -130,8 +139,10 @@ class Watch(threading.Thread):
         with contextlib.suppress(BlockingIOError):
             os.read(self._ends[0], 1024)
         with self._turn:
-            self._read()
+            exposed = self._read()
             due = self._pacer.announce(time.monotonic())
+        if exposed:
+            self._exposed()
         if due:
             self._wake()
 

@@ -2,14 +2,11 @@
 
 import socket
 import subprocess
-from dataclasses import replace
 
 import pytest
-from guard_cast import LAN, STRICT
-from guard_frames import ARP, BROADCAST, IP, UDP, arp, ether, ip4, udp
+from guard_frames import ARP, BROADCAST, arp, ether
 from guard_scene import standing
 
-from netplan.counters import read_counters
 from netplan.model import GUARDED_PORT
 from tests.netplan.netplan_scene import inside
 
