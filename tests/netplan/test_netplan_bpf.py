@@ -45,7 +45,12 @@ pytestmark = pytest.mark.skipif(
 
 def hooked(count=3, **more):
     """A and B have routable IPv4, C has not."""
-    options = {"ranges": True, "cgroup_bpf": True, "local_source_table": True, "host_ipv4": IPv4Address(HOST4)}
+    options = {
+        "ranges": True,
+        "cgroup_bpf": True,
+        "local_source_table": True,
+        "host_ipv4": IPv4Address(HOST4),
+    }
     desired = wanted(count, **(options | more))
     world = (A_WORLD4, B_WORLD4)
     partitions = tuple(
@@ -352,7 +357,9 @@ def test_pings(guarded):
         for target in (A6, NEIGHBOUR6, HOST6, "::1"):
             assert (uid, target, ping(uid, target)) == (uid, target, "129")
     assert ping(A, NEIGHBOUR6, A6) == "129"
-    assert "timed out" in ping(B, NEIGHBOUR6, A6)  # refused by the packet filter, which ping sockets do not tell
+    assert "timed out" in ping(
+        B, NEIGHBOUR6, A6
+    )  # refused by the packet filter, which ping sockets do not tell
     with guarded.at_neighbour():
         everybody.write_text("0 65535")
         assert ping(ROOT, A6) == "129"
