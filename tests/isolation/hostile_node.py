@@ -27,6 +27,8 @@ class Scene:
         files.write(
             slapformat={"instance_storage_home": self.home, "partition_amount": 2},
             slapos={"certificate_repository_path": self.certificates},
+            # what is tried here is done outside of them, and without the pass that would make them
+            partitiond={"private_namespaces": "off"},
         )
         self.context = Context.of(files.load())
         outcome = verbs.apply(self.context, [])

@@ -19,7 +19,6 @@ from accounting.disk import DiskMeter
 from partitiond import (
     buildout,
     certificates,
-    privacy,
     programs,
     recovery,
     storage,
@@ -117,7 +116,6 @@ def _directory_of_pins(scene):
 
 
 def _programs(scene):
-    privacy.ensure(scene.context, scene.partition)  # as each pass does first
     return "fine", str(programs.group(scene.context, scene.partition))
 
 
@@ -134,7 +132,6 @@ def _program(scene):
 
 
 def _configure(scene):
-    privacy.ensure(scene.context, scene.partition)
     buildout.configure_instance(scene.context, scene.partition, scene.entry)
     for name in ("buildout.cfg", "software_release"):
         assert (scene.path / name).lstat().st_uid == 0
