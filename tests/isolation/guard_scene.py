@@ -10,6 +10,7 @@ import os
 import select
 import socket
 import struct
+import time
 from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv6Address, IPv6Interface, IPv6Network, ip_network
 from pathlib import Path
@@ -132,7 +133,7 @@ class Scene:
             "br0",
             tuple(partition(index, **more) for index in range(count)),
             protected=Protected(
-                tuple(map(ip_network, (*addresses, self.local))), tuple(dict.fromkeys(self.macs.values()))
+                tuple(map(ip_network, (*addresses, self.local))), (self.macs["br0"], self.macs["eth0"])
             ),
         )
 
@@ -186,11 +187,25 @@ class Scene:
         return {"host": cast.host, "other tap": cast.other, "wire": cast.router}
 
     def introduce(self):
-        """Let the other guest say what its link-local address is."""
+        """Let the router be heard, and the other guest say what its link-local address is."""
+        self.hear(arp(1, self.macs["wire"], ROUTER.four, NODE.four))
         other = self.cast().other
         said = icmp6(other.local, ALL_NODES, 136, bytes(4) + six(other.local))
         packet = ip6(other.local, ALL_NODES, ICMP6, said, hops=255)
         self.what_comes_of(ether(group_mac(ALL_NODES), other.mac, IP6, packet), 1)
+
+    def hear(self, packet):
+        """Let the router send ARP to everybody, and wait until it is there."""
+        with inside(self.wire), socket.socket(socket.AF_PACKET, socket.SOCK_RAW) as far:
+            far.bind(("wire", 0))
+            far.send(ether(BROADCAST, self.macs["wire"], ARP, packet))
+        end = time.monotonic() + _PATIENCE
+        while time.monotonic() < end:
+            if select.select([self.guests[0]], [], [], _SOON)[0] and self.guests[0].receive().endswith(
+                packet
+            ):
+                return
+        raise AssertionError("the router is not heard")
 
     def hits(self, kind, cast, end):
         """Send a kind of frame to an end; return the names of the sinks that it reached."""
