@@ -5,6 +5,7 @@ B := .build
 ENV := $(B)$(PREFIX)
 RUN := $(ENV)/bin/python3 -I -m partitiond.sandbox --bind $(CURDIR):$(CURDIR) --
 ARGS ?=
+EXTRAS ?=
 
 .PHONY: help demo test test-full lint bench bench-packets install clean
 
@@ -29,10 +30,10 @@ bench: $(B)/test.stamp ## figures beside the floor, in private namespaces
 bench-packets: $(B)/test.stamp ## what isolation costs a packet, beside no rules, in private namespaces
 	$(RUN) $(PREFIX)/bin/python3 -P $(CURDIR)/tests/bench/packets.py $(ARGS)
 
-install: ## an environment at PREFIX that partition users can execute, with all that builds need offline
-	tools/environment --prefix $(PREFIX) --python $(PYTHON) --with master
+install: ## an environment at PREFIX that partition users can execute, with all that builds need offline (EXTRAS=iptables)
+	tools/environment --prefix $(PREFIX) --python $(PYTHON) --with master $(addprefix --with ,$(EXTRAS))
 
-SOURCES := pyproject.toml setup.py tools/environment $(wildcard requirements/*.txt) \
+SOURCES := pyproject.toml setup.py tools/environment tools/guest $(wildcard requirements/*.txt) \
 	$(shell find partitiond netplan stunnel_mgr accounting slap_client -type f ! -name '*.pyc')
 
 $(B)/demo.stamp: $(SOURCES)

@@ -14,8 +14,11 @@ from socket import AF_INET, AF_INET6
 from typing import NamedTuple, TypeVar
 
 from netplan import moving, mtu, rtnetlink
+from netplan.bpf_contents import HookOperation
+from netplan.bpf_state import load_hooks, remove_hooks
 from netplan.errors import NetplanError
 from netplan.filter_state import load_filter, note_setting, remove_filter
+from netplan.legacy_filter import LegacyOperation, load_legacy, note_legacy, remove_legacy
 from netplan.model import GROUP_GOING, MOVED_MARK, Address, Moving, Route
 from netplan.netlink import NETLINK_ROUTE, NetlinkSocket, Refusal, Request
 from netplan.operations import (
@@ -79,12 +82,12 @@ def apply(operations: Sequence[Operation]) -> tuple[Failure, ...]:
                 continue
             failed = _HANDLERS[kind](sock, group)
             failures += failed
-            if failed and kind is FilterOperation:
+            if failed and kind in (FilterOperation, LegacyOperation):
                 why = "the packet filter, which must be there first, could not be loaded"
                 blocked = _blocked(why, "filter/partitiond", failed[0].error)
             if failed and kind in _HOLDS and group[0].action == "remove":
                 later, why = _HOLDS[kind]
-                held[later] = _blocked(why, group[0].id, failed[0].error)
+                held |= dict.fromkeys(later, _blocked(why, group[0].id, failed[0].error))
     return tuple(failures)
 
 
@@ -101,12 +104,12 @@ def _blocked(why: str, resource: str, cause: NetplanError) -> NetplanError:
 
 
 # what must not go when the removal of the first has failed: with it would go the only memory of how things were
-_HOLDS: dict[type[Operation], tuple[type[Operation], str]] = {
+_HOLDS: dict[type[Operation], tuple[tuple[type[Operation], ...], str]] = {
     SysctlOperation: (
-        FilterOperation,
+        (FilterOperation, LegacyOperation),
         "its table notes how a kernel setting was before, which could not be set back",
     ),
-    PortOperation: (BridgeOperation, "it has addresses that could not be moved back to their port"),
+    PortOperation: ((BridgeOperation,), "it has addresses that could not be moved back to their port"),
 }
 
 
@@ -127,16 +130,50 @@ def _filter(_sock: NetlinkSocket, group: Sequence[FilterOperation]) -> list[Fail
     return failures
 
 
+def _legacy(_sock: NetlinkSocket, group: Sequence[LegacyOperation]) -> list[Failure]:
+    failures = []
+    for one in group:
+        try:
+            if one.wanted:
+                load_legacy(one.wanted, one.notes)
+            else:
+                remove_legacy()
+        except NetplanError as error:
+            failures.append(Failure(one, error))
+    return failures
+
+
+def _hooks(_sock: NetlinkSocket, group: Sequence[HookOperation]) -> list[Failure]:
+    failures = []
+    for one in group:
+        try:
+            if one.wanted:
+                load_hooks(one.wanted, one.state)
+            else:
+                remove_hooks()
+        except NetplanError as error:
+            failures.append(Failure(one, error))
+    return failures
+
+
+def _note(one: SysctlOperation, *, add: bool) -> None:
+    for backend in one.noted_in:
+        if backend == "iptables":
+            note_legacy(one.setting.note, add=add)
+        else:
+            note_setting(one.setting.note, there=add)
+
+
 def _sysctl(_sock: NetlinkSocket, group: Sequence[SysctlOperation]) -> list[Failure]:
     failures = []
     for one in group:
         try:
             # first the note: a crash in between leaves one too many, not one too few
             if one.note and one.action != "remove":
-                note_setting(one.setting.note, there=True)
+                _note(one, add=True)
             one.setting.path.write_text(one.value, encoding="ascii")
             if one.note and one.action == "remove":
-                note_setting(one.setting.note, there=False)
+                _note(one, add=False)
         except NetplanError as error:
             failures.append(Failure(one, error))
         except FileNotFoundError:
@@ -406,6 +443,8 @@ def _error(operation: Operation, refusal: Refusal) -> NetplanError:
 _HANDLERS: dict[type[Operation], Callable[..., list[Failure]]] = {
     RefusedOperation: _refused,
     FilterOperation: _filter,
+    HookOperation: _hooks,
+    LegacyOperation: _legacy,
     SysctlOperation: _sysctl,
     BridgeOperation: _bridges,
     PortOperation: _ports,

@@ -15,8 +15,9 @@ from typing import NamedTuple
 from netplan import nfnetlink, rtnetlink
 from netplan.elements import SIZES
 from netplan.errors import NetplanError
+from netplan.legacy_filter import read_legacy_counters
 from netplan.metering import DIRECTIONS, SHARED
-from netplan.model import ALIAS_MARK
+from netplan.model import ALIAS_MARK, Backend
 from netplan.netlink import NETLINK_ROUTE, NetlinkSocket
 from netplan.ruleset import REFUSED
 
@@ -85,8 +86,10 @@ class TapTraffic(NamedTuple):
     packets_out: int
 
 
-def read_counters() -> CounterReading:
+def read_counters(backend: Backend = "nftables") -> CounterReading:
     """Read all counters of the packet filter, which is a dump for the named ones and a small one for each set."""
+    if backend == "iptables":
+        return _legacy_reading()
     with nfnetlink.nft_socket() as sock:
         for _ in range(_TRIES):
             before = _handles(sock)
@@ -115,6 +118,22 @@ def read_counters() -> CounterReading:
         resource="filter/partitiond",
         retryable=True,
     )
+
+
+def _legacy_reading() -> CounterReading:
+    """The same of iptables; it has no rules about taps."""
+    since, values = read_legacy_counters()
+    if not since:
+        return CounterReading("")
+    refused = []
+    shared = []
+    for name, packets, octets in values:
+        match _words(name):
+            case ("refused", rule, uid) if packets:
+                refused.append(Refused(int(uid), None, rule, packets))
+            case ("shared", family, uid) if packets:
+                shared.append(Shared(int(uid), family, 0, octets, 0, packets))
+    return CounterReading(f"{_boot_id()}/{since}", _traffic(values), tuple(refused), tuple(shared))
 
 
 def _handles(sock: NetlinkSocket) -> dict[str, int]:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv4Interface, IPv4Network, IPv6Address, IPv6Interface, IPv6Network
 from socket import AF_INET, AF_INET6, inet_ntop
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from netplan.errors import NetplanError
 
@@ -53,6 +53,11 @@ _MAC = re.compile(r"([0-9a-f]{2}:){5}[0-9a-f]{2}")
 
 
 Network = IPv4Network | IPv6Network
+
+Backend = Literal["nftables", "iptables"]
+"""What the packet filter is made of: iptables is for hosts that have nothing else, and holds less
+(:mod:`netplan.legacy_cases`).
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,9 +216,10 @@ class DesiredNetwork:
     ``interface`` gets the partitions' addresses, ``ipv4_interface`` those of IPv4 where that is another one.
     ``bridge`` None: no bridge is made, one that is there may still be named by taps.  ``host_ipv6`` is the
     source hint for unbound IPv6 traffic; ``ownership`` False leaves only metering in the packet filter;
-    ``packet_filter`` False leaves no packet filter at all; ``local_source_table`` gives unbound clients of a
-    partition on the same host the host's source address, ``host_ipv6`` or ``host_ipv4`` (where cgroup BPF is
-    not there to do better); ``protected`` is what no guest behind a tap may claim.
+    ``packet_filter`` False leaves no packet filter at all; ``backend`` says what it is made of;
+    ``local_source_table`` gives unbound clients of a partition on the same host the host's source address,
+    ``host_ipv6`` or ``host_ipv4``, where nothing does better; ``cgroup_bpf``: programs at the cgroup shall, if
+    this kernel and our rights allow it; ``protected`` is what no guest behind a tap may claim.
     """
 
     interface: str | None = None
@@ -222,10 +228,12 @@ class DesiredNetwork:
     ownership: bool = True
     packet_filter: bool = True
     local_source_table: bool = False
+    cgroup_bpf: bool = False
     host_ipv4: IPv4Address | None = None
     bridge: BridgeSpec | None = None
     ipv4_interface: str | None = None
     protected: Protected = Protected()
+    backend: Backend = "nftables"
 
     def __post_init__(self) -> None:
         partitions = self.partitions
@@ -249,6 +257,11 @@ class DesiredNetwork:
     def filtered(self) -> bool:
         """Whether there shall be a packet filter."""
         return self.packet_filter and bool(self.partitions)
+
+    @property
+    def hooked(self) -> bool:
+        """Whether there shall be programs at the cgroup."""
+        return self.cgroup_bpf and self.ownership and bool(self.partitions)
 
 
 def _check_link(name: str) -> None:
@@ -404,13 +417,30 @@ class FilterState:
 
 
 @dataclass(frozen=True, slots=True)
+class HookState:
+    """What there is of our programs at the cgroup.
+
+    ``version`` names those in force ("" when there are none, or not all), ``contents`` is the fingerprint of what
+    their maps hold, ``leftover`` names other directories with pins of ours. ``refused`` says why there can be none.
+    ``everywhere``: what comes in is checked in other network namespaces, too (:mod:`netplan.bpf_programs`).
+    """
+
+    version: str = ""
+    contents: str = ""
+    leftover: tuple[str, ...] = ()
+    refused: str = ""
+    everywhere: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class ObservedNetwork:
     """What the kernel has, as far as :func:`netplan.plan.plan` needs it.
 
     ``routes`` are those with our mark, the local ones to ``lo``, and those of the main table that a plan looks
     at. ``moving`` is what the ports of the bridge, or a bridge that goes, have of addresses and routes.
     ``sysctls`` are the settings that a plan may change (absent: not in this kernel), ``notes`` the names of
-    those that we changed, as our table says. ``address_marks``: the kernel keeps IFA_PROTO.
+    those that we changed, as our table says; ``legacy`` and ``legacy_notes`` say the same of iptables.
+    ``address_marks``: the kernel keeps IFA_PROTO.
     """
 
     links: Mapping[str, Link]
@@ -422,3 +452,6 @@ class ObservedNetwork:
     notes: frozenset[str] = frozenset()
     address_marks: bool = True
     filter: FilterState = field(default_factory=FilterState)
+    hooks: HookState = field(default_factory=HookState)
+    legacy: FilterState = field(default_factory=FilterState)
+    legacy_notes: frozenset[str] = frozenset()

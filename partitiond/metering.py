@@ -74,7 +74,7 @@ class Metering:
             for item in node.partitions
         }
         known = {item.id: item for item in node.partitions}
-        reading = counters.read_counters()
+        reading = counters.read_counters(node.config.packet_filter)
         scan = self._processes.scan({item.uid: item.id for item in node.partitions})
         return Pass(
             at=time.time(),

@@ -107,10 +107,12 @@ class Node:
             host_ipv4=host4,
             bridge=bridge,
             protected=self.protected,
+            backend=config.packet_filter,
             ownership=config.address_ownership,
             # else an unbound client of a partition on this node would have that partition's own address as its source,
             # which the ownership rules refuse
             local_source_table=bool(host or host4) and config.address_ownership,
+            cgroup_bpf=config.address_ownership,
         )
 
 

@@ -48,6 +48,7 @@ class Variant:
     name: str
     count: int
     rules: bool
+    backend: str = "nftables"
     stack: ExitStack = field(default_factory=ExitStack)
     figures: dict[str, list[float]] = field(default_factory=dict)
 
@@ -56,7 +57,9 @@ class Variant:
         if self.rules:
             partitions = tuple(_guarded(one) for one in partitions)
         more = {"packet_filter": False} if not self.rules else {}
-        return replace(scene.wanted(0), partitions=partitions, local_source_table=False, **more)
+        return replace(
+            scene.wanted(0), partitions=partitions, local_source_table=False, backend=self.backend, **more
+        )
 
     def up(self) -> None:
         self.neighbour, self.own = scene.leave_for_a_new_one(), scene.leave_for_a_new_one()
@@ -156,10 +159,19 @@ def _frame(variant: Variant) -> bytes:
 def reload(variant: Variant) -> None:
     """The whole filter anew, as after a flush; and one partition more, and less again."""
     with scene.inside(variant.own):
-        nftables.run("flush ruleset\n")
+        _flush(variant)
         variant.note("load", _applied(variant, variant.count))
         variant.note("one more", _applied(variant, variant.count + 1))
         _applied(variant, variant.count)
+
+
+def _flush(variant: Variant) -> None:
+    if variant.backend == "nftables":
+        nftables.run("flush ruleset\n")
+        return
+    for tool in ("iptables", "ip6tables"):
+        for option in ("-F", "-X"):
+            subprocess.run([f"/usr/sbin/{tool}-legacy", option], check=True)
 
 
 def _applied(variant: Variant, count: int) -> float:
@@ -202,12 +214,17 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--packets", type=int, default=100_000)
     parser.add_argument("--bytes", type=int, default=1_000_000_000)
+    parser.add_argument("--iptables", action="store_true", help="the backend of legacy hosts, too")
     options = parser.parse_args()
     subprocess.run(["gcc", "-O2", "-o", PROGRAM, ROOT / "packets.c"], check=True)
     Path("/dev/net/tun").chmod(0o666)  # as udev does it, in this sandbox
     most = max(options.counts)
     variants = [Variant("no rules", most, rules=False)]
     variants += [Variant(f"all, {count}", count, rules=True) for count in options.counts]
+    if options.iptables:
+        variants += [
+            Variant(f"iptables, {count}", count, rules=True, backend="iptables") for count in options.counts
+        ]
     home = scene.namespace()
     for variant in variants:
         variant.up()
