@@ -74,7 +74,10 @@ LEARNED = {
 (``in_use4``: any).
 """
 
-_HEARD = {"heard_macs": f"type ether_addr; flags dynamic,timeout; size {_MOST_TAPS}; timeout 1d"}
+OF_ALL_TAPS = {"learned_macs": "held_macs", "used4": "in_use4", "used6": "in_use6"}
+"""Which set has for all taps together what another has by tap."""
+
+HEARD = {"heard_macs": f"type ether_addr; flags dynamic,timeout; size {_MOST_TAPS}; timeout 1d"}
 """In ``bridge``: the MACs of those who say, at other ports, that they have an address that is taken: the routers."""
 
 REFUSALS = (
@@ -103,7 +106,7 @@ def learned_sets(family: str) -> dict[str, str]:
     """Return the sets that the kernel fills in a family, but for those that count."""
     if family == "arp":
         return {name: grammar for name, grammar in LEARNED.items() if not name.endswith("6")}
-    return LEARNED | (_HEARD if family == "bridge" else {})
+    return LEARNED | (HEARD if family == "bridge" else {})
 
 
 def static_sets(family: str) -> dict[str, str]:

@@ -231,7 +231,7 @@ def _guard(
 ) -> TapGuard | None:
     """What may leave a partition's tap; what is the guest's own is the partition's, but for what its processes have."""
     mode = config.guard.mode
-    if mode == "off":
+    if mode == "off" or config.packet_filter != "nftables":
         return None
     own: list[Network] = [] if allowance is None else list(allowance.networks)
     if chosen.ipv6_range:

@@ -26,6 +26,7 @@ _RESOLVERS = Path("/etc/resolv.conf")
 _NAMESERVER = re.compile(rb"^[ \t]*nameserver[ \t]+([0-9A-Fa-f.:]+)", re.MULTILINE)
 # links that lead into a VPN as a whole: behind them, all addresses of their network are somebody's
 _VPN_KINDS = frozenset(("tun", "wireguard", "ipip", "gre", "ip6tnl", "ip6gre", "sit", "vti", "xfrm"))
+NOTHING = Protected()
 
 
 class _Seen(NamedTuple):
@@ -41,8 +42,8 @@ def look(config: Config, seen: Look) -> Protected:
 
     Raises NetplanError ``network.netlink``.
     """
-    if not config.create_tap or config.guard.mode == "off":
-        return Protected()
+    if not config.create_tap or config.guard.mode == "off" or config.packet_filter != "nftables":
+        return NOTHING
     taps = {link.ifindex for link in seen.links.values() if link.tap}
     vpns = {link.ifindex for link in seen.links.values() if link.kind in _VPN_KINDS} - taps
     # the link-local address of the host's end of a tap is there for its own guest alone
