@@ -76,7 +76,8 @@ def _refuse_shared(
             reader.bad(SECTION, partition, allowance.mac, f"another MAC: this one is {other}'s")
         for one in allowance.networks:
             if any(one.overlaps(before) for before in had.networks if before.version == one.version):
-                reader.bad(SECTION, partition, str(one), f"other addresses: some of these are {other}'s")
+                text = str(one if one.num_addresses > 1 else one.network_address)
+                reader.bad(SECTION, partition, text, f"other addresses: some of these are {other}'s")
 
 
 def _parse(value: str) -> Allowance:
