@@ -82,8 +82,8 @@ class TapGuard:
 
 @dataclass(frozen=True, slots=True)
 class Protected:
-    """What no guest may claim besides what partitions own: addresses and MACs of the node, its routers and
-    resolvers; networks of VPNs.
+    """What no guest may claim besides what partitions own: addresses of the node, its routers and resolvers,
+    networks of VPNs; MACs of the node.
     """
 
     networks: tuple[Network, ...] = ()

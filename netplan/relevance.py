@@ -179,7 +179,7 @@ class Relevance:
     def _route(self, message: Message, gone: bool) -> Notice | None:
         family, length, _, _, table, protocol, _, kind, _ = RTMSG.unpack_from(message.data, message.start)
         ours = protocol == PROTOCOL_MARK
-        default = family == socket.AF_INET6 and not length and table == TABLE_MAIN and kind == ROUTE_UNICAST
+        default = not length and table == TABLE_MAIN and kind == ROUTE_UNICAST
         if not (ours or default or (family, table, length) in self._shapes):
             return None  # a router's tables come by the hundred thousand
         now = rtnetlink.read_route(message)
@@ -221,7 +221,7 @@ def _is_link_local(packed: bytes) -> bool:
 
 
 def _is_default(route: Route) -> bool:
-    return route.family == socket.AF_INET6 and route.prefixlen == 0 and route.table == TABLE_MAIN
+    return route.prefixlen == 0 and route.table == TABLE_MAIN
 
 
 def _key(route: Route) -> _RouteKey:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 from netplan.model import Network, PartitionNetwork, Protected, TapGuard, TapSpec
 from netplan.once import once, once_each
 from netplan.ruleset import Part
-from netplan.tap_rules import HOOKS, LEARNED, STATIC, chains, counting_sets
+from netplan.tap_rules import HOOKS, STATIC, chains, counting_sets, learned_sets, static_sets
 
 _Range = tuple[int, int, str]
 """First and last address of a network as numbers, and how nft writes it as an element of a set of ranges."""
@@ -52,14 +52,12 @@ class _Elements(NamedTuple):
 
 
 def _part(family: str, partitions: Sequence[PartitionNetwork], taken: _Taken) -> Part:
+    static, learned, counting = static_sets(family), learned_sets(family), counting_sets(family)
     elements: dict[str, list[str]] = {name: [] for name in STATIC}
     for one in partitions:
         for name, values in _elements(one).of.items():
             elements[name] += values
     elements |= {"taken4": taken.four, "taken6": taken.six, "taken_macs": taken.macs}
-    static = {name: grammar for name, grammar in STATIC.items() if _has(family, name)}
-    learned = {name: grammar for name, grammar in LEARNED.items() if _has(family, name)}
-    counting = counting_sets(family)
     return Part(
         sets={**static, **learned, **counting},
         maps={},
@@ -70,10 +68,6 @@ def _part(family: str, partitions: Sequence[PartitionNetwork], taken: _Taken) ->
         family=family,
         dynamic=frozenset({*learned, *counting}),
     )
-
-
-def _has(family: str, name: str) -> bool:
-    return family != "arp" or not name.endswith("6")
 
 
 @once_each
@@ -89,6 +83,8 @@ def _elements(one: PartitionNetwork) -> _Elements:
         *([one.ipv6_range] if one.ipv6_range else []),
         *(ip_network(ip) for ip in addresses),
     ]
+    if one.tun:
+        networks += [end.network for end in (one.tun.ipv6, one.tun.ipv4) if end]
     macs: list[str] = []
     tap = one.tap
     if tap is not None:

@@ -74,6 +74,12 @@ LEARNED = {
 (``in_use4``: any).
 """
 
+OF_ALL_TAPS = {"learned_macs": "held_macs", "used4": "in_use4", "used6": "in_use6"}
+"""Which set has for all taps together what another has by tap."""
+
+HEARD = {"heard_macs": f"type ether_addr; flags dynamic,timeout; size {_MOST_TAPS}; timeout 1d"}
+"""In ``bridge``: the MACs of those who say, at other ports, that they have an address that is taken: the routers."""
+
 REFUSALS = (
     *("mac", "vlan", "ethertype", "arp", "ipv4", "ipv6", "nd", "ra", "redirect", "query", "dhcp"),
     *("fragment", "extension", "malformed"),
@@ -94,6 +100,18 @@ HOOKS = {
 def refused(rule: str) -> str:
     """Return the name of the set that counts what a rule refused."""
     return f"refused_{rule}"
+
+
+def learned_sets(family: str) -> dict[str, str]:
+    """Return the sets that the kernel fills in a family, but for those that count."""
+    if family == "arp":
+        return {name: grammar for name, grammar in LEARNED.items() if not name.endswith("6")}
+    return LEARNED | (HEARD if family == "bridge" else {})
+
+
+def static_sets(family: str) -> dict[str, str]:
+    """Return the sets with elements of ours in a family."""
+    return {name: grammar for name, grammar in STATIC.items() if family != "arp" or not name.endswith("6")}
 
 
 def counting_sets(family: str) -> dict[str, str]:
@@ -143,6 +161,14 @@ _KINDS = {
 }
 
 
+_HEAR = (
+    "ether type arp arp saddr ip @taken4 update @heard_macs { arp saddr ether }",
+    "ether type ip6 icmpv6 type 136 @th,64,128 @taken6 update @heard_macs { ether saddr }",
+    "ether type ip6 icmpv6 type 134 @nh,64,128 @taken6 update @heard_macs { ether saddr }",
+)
+"""What is heard at other ports; to frames that are neither ARP nor ICMPv6 it costs two comparisons."""
+
+
 def _frames(family: str) -> dict[str, tuple[str, ...]]:
     """Return what each frame meets first: who sends it, by its MAC, then what it is."""
     learn = (
@@ -162,12 +188,13 @@ def _frames(family: str) -> dict[str, tuple[str, ...]]:
             "ether saddr & 01:00:00:00:00:00 != 00:00:00:00:00:00 goto refuse_mac",
             "ether saddr 00:00:00:00:00:00 goto refuse_mac",
             "ether saddr @held_macs goto refuse_mac",
+            *(["ether saddr @heard_macs goto refuse_mac"] if family == "bridge" else []),
             "iifname . @ll,48,48 @proposed_macs goto tap_learn",
             "ether saddr @taken_macs goto refuse_mac",
             "goto tap_learn",
         ),
         "tap_mac": (*own_mac("@ll,48,48", "tap_kinds"), "goto tap_unknown_mac"),
-        "tap_frames": ("iifname @guarded_taps goto tap_mac",),
+        "tap_frames": ("iifname @guarded_taps goto tap_mac", *(_HEAR if family == "bridge" else ())),
     }
     if family == "bridge":
         # a bridge takes what is sent to 01:80:c2:00:00:0X without prerouting, and learns its sender by it

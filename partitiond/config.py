@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from partitiond import config_network, config_reader, device_config, privacy_config
+from partitiond import config_guard, config_network, config_reader, device_config, privacy_config
 from partitiond.config_reader import Reader
 from partitiond.errors import PartitiondError
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from netplan.model import Backend
+    from partitiond.config_guard import GuardKeys
     from partitiond.config_network import NetworkKeys
     from partitiond.device_config import OperatorDevice
 
@@ -64,7 +65,6 @@ _NOT_YET = {
     "promise_timeout": "promises",
     "software_min_free_space": "a check of free space",
     "instance_min_free_space": "a check of free space",
-    "tap_guard": "the guard of tap frames",
     "metrics_listen": "the metrics listener",
     "master_fingerprint": "pinning the master's certificate",
 }
@@ -83,9 +83,9 @@ _OPEN_SECTIONS = (
     "firewall",
     "routable_ipv4",
     device_config.SECTION,
+    config_guard.SECTION,
     privacy_config.SECTION,
 )
-_LATER_SECTIONS = ("tap_allow",)
 
 # each is made the node's own
 _OWN_DIRECTORIES = (
@@ -137,6 +137,7 @@ class Config:
     partition_amount: int
     ipv6_interface: str
     network: NetworkKeys
+    guard: GuardKeys
     create_tap: bool
     ipv6_range: bool
     ipv6_prefixshift: int
@@ -264,7 +265,6 @@ _ADDRESS_AND_PORT = re.compile(
     r"(?:[1-9][0-9]{0,3}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5])"
 )
 _SHAPES = {
-    "tap_guard": (re.compile(r"lan|strict|off"), "lan, strict or off"),
     "metrics_listen": (_ADDRESS_AND_PORT, "an address and a port such as 127.0.0.1:9816, or empty"),
     "master_fingerprint": (re.compile(r"sha256:[0-9a-f]{64}"), "sha256: and 64 lower-case hex digits"),
     "report_ambiguous": (re.compile(r"hold|resend"), "hold or resend"),
@@ -290,10 +290,8 @@ def _check_shapes(reader: Reader) -> None:
 
 
 def _warn_unknown(reader: Reader) -> None:
-    sections = (*_KNOWN, *_OPEN_SECTIONS, *_LATER_SECTIONS)
+    sections = (*_KNOWN, *_OPEN_SECTIONS)
     for section in reader.parser.sections():
-        if section in _LATER_SECTIONS:
-            reader.warnings.append(f"{reader.place(section, '')}: section [{section}] is not acted on yet")
         if section in _KNOWN:
             _warn_keys(reader, section, _KNOWN[section])
         elif section not in sections and not section.startswith(("tunnel ", "manager:")):
@@ -419,7 +417,7 @@ def _build(path: Path, reader: Reader) -> Config:
     uid_base = reader.number("partitiond", "uid_base", 5000, 100, 2**31 - 1 - 10000)
     shift = _prefix_shift(reader, amount)
     key_file, cert_file = _key_pair(reader)
-    partition_base = _name(reader, "partition_base_name", "slappart")
+    partitions = frozenset(f"{partition_base}{index}" for index in range(amount))
     return Config(
         file=path,
         computer_id=reader.text(
@@ -436,8 +434,9 @@ def _build(path: Path, reader: Reader) -> Config:
             interface=interface,
             ipv6_interface=ipv6_interface,
             bridge=bridge or None,
-            partitions=frozenset(f"{partition_base}{index}" for index in range(amount)),
+            partitions=partitions,
         ),
+        guard=config_guard.read(reader, bridge=bridge or None, partitions=partitions),
         create_tap=reader.truth("slapformat", "create_tap", True),
         ipv6_range=reader.truth("slapformat", "partition_has_ipv6_range", True),
         ipv6_prefixshift=shift,

@@ -27,6 +27,7 @@ from partitiond import (
     namespaces,
     node,
     privacy,
+    protection,
     resource_file,
     services,
     storage,
@@ -161,7 +162,8 @@ def observe(context: Context, *, again: bool = False) -> Observation:
     look = netplan_observe.look(context.links() if again else None)
     choice, base_is_here = addressing.choose(context, look)
     host_ipv4 = addressing.own_ipv4(config, look)
-    found = node.build(config, base_is_here, database.numbers(), choice, host_ipv4, context.node)
+    protected = protection.look(config, look)
+    found = node.build(config, base_is_here, database.numbers(), choice, host_ipv4, context.node, protected)
     network = netplan_observe.observe(found.network(), look)
     # and not that of a pass that began before another one came into force
     if config is context.current.config:

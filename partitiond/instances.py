@@ -14,6 +14,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from accounting.errors import AccountingError
+from netplan import learned
 from netplan.errors import NetplanError
 from partitiond import (
     buildout,
@@ -348,6 +349,8 @@ def _clean(context: Context, node: Node, partition: Partition) -> None:
     context.meters.forget(partition.id)
     execute.end_processes_of(partition.uid, partition.gid)
     privacy.forget(context.config, partition)
+    if partition.network.tap:
+        learned.forget(partition.network.tap.name)
     certificates.remove(context, partition)
     identities.remove(context.config, partition)
     _remove_directory(partition)

@@ -12,14 +12,12 @@ from stunnel_mgr import sessions
 
 if TYPE_CHECKING:
     from netplan.model import TunSpec
+    from partitiond.config import Config
     from partitiond.context import Context
     from partitiond.converge import Observation, Plan
     from partitiond.node import Node, Partition
     from partitiond.supervision import Process
     from stunnel_mgr.model import Refused, Tunnel
-
-# what this version leaves open, by name, as long as it is so
-_OPEN_CASES = ("what is sent through taps and tuns is not filtered (tap_guard is not there yet)",)
 
 # what stays open where the programs at the cgroup (netplan.bpf_programs) are not in force
 _OPEN_WITHOUT_PROGRAMS = (
@@ -61,7 +59,7 @@ def node(context: Context) -> dict[str, Any]:
 
 def _open_cases(target: Node) -> list[str]:
     config = target.config
-    found = list(_OPEN_CASES)
+    found = _unguarded(config)
     if config.packet_filter == "iptables":
         found += (f"{name}: {text} (packet_filter = iptables)" for name, text in LEGACY_CASES.items())
     if not config.address_ownership:
@@ -101,6 +99,23 @@ def _source_selection(seen: Observation) -> str:
     if wanted.hooked and seen.network.hooks.version:
         return "cgroup-bpf"
     return "routing-table" if wanted.local_source_table else "kernel"
+
+
+def _unguarded(config: Config) -> list[str]:
+    """What is open of what guests may send, as the operator chose it."""
+    found = []
+    if config.network.create_tun:
+        found.append("what is sent through tuns is not checked: a guest there may send from any IP address")
+    if config.packet_filter == "iptables":
+        return found  # among the cases of iptables
+    if config.create_tap and config.guard.mode == "off":
+        found.append("tap_guard is off: guests may send as the node, its router, or each other")
+    elif config.create_tap and config.guard.mode == "lan":
+        found.append(
+            "tap_guard is lan: guests may take addresses of hosts of the LAN that are neither the node's nor a router's or"
+            " resolver's of it (strict: only their own)"
+        )
+    return found
 
 
 def _forwarding(target: Node) -> list[str]:

@@ -10,6 +10,7 @@ import os
 import select
 import socket
 import struct
+import time
 from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv6Address, IPv6Interface, IPv6Network, ip_network
 from pathlib import Path
@@ -125,14 +126,14 @@ class Scene:
     sinks: dict = field(default_factory=dict)
     number: int = 0
 
-    def desired(self, count=3, **more):
+    def desired(self, count=3, mac=None, given=(), **more):
         """Two guests, and a partition that has addresses to be taken."""
         addresses = (NODE.four, ROUTER.four, RESOLVER, "10.64.0.0/16", NODE.six, ROUTER.six, ROUTER.local)
         return DesiredNetwork(
             "br0",
-            tuple(partition(index, **more) for index in range(count)),
+            tuple(partition(index, mac=mac if index in given else None, **more) for index in range(count)),
             protected=Protected(
-                tuple(map(ip_network, (*addresses, self.local))), tuple(dict.fromkeys(self.macs.values()))
+                tuple(map(ip_network, (*addresses, self.local))), (self.macs["br0"], self.macs["eth0"])
             ),
         )
 
@@ -149,16 +150,35 @@ class Scene:
         """The links by name."""
         return look().links
 
-    def open(self):
-        """Let the guests come, and listen everywhere."""
+    def open(self, *, silent=False):
+        """Let the guests come, and listen everywhere; ``silent``: they have not sent anything yet."""
         Path("/dev/net/tun").chmod(0o666)
         for index, mac in enumerate(GUEST_MACS):
             self.guests.append(Guest(f"slaptap{index}", UID + index, mac, f"192.0.2.{50 + index}"))
         with inside(self.wire):
             far = Ear("wire")
         self.sinks = {"host": Ear("br0"), "other tap": self.guests[1], "wire": far}
+        if silent:
+            self._until_ports_forward()
+        else:
+            self.greet()
+
+    def greet(self):
+        """Let each guest be heard everywhere."""
         for sender in (1, 0):
             self._until_heard(sender)
+
+    def _until_ports_forward(self):
+        """Wait until what the wire sends is heard by both: only then a bridge takes what they send."""
+        waiting = set(self.guests)
+        for _ in range(_TRIES):
+            self.shout(arp(1, self.macs["wire"], "192.0.2.250", "192.0.2.251"))
+            for one in select.select(list(waiting), [], [], _SOON)[0]:
+                one.receive()
+                waiting.discard(one)
+            if not waiting:
+                return
+        raise AssertionError("the guests hear nothing")
 
     def close(self):
         for one in {*self.sinks.values(), *self.guests}:
@@ -186,11 +206,29 @@ class Scene:
         return {"host": cast.host, "other tap": cast.other, "wire": cast.router}
 
     def introduce(self):
-        """Let the other guest say what its link-local address is."""
+        """Let the router be heard, and the other guest say what its link-local address is."""
+        self.hear(arp(1, self.macs["wire"], ROUTER.four, NODE.four))
         other = self.cast().other
         said = icmp6(other.local, ALL_NODES, 136, bytes(4) + six(other.local))
         packet = ip6(other.local, ALL_NODES, ICMP6, said, hops=255)
         self.what_comes_of(ether(group_mac(ALL_NODES), other.mac, IP6, packet), 1)
+
+    def shout(self, packet):
+        """Let the router send ARP to everybody."""
+        with inside(self.wire), socket.socket(socket.AF_PACKET, socket.SOCK_RAW) as far:
+            far.bind(("wire", 0))
+            far.send(ether(BROADCAST, self.macs["wire"], ARP, packet))
+
+    def hear(self, packet):
+        """Let the router send ARP to everybody, and wait until it is there."""
+        self.shout(packet)
+        end = time.monotonic() + _PATIENCE
+        while time.monotonic() < end:
+            if select.select([self.guests[0]], [], [], _SOON)[0] and self.guests[0].receive().endswith(
+                packet
+            ):
+                return
+        raise AssertionError("the router is not heard")
 
     def hits(self, kind, cast, end):
         """Send a kind of frame to an end; return the names of the sinks that it reached."""

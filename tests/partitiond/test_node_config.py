@@ -204,8 +204,8 @@ def test_the_bridge_of_old_configurations_is_pointed_to_the_new_key(load):
 
 
 def test_what_is_known_but_does_nothing_yet_is_said(load):
-    text, _ = with_setting("partitiond", "tap_guard", "strict")
-    assert "the guard of tap frames is not acted on yet" in load(text).warnings[0]
+    text, _ = with_setting("partitiond", "metrics_listen", "127.0.0.1:9816")
+    assert "the metrics listener is not acted on yet" in load(text).warnings[0]
 
 
 def test_sections_of_other_programs_are_no_ones_business(load):
