@@ -16,13 +16,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from partitiond import config_network, config_reader, device_config
+from partitiond import config_network, config_reader, device_config, privacy_config
 from partitiond.config_reader import Reader
 from partitiond.errors import PartitiondError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from netplan.model import Backend
     from partitiond.config_network import NetworkKeys
     from partitiond.device_config import OperatorDevice
 
@@ -51,7 +52,7 @@ _OWN_KEYS = frozenset(
         "bridge bridge_ports uid_base ipv4_partition_network state_dir log_dir run_dir packet_filter"
         " address_ownership tap_guard capacity_interval software_interval instances_interval report_interval"
         " meter_interval metrics_listen destroy_guard master_fingerprint buildout_version"
-        " report_ambiguous offline_builds"
+        " report_ambiguous offline_builds private_namespaces"
     ).split()
 )
 # keys that change nothing yet; saying so is better than being silent
@@ -82,6 +83,7 @@ _OPEN_SECTIONS = (
     "firewall",
     "routable_ipv4",
     device_config.SECTION,
+    privacy_config.SECTION,
 )
 _LATER_SECTIONS = ("tap_allow",)
 
@@ -147,6 +149,7 @@ class Config:
     state_dir: Path
     log_dir: Path
     run_dir: Path
+    packet_filter: Backend
     address_ownership: bool
     destroy_guard: bool
     intervals: Intervals
@@ -162,6 +165,7 @@ class Config:
     tunnels: tuple[OperatorTunnel, ...] = ()
     instance_storage_home: Path | None = None
     block_devices: tuple[OperatorDevice, ...] = ()
+    shared_namespaces: frozenset[str] = frozenset()
     warnings: tuple[str, ...] = field(default=(), compare=False)
     # file and drop-ins as one text, which reads back as the same configuration
     text: str = field(default="", compare=False, repr=False)
@@ -350,12 +354,9 @@ def _link(reader: Reader, section: str, key: str, default: str | None) -> str:
     return reader.text(section, key, default, _INTERFACE, words)
 
 
-def _refuse_iptables(reader: Reader) -> None:
+def _packet_filter(reader: Reader) -> Backend:
     chosen = reader.choice("partitiond", "packet_filter", "nftables", ("nftables", "iptables"))
-    if chosen == "iptables":
-        reader.problems.append(
-            f"{reader.place('partitiond', 'packet_filter')}: packet_filter = 'iptables' is not there yet; allowed: nftables"
-        )
+    return "iptables" if chosen == "iptables" else "nftables"
 
 
 def _ipv4_network(reader: Reader, amount: int) -> ipaddress.IPv4Network:
@@ -410,7 +411,6 @@ def _build(path: Path, reader: Reader) -> Config:
     amount = _amount(reader)
     interface = _link(reader, "slapformat", "interface_name", None)
     bridge = _link(reader, "partitiond", "bridge", "")
-    _refuse_iptables(reader)
     local_network = _ipv4_network(reader, amount)
     ipv6_interface = _link(reader, "slapformat", "ipv6_interface", interface) or interface
     partition_base = _name(reader, "partition_base_name", "slappart")
@@ -450,6 +450,7 @@ def _build(path: Path, reader: Reader) -> Config:
         state_dir=reader.own_path("partitiond", "state_dir", "/var/lib/partitiond"),
         log_dir=reader.own_path("partitiond", "log_dir", "/var/log/partitiond"),
         run_dir=reader.own_path("partitiond", "run_dir", "/run/partitiond"),
+        packet_filter=_packet_filter(reader),
         address_ownership=_enforced(reader),
         destroy_guard=reader.truth("partitiond", "destroy_guard", True),
         intervals=_intervals(reader),
@@ -465,6 +466,7 @@ def _build(path: Path, reader: Reader) -> Config:
         tunnels=tuple(_tunnels(reader)),
         instance_storage_home=reader.optional_path(_storage_section(reader), "instance_storage_home"),
         block_devices=device_config.block_devices(reader, partition_base, amount),
+        shared_namespaces=privacy_config.shared_namespaces(reader, partition_base, amount),
         warnings=tuple(reader.warnings),
         text=config_reader.merged(reader.parser),
     )

@@ -91,6 +91,7 @@ class Node:
             host_ipv6=host,
             host_ipv4=host4,
             bridge=bridge,
+            backend=config.packet_filter,
             ownership=config.address_ownership,
             # else an unbound client of a partition on this node would have that partition's own address as its source,
             # which the ownership rules refuse

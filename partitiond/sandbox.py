@@ -25,15 +25,31 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from netplan import cgroup
+from partitiond.mounts import (
+    CLONE_NEWCGROUP,
+    CLONE_NEWIPC,
+    CLONE_NEWNET,
+    CLONE_NEWNS,
+    CLONE_NEWPID,
+    CLONE_NEWUTS,
+    MS_BIND,
+    MS_NODEV,
+    MS_NOEXEC,
+    MS_NOSUID,
+    MS_PRIVATE,
+    MS_RDONLY,
+    MS_REC,
+    MS_REMOUNT,
+    unmount,
+    unshare,
+)
+from partitiond.mounts import check as _check
+from partitiond.mounts import mount as _mount
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-# include/uapi/linux/sched.h, include/uapi/linux/mount.h, include/uapi/linux/prctl.h
-CLONE_NEWNS, CLONE_NEWUTS, CLONE_NEWIPC = 0x00020000, 0x04000000, 0x08000000
-CLONE_NEWPID, CLONE_NEWNET, CLONE_NEWCGROUP = 0x20000000, 0x40000000, 0x02000000
-MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REMOUNT, MS_BIND = 1, 2, 4, 8, 32, 4096
-MS_REC, MS_PRIVATE = 16384, 1 << 18
+# include/uapi/linux/prctl.h
 PR_SET_PDEATHSIG = 1
 
 MARKER = "PARTITIOND_SANDBOX"
@@ -55,17 +71,6 @@ _DEVICES = (
 )
 
 _libc = ctypes.CDLL(None, use_errno=True)
-
-
-def _check(result: int, what: str) -> None:
-    if result != 0:
-        number = ctypes.get_errno()
-        raise OSError(number, f"{what}: {os.strerror(number)}")
-
-
-def _mount(source: str, target: str, kind: str, flags: int = 0, data: str = "") -> None:
-    arguments = (source.encode(), target.encode(), kind.encode(), ctypes.c_ulong(flags), data.encode())
-    _check(_libc.mount(*arguments), f"mount {kind or source} on {target}")
 
 
 def inside() -> bool:
@@ -116,7 +121,7 @@ def _outer(command: Sequence[str], binds: Sequence[tuple[str, str]], keep_opt: b
     _die_with_parent()
     with _cgroup() as group:
         flags = CLONE_NEWNS | CLONE_NEWNET | CLONE_NEWPID | CLONE_NEWIPC | CLONE_NEWUTS
-        _check(_libc.unshare(flags), "unshare")
+        unshare(flags)
         reading, writing = os.pipe()
         first = os.fork()
         if first == 0:
@@ -218,7 +223,7 @@ def _enter(group: int) -> None:
     os.write(processes, b"0")
     os.close(processes)
     os.close(group)
-    _check(_libc.unshare(CLONE_NEWCGROUP), "unshare")
+    unshare(CLONE_NEWCGROUP)
 
 
 def _reap_until(payload: int) -> int:
@@ -291,7 +296,7 @@ def _private_etc() -> None:
     _mount("tmpfs", "/mnt", "tmpfs", MS_NOSUID | MS_NODEV, "mode=0755")
     subprocess.run(["/bin/cp", "-a", "/etc/.", "/mnt/"], check=True)
     _mount("/mnt", "/etc", "", MS_BIND)
-    _check(_libc.umount2(b"/mnt", 0), "umount /mnt")
+    unmount("/mnt")
 
 
 def _private_opt() -> None:

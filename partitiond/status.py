@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from partitiond import converge, identities, last_good, trial, tunnels
+from netplan.legacy_cases import OPEN_CASES as LEGACY_CASES
+from partitiond import converge, identities, last_good, privacy, trial, tunnels
 from partitiond.refusal import Refusal
 from stunnel_mgr import sessions
 
@@ -46,7 +47,12 @@ def node(context: Context) -> dict[str, Any]:
             "source_selection": _source_selection(seen),
             "trial": trial.as_json(config.state_dir),
             "bridge_ports": list(config.network.bridge_ports),
-            "open_cases": [*_open_cases(seen.node), *_without_programs(seen), *_refused_resources(todo)],
+            "open_cases": [
+                *_open_cases(seen.node),
+                *_without_programs(seen),
+                *privacy.open_cases(config, seen.node.partitions, seen.processes),
+                *_refused_resources(todo),
+            ],
             "drift": [operation.id for operation in todo if operation.partition is None],
         },
         "partitions": [_partition(context, item, seen, todo) for item in seen.node.partitions],
@@ -56,6 +62,8 @@ def node(context: Context) -> dict[str, Any]:
 def _open_cases(target: Node) -> list[str]:
     config = target.config
     found = list(_OPEN_CASES)
+    if config.packet_filter == "iptables":
+        found += (f"{name}: {text} (packet_filter = iptables)" for name, text in LEGACY_CASES.items())
     if not config.address_ownership:
         found.insert(0, "address_ownership is off: every user may use every address of the node")
     rejected = last_good.rejected_file(config)

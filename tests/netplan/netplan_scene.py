@@ -5,6 +5,7 @@ import errno
 import os
 import signal
 import socket
+import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from ipaddress import IPv4Network, IPv6Interface
 
 from pyroute2 import IPRoute
 
+from netplan import counters, nftables
 from netplan.addresses import host_tap_mac, partition_ipv6, partition_range, private_ipv4
 from netplan.apply import apply
 from netplan.model import DesiredNetwork, PartitionNetwork, TapSpec
@@ -28,6 +30,7 @@ NEIGHBOUR6 = "2001:db8:1::ffff:1"
 HOST4, NEIGHBOUR4 = "192.0.2.2", "192.0.2.1"
 PRIVATE = IPv4Network("10.0.0.0/16")
 UID = 61000
+backend = "nftables"  # the fixture of that name may say otherwise
 
 
 def namespace() -> int:
@@ -131,10 +134,40 @@ def partition(index: int, *, tap: bool = True, ranges: bool = False, bridge: str
 
 def wanted(count: int = 3, *, tap: bool = True, ranges: bool = False, **more) -> DesiredNetwork:
     partitions = tuple(partition(index, tap=tap, ranges=ranges) for index in range(count))
-    return DesiredNetwork("br0", partitions, **{"host_ipv6": BASE.ip, **more})
+    return DesiredNetwork("br0", partitions, **{"host_ipv6": BASE.ip, "backend": backend, **more})
 
 
 NOTHING = DesiredNetwork("br0")
+
+
+def iptables(*lines: str) -> None:
+    """Change the rules of legacy iptables in one commit; each line is one of iptables-restore, of both families."""
+    for tool in ("iptables", "ip6tables"):
+        text = "\n".join(("*filter", *lines, "COMMIT\n"))
+        line = [f"/usr/sbin/{tool}-legacy-restore", "--noflush", "--wait"]
+        subprocess.run(line, input=text, text=True, check=True)
+
+
+def break_rules() -> None:
+    """Take rules out of our filter that count nothing."""
+    if backend == "iptables":
+        iptables("-F PARTITIOND-REST")
+    else:
+        nftables.run("flush chain inet partitiond in\n")
+
+
+def take_rules_away() -> None:
+    """Remove the packet filter, as others do."""
+    if backend == "iptables":
+        for tool in ("iptables", "ip6tables"):
+            for option in ("-F", "-X"):
+                subprocess.run([f"/usr/sbin/{tool}-legacy", "--wait", option], check=True)
+    else:
+        nftables.run("delete table inet partitiond\n")
+
+
+def read_counters():
+    return counters.read_counters(backend)
 
 
 def as_user(uid: int, work: Callable[[], object]) -> str:
