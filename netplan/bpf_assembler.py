@@ -17,7 +17,7 @@ _LITTLE = sys.byteorder == "little"
 _SIZES = {1: 0x10, 2: 0x08, 4: 0x00, 8: 0x18}  # BPF_B, BPF_H, BPF_W, BPF_DW
 _LDX, _ST, _STX, _ALU, _JMP, _JMP32, _ALU64 = 0x61, 0x62, 0x63, 0x04, 0x05, 0x06, 0x07
 _REGISTER = 0x08  # BPF_X: the operand is a register
-_ADD, _OR, _AND, _MOV = 0x00, 0x40, 0x50, 0xB0
+_ADD, _OR, _AND, _SHIFT, _MOV = 0x00, 0x40, 0x50, 0x60, 0xB0
 _ALWAYS, _CALL, _EXIT = 0x00, 0x80, 0x90
 _TESTS = {"==": 0x10, "!=": 0x50, "&": 0x40}
 _LOAD_64 = 0x18
@@ -107,6 +107,10 @@ class Assembler:
     def mask_word(self, target: int, value: int) -> None:
         """Keep those of the lower 32 bits that are in the mask."""
         self._add(_Instruction(_ALU | _AND, target, immediate=value))
+
+    def shift_left(self, target: int, bits: int) -> None:
+        """Multiply by a power of two."""
+        self._add(_Instruction(_ALU64 | _SHIFT, target, immediate=bits))
 
     def load(self, target: int, pointer: int, offset: int, size: int = 4) -> None:
         """Read from memory."""

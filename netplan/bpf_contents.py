@@ -38,28 +38,37 @@ class _Share(NamedTuple):
     owners: dict[bytes, bytes]
     ranges: dict[bytes, bytes]
     sources: dict[bytes, bytes]
+    digest: bytes
+
+
+def _shared(owners: dict[bytes, bytes], ranges: dict[bytes, bytes], sources: dict[bytes, bytes]) -> _Share:
+    digest = hashlib.blake2b(digest_size=16)
+    for entries in (owners, ranges, sources):
+        digest.update(struct.pack("=I", len(entries)))
+        for item in entries.items():
+            digest.update(b"".join(item))
+    return _Share(owners, ranges, sources, digest.digest())
 
 
 @once
 def contents(desired: DesiredNetwork) -> Contents:
     """Return what the maps shall hold."""
-    whole = _node(desired.host_ipv6, desired.host_ipv4)
-    for one in desired.partitions:
-        for entries, more in zip(whole, _share(one), strict=True):
-            entries.update(more)
-    maps = dict(zip((OWNERS, RANGES, SOURCES), whole, strict=True))
-    digest = hashlib.blake2b(digest_size=16)
-    for entries in maps.values():
-        digest.update(struct.pack("=I", len(entries)))
-        for item in sorted(entries.items()):
-            digest.update(b"".join(item))
-    return Contents(maps, digest.hexdigest())
+    shares = [_node(desired.host_ipv6, desired.host_ipv4), *map(_share, desired.partitions)]
+    owners: dict[bytes, bytes] = {}
+    ranges: dict[bytes, bytes] = {}
+    sources: dict[bytes, bytes] = {}
+    for one in shares:
+        owners |= one.owners
+        ranges |= one.ranges
+        sources |= one.sources
+    digest = hashlib.blake2b(b"".join(one.digest for one in shares), digest_size=16)
+    return Contents({OWNERS: owners, RANGES: ranges, SOURCES: sources}, digest.hexdigest())
 
 
 def _node(ipv6: IPv6Address | None, ipv4: IPv4Address | None) -> _Share:
     known = [one for one in (ipv6, ipv4) if one is not None]
     owners = {_address(one): _owner(NODE) for one in known}
-    return _Share(owners, {}, _source(NODE, ipv6, ipv4) if known else {})
+    return _shared(owners, {}, _source(NODE, ipv6, ipv4) if known else {})
 
 
 @once_each
@@ -71,7 +80,7 @@ def _share(one: PartitionNetwork) -> _Share:
     ranges = {_range(one.ipv6_range): _owner(one.uid)} if one.ipv6_range else {}
     ipv4 = one.routable_ipv4.interface.ip if one.routable_ipv4 else one.public_ipv4
     ipv6 = one.ipv6.ip if one.ipv6 else None
-    return _Share(owners, ranges, _source(one.uid, ipv6, ipv4) if ipv6 or ipv4 else {})
+    return _shared(owners, ranges, _source(one.uid, ipv6, ipv4) if ipv6 or ipv4 else {})
 
 
 def _address(address: IPv4Address | IPv6Address) -> bytes:

@@ -62,11 +62,12 @@ _USER_IP4, _USER_IP6, _SOURCE_IP4, _SOURCE_IP6, _SOCKET = 4, 8, 40, 44, 64
 _SOCKET_IP4, _SOCKET_IP6 = 24, 28
 _PACKET_PROTOCOL = 16
 _ETH_P_IP, _ETH_P_IPV6 = 0x0800, 0x86DD
-_IPPROTO_ICMP, _IPPROTO_ICMPV6 = 1, 58
+_IPPROTO_ICMP, _IPPROTO_TCP, _IPPROTO_ICMPV6 = 1, 6, 58
+_TCP_FLAGS, _TCP_RST = 13, 4
 _AF_INET, _AF_INET6 = 2, 10
 _ALLOW, _DENY = 1, 0
 # registers: arguments are 1 to 5, a call leaves 6 to 9 as they are
-_CONTEXT, _USER, _IS_OWNED = 6, 7, 8
+_CONTEXT, _USER, _IS_OWNED, _FLAGS_AT = 6, 7, 8, 9
 # the stack: a key of RANGES is the length followed by the address, a key of OWNERS is the address
 _ADDRESS, _LENGTH, _SOURCE_KEY, _REFUSED_KEY, _ONE, _SOCKADDR, _HEADER = -16, -20, -24, -32, -40, -72, -80
 
@@ -162,11 +163,33 @@ def _address6(made: Assembler) -> None:
         made.store(FRAME, _ADDRESS + 4 * place, 1 + place)
 
 
-def _refuse_others(made: Assembler, rule: Refusal, owner: int = 0) -> None:
-    """Allow what the address (``owner``: its entry) is the user's or the node's; else refuse and count."""
-    made.load(1, owner, 0)
+def _allow_owner(made: Assembler) -> None:
+    """Allow it where the address, whose entry register 0 points at, is the user's or the node's."""
+    made.load(1, RESULT, 0)
     made.jump_if_word(1, "==", -1, "allow")
     made.jump_if_registers(1, "==", _USER, "allow")
+
+
+def _allow_reset(made: Assembler) -> None:
+    """Allow an RST: it brings nothing, and is how the packet filter tells a client at once that it was refused.
+
+    The source of what is refused may be another's: towards an address of this host the kernel takes that one.
+    """
+    made.jump_if(_FLAGS_AT, "==", 0, "refused")
+    made.copy(1, _CONTEXT)
+    made.copy(2, _FLAGS_AT)
+    made.copy(3, FRAME)
+    made.add(3, _HEADER)
+    made.set(4, 1)
+    made.call(_SKB_LOAD)
+    made.jump_if(RESULT, "!=", 0, "refused")
+    made.load(1, FRAME, _HEADER, 1)
+    made.jump_if(1, "&", _TCP_RST, "allow")
+    made.label("refused")
+
+
+def _refuse(made: Assembler, rule: Refusal) -> None:
+    """Refuse, and count by whom."""
     made.store(FRAME, _REFUSED_KEY, _USER)
     made.store_number(FRAME, _REFUSED_KEY + 4, rule)
     _look_up(made, REFUSED, _REFUSED_KEY)
@@ -198,7 +221,8 @@ def _bind(address: Callable[[Assembler], None]) -> Code:
     _look_up_range(made)
     made.jump_if(RESULT, "==", 0, "allow")
     made.label("owned")
-    _refuse_others(made, Refusal.BIND)
+    _allow_owner(made)
+    _refuse(made, Refusal.BIND)
     return _end(made)
 
 
@@ -214,6 +238,13 @@ def _ingress(*, everywhere: bool) -> Code:
     _header(made, 20)
     made.load(1, FRAME, _HEADER + 9, 1)
     made.jump_if(1, "==", _IPPROTO_ICMP, "allow")
+    made.set(_FLAGS_AT, 0)
+    made.jump_if(1, "!=", _IPPROTO_TCP, "four")
+    made.load(_FLAGS_AT, FRAME, _HEADER, 1)
+    made.mask_word(_FLAGS_AT, 0x0F)
+    made.shift_left(_FLAGS_AT, 2)
+    made.add(_FLAGS_AT, _TCP_FLAGS)
+    made.label("four")
     made.store_number(FRAME, _ADDRESS, 0, 8)
     made.store_number(FRAME, _ADDRESS + 8, _word(b"\0\0\xff\xff"))
     made.load(1, FRAME, _HEADER + 16)
@@ -223,6 +254,10 @@ def _ingress(*, everywhere: bool) -> Code:
     _header(made, 40)
     made.load(1, FRAME, _HEADER + 6, 1)
     made.jump_if(1, "==", _IPPROTO_ICMPV6, "allow")
+    made.set(_FLAGS_AT, 0)
+    made.jump_if(1, "!=", _IPPROTO_TCP, "destination")
+    made.set(_FLAGS_AT, 40 + _TCP_FLAGS)
+    made.label("destination")
     for place in (0, 8):
         made.load(1, FRAME, _HEADER + 24 + place, 8)
         made.store(FRAME, _ADDRESS + place, 1, 8)
@@ -235,7 +270,9 @@ def _ingress(*, everywhere: bool) -> Code:
     if everywhere:
         made.load(1, RESULT, 4)
         made.jump_if_word(1, "&", PRIVATE, "allow")
-    _refuse_others(made, Refusal.RECEIVE)
+    _allow_owner(made)
+    _allow_reset(made)
+    _refuse(made, Refusal.RECEIVE)
     return _end(made)
 
 

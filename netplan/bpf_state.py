@@ -307,7 +307,9 @@ def _write(maps: Mapping[str, int], last: Mapping[str, Entries], wanted: Content
     bpf_syscall.update(maps[NOTE], _FIRST, _UNKNOWN)
     for name in _FILLED:
         new, old = wanted.maps[name], last[name]
-        bpf_syscall.update_all(maps[name], dict(new.items() - old.items()))
+        bpf_syscall.update_all(
+            maps[name], {key: value for key, value in new.items() if old.get(key) != value}
+        )
     for name in _FILLED:
         bpf_syscall.delete_all(maps[name], list(last[name].keys() - wanted.maps[name].keys()))
     bpf_syscall.update(maps[NOTE], _FIRST, bytes.fromhex(wanted.fingerprint))

@@ -49,9 +49,12 @@ def mount_bpffs() -> None:
 
 def unmount_bpffs() -> None:
     """Take away the one that we mounted, if nobody else keeps something there."""
-    rows = (line.split(" ") for line in Path("/proc/self/mountinfo").read_text(encoding="utf-8").splitlines())
-    ours = any(row[4] == str(BPFFS) and row[-2] == _OWN_MOUNT for row in rows)
-    if ours and has_bpffs() and not any(BPFFS.iterdir()) and _libc.umount2(bytes(BPFFS), 0):
+    lines = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+    there = [row for row in (line.split(" ") for line in lines) if row[4] == str(BPFFS)]
+    ours = bool(there) and there[-1][-2] == _OWN_MOUNT
+    # a name with a dot is the kernel's own (kernel/bpf/inode.c, bpf_lookup, populate_bpffs)
+    used = any("." not in one.name for one in BPFFS.iterdir()) if ours else False
+    if ours and not used and _libc.umount2(bytes(BPFFS), 0):
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number), str(BPFFS))
 

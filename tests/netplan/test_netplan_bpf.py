@@ -449,3 +449,12 @@ def test_a_program_that_is_roots_for_its_user_is_still_the_users(guarded):
 
     child = as_user(0, work)
     assert child == "EPERM"
+
+
+@pytest.mark.parametrize("bound", ["127.0.0.1", "0.0.0.0", None])
+@pytest.mark.parametrize("uid", [B, C, NOBODY])
+def test_private_ipv4_refuses_at_once(guarded, uid, bound):
+    """Though the kernel takes that address itself as the client's, and with it as where the refusal goes to."""
+    with echoing(A, A4, TCP) as port, echoing(A, A4, UDP) as datagrams:
+        assert as_user(uid, lambda: ask(A4, port, TCP, bound=bound)) == "ECONNREFUSED"
+        assert as_user(uid, lambda: ask(A4, datagrams, UDP, bound=bound)) == "EPERM"
