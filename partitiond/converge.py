@@ -270,7 +270,8 @@ def desired_directories(target: Node) -> tuple[DirectorySpec, ...]:
         DirectorySpec(config.state_dir, root, root, 0o711),
         DirectorySpec(config.state_dir / "tunnels", root, root, 0o711),
         DirectorySpec(config.log_dir, root, root, 0o711),
-        DirectorySpec(config.log_dir / "software", root, root, 0o755),
+        # what one tenant has built is no other's concern, although all may use it
+        DirectorySpec(config.log_dir / "software", root, root, 0o700),
         DirectorySpec(config.run_dir, root, root, 0o755),
     ]
     for item in target.partitions:

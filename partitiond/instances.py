@@ -293,6 +293,8 @@ def _run(context: Context, partition: Partition, entry: PartitionDocument) -> No
             context.supervisor.write_group(group)
         else:
             context.supervisor.remove_group(group.name)
+        # one that is not private yet has run on until now
+        privacy.relaunch(context, partition, tunnels.group_name(partition.id))
         # also when the file is as it was: one who was killed after writing it has told supervisord nothing
         context.supervisor.update()
         if group.programs:

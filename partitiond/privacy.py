@@ -119,8 +119,9 @@ def _not_made(name: str, error: OSError) -> PartitiondError:
 def _shown(config: Config) -> tuple[Path, ...]:
     """What a partition's programs need, wherever the operator has put it."""
     own = (config.instance_root, config.software_root, config.state_dir, config.log_dir, config.run_dir)
-    more = (config.instance_storage_home, *map(Path, config.shared_part_list.split()), Path(sys.prefix))
-    return (*own, *(path for path in more if path))
+    more = (config.instance_storage_home, config.certificate_repository)
+    parts = map(Path, config.shared_part_list.split())
+    return (*own, *(path for path in more if path), *parts, Path(sys.prefix))
 
 
 def ensure(context: Context, partition: Partition) -> None:
@@ -137,25 +138,26 @@ def ensure(context: Context, partition: Partition) -> None:
 
 def apply(context: Context, operation: PrivacyOperation) -> None:
     """Remove what an operation says. Raises PartitiondError, OSError."""
-    if operation.owner is not None and relaunch(context, operation.owner) and context.supervisor.running():
+    owner = operation.owner
+    if owner is not None and relaunch(context, owner, owner.id) and context.supervisor.running():
         # what it has would not start any more
         context.supervisor.update()
     namespaces.remove(directory(context.config), operation.name)
 
 
-def relaunch(context: Context, partition: Partition) -> bool:
-    """Let supervisord's file say how the partition's programs are started now; return whether it said something else.
+def relaunch(context: Context, partition: Partition, group: str) -> bool:
+    """Let the file of a partition's group say how its programs are started now; return whether it said something else.
 
     Programs that run are stopped when supervisord is told of it.
     """
     supervisor = context.supervisor
-    text = supervisor.group_text(partition.id)
+    text = supervisor.group_text(group)
     if text is None:
         return False
     new = relaunched(text, partition.uid, launcher(context.config, partition))
     if new == text:
         return False
-    files.write_path(supervisor.group_file(partition.id), new.encode(), mode=0o600)
+    files.write_path(supervisor.group_file(group), new.encode(), mode=0o600)
     return True
 
 
@@ -186,7 +188,7 @@ def open_cases(config: Config, partitions: Iterable[Partition], processes: Itera
     late = sorted(set(_outside(config, private, processes)))
     if late:
         found.append(
-            f"{', '.join(late)} began before its namespaces were made: private when it is next started"
+            f"{', '.join(late)} began before its namespaces were made: private when it is next configured"
         )
     return found
 

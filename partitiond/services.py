@@ -126,6 +126,6 @@ def apply(context: Context, operation: ServiceOperation) -> None:
         supervisor.update()
     else:
         if operation.owner is not None:
-            privacy.relaunch(context, operation.owner)
+            privacy.relaunch(context, operation.owner, operation.group)
         supervisor.update()
         supervisor.start_group(operation.group)

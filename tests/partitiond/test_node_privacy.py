@@ -2,12 +2,15 @@
 
 import contextlib
 import errno
+import json
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from json_schemas import parsed
@@ -454,6 +457,44 @@ def test_a_tenant_of_an_older_version_runs_on_and_is_private_when_supervisord_st
     assert not scene.open_cases()
 
 
+def test_a_tunnel_is_in_its_partitions_namespaces(scene):
+    declaration = scene.node.instance / "slappart2" / "etc" / "tunnel" / "db.cfg"
+    declaration.parent.mkdir(parents=True)
+    published = json.loads((scene.node.instance / "slappart0" / ".slapos-resource").read_text())
+    declaration.write_text(
+        f"[tunnel]\nmode = client\nlisten = 3307\nconnect = [{scene.partition(0).ipv6}]:3306\n"
+        f"peer = cert:{published['certificate']}\n"
+    )
+
+    def stunnel():
+        (found,) = [
+            one.pid for one in scene.context.supervisor.processes() if one.group == "slappart2-tunnel"
+        ]
+        until(lambda: scene.user_of(found), "stunnel")
+        return found
+
+    try:
+        scene.apply()
+        first = stunnel()
+        assert namespaces_of(first)[0] == f"mnt:[{scene.pin(2).stat().st_ino}]"
+        assert scene.user_of(first) == scene.partition(2).uid
+        scene.reread(private_namespaces={"slappart2": "off"})
+        scene.apply()
+        second = stunnel()
+        assert namespaces_of(second) == namespaces_of("self")
+        assert not scene.pin(2).exists()
+        # as after an older version: its sessions are worth more than a place of its own at once
+        scene.reread(private_namespaces={"slappart2": "on"})
+        scene.apply()
+        assert stunnel() == second
+        instances._run(scene.context, scene.partition(2), SimpleNamespace(requested_state="started"))
+        assert namespaces_of(stunnel())[0] == f"mnt:[{scene.pin(2).stat().st_ino}]"
+    finally:
+        declaration.unlink()
+        declaration.parent.rmdir()
+        scene.apply()
+
+
 def test_a_partition_with_nothing_to_run_has_none(scene):
     assert not scene.pin(2).exists()
     scene.instance(2, sleeper=SLEEPER)
@@ -593,6 +634,75 @@ def test_no_descriptor_of_roots_leads_out(scene):
     listed = scene.said(0, "/bin/sh", "-c", "ls -l /proc/$$/fd/ | tail -n +2")
     targets = [line.split(" -> ")[1] for line in listed.splitlines()]
     assert all(target.startswith(("/dev/null", "pipe:")) for target in targets), listed
+
+
+# --- what else is readable ----------------------------------------------------------------------------------------------
+
+
+_TRIED = """
+    import os, sys
+    for line in sys.stdin:
+        path = line.rstrip("\\n")
+        for word, flags in ("read", os.O_RDONLY), ("write", os.O_WRONLY):
+            try:
+                os.close(os.open(path, flags | os.O_NONBLOCK))
+                print(word, path)
+            except OSError:
+                pass
+        if os.path.isdir(path) and os.access(path, os.W_OK):
+            print("change", path)
+"""
+
+
+def opened_by(paths, *words):
+    """What the program before which these words stand can open."""
+    done = subprocess.run(
+        [*words, "/usr/bin/python3", "-I", "-c", textwrap.dedent(_TRIED)],
+        input="".join(f"{path}\n" for path in paths),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return set(done.stdout.splitlines())
+
+
+def test_of_all_that_the_node_keeps_a_tenant_reads_its_own_and_software(scene, command):
+    root = scene.node.root
+    release = root / "software" / ("0" * 32)
+    release.mkdir(mode=0o755)
+    (release / "program").touch(mode=0o640)
+    shutil.chown(release / "program", "slapsoft", "slapsoft")
+    (root / "log" / "software" / f"{release.name}.log").write_text("built from https://token@example.com/")
+    for directory in ("etc", "etc/plugin", "srv"):
+        (root / "instance" / "slappart0" / directory).mkdir(exist_ok=True)
+    daemon = command.start("run", "-c", scene.node.path)
+    try:
+        until((root / "run" / "control.sock").exists, "the daemon")
+        command("sync", "usage", "-c", scene.node.path)
+        paths = [Path(above, name) for above, *names in os.walk(root) for one in names for name in one]
+        assert len(paths) > 60, paths
+        tenant = scene.partition(1)
+        switch = execute.switch(str(tenant.uid), str(tenant.gid))
+        seen = opened_by(paths, *switch)
+        stranger = opened_by(
+            paths, "/usr/bin/setpriv", "--reuid", "4242", "--regid", "4242", "--clear-groups"
+        )
+        everything = opened_by(paths)
+    finally:
+        daemon.terminate()
+        daemon.communicate()
+    assert len(everything) > 100, "root could not open them either"
+    own = {one for one in seen if "slappart1" in one}
+    assert f"read {root}/state/tunnels/slappart1/key.pem" in own
+    assert f"read {root}/log/slappart1/sleeper.log" in own
+    software = {f"read {release}/program"}
+    names = {
+        f"read {root}/{name}" for name in ("instance", "instance/etc", "instance/var", "run", "software")
+    }
+    assert seen - own == software | names | {f"read {release}", f"read {scene.node.path}"}
+    # the one group that tenants share opens software, and nothing else
+    assert seen - own - stranger == software
+    assert not any("slappart" in one for one in stranger)
 
 
 # --- the port -----------------------------------------------------------------------------------------------------------
