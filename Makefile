@@ -33,7 +33,7 @@ bench-packets: $(B)/test.stamp ## what isolation costs a packet, beside no rules
 install: ## an environment at PREFIX that partition users can execute, with all that builds need offline (EXTRAS=iptables)
 	tools/environment --prefix $(PREFIX) --python $(PYTHON) --with master $(addprefix --with ,$(EXTRAS))
 
-SOURCES := pyproject.toml setup.py tools/environment $(wildcard requirements/*.txt) \
+SOURCES := pyproject.toml setup.py tools/environment tools/guest $(wildcard requirements/*.txt) \
 	$(shell find partitiond netplan stunnel_mgr accounting slap_client -type f ! -name '*.pyc')
 
 $(B)/demo.stamp: $(SOURCES)

@@ -14,6 +14,8 @@ from socket import AF_INET, AF_INET6
 from typing import NamedTuple, TypeVar
 
 from netplan import moving, mtu, rtnetlink
+from netplan.bpf_contents import HookOperation
+from netplan.bpf_state import load_hooks, remove_hooks
 from netplan.errors import NetplanError
 from netplan.filter_state import load_filter, note_setting, remove_filter
 from netplan.legacy_filter import LegacyOperation, load_legacy, note_legacy, remove_legacy
@@ -136,6 +138,19 @@ def _legacy(_sock: NetlinkSocket, group: Sequence[LegacyOperation]) -> list[Fail
                 load_legacy(one.wanted, one.notes)
             else:
                 remove_legacy()
+        except NetplanError as error:
+            failures.append(Failure(one, error))
+    return failures
+
+
+def _hooks(_sock: NetlinkSocket, group: Sequence[HookOperation]) -> list[Failure]:
+    failures = []
+    for one in group:
+        try:
+            if one.wanted:
+                load_hooks(one.wanted, one.state)
+            else:
+                remove_hooks()
         except NetplanError as error:
             failures.append(Failure(one, error))
     return failures
@@ -421,6 +436,7 @@ def _error(operation: Operation, refusal: Refusal) -> NetplanError:
 _HANDLERS: dict[type[Operation], Callable[..., list[Failure]]] = {
     RefusedOperation: _refused,
     FilterOperation: _filter,
+    HookOperation: _hooks,
     LegacyOperation: _legacy,
     SysctlOperation: _sysctl,
     BridgeOperation: _bridges,

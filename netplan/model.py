@@ -53,7 +53,8 @@ Backend = Literal["nftables", "iptables"]
 
 @dataclass(frozen=True, slots=True)
 class TapGuard:
-    """What may leave a tap: ``own`` are the guest's addresses, ``mac`` its MAC (None: the first that is seen).
+    """What may leave a tap: ``own`` are the guest's addresses, ``mac`` its MAC (None: the first that is seen;
+    ``proposed`` is then kept free for it).
 
     ``strict``: from its own addresses only; a family without one is blocked as a whole.  Else from any that
     nobody else owns (:class:`Protected`).
@@ -62,10 +63,12 @@ class TapGuard:
     strict: bool
     own: tuple[Network, ...] = ()
     mac: str | None = None
+    proposed: str | None = None
 
     def __post_init__(self) -> None:
-        if self.mac is not None and not _MAC.fullmatch(self.mac):
-            raise _invalid("tap", f"{self.mac!r} is no MAC (six lower-case hex pairs and colons)")
+        for mac in (self.mac, self.proposed):
+            if mac is not None and not _MAC.fullmatch(mac):
+                raise _invalid("tap", f"{mac!r} is no MAC (six lower-case hex pairs and colons)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,8 +209,8 @@ class DesiredNetwork:
     source hint for unbound IPv6 traffic; ``ownership`` False leaves only metering in the packet filter;
     ``packet_filter`` False leaves no packet filter at all; ``backend`` says what it is made of;
     ``local_source_table`` gives unbound clients of a partition on the same host the host's source address,
-    ``host_ipv6`` or ``host_ipv4`` (where cgroup BPF is not there to do better); ``protected`` is what no guest
-    behind a tap may claim.
+    ``host_ipv6`` or ``host_ipv4``, where nothing does better; ``cgroup_bpf``: programs at the cgroup shall, if
+    this kernel and our rights allow it; ``protected`` is what no guest behind a tap may claim.
     """
 
     interface: str | None = None
@@ -216,6 +219,7 @@ class DesiredNetwork:
     ownership: bool = True
     packet_filter: bool = True
     local_source_table: bool = False
+    cgroup_bpf: bool = False
     host_ipv4: IPv4Address | None = None
     bridge: BridgeSpec | None = None
     ipv4_interface: str | None = None
@@ -244,6 +248,11 @@ class DesiredNetwork:
     def filtered(self) -> bool:
         """Whether there shall be a packet filter."""
         return self.packet_filter and bool(self.partitions)
+
+    @property
+    def hooked(self) -> bool:
+        """Whether there shall be programs at the cgroup."""
+        return self.cgroup_bpf and self.ownership and bool(self.partitions)
 
 
 def _check_link(name: str) -> None:
@@ -398,6 +407,22 @@ class FilterState:
 
 
 @dataclass(frozen=True, slots=True)
+class HookState:
+    """What there is of our programs at the cgroup.
+
+    ``version`` names those in force ("" when there are none, or not all), ``contents`` is the fingerprint of what
+    their maps hold, ``leftover`` names other directories with pins of ours. ``refused`` says why there can be none.
+    ``everywhere``: what comes in is checked in other network namespaces, too (:mod:`netplan.bpf_programs`).
+    """
+
+    version: str = ""
+    contents: str = ""
+    leftover: tuple[str, ...] = ()
+    refused: str = ""
+    everywhere: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class ObservedNetwork:
     """What the kernel has, as far as :func:`netplan.plan.plan` needs it.
 
@@ -417,5 +442,6 @@ class ObservedNetwork:
     notes: frozenset[str] = frozenset()
     address_marks: bool = True
     filter: FilterState = field(default_factory=FilterState)
+    hooks: HookState = field(default_factory=HookState)
     legacy: FilterState = field(default_factory=FilterState)
     legacy_notes: frozenset[str] = frozenset()

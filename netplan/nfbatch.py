@@ -18,7 +18,7 @@ from functools import cache, lru_cache
 from ipaddress import ip_network
 from socket import AF_INET, AF_INET6, inet_pton
 
-from netplan.elements import SIZES, padded
+from netplan.elements import SIZES, field_types, padded
 from netplan.errors import NetplanError
 from netplan.netlink import NLA_F_NESTED, NLM_F_CREATE, NetlinkSocket, Refusal, Request, attribute
 from netplan.nfnetlink import FAMILIES, TABLE, split_name
@@ -142,9 +142,7 @@ def notes(chain: str, comments: Iterable[str]) -> Iterator[Request]:
 @cache
 def _grammar(text: str) -> tuple[tuple[str, ...], bool]:
     """Return the types of a set's fields, and whether there may be ranges."""
-    declared, _, options = text.partition(";")
-    types = declared.removeprefix("type ").partition(" : ")[0].strip().split(" . ")
-    return tuple(types), "interval" in options
+    return field_types(text), "interval" in text.partition(";")[2]
 
 
 def _element(types: tuple[str, ...], text: str, *, interval: bool, referring: bool) -> bytes:
@@ -177,7 +175,13 @@ def _field(kind: str, text: str, *, sortable: bool) -> tuple[bytes, bytes]:
     if kind == "uid":
         value = int(text).to_bytes(4, "big" if sortable else sys.byteorder)
         return value, value
-    if kind == "ifname":
+    if kind.startswith("@"):
+        first, _, last = text.partition("-")
+        low, high = bytes.fromhex(first[2:]), bytes.fromhex((last or first)[2:])
+        if not len(low) == len(high) == SIZES[kind]:
+            raise ValueError(text)
+        return low, high
+    if kind in {"ifname", "iifname"}:
         value = text.strip('"').encode().ljust(SIZES[kind], b"\0")
         return value, value
     if kind == "ether_addr":

@@ -7,6 +7,7 @@ from socket import AF_INET
 from typing import NamedTuple
 
 from netplan import rtnetlink, sysctls
+from netplan.bpf_state import observe_hooks
 from netplan.errors import NetplanError
 from netplan.filter_state import observe_filter
 from netplan.legacy_filter import observe_legacy
@@ -99,6 +100,7 @@ def observe(desired: DesiredNetwork, seen: Look | None = None) -> ObservedNetwor
         filter=nft,
         legacy=there.filter,
         legacy_notes=there.notes,
+        hooks=observe_hooks(wanted=desired.hooked),
     )
 
 

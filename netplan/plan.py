@@ -5,10 +5,11 @@ Order, so that nothing is ever reachable without its rules:
 
 1. what is ours and no longer wanted goes (rules, routes, addresses, taps, ports, bridge; kernel settings as
    they were);
-2. the packet filter: made, changed, or removed when nothing is left to guard;
-3. what is missing comes: kernel settings, bridge, ports, taps, addresses, routes, rules.
+2. the packet filter: made, changed, or removed when nothing is left to guard; then the programs at the cgroup;
+3. what is missing comes: kernel settings, bridge, ports, taps, addresses, routes, rules;
+4. the programs go where they are not wanted any more.
 
-:func:`netplan.apply.apply` leaves step 3 undone when step 2 failed.
+:func:`netplan.apply.apply` leaves the steps after it undone when the packet filter failed.
 """
 
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from netplan.operations import Operation, SysctlOperation
 from netplan.packet_filter import FilterOperation, render
 from netplan.plan_addresses import address_operations
 from netplan.plan_bridge import after, bridge_operations
+from netplan.plan_hooks import hook_operations
 from netplan.plan_routes import route_operations
 from netplan.plan_rules import rule_operations
 from netplan.plan_taps import tap_operations
@@ -35,6 +37,7 @@ def plan(desired: DesiredNetwork, observed: ObservedNetwork) -> tuple[Operation,
     nothing to do.
     """
     packet_filter = filter_operations(desired, observed)
+    hooks = hook_operations(desired, observed)
     bridging = tuple(bridge_operations(desired, observed))
     bridged = after(bridging, observed)
     if any(name and name not in bridged.links for name in (desired.interface, desired.ipv4_interface)):
@@ -51,7 +54,9 @@ def plan(desired: DesiredNetwork, observed: ObservedNetwork) -> tuple[Operation,
     removals = [one for one in changes if one.action == "remove"]
     others = [one for one in changes if one.action != "remove"]
     removals.reverse()  # what came last goes first
-    return (*removals, *packet_filter, *others)
+    going = [one for one in hooks if one.action == "remove"]
+    coming = [one for one in hooks if one.action != "remove"]
+    return (*removals, *packet_filter, *coming, *others, *going)
 
 
 def filter_operations(

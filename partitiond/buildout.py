@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from partitiond import certificates, execute, files
+from partitiond import certificates, execute, files, privacy
 from partitiond.errors import PartitiondError
 from partitiond.state import software_name
 
@@ -314,6 +314,7 @@ def configure_instance(context: Context, partition: Partition, entry: PartitionD
             log=log,
             stop=context.stop,
             record=session_record(config, partition.id),
+            enter=privacy.entry(config, partition),
         )
     if not outcome.ok:
         raise _build_error("instance.build", partition.id, outcome, path)

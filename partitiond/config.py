@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from partitiond import config_network, config_reader, device_config
+from partitiond import config_network, config_reader, device_config, privacy_config
 from partitiond.config_reader import Reader
 from partitiond.errors import PartitiondError
 
@@ -52,7 +52,7 @@ _OWN_KEYS = frozenset(
         "bridge bridge_ports uid_base ipv4_partition_network state_dir log_dir run_dir packet_filter"
         " address_ownership tap_guard capacity_interval software_interval instances_interval report_interval"
         " meter_interval metrics_listen destroy_guard master_fingerprint buildout_version"
-        " report_ambiguous offline_builds"
+        " report_ambiguous offline_builds private_namespaces"
     ).split()
 )
 # keys that change nothing yet; saying so is better than being silent
@@ -83,6 +83,7 @@ _OPEN_SECTIONS = (
     "firewall",
     "routable_ipv4",
     device_config.SECTION,
+    privacy_config.SECTION,
 )
 _LATER_SECTIONS = ("tap_allow",)
 
@@ -164,6 +165,7 @@ class Config:
     tunnels: tuple[OperatorTunnel, ...] = ()
     instance_storage_home: Path | None = None
     block_devices: tuple[OperatorDevice, ...] = ()
+    shared_namespaces: frozenset[str] = frozenset()
     warnings: tuple[str, ...] = field(default=(), compare=False)
     # file and drop-ins as one text, which reads back as the same configuration
     text: str = field(default="", compare=False, repr=False)
@@ -464,6 +466,7 @@ def _build(path: Path, reader: Reader) -> Config:
         tunnels=tuple(_tunnels(reader)),
         instance_storage_home=reader.optional_path(_storage_section(reader), "instance_storage_home"),
         block_devices=device_config.block_devices(reader, partition_base, amount),
+        shared_namespaces=privacy_config.shared_namespaces(reader, partition_base, amount),
         warnings=tuple(reader.warnings),
         text=config_reader.merged(reader.parser),
     )

@@ -24,7 +24,9 @@ from partitiond import (
     execute,
     identities,
     last_good,
+    namespaces,
     node,
+    privacy,
     resource_file,
     services,
     storage,
@@ -69,6 +71,7 @@ PARTS = (
     "grants",
     "identities",
     "resources",
+    "privacy",
     "services",
     "tunnels",
     "leavers",
@@ -104,6 +107,7 @@ class Plan:
     grants: tuple[block_devices.GrantOperation, ...] = ()
     identities: tuple[identities.IdentityOperation, ...] = ()
     resources: tuple[resource_file.ResourceOperation, ...] = ()
+    privacy: tuple[privacy.PrivacyOperation, ...] = ()
     services: tuple[services.ServiceOperation, ...] = ()
     tunnels: tuple[tunnels.TunnelOperation, ...] = ()
     leavers: tuple[UserOperation, ...] = ()
@@ -324,6 +328,12 @@ def plan(
         devices=tun_device.plan(taps=any(item.network.tap or item.network.tun for item in target.partitions)),
         identities=identities.plan(looked_at, published),
         resources=resource_file.plan(target, looked_at, published, _holdings(seen)),
+        privacy=privacy.plan(
+            target.config,
+            target.partitions,
+            _used(context, target, set_up, wanted_tunnels),
+            namespaces.pinned(privacy.directory(target.config)),
+        ),
         services=services.plan(context, target, seen.processes, set_up),
         tunnels=tuple(
             operation
@@ -345,6 +355,20 @@ def plan(
         ),
         published=published,
         declared=wanted_tunnels,
+    )
+
+
+def _used(
+    context: Context, target: Node, set_up: frozenset[str], wanted: Mapping[str, PartitionTunnels]
+) -> frozenset[str]:
+    """The partitions that have something to run: an instance, whatever its state, or a tunnel."""
+    states = context.store.instances()
+    return frozenset(
+        item.id
+        for item in target.partitions
+        if item.id in states
+        or wanted[item.id].files
+        or not set_up.isdisjoint((item.id, tunnels.group_name(item.id)))
     )
 
 
@@ -502,6 +526,9 @@ def _run(context: Context, seen: Observation, todo: Plan) -> list[tuple[str, Exc
     directories.apply(todo.directories, numbers)
     for failed, error in netplan_apply.apply(todo.network):
         failures.append((failed.id, error))
+    for unmade, problem in privacy.make(context.config, todo.privacy):
+        failures.append((unmade.id, problem))
+        logger.warning("%s: %s", unmade.id, sentence(problem))
     config, supervisord = context.config, services.Start(context)
     # one that has nothing to run yet starts beside what comes before the services
     early = [] if context.supervisor.group_names() else [one for one in todo.services if one.group is None]
@@ -514,6 +541,7 @@ def _run(context: Context, seen: Observation, todo: Plan) -> list[tuple[str, Exc
         *((one.id, partial(identities.make, config, one.owner)) for one in todo.identities),
         *((one.id, partial(_write_resource, seen, one.owner)) for one in todo.resources),
         *((one.id, supervisord.wait) for one in early),
+        *((one.id, partial(privacy.apply, context, one)) for one in todo.privacy if one.action == "remove"),
         *((one.id, partial(services.apply, context, one)) for one in todo.services if one not in early),
         *((one.id, partial(tunnels.apply, one, config, context.supervisor)) for one in todo.tunnels),
     ]

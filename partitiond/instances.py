@@ -24,6 +24,7 @@ from partitiond import (
     execute,
     files,
     identities,
+    privacy,
     storage,
     tunnels,
 )
@@ -227,6 +228,7 @@ def _configure(
         _settle(context, node)
         context.store.save_instance(replace(following, life="stopped", timestamp=None))
     try:
+        privacy.ensure(context, partition)
         certificates.fetch(context, partition)
         buildout.configure_instance(context, partition, entry)
         _run(context, partition, entry)
@@ -330,6 +332,7 @@ def process_group(context: Context, partition: Partition) -> Group:
         directory=partition.path,
         log_directory=context.config.log_dir / partition.id,
         programs=tuple(_without_doubles(partition.id, programs)),
+        launcher=privacy.launcher(context.config, partition),
     )
 
 
@@ -411,6 +414,7 @@ def _clean(context: Context, node: Node, partition: Partition) -> None:
     _settle(context, node)
     context.meters.forget(partition.id)
     execute.end_processes_of(partition.uid, partition.gid)
+    privacy.forget(context.config, partition)
     certificates.remove(context, partition)
     identities.remove(context.config, partition)
     with files.directory(partition.path) as descriptor:

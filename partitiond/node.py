@@ -96,6 +96,7 @@ class Node:
             # else an unbound client of a partition on this node would have that partition's own address as its source,
             # which the ownership rules refuse
             local_source_table=bool(host or host4) and config.address_ownership,
+            cgroup_bpf=config.address_ownership,
         )
 
 

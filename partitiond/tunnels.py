@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
-from partitiond import files, identities
+from partitiond import files, identities, privacy
 from partitiond.errors import PartitiondError
 from partitiond.operation import Operation
 from partitiond.supervision import Group, Program, Supervisor
@@ -299,6 +299,7 @@ def group(config: Config, partition: Partition) -> Group:
         directory=partition.path,
         log_directory=config.log_dir / partition.id,
         programs=(program,),
+        launcher=privacy.launcher(config, partition),
     )
 
 
@@ -319,13 +320,20 @@ def plan(
             return ()
         return (_operation(wanted, "remove", "no tunnel is declared any more"),)
     directory = identities.directory_of(config, partition.id)
-    if supervisor.group_text(name) != group(config, partition).render():
+    if not _is_set_up(supervisor.group_text(name), group(config, partition), running):
         return (_operation(wanted, "create", "stunnel is not set up"),)
     if name not in running:
         return (_operation(wanted, "change", "stunnel does not run"),)
     if _loaded(directory) != wanted.fingerprint or _on_disk(directory, wanted.files) != dict(wanted.files):
         return (_operation(wanted, "change", "stunnel runs with another configuration"),)
     return ()
+
+
+def _is_set_up(text: str | None, wanted: Group, running: Container[str]) -> bool:
+    if text == wanted.render():
+        return True
+    # one that runs is not ended for being started by its user's name only, as all were once: its next start is private
+    return wanted.name in running and text == replace(wanted, launcher=()).render()
 
 
 def _operation(wanted: PartitionTunnels, action: Action, reason: str) -> TunnelOperation:

@@ -124,7 +124,13 @@ def _mounts():
     return {f"{row[0]} {row[4]}" for row in rows if row[4] != "/run/netns"}
 
 
+def _pins():
+    """What is pinned in the sandbox's own bpffs, and with it in force at its cgroup."""
+    return {str(path) for path in Path("/sys/fs/bpf").rglob("*")}
+
+
 _LOOKS = {
+    "pinned BPF objects": _pins,
     "processes": _processes,
     "threads": lambda: set(threading.enumerate()),
     "open files": _files,

@@ -9,6 +9,8 @@ import pytest
 from netplan_scene import Node, enter, leave_for_a_new_one, namespace, wire
 from pyroute2 import IPRoute
 
+from netplan.bpf_state import remove_hooks
+
 
 @pytest.fixture
 def node() -> Iterator[Node]:
@@ -19,6 +21,8 @@ def node() -> Iterator[Node]:
         own = leave_for_a_new_one()
         with IPRoute() as ipr:
             yield Node(ipr, own, neighbour, wire(ipr, neighbour))
+            enter(own)
+            remove_hooks()  # they outlive the namespace, too
     finally:
         enter(home)
         for descriptor in (home, neighbour, own):

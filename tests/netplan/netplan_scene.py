@@ -3,6 +3,7 @@
 import ctypes
 import errno
 import os
+import signal
 import socket
 import subprocess
 from collections.abc import Callable, Iterator
@@ -274,3 +275,79 @@ def know_each_other(node: Node) -> None:
             other.neigh("replace", dst=address, lladdr=mac, ifindex=wire_link, state="permanent")
     for address in (NEIGHBOUR6, NEIGHBOUR4):
         node.ipr.neigh("replace", dst=address, lladdr=theirs, ifindex=node.bridge, state="permanent")
+
+
+@contextmanager
+def echoing(
+    uid: int,
+    address: str,
+    kind: socket.SocketKind,
+    *,
+    port: int = 0,
+    options: tuple[tuple[int, int], ...] = (),
+) -> Iterator[int]:
+    """Be, in a process of that user, a server that answers each client with the address that it sees of it."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            os.setgroups([])
+            os.setgid(uid)
+            os.setuid(uid)
+            with socket.socket(family_of(address), kind) as one:
+                for level, option in options:
+                    one.setsockopt(level, option, 1)
+                one.bind((address, port))
+                if kind == socket.SOCK_STREAM:
+                    one.listen()
+                os.write(writer, str(one.getsockname()[1]).encode())
+                while True:
+                    _echo(one, kind)
+        except OSError as error:
+            os.write(writer, errno.errorcode[error.errno].encode())
+        finally:
+            os._exit(0)
+    os.close(writer)
+    try:
+        with os.fdopen(reader, "rb", 0) as stream:
+            text = stream.read(16).decode()
+        assert text.isdigit(), text
+        yield int(text)
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+def _echo(one: socket.socket, kind: socket.SocketKind) -> None:
+    if kind == socket.SOCK_STREAM:
+        with one.accept()[0] as peer, suppress(OSError):
+            peer.sendall(peer.getpeername()[0].encode())
+        return
+    _, sender = one.recvfrom(64)
+    with suppress(OSError):
+        one.sendto(sender[0].encode(), sender)
+
+
+def ask(
+    target: str,
+    port: int,
+    kind: socket.SocketKind,
+    *,
+    bound: str | None = None,
+    connected: bool = True,
+    family: socket.AddressFamily | None = None,
+    patience: float = 2,
+) -> str:
+    """Ask an echoing server which address it sees; of an answer from elsewhere, say so."""
+    with socket.socket(family or family_of(target), kind) as one:
+        one.settimeout(patience)
+        if bound:
+            one.bind((bound, 0))
+        if kind == socket.SOCK_STREAM or connected:
+            one.connect((target, port))
+            if kind == socket.SOCK_DGRAM:
+                one.send(b"x")
+            return one.recv(64).decode()
+        one.sendto(b"x", (target, port))
+        text, sender = one.recvfrom(64)
+        return text.decode() if sender[0] == target else f"answered by {sender[0]}"

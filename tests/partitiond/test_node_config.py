@@ -306,3 +306,53 @@ def test_what_nothing_may_act_on_is_refused(load, section, line):
         load(text + "\n")
     assert caught.value.code == "config.value"
     assert f"slapos.cfg:{text.splitlines().index(line) + 1}: {key}" in str(caught.value)
+
+
+# --- private namespaces -------------------------------------------------------------------------------------------------
+
+
+def test_private_namespaces_are_on_unless_switched_off(load):
+    assert load(GOOD).shared_namespaces == frozenset()
+    off = "[partitiond]\nprivate_namespaces = off\n"
+    everybody = frozenset(f"slappart{index}" for index in range(3))
+    assert load(GOOD + off).shared_namespaces == everybody
+    one = "[private_namespaces]\nslappart1 = off ; a release that needs the host's /tmp\n"
+    assert load(GOOD + one).shared_namespaces == {"slappart1"}
+    but_one = off + "[private_namespaces]\nslappart1 = on\n"
+    found = load(GOOD + but_one)
+    assert found.shared_namespaces == everybody - {"slappart1"}
+    assert load(found.text) == dataclasses.replace(found)
+    assert not found.warnings
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "allowed"),
+    [
+        ("slappart1", "maybe", "on or off"),
+        ("slappart1", "", "on or off"),
+        ("slappart1", "true", "on or off"),
+        ("slappart", "off", "slappart0 to slappart2"),
+        ("slappart01", "off", "slappart0 to slappart2"),
+        ("slapuser1", "off", "slappart0 to slappart2"),
+    ],
+)
+def test_bad_private_namespaces(load, key, value, allowed):
+    text, line = with_setting("private_namespaces", key, value)
+    with pytest.raises(PartitiondError) as caught:
+        load(text)
+    assert f"slapos.cfg:{line}: " in str(caught.value)
+    assert allowed in str(caught.value)
+
+
+def test_private_namespaces_of_a_partition_that_is_not_there_are_warned_of(load):
+    text, line = with_setting("private_namespaces", "slappart3", "off")
+    found = load(text)
+    assert found.shared_namespaces == {"slappart3"}
+    assert any(f"slapos.cfg:{line}: slappart3" in warning for warning in found.warnings)
+
+
+def test_private_namespaces_are_on_or_off(load):
+    text, line = with_setting("partitiond", "private_namespaces", "yes")
+    with pytest.raises(PartitiondError) as caught:
+        load(text)
+    assert f"slapos.cfg:{line}: private_namespaces = 'yes'; allowed: on or off" in str(caught.value)
