@@ -7,7 +7,7 @@ does nothing new come up behind it.
 
 import errno
 import secrets
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 from socket import AF_INET, AF_INET6
@@ -318,7 +318,7 @@ def _taps(sock: NetlinkSocket, group: Sequence[TapOperation]) -> list[Failure]:
     except NetplanError as error:
         return [*failures, *(Failure(one, error) for one in kept)]
     failures += (Failure(one, failed[one.name]) for one in kept if one.name in failed)
-    return failures + _send(sock, (_Step(one, _settings(one)) for one in kept if one.name not in failed))
+    return failures + _send(sock, (step for one in kept if one.name not in failed for step in _settings(one)))
 
 
 def block_taps(names: Iterable[str]) -> None:
@@ -327,10 +327,17 @@ def block_taps(names: Iterable[str]) -> None:
         sock.batch([rtnetlink.set_down(name) for name in names])
 
 
-def _settings(one: TapOperation) -> Request:
-    return rtnetlink.set_link(
-        one.name, alias=one.alias, mac=one.mac, master=one.master, up=one.up, group=one.group
+def _settings(one: TapOperation) -> Iterator[_Step]:
+    """Yield the steps; a tap whose port has settings of its own is not up before they are made."""
+    early = one.up and one.forwards is None
+    settings = rtnetlink.set_link(
+        one.name, alias=one.alias, mac=one.mac, master=one.master, up=early, group=one.group
     )
+    yield _Step(one, settings)
+    if one.forwards is not None:
+        yield _Step(one, rtnetlink.set_port(one.name, one.forwards))
+        if one.up:
+            yield _Step(one, rtnetlink.set_link(one.name, alias=None, mac=None, master=None, up=True))
 
 
 def _remove_taps(sock: NetlinkSocket, group: Sequence[TapOperation]) -> list[Failure]:

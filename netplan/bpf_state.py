@@ -77,11 +77,12 @@ def load_hooks(wanted: Contents, state: HookState) -> None:
     place = _place(cookie)
     try:
         if state.version:
-            _fill(place / state.version, wanted)
+            kept = place / state.version
+            _fill(kept, wanted)
         else:
-            _make(cookie, place, wanted)
+            kept = _make(cookie, place, wanted)
         for name in state.leftover:
-            if name not in (REFUSED, state.version):
+            if name not in (REFUSED, kept.name):
                 _remove(place / name)
     except OSError as error:
         _refusals[cookie] = _Refused(_words(error), time.monotonic())
@@ -249,7 +250,8 @@ def _load(stack: ExitStack, cookie: int, maps: Mapping[str, int]) -> tuple[dict[
     raise AssertionError("the second round loads all or raises")
 
 
-def _make(cookie: int, place: Path, wanted: Contents) -> None:
+def _make(cookie: int, place: Path, wanted: Contents) -> Path:
+    """Put all in force anew; return where it is pinned."""
     group = cgroup.root()
     if group is None:
         raise FileNotFoundError(errno.ENOENT, "no cgroup2 file system is mounted")
@@ -270,6 +272,7 @@ def _make(cookie: int, place: Path, wanted: Contents) -> None:
             _remove(final)  # with a link that is gone, else it would be in force
             making.rename(final)
     _remember(final, wanted)
+    return final
 
 
 def _take_over_refusals(stack: ExitStack, place: Path, maps: dict[str, int]) -> None:

@@ -38,6 +38,15 @@ GROUP_MAKING = 1 << 29
 GROUP_GOING = 1 << 30
 """Links of ours in a group from here on are being removed together."""
 
+GUARDED_PORT = 0xFFFD
+"""Which frames to 01:80:c2:00:00:0X a bridge forwards from the port of a guarded tap: all but pause frames, which it
+drops.
+
+Not to forward them, for the guard refuses them then.  The others a bridge takes past all filters and learns their
+sender by them, LLDP always and BPDUs with spanning tree (net/bridge/br_input.c, br_handle_frame): a guest who sent
+one as the router would get what is sent to the router.
+"""
+
 _PARTITION_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}")
 _LINK_NAME = re.compile(r"[A-Za-z0-9_.-]{1,15}")  # IFNAMSIZ is 16 with the final NUL
 _MAC = re.compile(r"([0-9a-f]{2}:){5}[0-9a-f]{2}")
@@ -283,7 +292,7 @@ def address_text(packed: bytes) -> str:
 
 class Link(NamedTuple):
     """A network interface.  ``tap`` False with kind ``tun`` is a tun; ``tap_owner`` is -1 for one without
-    owner and for what is neither; ``master`` 0 for none.
+    owner and for what is neither; ``master`` 0 for none.  ``forwards``: see :data:`GUARDED_PORT`.
     """
 
     ifindex: int
@@ -296,6 +305,7 @@ class Link(NamedTuple):
     group: int
     tap: bool
     tap_owner: int
+    forwards: int = 0
 
 
 class Address(NamedTuple):

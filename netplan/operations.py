@@ -83,7 +83,10 @@ class PortOperation(Operation):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TapOperation(Operation):
-    """A tap (or ``tun``) to be made (or given to ``owner``, when not None), and then set up; or removed."""
+    """A tap (or ``tun``) to be made (or given to ``owner``, when not None), and then set up; or removed.
+
+    ``forwards``: what the bridge forwards from its port (:data:`netplan.model.GUARDED_PORT`).
+    """
 
     name: str
     tun: bool = False
@@ -93,6 +96,7 @@ class TapOperation(Operation):
     master: int | None = None
     up: bool = False
     group: int | None = None
+    forwards: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

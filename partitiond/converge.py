@@ -37,10 +37,11 @@ from partitiond import (
 )
 from partitiond.directories import DirectoryOperation, DirectorySpec
 from partitiond.errors import FAMILY, PartitiondError, sentence
+from partitiond.refusal import Refusal
 from partitiond.users import UserOperation, UserSpec
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from netplan.model import ObservedNetwork
     from netplan.operations import Operation as NetworkOperation
@@ -50,7 +51,6 @@ if TYPE_CHECKING:
     from partitiond.identities import PublicIdentity
     from partitiond.node import Node, Partition
     from partitiond.operation import AnyOperation
-    from partitiond.refusal import Refusal
     from partitiond.state import InstanceState
     from partitiond.supervision import Process
     from partitiond.tunnels import PartitionTunnels
@@ -314,6 +314,9 @@ def plan(
     people = _plan_users(desired_users(target), seen.users)
     disks = block_devices.plan(seen.block_devices)
     data, unusable = storage.plan(target, seen.storage, numbers)
+    places, unreachable = _plan_directories(
+        target.config, [one for one in desired_directories(target) if anew or one.partition in ids], numbers
+    )
     return Plan(
         withdrawals=disks.withdrawals,
         grants=disks.grants,
@@ -321,9 +324,7 @@ def plan(
         users=tuple(operation for operation in people if operation.spec),
         # a user goes last, when nothing of it runs and nothing is its own any more
         leavers=tuple(operation for operation in people if not operation.spec),
-        directories=directories.plan(
-            [one for one in desired_directories(target) if anew or one.partition in ids], numbers
-        ),
+        directories=places,
         network=network,
         devices=tun_device.plan(taps=any(item.network.tap or item.network.tun for item in target.partitions)),
         identities=identities.plan(looked_at, published),
@@ -346,6 +347,7 @@ def plan(
         refused=(
             *disks.refused,
             *unusable,
+            *unreachable,
             *tunnels.homeless(target),
             *(
                 refusal
@@ -370,6 +372,40 @@ def _used(
         or wanted[item.id].files
         or not set_up.isdisjoint((item.id, tunnels.group_name(item.id)))
     )
+
+
+def _plan_directories(
+    config: Config, specs: Sequence[DirectorySpec], numbers: Mapping[str, tuple[int, int]]
+) -> tuple[tuple[DirectoryOperation, ...], tuple[Refusal, ...]]:
+    """What directories need; one of a partition that cannot be looked at is refused and holds up nothing else.
+
+    A tenant may mount a file system of its own over its directory (fusermount3(1)), which the kernel keeps even root out of.
+    """
+    try:
+        return directories.plan(specs, numbers), ()
+    except OSError:
+        pass  # which one it was is found out below
+    operations: list[DirectoryOperation] = []
+    refused = []
+    for spec in specs:
+        try:
+            operations += directories.plan((spec,), numbers)
+        except OSError as error:
+            if spec.partition is None:
+                raise
+            refused.append(
+                Refusal(
+                    resource="directory",
+                    name=str(spec.path),
+                    partition=spec.partition,
+                    file=str(config.file),
+                    line=None,
+                    code="directory.unreachable",
+                    reason=f"cannot be looked at: {error.strerror}",
+                    hint="is something mounted there? umount -l takes it away",
+                )
+            )
+    return tuple(operations), tuple(refused)
 
 
 def _to_look_at(target: Node, done: Plan | None) -> tuple[Partition, ...]:

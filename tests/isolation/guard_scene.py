@@ -33,7 +33,7 @@ from pyroute2 import IPRoute
 from netplan.addresses import host_tap_mac, tap_mac
 from netplan.apply import apply
 from netplan.model import DesiredNetwork, PartitionNetwork, Protected, TapGuard, TapSpec
-from netplan.observe import observe
+from netplan.observe import look, observe
 from netplan.plan import plan
 from tests.netplan.netplan_scene import enter, inside, leave_for_a_new_one, namespace, wire
 
@@ -143,6 +143,11 @@ class Scene:
         assert not failures, [(one.operation.id, one.error.message) for one in failures]
         assert not plan(wanted, observe(wanted))
         return operations
+
+    @staticmethod
+    def look():
+        """The links by name."""
+        return look().links
 
     def open(self):
         """Let the guests come, and listen everywhere."""

@@ -13,6 +13,7 @@ import pytest
 from netplan_scene import (
     BASE,
     HOST4,
+    LIBC,
     NEIGHBOUR4,
     NEIGHBOUR6,
     UID,
@@ -391,3 +392,60 @@ def test_a_datagram_socket_is_used_for_several_destinations(guarded):
             return found
 
     assert as_user(A, work) == str([A6] * 4)
+
+
+def test_what_has_no_partition_in_it_is_left_to_the_kernel(guarded):
+    def work():
+        found = []
+        for target in ("fe80::1%br0", "ff02::1%br0", "::", "127.0.0.1", "224.0.0.1"):
+            info = socket.getaddrinfo(target, 9, type=UDP)[0]
+            with socket.socket(info[0], UDP) as one:
+                one.connect(info[4])
+                found.append(one.getsockname()[0].partition("%")[0])
+        return " ".join(found)
+
+    assert as_user(C, work) == as_user(ROOT, work)
+    assert as_user(C, work).endswith(f"::1 127.0.0.1 {HOST4}")
+
+
+@pytest.mark.parametrize("protocol", [socket.IPPROTO_MPTCP, 136], ids=["mptcp", "udplite"])
+def test_other_protocols(guarded, protocol):
+    kind = TCP if protocol == socket.IPPROTO_MPTCP else UDP
+
+    def work(address):
+        with socket.socket(socket.AF_INET6, kind, protocol) as one:
+            one.bind((address, 0))
+            return "ok"
+
+    if as_user(B, lambda: work(B6)) == "EPROTONOSUPPORT":
+        pytest.skip("this kernel does not have it")
+    assert [as_user(B, lambda one=one: work(one)) for one in (A6, A_RANGE, B6)] == ["EPERM", "EPERM", "ok"]
+
+
+def test_root_of_a_user_namespace_is_still_the_user(guarded):
+    """It is in the node's network namespace, where its number in the first user namespace counts."""
+
+    def work():
+        LIBC.prctl(4, 1, 0, 0, 0)  # PR_SET_DUMPABLE: else what is in its /proc is root's
+        if LIBC.unshare(0x10000000):  # CLONE_NEWUSER
+            return "no user namespaces"
+        Path("/proc/self/setgroups").write_text("deny")
+        Path("/proc/self/uid_map").write_text(f"0 {B} 1")
+        assert os.getuid() == 0
+        return bind(A6)
+
+    found = as_user(B, work)
+    if found == "no user namespaces":
+        pytest.skip("users may not make them here")
+    assert found == "EPERM"
+
+
+def test_a_program_that_is_roots_for_its_user_is_still_the_users(guarded):
+    """What runs with the rights of root for a user, as a setuid program does, binds for that user."""
+
+    def work():
+        os.setresuid(B, 0, 0)
+        return bind(A6)
+
+    child = as_user(0, work)
+    assert child == "EPERM"

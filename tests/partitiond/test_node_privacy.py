@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 from json_schemas import parsed
 
-from partitiond import converge, execute, instances, mounts, namespaces, privacy, status
+from partitiond import converge, execute, mounts, namespaces, privacy, status
+from partitiond import programs as declared
 from partitiond.context import Context
 from partitiond.state import InstanceState
 
@@ -80,7 +81,7 @@ class Scene:
     def start(self, index):
         """Start what it has, as each pass of the instances does."""
         partition = self.partition(index)
-        self.context.supervisor.write_group(instances.process_group(self.context, partition))
+        self.context.supervisor.write_group(declared.group(self.context, partition))
         self.context.supervisor.update()
         self.context.supervisor.start_group(partition.id)
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from network_scene import inside
 
-from partitiond import converge, instances, privacy, trial
+from partitiond import converge, privacy, programs, trial
 from partitiond.context import Context
 from partitiond.state import InstanceState
 
@@ -274,7 +274,7 @@ def instance_runs(node, index):
     script.chmod(0o755)
     partition = converge.observe(context).node.partitions[index]
     privacy.ensure(context, partition)
-    context.supervisor.write_group(instances.process_group(context, partition))
+    context.supervisor.write_group(programs.group(context, partition))
     context.supervisor.update()
     context.supervisor.start_group(partition.id)
     return pid_of(node, index)
