@@ -158,6 +158,17 @@ def test_one_family_flushed_begins_both_anew(legacy):
     assert found.packets_out == 2
 
 
+def test_lost_notes_are_drift_and_begin_all_anew(legacy):
+    desired = wanted(1)
+    legacy.converge(desired)
+    epoch = read_counters().epoch
+    subprocess.run(["/usr/sbin/ip6tables-legacy", "-D", "PARTITIOND-NOTES", "2"], check=True)
+    assert read_counters().epoch == ""
+    (operation,) = legacy.converge(desired).values()
+    assert operation.reason == "chain PARTITIOND-NOTES was changed"
+    assert read_counters().epoch not in {"", epoch}
+
+
 def test_teardown_leaves_no_rule(legacy):
     iptables()  # the tables themselves stay once they are there
     before = _everything()
