@@ -16,6 +16,8 @@ from netplan import nfnetlink, rtnetlink
 from netplan.elements import SIZES
 from netplan.errors import NetplanError
 from netplan.legacy_filter import read_legacy_counters
+from netplan.legacy_rules import REFUSED as LEGACY_REFUSED
+from netplan.legacy_rules import SHARED as LEGACY_SHARED
 from netplan.metering import DIRECTIONS, SHARED
 from netplan.model import ALIAS_MARK, Backend
 from netplan.netlink import NETLINK_ROUTE, NetlinkSocket
@@ -127,13 +129,17 @@ def _legacy_reading() -> CounterReading:
         return CounterReading("")
     refused = []
     shared = []
-    for name, packets, octets in values:
-        match _words(name):
-            case ("refused", rule, uid) if packets:
-                refused.append(Refused(int(uid), None, rule, packets))
-            case ("shared", family, uid) if packets:
-                shared.append(Shared(int(uid), family, 0, octets, 0, packets))
-    return CounterReading(f"{_boot_id()}/{since}", _traffic(values), tuple(refused), tuple(shared))
+    traffic = []
+    for one in values:
+        if one.name.startswith("traffic/"):
+            traffic.append(one)
+        elif one.packets:  # there is one for each user, but few ever count; others' comments may say anything
+            match one.name.split("/"):
+                case [kind, rule, uid] if kind == LEGACY_REFUSED and uid.isdecimal():
+                    refused.append(Refused(int(uid), None, rule, one.packets))
+                case [kind, family, uid] if kind == LEGACY_SHARED and uid.isdecimal():
+                    shared.append(Shared(int(uid), family, 0, one.bytes, 0, one.packets))
+    return CounterReading(f"{_boot_id()}/{since}", _traffic(traffic), tuple(refused), tuple(shared))
 
 
 def _handles(sock: NetlinkSocket) -> dict[str, int]:

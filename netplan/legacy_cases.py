@@ -6,7 +6,7 @@
 from collections.abc import Mapping
 
 OPEN_CASES: Mapping[str, str] = {
-    "tap-guard": "what guests send through bridged taps is not filtered: no rule of iptables sees a frame",
+    "tap-guard": "what guests send through taps and tuns is not filtered: no rule of iptables sees the frames of a bridge",
     "late-notice": "the kernel tells nobody of changed rules: a flush, or a rule more or less, is noticed within a second"
     " and not at once, what leaves their number and size as they were within a minute; until then it is in force",
     "rules-before-ours": "a rule that somebody puts before ours and that accepts goes past ownership and meters until"

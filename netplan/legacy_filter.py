@@ -57,6 +57,8 @@ def observe_legacy(wanted: LegacyFilter | None) -> LegacyState:
     loaded = noted.pop() if len(noted) == 1 else ""
     same = wanted is not None and loaded == wanted.fingerprint
     drift = tuple(_drift(found, wanted)) if wanted and same else ()
+    if same and not _epoch(notes.values()):
+        drift = (*drift, f"chain {_NOTES_CHAIN} was changed")
     state = FilterState(loaded=True, wanted=loaded, drift=drift)
     settings = notes.get(AF_INET, ())
     return LegacyState(state, frozenset(one.name for one in ALL if one.note in settings))
@@ -76,6 +78,12 @@ def _notes(chains: Chains, family: AddressFamily) -> list[str]:
 
 def _noted(notes: Iterable[str], what: str) -> str:
     return next((one.removeprefix(f"{what} ") for one in notes if one.startswith(f"{what} ")), "")
+
+
+def _epoch(notes: Iterable[Iterable[str]]) -> str:
+    """Return since when the counters of all families count; "" when they do not agree."""
+    epochs = {_noted(one, "epoch") for one in notes}
+    return epochs.pop() if len(epochs) == 1 else ""
 
 
 def _drift(found: Mapping[AddressFamily, Chains], wanted: LegacyFilter) -> Iterator[str]:
@@ -146,9 +154,8 @@ def load_legacy(wanted: LegacyFilter, notes: Iterable[str] = ()) -> None:
     with locked():
         found = {family: _entries(read(family)) for family in families()}
         noted = {family: _notes(chains, family) for family, chains in found.items()}
-        epochs = {_noted(one, "epoch") for one in noted.values()}
-        kept = len(epochs) == 1 and "" not in epochs
-        epoch = epochs.pop() if kept else secrets.token_hex(8)
+        kept = _epoch(noted.values())
+        epoch = kept or secrets.token_hex(8)
         settings = [one for one in noted[AF_INET] if one.startswith(NOTES)]
         for family, chains in found.items():
             lines = [f"wanted {wanted.fingerprint}", f"epoch {epoch}"]
@@ -201,16 +208,13 @@ def read_legacy_counters() -> tuple[str, list[CounterValue]]:
     later: without the lock, a reading in between would look like counters that began anew.
     """
     values: dict[str, tuple[int, int]] = {}
-    epochs = set()
     with locked():
         found = {family: read(family) for family in families() if is_there(family)}
-    for family in families():
-        chains = found.get(family, {})
-        epochs.add(_noted(_notes(_entries(chains), family), "epoch"))
+    for family, chains in found.items():
         for name in _ours(chains):
             for one in chains[name]:
                 if counter := comment(one.entry, family):
                     packets, octets = values.get(counter, (0, 0))
                     values[counter] = (packets + one.packets, octets + one.bytes)
-    epoch = epochs.pop() if len(epochs) == 1 else ""
-    return epoch, [CounterValue(name, *value) for name, value in values.items()]
+    notes = (_notes(_entries(found.get(family, {})), family) for family in families())
+    return _epoch(notes), [CounterValue(name, *value) for name, value in values.items()]

@@ -204,42 +204,34 @@ def parse(blob: bytes, hooks: Mapping[int, int], family: AddressFamily) -> dict[
     """
     layout = _LAYOUTS[family]
     starts = {offset: BUILT_IN[hook] for hook, offset in hooks.items() if hook in BUILT_IN}
-    found: list[tuple[int, str | None, Counted]] = []
+    places: list[tuple[int, int]] = []  # of rules, and of their targets
     offset = 0
     while offset < len(blob):
         behind, size = _OFFSETS.unpack_from(blob, offset + layout.offsets)
-        one, name = _read(blob, offset, behind, layout)
-        if name is not None:
-            starts[offset + size] = name  # whoever jumps to a chain jumps behind its name
-        found.append((offset, name, one))
+        target = offset + behind
+        if blob.startswith(b"ERROR\0", target + 2):  # the name of a chain: whoever jumps to it jumps behind
+            name = blob[target + _MODULE.size : offset + size].partition(b"\0")[0]
+            starts[offset + size] = name.decode(errors="replace")
+        else:
+            places.append((offset, target))
         offset += size
     chains: dict[str, list[Counted]] = {}
     rules: list[Counted] = []
-    for place, name, one in found:
-        if place in starts and name is None:
-            rules = chains.setdefault(starts[place], [])
-        if name is None:
-            rules.append(_named(one, starts))
+    for offset, target in places:
+        if offset in starts:
+            rules = chains.setdefault(starts[offset], [])
+        rules.append(_counted(blob, offset, target, layout, starts))
     return {name: tuple(rules[:-1]) for name, rules in chains.items()}
 
 
-def _read(blob: bytes, offset: int, behind: int, layout: _Layout) -> tuple[Counted, str | None]:
-    """Return a rule, and the name of the chain if it is only the name of one."""
-    target = offset + behind
-    size, raw, _ = _MODULE.unpack_from(blob, target)
-    name = raw.rstrip(b"\0").decode(errors="replace")
-    data = blob[target + _MODULE.size : target + size]
+def _counted(blob: bytes, offset: int, target: int, layout: _Layout, starts: Mapping[int, str]) -> Counted:
+    """Return a rule, with the verdict or chain by name that the kernel has as a number."""
     head = blob[offset : offset + layout.ip] + blob[offset + layout.matches : target]
     packets, octets = _COUNTERS.unpack_from(blob, offset + layout.counters)
-    chain = data.partition(b"\0")[0].decode(errors="replace") if name == "ERROR" else None
-    return Counted(Entry(head, name, data), packets, octets), chain
-
-
-def _named(one: Counted, starts: Mapping[int, str]) -> Counted:
-    """Return a rule with the verdict or chain that the kernel has as a number."""
-    head, name, data = one.entry
-    if name:
-        return one
+    size, raw, _ = _MODULE.unpack_from(blob, target)
+    data = blob[target + _MODULE.size : target + size]
+    if raw[0]:
+        return Counted(Entry(head, raw.rstrip(b"\0").decode(errors="replace"), data), packets, octets)
     (verdict,) = _STANDARD.unpack(data)
     known = _OF_VERDICT.get(verdict) or starts.get(verdict, f"verdict {verdict}")
-    return one._replace(entry=Entry(head, known))
+    return Counted(Entry(head, known), packets, octets)

@@ -158,6 +158,39 @@ def test_one_family_flushed_begins_both_anew(legacy):
     assert found.packets_out == 2
 
 
+def test_a_kernel_without_nf_tables_is_not_asked_about_it(legacy, monkeypatch):
+    def no_answer(*_):
+        raise NetplanError("network.packet_filter", "the kernel does not answer about nft: Invalid argument")
+
+    monkeypatch.setattr("netplan.observe.generation", no_answer)
+    for name in ("observe_filter", "sysctls.read_notes"):
+        monkeypatch.setattr(f"netplan.observe.{name}", lambda *_: pytest.fail("there is no nf_tables"))
+    legacy.converge(wanted(2, ranges=True))
+    legacy.converge(NOTHING)
+
+
+def test_comments_of_others_in_our_chains_are_no_counters(legacy):
+    legacy.converge(wanted(1))
+    know_each_other(legacy)
+    before = read_counters()
+    for name in ("anything", "refused/x", "refused/x/y", "shared/ipv6/-1", "traffic/a", "a/b/c/d/e"):
+        iptables(f"-I PARTITIOND-OUT -m comment --comment {name}")
+    with sink(legacy) as port:
+        send(None, NEIGHBOUR6, port)
+    assert read_counters() == before
+
+
+def test_lost_notes_are_drift_and_begin_all_anew(legacy):
+    desired = wanted(1)
+    legacy.converge(desired)
+    epoch = read_counters().epoch
+    subprocess.run(["/usr/sbin/ip6tables-legacy", "-D", "PARTITIOND-NOTES", "2"], check=True)
+    assert read_counters().epoch == ""
+    (operation,) = legacy.converge(desired).values()
+    assert operation.reason == "chain PARTITIOND-NOTES was changed"
+    assert read_counters().epoch not in {"", epoch}
+
+
 def test_teardown_leaves_no_rule(legacy):
     iptables()  # the tables themselves stay once they are there
     before = _everything()

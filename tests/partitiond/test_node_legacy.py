@@ -1,9 +1,11 @@
 """A node with ``packet_filter = iptables``: applied, told of, metered, over to nftables and back, taken down."""
 
 import os
+import select
 import socket
 import subprocess
 import threading
+import time
 from importlib.util import find_spec
 
 import pytest
@@ -101,3 +103,34 @@ def test_a_flush_wakes_the_watch_of_a_legacy_node(bridge, node_config):
         assert watch.take() == {}
     finally:
         watch.close()
+
+
+def test_the_daemon_puts_flushed_rules_back_and_follows_the_other_backend(bridge, node_config, command):
+    node = node_config(1, partitiond={"packet_filter": "iptables", "uid_base": 6000})
+    daemon = command.start("run", "-c", node.path)
+    try:
+        said = ""
+        while "is up with" not in said:
+            assert select.select([daemon.stderr], [], [], 20)[0]
+            said += daemon.stderr.readline()
+        before = _rules()
+        assert before
+        began = time.monotonic()
+        for tool in ("iptables", "ip6tables"):
+            for option in ("-F", "-X"):
+                subprocess.run([f"/usr/sbin/{tool}-legacy", "-w", option], check=True)
+        while _rules() != before:
+            assert time.monotonic() - began < 20
+            time.sleep(0.05)
+        print(f"flushed rules were back after {time.monotonic() - began:.2f} s")
+        node.write(partitiond={"packet_filter": "nftables"})
+        assert parsed(command("apply", "--json", "-c", node.path))["failures"] == []
+        assert (_rules(), bool(_nft())) == (0, True)
+        node.write(partitiond={"packet_filter": "iptables"})
+        assert parsed(command("apply", "--json", "-c", node.path))["failures"] == []
+        assert (_rules(), _nft()) == (before, [])
+    finally:
+        daemon.terminate()
+        said += daemon.communicate(timeout=20)[1]
+    assert "Traceback" not in said
+    assert "filter/iptables" in said
