@@ -5,8 +5,9 @@ B := .build
 ENV := $(B)$(PREFIX)
 RUN := $(ENV)/bin/python3 -I -m partitiond.sandbox --bind $(CURDIR):$(CURDIR) --
 ARGS ?=
+EXTRAS ?=
 
-.PHONY: help demo test test-full lint bench install clean
+.PHONY: help demo test test-full lint bench bench-packets install clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -26,10 +27,13 @@ lint: $(B)/test.stamp ## ruff, mypy --strict, import-linter
 bench: $(B)/test.stamp ## figures beside the floor, in private namespaces
 	$(RUN) $(PREFIX)/bin/python3 -P $(CURDIR)/tests/bench/node.py $(ARGS)
 
-install: ## an environment at PREFIX that partition users can execute, with all that builds need offline
-	tools/environment --prefix $(PREFIX) --python $(PYTHON) --with master
+bench-packets: $(B)/test.stamp ## what isolation costs a packet, beside no rules, in private namespaces
+	$(RUN) $(PREFIX)/bin/python3 -P $(CURDIR)/tests/bench/packets.py $(ARGS)
 
-SOURCES := pyproject.toml setup.py tools/environment $(wildcard requirements/*.txt) \
+install: ## an environment at PREFIX that partition users can execute, with all that builds need offline (EXTRAS=iptables)
+	tools/environment --prefix $(PREFIX) --python $(PYTHON) --with master $(addprefix --with ,$(EXTRAS))
+
+SOURCES := pyproject.toml setup.py tools/environment tools/guest $(wildcard requirements/*.txt) \
 	$(shell find partitiond netplan stunnel_mgr accounting slap_client -type f ! -name '*.pyc')
 
 $(B)/demo.stamp: $(SOURCES)

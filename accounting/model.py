@@ -15,7 +15,11 @@ if TYPE_CHECKING:
 
 Family = Literal["ipv4", "ipv6", "tap"]
 Scope = Literal["remote", "local"]
-CountName = Literal["denied_packets", "cpu_seconds"]
+CountName = Literal["denied_packets", "denied_frames", "denied_calls", "cpu_seconds"]
+DENIED: tuple[CountName, ...] = ("denied_packets", "denied_frames", "denied_calls")
+"""What was refused to a partition's processes on output, to its guest, and when it bound or received; each is
+counted elsewhere in the kernel, so each has an epoch of its own.  A report has their sum.
+"""
 GaugeName = Literal["memory_bytes", "disk_bytes"]
 
 

@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, NamedTuple
 
-from accounting.model import AddressUsage, Gap, PartitionUsage, UsageReport
+from accounting.model import DENIED, AddressUsage, Gap, PartitionUsage, UsageReport
 from accounting.schema import AMOUNT_COLUMNS
 from accounting.settle import CPU, NOTHING, TRAFFIC, Amounts
 from accounting.store import microseconds
@@ -183,7 +183,7 @@ def _partition(owner: _Owner, sums: _Sums, gauges: dict[tuple[int, str], int]) -
         id=owner.partition,
         instance_guid=owner.guid or None,
         addresses=tuple(sums.addresses),
-        denied_packets=sums.counts.get("denied_packets", 0),
+        denied_packets=sum(sums.counts.get(name, 0) for name in DENIED),
         cpu_seconds=sums.counts.get(CPU, 0) / 1e6,
         memory_bytes=gauges.get((owner.id, "memory_bytes"), 0),
         disk_bytes=gauges.get((owner.id, "disk_bytes"), 0),

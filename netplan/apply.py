@@ -7,15 +7,18 @@ does nothing new come up behind it.
 
 import errno
 import secrets
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 from socket import AF_INET, AF_INET6
 from typing import NamedTuple, TypeVar
 
-from netplan import moving, mtu, nftables, rtnetlink
+from netplan import moving, mtu, rtnetlink
+from netplan.bpf_contents import HookOperation
+from netplan.bpf_state import load_hooks, remove_hooks
 from netplan.errors import NetplanError
-from netplan.filter_state import load_filter
+from netplan.filter_state import load_filter, note_setting, remove_filter
+from netplan.legacy_filter import LegacyOperation, load_legacy, note_legacy, remove_legacy
 from netplan.model import GROUP_GOING, MOVED_MARK, Address, Moving, Route
 from netplan.netlink import NETLINK_ROUTE, NetlinkSocket, Refusal, Request
 from netplan.operations import (
@@ -29,7 +32,7 @@ from netplan.operations import (
     SysctlOperation,
     TapOperation,
 )
-from netplan.packet_filter import REMOVE, FilterOperation, note_text
+from netplan.packet_filter import FilterOperation
 from netplan.taps import make_taps
 
 # What a bridge takes over of its first port: whether it hears router advertisements, and how strictly it
@@ -79,12 +82,12 @@ def apply(operations: Sequence[Operation]) -> tuple[Failure, ...]:
                 continue
             failed = _HANDLERS[kind](sock, group)
             failures += failed
-            if failed and kind is FilterOperation:
+            if failed and kind in (FilterOperation, LegacyOperation):
                 why = "the packet filter, which must be there first, could not be loaded"
                 blocked = _blocked(why, "filter/partitiond", failed[0].error)
             if failed and kind in _HOLDS and group[0].action == "remove":
                 later, why = _HOLDS[kind]
-                held[later] = _blocked(why, group[0].id, failed[0].error)
+                held |= dict.fromkeys(later, _blocked(why, group[0].id, failed[0].error))
     return tuple(failures)
 
 
@@ -101,12 +104,12 @@ def _blocked(why: str, resource: str, cause: NetplanError) -> NetplanError:
 
 
 # what must not go when the removal of the first has failed: with it would go the only memory of how things were
-_HOLDS: dict[type[Operation], tuple[type[Operation], str]] = {
+_HOLDS: dict[type[Operation], tuple[tuple[type[Operation], ...], str]] = {
     SysctlOperation: (
-        FilterOperation,
+        (FilterOperation, LegacyOperation),
         "its table notes how a kernel setting was before, which could not be set back",
     ),
-    PortOperation: (BridgeOperation, "it has addresses that could not be moved back to their port"),
+    PortOperation: ((BridgeOperation,), "it has addresses that could not be moved back to their port"),
 }
 
 
@@ -121,10 +124,44 @@ def _filter(_sock: NetlinkSocket, group: Sequence[FilterOperation]) -> list[Fail
             if one.wanted:
                 load_filter(one.wanted, one.loaded, one.notes)
             else:
-                nftables.run(REMOVE)
+                remove_filter()
         except NetplanError as error:
             failures.append(Failure(one, error))
     return failures
+
+
+def _legacy(_sock: NetlinkSocket, group: Sequence[LegacyOperation]) -> list[Failure]:
+    failures = []
+    for one in group:
+        try:
+            if one.wanted:
+                load_legacy(one.wanted, one.notes)
+            else:
+                remove_legacy()
+        except NetplanError as error:
+            failures.append(Failure(one, error))
+    return failures
+
+
+def _hooks(_sock: NetlinkSocket, group: Sequence[HookOperation]) -> list[Failure]:
+    failures = []
+    for one in group:
+        try:
+            if one.wanted:
+                load_hooks(one.wanted, one.state)
+            else:
+                remove_hooks()
+        except NetplanError as error:
+            failures.append(Failure(one, error))
+    return failures
+
+
+def _note(one: SysctlOperation, *, add: bool) -> None:
+    for backend in one.noted_in:
+        if backend == "iptables":
+            note_legacy(one.setting.note, add=add)
+        else:
+            note_setting(one.setting.note, there=add)
 
 
 def _sysctl(_sock: NetlinkSocket, group: Sequence[SysctlOperation]) -> list[Failure]:
@@ -133,10 +170,10 @@ def _sysctl(_sock: NetlinkSocket, group: Sequence[SysctlOperation]) -> list[Fail
         try:
             # first the note: a crash in between leaves one too many, not one too few
             if one.note and one.action != "remove":
-                nftables.run(note_text("add", one.setting.note))
+                _note(one, add=True)
             one.setting.path.write_text(one.value, encoding="ascii")
             if one.note and one.action == "remove":
-                nftables.run(note_text("delete", one.setting.note))
+                _note(one, add=False)
         except NetplanError as error:
             failures.append(Failure(one, error))
         except FileNotFoundError:
@@ -281,13 +318,26 @@ def _taps(sock: NetlinkSocket, group: Sequence[TapOperation]) -> list[Failure]:
     except NetplanError as error:
         return [*failures, *(Failure(one, error) for one in kept)]
     failures += (Failure(one, failed[one.name]) for one in kept if one.name in failed)
-    return failures + _send(sock, (_Step(one, _settings(one)) for one in kept if one.name not in failed))
+    return failures + _send(sock, (step for one in kept if one.name not in failed for step in _settings(one)))
 
 
-def _settings(one: TapOperation) -> Request:
-    return rtnetlink.set_link(
-        one.name, alias=one.alias, mac=one.mac, master=one.master, up=one.up, group=one.group
+def block_taps(names: Iterable[str]) -> None:
+    """Set taps down at once: no frame leaves a tap that is down.  Those that are not there need nothing."""
+    with NetlinkSocket(NETLINK_ROUTE) as sock:
+        sock.batch([rtnetlink.set_down(name) for name in names])
+
+
+def _settings(one: TapOperation) -> Iterator[_Step]:
+    """Yield the steps; a tap whose port has settings of its own is not up before they are made."""
+    early = one.up and one.forwards is None
+    settings = rtnetlink.set_link(
+        one.name, alias=one.alias, mac=one.mac, master=one.master, up=early, group=one.group
     )
+    yield _Step(one, settings)
+    if one.forwards is not None:
+        yield _Step(one, rtnetlink.set_port(one.name, one.forwards))
+        if one.up:
+            yield _Step(one, rtnetlink.set_link(one.name, alias=None, mac=None, master=None, up=True))
 
 
 def _remove_taps(sock: NetlinkSocket, group: Sequence[TapOperation]) -> list[Failure]:
@@ -393,6 +443,8 @@ def _error(operation: Operation, refusal: Refusal) -> NetplanError:
 _HANDLERS: dict[type[Operation], Callable[..., list[Failure]]] = {
     RefusedOperation: _refused,
     FilterOperation: _filter,
+    HookOperation: _hooks,
+    LegacyOperation: _legacy,
     SysctlOperation: _sysctl,
     BridgeOperation: _bridges,
     PortOperation: _ports,

@@ -5,16 +5,23 @@ compare values of one ``epoch`` only.  Bytes are IP lengths (of taps: Ethernet f
 segmentation offload counts one header.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
 from netplan import nfnetlink, rtnetlink
+from netplan.elements import SIZES
 from netplan.errors import NetplanError
-from netplan.model import ALIAS_MARK
+from netplan.legacy_filter import read_legacy_counters
+from netplan.legacy_rules import REFUSED as LEGACY_REFUSED
+from netplan.legacy_rules import SHARED as LEGACY_SHARED
+from netplan.metering import DIRECTIONS, SHARED
+from netplan.model import ALIAS_MARK, Backend
 from netplan.netlink import NETLINK_ROUTE, NetlinkSocket
+from netplan.ruleset import REFUSED
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _TRIES = 3
@@ -36,17 +43,37 @@ class Traffic(NamedTuple):
     packets_out: int
 
 
+class Refused(NamedTuple):
+    """Packets of a user (``uid``), or frames of a guest (``tap``), that a rule refused."""
+
+    uid: int | None
+    tap: str | None
+    rule: str
+    packets: int
+
+
+class Shared(NamedTuple):
+    """What a partition's user exchanged with other hosts from the host's own addresses of ``family``."""
+
+    uid: int
+    family: str
+    bytes_in: int
+    bytes_out: int
+    packets_in: int
+    packets_out: int
+
+
 @dataclass(frozen=True, slots=True)
 class CounterReading:
-    """One reading of all counters; ``denied`` has refused packets by the partition whose user tried.
-
-    ``denied_total`` counts those of every user.  ``epoch`` is empty when there is no packet filter.
+    """One reading of all counters.  ``epoch`` is empty when there is no packet filter; that of what was refused
+    at taps is ``tap_epoch``.
     """
 
     epoch: str
     traffic: tuple[Traffic, ...] = ()
-    denied: Mapping[str, int] = field(default_factory=dict)
-    denied_total: int = 0
+    refused: tuple[Refused, ...] = ()
+    shared: tuple[Shared, ...] = ()
+    tap_epoch: str = ""
 
 
 class TapTraffic(NamedTuple):
@@ -61,17 +88,32 @@ class TapTraffic(NamedTuple):
     packets_out: int
 
 
-def read_counters() -> CounterReading:
-    """Read all counters of the packet filter in one dump."""
+def read_counters(backend: Backend = "nftables") -> CounterReading:
+    """Read all counters of the packet filter, which is a dump for the named ones and a small one for each set."""
+    if backend == "iptables":
+        return _legacy_reading()
     with nfnetlink.nft_socket() as sock:
         for _ in range(_TRIES):
-            before = nfnetlink.table(sock)
-            if before is None:
+            before = _handles(sock)
+            if "inet" not in before:
                 return CounterReading("")
             values = nfnetlink.counters_of(sock)
-            after = nfnetlink.table(sock)
-            if after is not None and after.handle == before.handle:
-                return _reading(f"{_boot_id()}/{after.handle}", values)
+            sets = {
+                nfnetlink.full_name(family, name): nfnetlink.counted(sock, family, name)
+                for family in before
+                for name in nfnetlink.dynamic_sets(sock, family)
+                if name.startswith((REFUSED, SHARED))
+            }
+            if _handles(sock) == before:
+                boot = _boot_id()
+                return CounterReading(
+                    f"{boot}/{before['inet']}",
+                    _traffic(values),
+                    tuple(_refused(sets)),
+                    tuple(_shared(sets)),
+                    # where one table of several is made again, frames refused before count once more
+                    f"{boot}/" + ".".join(map(str, before.values())),
+                )
     raise NetplanError(
         "network.packet_filter",
         "the packet filter is made anew each time that its counters are read",
@@ -80,25 +122,70 @@ def read_counters() -> CounterReading:
     )
 
 
-def _reading(epoch: str, values: list[nfnetlink.CounterValue]) -> CounterReading:
+def _legacy_reading() -> CounterReading:
+    """The same of iptables; it has no rules about taps."""
+    since, values = read_legacy_counters()
+    if not since:
+        return CounterReading("")
+    refused = []
+    shared = []
+    traffic = []
+    for one in values:
+        if one.name.startswith("traffic/"):
+            traffic.append(one)
+        elif one.packets:  # there is one for each user, but few ever count; others' comments may say anything
+            match one.name.split("/"):
+                case [kind, rule, uid] if kind == LEGACY_REFUSED and uid.isdecimal():
+                    refused.append(Refused(int(uid), None, rule, one.packets))
+                case [kind, family, uid] if kind == LEGACY_SHARED and uid.isdecimal():
+                    shared.append(Shared(int(uid), family, 0, one.bytes, 0, one.packets))
+    return CounterReading(f"{_boot_id()}/{since}", _traffic(traffic), tuple(refused), tuple(shared))
+
+
+def _handles(sock: NetlinkSocket) -> dict[str, int]:
+    found = {family: nfnetlink.table(sock, family) for family in nfnetlink.FAMILIES}
+    return {family: info.handle for family, info in found.items() if info is not None}
+
+
+def _traffic(values: Iterable[nfnetlink.CounterValue]) -> tuple[Traffic, ...]:
     bytes_of: dict[tuple[str, str, str], dict[str, tuple[int, int]]] = {}
-    denied: dict[str, int] = {}
-    total = 0
     for name, packets, octets in values:
         what, *rest = _words(name)
-        match (what, rest):
-            case ("traffic", [partition, family, scope, direction]):
-                bytes_of.setdefault((partition, family, scope), {})[direction] = (octets, packets)
-            case ("denied", [partition]):
-                denied[partition] = packets
-            case ("denied", []):
-                total = packets
+        if what == "traffic" and len(rest) == 4:
+            partition, family, scope, direction = rest
+            bytes_of.setdefault((partition, family, scope), {})[direction] = (octets, packets)
     traffic = []
     for key, directions in bytes_of.items():
         bytes_in, packets_in = directions.get("in", (0, 0))
         bytes_out, packets_out = directions.get("out", (0, 0))
         traffic.append(Traffic(*key, bytes_in, bytes_out, packets_in, packets_out))
-    return CounterReading(epoch, tuple(traffic), denied, total)
+    return tuple(traffic)
+
+
+def _refused(sets: Mapping[str, Iterable[nfnetlink.Counted]]) -> Iterator[Refused]:
+    for full, counted in sets.items():
+        _, name = nfnetlink.split_name(full)
+        if name.startswith(REFUSED):
+            rule = name.removeprefix(REFUSED)
+            for key, packets, _ in counted:
+                if len(key) == SIZES["uid"]:
+                    yield Refused(int.from_bytes(key, sys.byteorder), None, rule, packets)
+                else:
+                    yield Refused(None, key.rstrip(b"\0").decode(), rule, packets)
+
+
+def _shared(sets: Mapping[str, Iterable[nfnetlink.Counted]]) -> Iterator[Shared]:
+    found: dict[tuple[int, str], dict[str, nfnetlink.Counted]] = {}
+    for name, counted in sets.items():
+        if name.startswith(SHARED):
+            family, _, direction = name.removeprefix(SHARED).partition("_")
+            for one in counted:
+                uid = int.from_bytes(one.key, sys.byteorder)
+                found.setdefault((uid, family), {})[direction] = one
+    nothing = nfnetlink.Counted(b"", 0, 0)
+    for (uid, family), ways in sorted(found.items()):
+        came, went = (ways.get(direction, nothing) for direction in DIRECTIONS)
+        yield Shared(uid, family, came.bytes, went.bytes, came.packets, went.packets)
 
 
 @lru_cache(maxsize=1 << 13)

@@ -20,7 +20,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
-from netplan import nfbatch, nftables
+from netplan import holding, nfbatch, nftables
 from netplan.elements import texts
 from netplan.errors import NetplanError
 from netplan.model import FilterContents, FilterState
@@ -31,12 +31,13 @@ from netplan.nfnetlink import (
     chunks,
     comments,
     counters_of,
+    families,
     generation,
     nft_socket,
     parsed,
     table,
 )
-from netplan.packet_filter import FINGERPRINT_CHAIN, Filter
+from netplan.packet_filter import FINGERPRINT_CHAIN, Filter, removal
 from netplan.sysctls import NOTES
 
 _TRIES = 3
@@ -59,17 +60,18 @@ def observe_filter(wanted: Filter | None) -> FilterState:
     with nft_socket() as sock:
         info = table(sock)
         if info is None:
-            return FilterState()
+            return FilterState(loaded=wanted is None and bool(families(sock)))
         noted, number = _read_notes(sock), generation(sock)
         loaded, structure = noted.pop("wanted", ""), noted.pop("structure", "")
         untouched = noted.pop("generation", "") == str(number) and not info.flags & _DORMANT
         same = wanted is not None and loaded == wanted.fingerprint
         if untouched and (wanted is None or same):
-            return FilterState(loaded=True, wanted=loaded)
+            return FilterState(loaded=True, wanted=loaded, as_of=number if same else 0)
         if untouched and wanted and _last and _last.place == (sock.namespace(), info.handle, number):
             contents = _by_heart(_last, wanted, noted, number)
             return FilterState(loaded=True, wanted=loaded, contents=contents)
-        found = chunks(sock, without=FINGERPRINT_CHAIN)
+        there = families(sock)
+        found = chunks(sock, without=FINGERPRINT_CHAIN, among=sorted(there))
         known = _elements(found, wanted) if wanted and structure == wanted.structure else {}
         digests = noted if untouched else _digests(found)
         changes = {} if untouched else _changes(noted, digests)
@@ -79,7 +81,7 @@ def observe_filter(wanted: Filter | None) -> FilterState:
             changes[f"table {TABLE}"] = "is dormant"
         drift = tuple(f"{what} {change}" for what, change in changes.items())
         if wanted is None or (same and not drift):
-            return FilterState(loaded=True, wanted=loaded, drift=drift)
+            return FilterState(loaded=True, wanted=loaded, drift=drift, as_of=number if same else 0)
         # a set that somebody added just goes; a changed rule or type means that the rules are written anew
         as_noted = all(digests.get(what) == value for what, value in noted.items())
         intact = (
@@ -88,7 +90,7 @@ def observe_filter(wanted: Filter | None) -> FilterState:
             and not any(what[:6] in {"chain ", "table "} for what in changes)
         )
         contents = replace(
-            _objects(sock, found),
+            _objects(sock, found, there),
             elements=known if untouched or same else {},
             intact=intact,
             generation=number,
@@ -100,6 +102,7 @@ def observe_filter(wanted: Filter | None) -> FilterState:
 def _by_heart(last: _Loaded, wanted: Filter, noted: Mapping[str, str], number: int) -> FilterContents:
     old, same = last.filter, last.filter.structure == wanted.structure
     return FilterContents(
+        families=frozenset(old.families),
         sets=frozenset(old.sets),
         maps=frozenset(old.maps),
         chains=old.chains,
@@ -124,7 +127,8 @@ def _elements(found: Sequence[Chunk], wanted: Filter) -> dict[str, frozenset[str
     known = {}
     for one in found:
         grammar = wanted.maps.get(one.name) or wanted.sets.get(one.name)
-        values = texts(grammar, map(parsed, one.parts)) if grammar and one.kind != "chain" else None
+        ours = grammar and one.kind != "chain" and one.name in wanted.elements
+        values = texts(grammar, map(parsed, one.parts)) if grammar and ours else None
         if values is not None:
             known[one.name] = values
     return known
@@ -159,12 +163,13 @@ def _digests(found: Sequence[Chunk]) -> dict[str, str]:
     }
 
 
-def _objects(sock: NetlinkSocket, found: Sequence[Chunk]) -> FilterContents:
-    """Return the names of all that is in the table, and nothing of what it says."""
+def _objects(sock: NetlinkSocket, found: Sequence[Chunk], there: frozenset[str]) -> FilterContents:
+    """Return the names of all that is in the tables, and nothing of what it says."""
     names = {
         kind: frozenset(one.name for one in found if one.kind == kind) for kind in ("set", "map", "chain")
     }
     return FilterContents(
+        families=there,
         sets=names["set"],
         maps=names["map"],
         chains=names["chain"] | {FINGERPRINT_CHAIN},
@@ -188,17 +193,21 @@ def load_filter(wanted: Filter, loaded: FilterContents, notes: Sequence[str] = (
         if loaded.generation == number and _load_elements(wanted, loaded, notes):
             _remember(sock, wanted, loaded, notes, _after(number))
             return
+        holding.release()  # libnftables has a socket of its own
         if loaded.generation != generation(sock):
             # somebody committed something since the table was read: what it was is not known
             loaded = replace(loaded, elements={}, intact=False)
         for _ in range(_TRIES):
+            if missing := frozenset(wanted.families) - families(sock):
+                holding.make_tables(sock, missing)
+            holding.wake_tables(sock)
             before = generation(sock)
             _run_first(wanted.transactions(loaded, notes))
-            if generation(sock) == _after(before) and _note(sock, wanted, _after(_after(before))):
+            if generation(sock) == _after(before) and _note(sock, wanted, _after(before)):
                 _remember(sock, wanted, loaded, notes, _after(_after(before)))
                 return
             # what is there now is not known, but it is ours: next time all is filled again
-            loaded = _objects(sock, chunks(sock, without=FINGERPRINT_CHAIN, filled=False))
+            loaded = _look(sock)
         # a note that may describe a foreign change must not stay: without one, the next observation finds
         # drift
         nftables.run(f"flush chain inet {TABLE} {FINGERPRINT_CHAIN}\n")
@@ -210,19 +219,62 @@ def load_filter(wanted: Filter, loaded: FilterContents, notes: Sequence[str] = (
     )
 
 
+def keep(found: FilterState) -> None:
+    """Take hold of a filter that was ``found`` as it is wanted, if this process is to hold it and does not yet; and note
+    that nothing of ours was changed by what others have committed since it was loaded.
+
+    Nothing is done by a process that is not to hold it.  Raises ``network.packet_filter``.
+    """
+    if not found.as_of or not holding.wanted():
+        return
+    with nft_socket() as sock:
+        noted, number = _read_notes(sock), generation(sock)
+        if number != found.as_of:
+            return  # changed meanwhile: the next look at it sees to that
+        if noted.get("generation") == str(number) and (holding.held() or not holding.possible(sock)):
+            return
+        noted["generation"] = str(_after(number))
+        if _commit_notes(sock, number, (f"{what} {value}" for what, value in noted.items())):
+            _still(number)
+
+
+def remove_filter() -> None:
+    """Remove all our tables.  Raises ``network.packet_filter``."""
+    holding.release()
+    with nft_socket() as sock:
+        there = families(sock)
+    if there:
+        nftables.run(removal(there))
+
+
+def note_setting(note: str, *, there: bool) -> None:
+    """Add or delete the note of a kernel setting.  Raises ``network.packet_filter``."""
+    with nft_socket() as sock:
+        holding.commit(sock, generation(sock), list(nfbatch.counters([note], add=there)))
+
+
 def _load_bare(sock: NetlinkSocket, wanted: Filter) -> FilterContents:
     """Load the rules where there is no table at all: with nothing in their sets they guard nobody, as nobody was guarded a
     moment ago.  Return what is there then; of generation 0 when somebody came between.
     """
-    before = generation(sock)
     bare = wanted.bare()
-    nftables.run(bare.anew())  # somebody may have made one since it was looked for
-    found = chunks(sock, without=FINGERPRINT_CHAIN, filled=False)
-    loaded = _objects(sock, found)
+    # somebody may have made one since it was looked for
+    holding.release()
+    holding.make_tables(sock, bare.families, anew=families(sock))
+    before = generation(sock)
+    nftables.run(bare.transaction(FilterContents()))
+    there = frozenset(bare.families)
+    found = chunks(sock, without=FINGERPRINT_CHAIN, filled=False, among=sorted(there))
+    loaded = _objects(sock, found, there)
     if generation(sock) != _after(before):
         return loaded
     nothing: dict[str, frozenset[str]] = {name: frozenset() for name in bare.elements}
     return replace(loaded, elements=nothing, intact=True, generation=_after(before), digests=_digests(found))
+
+
+def _look(sock: NetlinkSocket) -> FilterContents:
+    there = families(sock)
+    return _objects(sock, chunks(sock, without=FINGERPRINT_CHAIN, filled=False, among=sorted(there)), there)
 
 
 def _load_elements(wanted: Filter, loaded: FilterContents, notes: Sequence[str]) -> bool:
@@ -236,7 +288,7 @@ def _load_elements(wanted: Filter, loaded: FilterContents, notes: Sequence[str])
     change += nfbatch.notes(FINGERPRINT_CHAIN, _notes(wanted, loaded.digests, _after(loaded.generation)))
     try:
         with nft_socket() as sock:
-            return nfbatch.commit(sock, loaded.generation, change)
+            return holding.commit(sock, loaded.generation, change)
     except NetplanError:
         return False  # tried again by nft, whose refusal is told
 
@@ -251,6 +303,13 @@ def _remember(
     place = (sock.namespace(), info.handle, number) if info else None
     # without a number for the namespace, another one with an equal table could be taken for this
     _last = _Loaded(place, wanted, counters) if place and place[0] >= 0 else None
+
+
+def _still(number: int) -> None:
+    """Remember that what this process loaded is the same in the generation after ``number``."""
+    global _last  # noqa: PLW0603 - as above
+    if _last is not None and _last.place[2] == number:
+        _last = _last._replace(place=(*_last.place[:2], _after(number)))
 
 
 def _run_first(texts: Iterable[str]) -> None:
@@ -270,10 +329,19 @@ def _run_first(texts: Iterable[str]) -> None:
 
 
 def _note(sock: NetlinkSocket, wanted: Filter, number: int) -> bool:
-    """Write the notes; False when another transaction came between, so that they may describe its work."""
-    digests = _digests(chunks(sock, without=FINGERPRINT_CHAIN, filled=False))
-    nftables.run(_fingerprint(_notes(wanted, digests, number)))
-    return generation(sock) == number
+    """Write the notes; False when there was another transaction since ``number``, which they may describe."""
+    there = families(sock)
+    digests = _digests(chunks(sock, without=FINGERPRINT_CHAIN, filled=False, among=sorted(there)))
+    return _commit_notes(sock, number, _notes(wanted, digests, _after(number)))
+
+
+def _commit_notes(sock: NetlinkSocket, number: int, texts: Iterable[str]) -> bool:
+    try:
+        return holding.commit(sock, number, list(nfbatch.notes(FINGERPRINT_CHAIN, texts)))
+    except nfbatch.RefusedError:
+        if generation(sock) == number:
+            raise
+        return False
 
 
 def _notes(wanted: Filter, digests: Mapping[str, str], number: int) -> list[str]:
@@ -284,12 +352,6 @@ def _notes(wanted: Filter, digests: Mapping[str, str], number: int) -> list[str]
         f"generation {number}",
         *(f"{what} {value}" for what, value in digests.items()),
     ]
-
-
-def _fingerprint(notes: Iterable[str]) -> str:
-    """Return the text that notes them."""
-    rules = "".join(f'  return comment "{note}"\n' for note in notes)
-    return f"table inet {TABLE} {{\n chain {FINGERPRINT_CHAIN} {{\n{rules} }}\n}}\n"
 
 
 def _after(number: int) -> int:

@@ -4,6 +4,10 @@ The hooks lie behind those of :mod:`netplan.ownership` (output at 300, input at 
 billed to nobody. Named counters behind maps from address to counter cost the same for 1 and for 500
 partitions (facts/packets.md, A). Traffic between addresses of this host runs over ``lo``, passes both hooks
 and has counters of its own (scope ``local``).
+
+What a partition's user exchanges with other hosts from the host's own address is counted by that user, in sets
+that have a counter for those who did.  On input that is the socket which early demultiplexing has found
+(net/ipv4/ip_input.c, ip_rcv_finish_core): TCP, and UDP that is connected.
 """
 
 from collections.abc import Iterator, Sequence
@@ -25,6 +29,10 @@ _TYPE = {
     "routable4": "type ipv4_addr : counter",
 }
 _VERSION = {"ipv6": "6", "range": "6", "ipv4": "4", "public4": "4", "routable4": "4"}
+SHARED = "shared_"
+"""What the names of the sets start with that count what uses the host's own address; ``ipv6_in`` follows."""
+
+_MOST_USERS = 4096
 _HOOKS = {"meter_in": "input priority 10", "meter_out": "output priority 300"}
 
 
@@ -48,7 +56,13 @@ def metering(partitions: Sequence[PartitionNetwork]) -> Part:
             which = f"{family}_{scope}_{direction}"
             maps[which] = _TYPE[family]
             elements[which] = [values[place] for _, values in meters_of]
-    return Part({}, maps, elements, counters, _chains([one for one in _TYPE if one in owned]), _HOOKS)
+    sets = {"metered": "type uid"}
+    sets |= {
+        f"{SHARED}ipv{version}_{direction}": f"type uid; size {_MOST_USERS}; flags dynamic"
+        for version, direction in product("64", DIRECTIONS)
+    }
+    elements["metered"] = [str(one.uid) for one in partitions]
+    return Part(sets, maps, elements, counters, _chains([one for one in _TYPE if one in owned]), _HOOKS)
 
 
 @once_each
@@ -90,6 +104,7 @@ def _chains(families: Sequence[str]) -> dict[str, list[str]]:
                         for family in families
                         if _VERSION[family] == version
                     ),
+                    *([_shared(version, direction)] if scope == "remote" else []),
                 ]
         chains[f"meter_{direction}"] = [
             f"{end} 1 meta nfproto ipv6 goto meter6_local_{direction}",
@@ -98,3 +113,7 @@ def _chains(families: Sequence[str]) -> dict[str, list[str]]:
             f"meta nfproto ipv4 goto meter4_remote_{direction}",
         ]
     return chains
+
+
+def _shared(version: str, direction: str) -> str:
+    return f"meta skuid @metered add @{SHARED}ipv{version}_{direction} {{ meta skuid counter }}"

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv4Interface, IPv4Network, IPv6Address, IPv6Interface, IPv6Network
 from socket import AF_INET, AF_INET6, inet_ntop
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from netplan.errors import NetplanError
 
@@ -38,6 +38,15 @@ GROUP_MAKING = 1 << 29
 GROUP_GOING = 1 << 30
 """Links of ours in a group from here on are being removed together."""
 
+GUARDED_PORT = 0xFFFD
+"""Which frames to 01:80:c2:00:00:0X a bridge forwards from the port of a guarded tap: all but pause frames, which it
+drops.
+
+Not to forward them, for the guard refuses them then.  The others a bridge takes past all filters and learns their
+sender by them, LLDP always and BPDUs with spanning tree (net/bridge/br_input.c, br_handle_frame): a guest who sent
+one as the router would get what is sent to the router.
+"""
+
 _PARTITION_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}")
 _LINK_NAME = re.compile(r"[A-Za-z0-9_.-]{1,15}")  # IFNAMSIZ is 16 with the final NUL
 _MAC = re.compile(r"([0-9a-f]{2}:){5}[0-9a-f]{2}")
@@ -45,10 +54,16 @@ _MAC = re.compile(r"([0-9a-f]{2}:){5}[0-9a-f]{2}")
 
 Network = IPv4Network | IPv6Network
 
+Backend = Literal["nftables", "iptables"]
+"""What the packet filter is made of: iptables is for hosts that have nothing else, and holds less
+(:mod:`netplan.legacy_cases`).
+"""
+
 
 @dataclass(frozen=True, slots=True)
 class TapGuard:
-    """What may leave a tap: ``own`` are the guest's addresses, ``mac`` its MAC (None: the first that is seen).
+    """What may leave a tap: ``own`` are the guest's addresses, ``mac`` its MAC (None: the first that is seen;
+    ``proposed`` is then kept free for it).
 
     ``strict``: from its own addresses only; a family without one is blocked as a whole.  Else from any that
     nobody else owns (:class:`Protected`).
@@ -57,16 +72,18 @@ class TapGuard:
     strict: bool
     own: tuple[Network, ...] = ()
     mac: str | None = None
+    proposed: str | None = None
 
     def __post_init__(self) -> None:
-        if self.mac is not None and not _MAC.fullmatch(self.mac):
-            raise _invalid("tap", f"{self.mac!r} is no MAC (six lower-case hex pairs and colons)")
+        for mac in (self.mac, self.proposed):
+            if mac is not None and not _MAC.fullmatch(mac):
+                raise _invalid("tap", f"{mac!r} is no MAC (six lower-case hex pairs and colons)")
 
 
 @dataclass(frozen=True, slots=True)
 class Protected:
-    """What no guest may claim besides what partitions own: addresses and MACs of the node, its routers and
-    resolvers; networks of VPNs.
+    """What no guest may claim besides what partitions own: addresses of the node, its routers and resolvers,
+    networks of VPNs; MACs of the node.
     """
 
     networks: tuple[Network, ...] = ()
@@ -199,9 +216,10 @@ class DesiredNetwork:
     ``interface`` gets the partitions' addresses, ``ipv4_interface`` those of IPv4 where that is another one.
     ``bridge`` None: no bridge is made, one that is there may still be named by taps.  ``host_ipv6`` is the
     source hint for unbound IPv6 traffic; ``ownership`` False leaves only metering in the packet filter;
-    ``packet_filter`` False leaves no packet filter at all; ``local_source_table`` gives unbound clients of a
-    partition on the same host the host's source address, ``host_ipv6`` or ``host_ipv4`` (where cgroup BPF is
-    not there to do better); ``protected`` is what no guest behind a tap may claim.
+    ``packet_filter`` False leaves no packet filter at all; ``backend`` says what it is made of;
+    ``local_source_table`` gives unbound clients of a partition on the same host the host's source address,
+    ``host_ipv6`` or ``host_ipv4``, where nothing does better; ``cgroup_bpf``: programs at the cgroup shall, if
+    this kernel and our rights allow it; ``protected`` is what no guest behind a tap may claim.
     """
 
     interface: str | None = None
@@ -210,10 +228,12 @@ class DesiredNetwork:
     ownership: bool = True
     packet_filter: bool = True
     local_source_table: bool = False
+    cgroup_bpf: bool = False
     host_ipv4: IPv4Address | None = None
     bridge: BridgeSpec | None = None
     ipv4_interface: str | None = None
     protected: Protected = Protected()
+    backend: Backend = "nftables"
 
     def __post_init__(self) -> None:
         partitions = self.partitions
@@ -237,6 +257,11 @@ class DesiredNetwork:
     def filtered(self) -> bool:
         """Whether there shall be a packet filter."""
         return self.packet_filter and bool(self.partitions)
+
+    @property
+    def hooked(self) -> bool:
+        """Whether there shall be programs at the cgroup."""
+        return self.cgroup_bpf and self.ownership and bool(self.partitions)
 
 
 def _check_link(name: str) -> None:
@@ -267,7 +292,7 @@ def address_text(packed: bytes) -> str:
 
 class Link(NamedTuple):
     """A network interface.  ``tap`` False with kind ``tun`` is a tun; ``tap_owner`` is -1 for one without
-    owner and for what is neither; ``master`` 0 for none.
+    owner and for what is neither; ``master`` 0 for none.  ``forwards``: see :data:`GUARDED_PORT`.
     """
 
     ifindex: int
@@ -280,6 +305,7 @@ class Link(NamedTuple):
     group: int
     tap: bool
     tap_owner: int
+    forwards: int = 0
 
 
 class Address(NamedTuple):
@@ -356,7 +382,7 @@ class Moving(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class FilterContents:
-    """What is in the table of our packet filter, by name.
+    """What is in the tables of our packet filter, by name (:func:`netplan.nfnetlink.full_name`).
 
     ``elements`` has those of the sets and maps that can be read, written as nft does.  ``intact``: the chains
     are as we left them, and as they are wanted now; then ``digests`` says what they and the sets are, as of
@@ -370,6 +396,7 @@ class FilterContents:
     elements: Mapping[str, frozenset[str]] = field(default_factory=dict)
     intact: bool = False
     generation: int = 0
+    families: frozenset[str] = frozenset()
     digests: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -378,13 +405,31 @@ class FilterState:
     """What is loaded of our packet filter.
 
     ``wanted`` is the fingerprint of the filter it was loaded for ("" when there is none), ``drift`` what was
-    changed since by somebody else; ``contents`` are read only when they are needed.
+    changed since by somebody else; ``contents`` are read only when they are needed.  ``as_of`` is the nft
+    generation at which it was found to be as wanted (0: it was not).
     """
 
     loaded: bool = False
     wanted: str = ""
     drift: tuple[str, ...] = ()
+    as_of: int = 0
     contents: FilterContents = field(default_factory=FilterContents)
+
+
+@dataclass(frozen=True, slots=True)
+class HookState:
+    """What there is of our programs at the cgroup.
+
+    ``version`` names those in force ("" when there are none, or not all), ``contents`` is the fingerprint of what
+    their maps hold, ``leftover`` names other directories with pins of ours. ``refused`` says why there can be none.
+    ``everywhere``: what comes in is checked in other network namespaces, too (:mod:`netplan.bpf_programs`).
+    """
+
+    version: str = ""
+    contents: str = ""
+    leftover: tuple[str, ...] = ()
+    refused: str = ""
+    everywhere: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -394,7 +439,8 @@ class ObservedNetwork:
     ``routes`` are those with our mark, the local ones to ``lo``, and those of the main table that a plan looks
     at. ``moving`` is what the ports of the bridge, or a bridge that goes, have of addresses and routes.
     ``sysctls`` are the settings that a plan may change (absent: not in this kernel), ``notes`` the names of
-    those that we changed, as our table says. ``address_marks``: the kernel keeps IFA_PROTO.
+    those that we changed, as our table says; ``legacy`` and ``legacy_notes`` say the same of iptables.
+    ``address_marks``: the kernel keeps IFA_PROTO.
     """
 
     links: Mapping[str, Link]
@@ -406,3 +452,6 @@ class ObservedNetwork:
     notes: frozenset[str] = frozenset()
     address_marks: bool = True
     filter: FilterState = field(default_factory=FilterState)
+    hooks: HookState = field(default_factory=HookState)
+    legacy: FilterState = field(default_factory=FilterState)
+    legacy_notes: frozenset[str] = frozenset()

@@ -103,6 +103,7 @@ class Monitor:
                     *rtnetlink.routes(sock, protocol=PROTOCOL_MARK),
                     *rtnetlink.routes(sock, family=socket.AF_INET, protocol=PROTOCOL_MARK),
                     *rtnetlink.routes(sock, table=TABLE_MAIN, kind=ROUTE_UNICAST),
+                    *rtnetlink.routes(sock, family=socket.AF_INET, table=TABLE_MAIN, kind=ROUTE_UNICAST),
                 ),
             )
 

@@ -11,35 +11,54 @@ read back by :mod:`netplan.elements`, and the tests compare both ways.
 Layouts: include/uapi/linux/netfilter/{nfnetlink,nf_tables}.h.
 """
 
+import struct
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cache, lru_cache
 from ipaddress import ip_network
 from socket import AF_INET, AF_INET6, inet_pton
 
+from netplan.elements import SIZES, field_types, padded
 from netplan.errors import NetplanError
-from netplan.netlink import NLA_F_NESTED, NLM_F_CREATE, NetlinkSocket, Request, attribute
-from netplan.nfnetlink import TABLE
+from netplan.netlink import NLA_F_NESTED, NLM_F_CREATE, NetlinkSocket, Refusal, Request, attribute
+from netplan.nfnetlink import FAMILIES, TABLE, split_name
 
 _BEGIN, _END = 0x10, 0x11  # NFNL_MSG_BATCH_BEGIN, NFNL_MSG_BATCH_END
 _SUBSYSTEM = 10  # NFNL_SUBSYS_NFTABLES
-_NEWRULE, _DELRULE, _NEWSETELEM, _DELSETELEM, _NEWOBJ, _DELOBJ = (
-    _SUBSYSTEM << 8 | number for number in (6, 8, 12, 14, 18, 20)
+_NEWTABLE, _DELTABLE, _NEWRULE, _DELRULE, _NEWSETELEM, _DELSETELEM, _NEWOBJ, _DELOBJ = (
+    _SUBSYSTEM << 8 | number for number in (0, 2, 6, 8, 12, 14, 18, 20)
 )
 _NLM_F_APPEND = 0x800
-_GENMSG = b"\x01\0\0\0"  # NFPROTO_INET, NFNETLINK_V0
+_GENMSGS = {family: bytes((number, 0, 0, 0)) for family, number in FAMILIES.items()}  # NFNETLINK_V0
+_GENMSG = _GENMSGS["inet"]
 _BATCH = b"\0\0" + _SUBSYSTEM.to_bytes(2, "big")
 _BATCH_GENID = 1
 _OBJECT_COUNTER = 1
 _INTERVAL_END = 1
 _RETURN = -5  # NFT_RETURN
 _COMMENT = 0  # NFTNL_UDATA_RULE_COMMENT
+_LISTED = 1 | NLA_F_NESTED  # NFTA_LIST_ELEM
+_ATTRIBUTE = struct.Struct("=HH")
+_FILL = (b"", b"\0\0\0", b"\0\0", b"\0")
 _TABLE_NAME = attribute(1, TABLE.encode() + b"\0")
 
 # an attribute says its own length in 16 bits (include/uapi/linux/netlink.h, struct nlattr)
 _MOST_LISTED = 60_000
 _MOST_BYTES = 32 << 20
 """A transaction is one write: 2.5 KiB for each partition, and memory of the kernel's while it lasts."""
+
+
+class RefusedError(NetplanError):
+    """The kernel refused a transaction: all of it."""
+
+    def __init__(self, refusal: Refusal) -> None:
+        self.errno = refusal.errno
+        super().__init__(
+            "network.packet_filter",
+            f"the kernel refused the transaction: {refusal.text()}",
+            resource=f"filter/{TABLE}",
+            hint="the rules that were loaded before are still in force",
+        )
 
 
 def commit(sock: NetlinkSocket, generation: int, requests: Sequence[Request]) -> bool:
@@ -54,13 +73,19 @@ def commit(sock: NetlinkSocket, generation: int, requests: Sequence[Request]) ->
     begin = Request(_BEGIN, 0, _BATCH + attribute(_BATCH_GENID, generation.to_bytes(4, "big")))
     refusal = sock.transaction([begin, *requests, Request(_END, 0, _BATCH)], acknowledged=len(requests))
     if refusal is not None:
-        raise NetplanError(
-            "network.packet_filter",
-            f"the kernel refused the transaction: {refusal.text()}",
-            resource=f"filter/{TABLE}",
-            hint="the rules that were loaded before are still in force",
-        )
+        raise RefusedError(refusal)
     return True
+
+
+def tables(families: Iterable[str], flags: int) -> Iterator[Request]:
+    """Yield what makes our tables, or gives them other flags (NFT_TABLE_F_*)."""
+    about = _TABLE_NAME + attribute(2, flags.to_bytes(4, "big"))
+    yield from (Request(_NEWTABLE, NLM_F_CREATE, _GENMSGS[family] + about) for family in families)
+
+
+def no_tables(families: Iterable[str]) -> Iterator[Request]:
+    """Yield what removes our tables, with all that is in them."""
+    yield from (Request(_DELTABLE, 0, _GENMSGS[family] + _TABLE_NAME) for family in families)
 
 
 def counters(names: Iterable[str], *, add: bool) -> Iterator[Request]:
@@ -76,11 +101,15 @@ def counters(names: Iterable[str], *, add: bool) -> Iterator[Request]:
 
 
 def elements(name: str, grammar: str, texts: Sequence[str], *, add: bool) -> Iterator[Request]:
-    """Yield what adds elements to a set or map, or deletes them, written as nft does.  Raises ValueError."""
+    """Yield what adds elements to a set or map, or deletes them, written as nft does.  Raises ValueError.
+
+    ``name``: see :func:`netplan.nfnetlink.full_name`.
+    """
     if not texts:
         return
     kind, flags = (_NEWSETELEM, NLM_F_CREATE) if add else (_DELSETELEM, 0)
-    where = _GENMSG + _TABLE_NAME + _name(2, name)
+    family, bare = split_name(name)
+    where = _GENMSGS[family] + _TABLE_NAME + _name(2, bare)
     types, interval = _grammar(grammar)
     listed: list[bytes] = []
     size = 0
@@ -113,9 +142,7 @@ def notes(chain: str, comments: Iterable[str]) -> Iterator[Request]:
 @cache
 def _grammar(text: str) -> tuple[tuple[str, ...], bool]:
     """Return the types of a set's fields, and whether there may be ranges."""
-    declared, _, options = text.partition(";")
-    types = declared.removeprefix("type ").partition(" : ")[0].strip().split(" . ")
-    return tuple(types), "interval" in options
+    return field_types(text), "interval" in text.partition(";")[2]
 
 
 def _element(types: tuple[str, ...], text: str, *, interval: bool, referring: bool) -> bytes:
@@ -126,9 +153,13 @@ def _element(types: tuple[str, ...], text: str, *, interval: bool, referring: bo
     if len(fields) != len(types):
         raise ValueError(text)
     ends = [_field(kind, field, sortable=interval) for kind, field in zip(types, fields, strict=True)]
+    if len(types) > 1:
+        ends = [(_pad(lowest), _pad(highest)) for lowest, highest in ends]
     first = b"".join([end[0] for end in ends])
     if not interval:
-        return _nested(1, _key(1, first) + reference)
+        # most elements are so: headers that are always the same are packed once
+        body = _key_head(len(first)) + first + _FILL[len(first) & 3] + reference
+        return _ATTRIBUTE.pack(4 + len(body), _LISTED) + body
     last = b"".join([end[1] for end in ends])
     if len(types) > 1:
         return _nested(1, _key(1, first) + _key(10, last) + reference)
@@ -144,11 +175,34 @@ def _field(kind: str, text: str, *, sortable: bool) -> tuple[bytes, bytes]:
     if kind == "uid":
         value = int(text).to_bytes(4, "big" if sortable else sys.byteorder)
         return value, value
+    if kind.startswith("@"):
+        first, _, last = text.partition("-")
+        low, high = bytes.fromhex(first[2:]), bytes.fromhex((last or first)[2:])
+        if not len(low) == len(high) == SIZES[kind]:
+            raise ValueError(text)
+        return low, high
+    if kind in {"ifname", "iifname"}:
+        value = text.strip('"').encode().ljust(SIZES[kind], b"\0")
+        return value, value
+    if kind == "ether_addr":
+        value = bytes.fromhex(text.replace(":", ""))
+        return value, value
     if "/" in text:
         network = ip_network(text)
         return network.network_address.packed, network.broadcast_address.packed
     value = inet_pton(AF_INET if kind == "ipv4_addr" else AF_INET6, text)
     return value, value
+
+
+@cache
+def _key_head(size: int) -> bytes:
+    """Return the headers before the value of a key that has so many bytes."""
+    inner = 4 + size
+    return _ATTRIBUTE.pack(4 + padded(inner), 1 | NLA_F_NESTED) + _ATTRIBUTE.pack(inner, 1)
+
+
+def _pad(value: bytes) -> bytes:
+    return value.ljust(padded(len(value)), b"\0")
 
 
 def _key(kind: int, value: bytes) -> bytes:

@@ -1,4 +1,4 @@
-"""Reading our nft table as raw nfnetlink: its handle, the generation, chains, rules, sets, elements,
+"""Reading our nft tables as raw nfnetlink: their handles, the generation, chains, rules, sets, elements,
 counters.
 
 libnftables writes (:mod:`netplan.nftables`); for reading, a JSON listing of 500 partitions would cost ten
@@ -11,7 +11,7 @@ import errno
 import os
 import struct
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -32,7 +32,9 @@ from netplan.netlink import (
 TABLE = "partitiond"
 
 _SUBSYSTEM = 10 << 8  # NFNL_SUBSYS_NFTABLES
-_INET = 1  # NFPROTO_INET
+FAMILIES = {"inet": 1, "bridge": 7, "arp": 3}
+"""The families that tables of ours can have, with their numbers (NFPROTO_*, include/uapi/linux/netfilter.h)."""
+
 _GETTABLE, _GETCHAIN, _GETRULE, _GETSET, _GETSETELEM, _GETGEN, _GETOBJ = (
     _SUBSYSTEM | number for number in (1, 4, 7, 10, 13, 16, 19)
 )
@@ -45,17 +47,20 @@ _SET_TABLE, _SET_NAME, _SET_FLAGS = 1, 2, 3
 # flags, key and data types and sizes, timeout, kind of objects, handle; not how many elements there are
 _SET_ITSELF = frozenset((_SET_FLAGS, 4, 5, 6, 7, 11, 15, 16))
 _ELEM_TABLE, _ELEM_SET, _ELEM_LIST = 1, 2, 3
-_ELEM_KEY, _ELEM_FLAGS, _ELEM_OBJECT, _ELEM_KEY_END = 1, 3, 9, 10
+_ELEM_KEY, _ELEM_FLAGS, _ELEM_EXPR, _ELEM_OBJECT, _ELEM_KEY_END = 1, 3, 7, 9, 10
+_EXPR_DATA = 2
+_COUNTER_BYTES, _COUNTER_PACKETS = 1, 2
 _ELEM_INTERVAL_END = 1
 _OBJ_TABLE, _OBJ_NAME, _OBJ_TYPE, _OBJ_DATA = 1, 2, 3, 4
 _GEN_ID = 1
 _OBJECT_COUNTER = 1
-_SET_ANONYMOUS = 0x1
+_SET_ANONYMOUS, _SET_EVAL = 0x1, 0x20
 _SET_MAPPING = 0x8 | 0x40  # to data or verdicts, to objects
 _ELEM_ATTRIBUTES = frozenset((_ELEM_KEY, _ELEM_FLAGS, _ELEM_OBJECT, _ELEM_KEY_END))
 _COMMENT = 0  # type of the user data that nft makes of a rule's comment (libnftnl, udata.h)
 
-_GENMSG = struct.pack("!BBH", _INET, 0, 0)
+_GENMSGS = {family: struct.pack("!BBH", number, 0, 0) for family, number in FAMILIES.items()}
+_GENMSG = _GENMSGS["inet"]
 _OF_TABLE = attribute(1, TABLE.encode() + b"\0")
 _TABLE_BYTES = TABLE.encode() + b"\0"
 # NFTA_OBJ_DATA of a counter: bytes and packets, each an attribute of 12 bytes (net/netfilter/nft_counter.c)
@@ -120,7 +125,7 @@ class TableInfo(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """What belongs to one ``chain``, ``set`` or ``map``, as the kernel wrote it.
+    """What belongs to one ``chain``, ``set`` or ``map``, as the kernel wrote it; ``name``: see :func:`full_name`.
 
     ``parts`` are the rules of a chain, or the elements of a set (those of a hash in no particular order).
     """
@@ -161,10 +166,27 @@ def generation(sock: NetlinkSocket) -> int:
     return int(_U32.unpack(found[_GEN_ID])[0])
 
 
-def table(sock: NetlinkSocket) -> TableInfo | None:
-    """Return our table, None when there is none."""
-    message = sock.get(_GETTABLE, _GENMSG + _OF_TABLE)
-    if isinstance(message, Refusal) and message.errno == errno.ENOENT:
+def full_name(family: str, name: str) -> str:
+    """Return what an object of one of our tables is called among those of all: ``out``, ``bridge/guard``."""
+    return name if family == "inet" else f"{family}/{name}"
+
+
+def split_name(full: str) -> tuple[str, str]:
+    """Return family and name of what :func:`full_name` made; the name of a counter may have slashes itself."""
+    family, slash, name = full.partition("/")
+    return (family, name) if slash and family in FAMILIES else ("inet", full)
+
+
+def families(sock: NetlinkSocket) -> frozenset[str]:
+    """Return the families in which there is a table of ours."""
+    return frozenset(family for family in FAMILIES if table(sock, family) is not None)
+
+
+def table(sock: NetlinkSocket, family: str = "inet") -> TableInfo | None:
+    """Return our table of that family, None when there is none."""
+    message = sock.get(_GETTABLE, _GENMSGS[family] + _OF_TABLE)
+    # a kernel without tables of a family has none of ours
+    if isinstance(message, Refusal) and message.errno in (errno.ENOENT, errno.EOPNOTSUPP, errno.EAFNOSUPPORT):
         return None
     message = _answer(message)
     found = attributes(message.data, message.start + 4, message.end, (_TABLE_FLAGS, _TABLE_HANDLE))
@@ -202,34 +224,42 @@ def _name(value: bytes) -> str:
     return value.rstrip(b"\0").decode(errors="surrogateescape")
 
 
-def chunks(sock: NetlinkSocket, *, without: str, filled: bool = True) -> list[Chunk]:
-    """Return all chains, sets and maps of our table with their rules and, if ``filled``, elements, but for the
-    chain ``without``.
+def chunks(
+    sock: NetlinkSocket, *, without: str, filled: bool = True, among: Iterable[str] = ("inet",)
+) -> list[Chunk]:
+    """Return all chains, sets and maps of our tables in the families ``among``, with their rules and, if ``filled``,
+    elements, but for the chain ``without``.
 
     Handles are left in: whoever removes a rule and adds it again has changed the table.  Named objects are
-    not read: the kernel keeps them as long as an element or rule refers to them.
+    not read: the kernel keeps them as long as an element or rule refers to them.  What the kernel itself puts
+    into sets is not read either.
     """
+    return [one for family in among for one in _chunks(sock, family, without, filled=filled)]
+
+
+def _chunks(sock: NetlinkSocket, family: str, without: str, *, filled: bool) -> Iterator[Chunk]:
     rules: dict[str, list[bytes]] = {}
-    found = []
-    for message in sock.dump(_GETRULE, _GENMSG + _OF_TABLE):
+    header = _GENMSGS[family]
+    for message in sock.dump(_GETRULE, header + _OF_TABLE):
         body, have = _body(message, (_RULE_TABLE, _RULE_CHAIN))
         if have[_RULE_TABLE] == _TABLE_BYTES:
             rules.setdefault(_name(have[_RULE_CHAIN]), []).append(body)
-    for message in sock.dump(_GETCHAIN, _GENMSG):
+    for message in sock.dump(_GETCHAIN, header):
         body, have = _body(message, (_CHAIN_TABLE, _CHAIN_NAME))
         name = _name(have[_CHAIN_NAME])
         if have[_CHAIN_TABLE] == _TABLE_BYTES and name != without:
             about = attributes(body, 0, len(body), _CHAIN_ITSELF)
-            found.append(Chunk("chain", name, _sorted(about), tuple(rules.get(name, ()))))
-    for message in sock.dump(_GETSET, _GENMSG + _OF_TABLE):
+            yield Chunk("chain", full_name(family, name), _sorted(about), tuple(rules.get(name, ())))
+    for message in sock.dump(_GETSET, header + _OF_TABLE):
         body, have = _body(message, (_SET_TABLE, _SET_NAME, _SET_FLAGS))
         flags = _U32.unpack(have[_SET_FLAGS])[0] if _SET_FLAGS in have else 0
         if have[_SET_TABLE] == _TABLE_BYTES and not flags & _SET_ANONYMOUS:  # those are part of their rules
             name = _name(have[_SET_NAME])
             kind = "map" if flags & _SET_MAPPING else "set"
             about = attributes(body, 0, len(body), _SET_ITSELF)
-            found.append(Chunk(kind, name, _sorted(about), tuple(_elements(sock, name)) if filled else ()))
-    return found
+            read = filled and not flags & _SET_EVAL
+            parts = tuple(set_elements(sock, family, name)) if read else ()
+            yield Chunk(kind, full_name(family, name), _sorted(about), parts)
 
 
 def _sorted(about: dict[int, bytes]) -> bytes:
@@ -241,10 +271,12 @@ def _body(message: Message, wanted: tuple[int, ...]) -> tuple[bytes, dict[int, b
     return message.data[start : message.end], attributes(message.data, start, message.end, wanted)
 
 
-def _elements(sock: NetlinkSocket, name: str) -> list[bytes]:
-    """Return the elements of a set."""
+def set_elements(sock: NetlinkSocket, family: str, name: str) -> list[bytes]:
+    """Return the elements of a set of ours, as the kernel writes them."""
     found: list[bytes] = []
-    request = _GENMSG + attribute(_ELEM_TABLE, _TABLE_BYTES) + attribute(_ELEM_SET, name.encode() + b"\0")
+    request = (
+        _GENMSGS[family] + attribute(_ELEM_TABLE, _TABLE_BYTES) + attribute(_ELEM_SET, name.encode() + b"\0")
+    )
     for message in sock.dump(_GETSETELEM, request):
         for part in attributes(message.data, message.start + 4, message.end, (_ELEM_LIST,)).values():
             found += elements(part)
@@ -262,6 +294,41 @@ def parsed(element: bytes) -> Element:
         _name(have.get(_ELEM_OBJECT, b"")),
         bool(flags & _ELEM_INTERVAL_END),
     )
+
+
+def dynamic_sets(sock: NetlinkSocket, family: str) -> list[str]:
+    """Return the names of the sets of our table that the kernel fills itself."""
+    found = []
+    for message in sock.dump(_GETSET, _GENMSGS[family] + _OF_TABLE):
+        _, have = _body(message, (_SET_TABLE, _SET_NAME, _SET_FLAGS))
+        flags = _U32.unpack(have[_SET_FLAGS])[0] if _SET_FLAGS in have else 0
+        if have[_SET_TABLE] == _TABLE_BYTES and flags & _SET_EVAL and not flags & _SET_ANONYMOUS:
+            found.append(_name(have[_SET_NAME]))
+    return found
+
+
+class Counted(NamedTuple):
+    """An element of a set that bears a counter."""
+
+    key: bytes
+    packets: int
+    bytes: int
+
+
+def counted(sock: NetlinkSocket, family: str, name: str) -> list[Counted]:
+    """Return the elements of one of our sets with what their counters say."""
+    return [_counted(one) for one in set_elements(sock, family, name)]
+
+
+def _counted(element: bytes) -> Counted:
+    have = attributes(element, 0, len(element), (_ELEM_KEY, _ELEM_EXPR))
+    expression = have.get(_ELEM_EXPR, b"")
+    data = attributes(expression, 0, len(expression), (_EXPR_DATA,)).get(_EXPR_DATA, b"")
+    values = attributes(data, 0, len(data), (_COUNTER_BYTES, _COUNTER_PACKETS))
+    packets, octets = (
+        _U64.unpack(values[one])[0] if one in values else 0 for one in (_COUNTER_PACKETS, _COUNTER_BYTES)
+    )
+    return Counted(have.get(_ELEM_KEY, b"")[4:], packets, octets)
 
 
 def counters_of(sock: NetlinkSocket) -> list[CounterValue]:

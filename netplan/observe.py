@@ -7,12 +7,24 @@ from socket import AF_INET
 from typing import NamedTuple
 
 from netplan import rtnetlink, sysctls
+from netplan.bpf_state import observe_hooks
 from netplan.errors import NetplanError
 from netplan.filter_state import observe_filter
-from netplan.model import PORT_ALIAS, PROTOCOL_MARK, Address, DesiredNetwork, Link, ObservedNetwork, Route
+from netplan.legacy_filter import observe_legacy
+from netplan.legacy_rules import render_legacy
+from netplan.model import (
+    PORT_ALIAS,
+    PROTOCOL_MARK,
+    Address,
+    DesiredNetwork,
+    FilterState,
+    Link,
+    ObservedNetwork,
+    Route,
+)
 from netplan.moving import observe_moving
 from netplan.netlink import NETLINK_ROUTE, NetlinkSocket
-from netplan.nfnetlink import nft_socket
+from netplan.nfnetlink import generation, nft_socket
 from netplan.packet_filter import render
 
 LOOPBACK = 1
@@ -67,8 +79,15 @@ def observe(desired: DesiredNetwork, seen: Look | None = None) -> ObservedNetwor
         rules = (*rtnetlink.rules(sock), *rtnetlink.rules(sock, AF_INET))
         sources = _leaving(desired, links)
         moving = observe_moving(sock, sources) if sources else ()
-    with nft_socket() as sock:
-        notes = sysctls.read_notes(sock)
+    legacy = desired.filtered and desired.backend == "iptables"
+    there = observe_legacy(render_legacy(desired) if legacy else None)
+    wanted = render(desired) if desired.filtered and not legacy else None
+    nft = FilterState()
+    notes: frozenset[str] = frozenset()
+    if wanted or _has_nft():
+        with nft_socket() as sock:
+            notes = sysctls.read_notes(sock)
+        nft = observe_filter(wanted)
     return ObservedNetwork(
         links=links,
         addresses=addresses,
@@ -78,8 +97,21 @@ def observe(desired: DesiredNetwork, seen: Look | None = None) -> ObservedNetwor
         sysctls=sysctls.read(),
         notes=notes,
         address_marks=_kernel() >= _ADDRESS_MARKS_SINCE,
-        filter=observe_filter(render(desired) if desired.filtered else None),
+        filter=nft,
+        legacy=there.filter,
+        legacy_notes=there.notes,
+        hooks=observe_hooks(wanted=desired.hooked),
     )
+
+
+def _has_nft() -> bool:
+    """Whether this kernel has nf_tables at all, which legacy hosts may lack."""
+    try:
+        with nft_socket() as sock:
+            generation(sock)
+    except NetplanError:
+        return False
+    return True
 
 
 def _kernel() -> tuple[int, ...]:

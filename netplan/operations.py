@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from netplan.errors import NetplanError
-from netplan.model import Address, Moving, Route, Rule
+from netplan.model import Address, Backend, Moving, Route, Rule
 from netplan.sysctls import Sysctl
 
 Action = Literal["create", "change", "remove"]
@@ -39,12 +39,14 @@ class SysctlOperation(Operation):
     """A kernel setting to be ``value``.
 
     ``note``: a note in our table comes first or, with ``action`` remove, goes at last; else the packet
-    filter's own transaction sees to it, or nothing is noted.
+    filter's own transaction sees to it, or nothing is noted.  ``noted_in`` are the backends that have it, or are to
+    have it.
     """
 
     setting: Sysctl
     value: str
     note: bool
+    noted_in: tuple[Backend, ...] = ("nftables",)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,7 +83,10 @@ class PortOperation(Operation):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TapOperation(Operation):
-    """A tap (or ``tun``) to be made (or given to ``owner``, when not None), and then set up; or removed."""
+    """A tap (or ``tun``) to be made (or given to ``owner``, when not None), and then set up; or removed.
+
+    ``forwards``: what the bridge forwards from its port (:data:`netplan.model.GUARDED_PORT`).
+    """
 
     name: str
     tun: bool = False
@@ -91,6 +96,7 @@ class TapOperation(Operation):
     master: int | None = None
     up: bool = False
     group: int | None = None
+    forwards: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,17 +15,21 @@ from typing import NamedTuple
 
 from netplan.model import PartitionNetwork
 from netplan.once import once_each
-from netplan.ruleset import Part, text
+from netplan.ruleset import Part, refused, text
 
-DENIED = "denied"
-"""The counter of every refused packet; ``denied/<partition>`` counts those of a partition's own user."""
+RULES = ("address", "private", "foreign")
+"""What a refusal is for: another's address or range as the source; another's private IPv4; a source that the
+host does not have.
+"""
+
+_MOST_REFUSED = 65536
+"""Users, more than a machine has numbers in use: who comes after so many is refused, and not counted."""
 
 _HOOKS = {
     "out": "output priority filter",
     "in": "input priority filter",
     "forwarded": "forward priority filter",
 }
-_COUNT_DENIED = ("counter name denied", "counter name meta skuid map @denied_by")
 
 
 def ownership(partitions: Sequence[PartitionNetwork]) -> Part:
@@ -41,6 +45,7 @@ def ownership(partitions: Sequence[PartitionNetwork]) -> Part:
         "self6": "type ipv6_addr . ipv6_addr",
         "private4": "type ipv4_addr",
         "owner4": "type uid . ipv4_addr",
+        **{refused(rule): f"type uid; size {_MOST_REFUSED}; flags dynamic" for rule in RULES},
     }
     elements = {
         "address6": [address for _, address in six],
@@ -48,7 +53,6 @@ def ownership(partitions: Sequence[PartitionNetwork]) -> Part:
         "self6": [f"{address} . {address}" for _, address in six],
         "private4": [address for _, address in four],
         "owner4": [f"{uid} . {address}" for uid, address in (*four, *world4)],
-        "denied_by": [f'{one.uid} : "{DENIED}/{one.id}"' for one in partitions],
     }
     if ranges:
         sets |= {
@@ -61,9 +65,13 @@ def ownership(partitions: Sequence[PartitionNetwork]) -> Part:
         sets |= {"address4": "type ipv4_addr", "self4": "type ipv4_addr . ipv4_addr"}
         elements["address4"] = [address for _, address in world4]
         elements["self4"] = [f"{address} . {address}" for _, address in world4]
-    counters = [DENIED, "spoofed_in", "private_in", *(f"{DENIED}/{one.id}" for one in partitions)]
-    maps = {"denied_by": "type uid : counter"}
-    return Part(sets, maps, elements, counters, _chains(ranges=bool(ranges), world4=bool(world4)), _HOOKS)
+    counters = ["spoofed_in", "private_in"]
+    return Part(sets, {}, elements, counters, _chains(ranges=bool(ranges), world4=bool(world4)), _HOOKS)
+
+
+def _count(rule: str) -> str:
+    """Return what counts a refusal by who tried: there is a counter for those who ever did, and no other."""
+    return f"add @{refused(rule)} {{ meta skuid counter }}"
 
 
 class _Texts(NamedTuple):
@@ -94,34 +102,37 @@ def _chains(*, ranges: bool, world4: bool) -> dict[str, tuple[str, ...]]:
         spoofed.append("ip6 saddr @range6 counter name spoofed_in drop")
     if world4:
         spoofed.append("ip saddr @address4 counter name spoofed_in drop")
+    # a drop on output is EPERM for send(2) by itself; only connect(2) of TCP would wait, without an RST
+    reset = ("meta l4proto tcp reject with tcp reset", "drop")
+    another = "meta skuid != 0 goto deny_address"
     chains: dict[str, tuple[str, ...]] = {
-        # a drop on output is EPERM for send(2) by itself; only connect(2) of TCP would wait, without an RST
-        "deny": (*_COUNT_DENIED, "meta l4proto tcp reject with tcp reset", "drop"),
+        "deny_address": (_count("address"), *reset),
+        "deny_private": (_count("private"), *reset),
         # the answer to a source that is not on this host would leave it, towards somebody who asked for
         # nothing
-        "deny_unanswered": (*_COUNT_DENIED, "drop"),
+        "deny_foreign": (_count("foreign"), "drop"),
         # an unbound ping to a partition of this host leaves with that partition's address as its source
-        "same6": ("icmpv6 type echo-request accept", "meta skuid != 0 goto deny"),
-        "foreign6": ("ip6 saddr . ip6 daddr @self6 goto same6", "meta skuid != 0 goto deny"),
+        "same6": ("icmpv6 type echo-request accept", another),
+        "foreign6": ("ip6 saddr . ip6 daddr @self6 goto same6", another),
     }
     if ranges:
-        chains["ranged6"] = ("meta skuid . ip6 saddr @range_owner6 accept", "meta skuid != 0 goto deny")
+        chains["ranged6"] = ("meta skuid . ip6 saddr @range_owner6 accept", another)
     if world4:
-        chains["same4"] = ("icmp type echo-request accept", "meta skuid != 0 goto deny")
-        chains["foreign4"] = ("ip saddr . ip daddr @self4 goto same4", "meta skuid != 0 goto deny")
+        chains["same4"] = ("icmp type echo-request accept", another)
+        chains["foreign4"] = ("ip saddr . ip daddr @self4 goto same4", another)
     chains |= {
         "out6": (
             "meta skuid . ip6 saddr @owner6 accept",
             "ip6 saddr @address6 goto foreign6",
             *(["ip6 saddr @range6 goto ranged6"] if ranges else []),
-            "meta skuid != 0 fib saddr type != local goto deny_unanswered",
+            "meta skuid != 0 fib saddr type != local goto deny_foreign",
         ),
         "out4": (
-            "ip daddr @private4 meta skuid != 0 meta skuid . ip daddr != @owner4 goto deny",
+            "ip daddr @private4 meta skuid != 0 meta skuid . ip daddr != @owner4 goto deny_private",
             "meta skuid . ip saddr @owner4 accept",
             *(["ip saddr @address4 goto foreign4"] if world4 else []),
-            "ip saddr @private4 meta skuid != 0 goto deny",
-            "meta skuid != 0 fib saddr type != local goto deny_unanswered",
+            "ip saddr @private4 meta skuid != 0 goto deny_private",
+            "meta skuid != 0 fib saddr type != local goto deny_foreign",
         ),
         "out": ("meta nfproto ipv6 goto out6", "meta nfproto ipv4 goto out4"),
         # lo is interface 1 of every network namespace (LOOPBACK_IFINDEX, include/net/flow.h).  From

@@ -1,8 +1,9 @@
 """The packet filter as the text of nft transactions.  Pure.
 
-The filter is a sum of parts (:mod:`netplan.ownership`, :mod:`netplan.metering`), all in the one table ``inet
-partitiond``.  A transaction changes what differs and nothing else: elements of those who stay are not
-touched, and rules only when they changed.
+The filter is a sum of parts (:mod:`netplan.ownership`, :mod:`netplan.metering`, :mod:`netplan.tap_guard`) in
+the tables ``inet``, ``bridge`` and ``arp partitiond``, of which only the first is always there; it has all
+named counters.  A transaction changes what differs and nothing else: elements of those who stay are not
+touched, what the kernel put into sets itself never, and rules only when they changed.
 
 Why not flush everything and fill it again in one transaction, which is said to be atomic: a set look-up that
 runs while a commit is finished may see neither the old nor the new element (seen here: 1 packet in a million
@@ -21,12 +22,13 @@ from netplan import nfbatch
 from netplan.metering import metering
 from netplan.model import DesiredNetwork, FilterContents
 from netplan.netlink import Request
-from netplan.nfnetlink import TABLE
+from netplan.nfnetlink import TABLE, full_name, split_name
 from netplan.once import once
 from netplan.operations import Operation
 from netplan.ownership import ownership
 from netplan.ruleset import Part
 from netplan.sysctls import NOTES
+from netplan.tap_guard import tap_guard
 
 FINGERPRINT_CHAIN = "fingerprint"
 """A chain that no hook reaches; the comments of its rules say what was loaded (:mod:`netplan.filter_state`).
@@ -34,17 +36,23 @@ FINGERPRINT_CHAIN = "fingerprint"
 
 _COUNTER_OF_RULE = re.compile(r"counter name (\S+)")
 
-REMOVE = f"delete table inet {TABLE}\n"
+
+def removal(families: Iterable[str]) -> str:
+    """Return the text that takes our tables away."""
+    return "".join(f"delete table {family} {TABLE}\n" for family in sorted(families))
 
 
 @dataclass(frozen=True, slots=True)
 class Filter:
     """The packet filter of one desired state.
 
-    ``sets`` and ``maps`` have the grammar by name, ``elements`` what belongs into them, as nft writes it;
+    ``sets`` and ``maps`` have the grammar by name (:func:`netplan.nfnetlink.full_name`), ``elements`` what
+    belongs into them, as nft writes it; of the sets without elements here the kernel makes them itself.
     ``declarations`` and ``rules`` are the text of the chains.  ``structure`` is the fingerprint of all but
     elements and counters, ``fingerprint`` that of everything.
     """
+
+    families: tuple[str, ...]
 
     sets: Mapping[str, str]
     maps: Mapping[str, str]
@@ -57,18 +65,21 @@ class Filter:
     fingerprint: str
 
     def transaction(self, loaded: FilterContents, notes: Sequence[str] = ()) -> str:
-        """Return the text that brings the table from ``loaded`` to this state.
+        """Return the text that brings our tables, which are there, from ``loaded`` to this state.
 
+        No table is named as one to add: nft would ask for one without flags (:mod:`netplan.holding`).
         ``notes`` of kernel settings (:mod:`netplan.sysctls`) are added; those that are there stay.
         """
-        parts = [f"add table inet {TABLE}\n"]
         if loaded.intact:
-            parts.append(f"flush chain inet {TABLE} {FINGERPRINT_CHAIN}\n")
+            parts = [f"flush chain inet {TABLE} {FINGERPRINT_CHAIN}\n"]
         else:
-            parts.append(f"flush table inet {TABLE}\n")
+            parts = [f"flush table {family} {TABLE}\n" for family in self.families]
         # counters come first: nft 1.0.6 sends the elements of a new interval map together with the map itself
-        parts.append(_block(f"counter {name} {{ }}" for name in sorted(self.counters - loaded.counters)))
-        parts += ("" if loaded.intact else self.declarations, *(note_text("add", one) for one in notes))
+        parts += (f"add counter inet {TABLE} {name}\n" for name in sorted(self.counters - loaded.counters))
+        parts += (
+            "" if loaded.intact else self.declarations,
+            *(f"add counter inet {TABLE} {one}\n" for one in notes),
+        )
         less, more = self._difference(loaded)
         parts += (*less, *self._stale(loaded), *more)
         parts.append("" if loaded.intact else self.rules)
@@ -86,17 +97,15 @@ class Filter:
         """Yield the texts to try in this order, each good for more than the one before.
 
         Changes alone; everything filled again; the table replaced, for what cannot be changed in place (such
-        as the type of a set).  Only with the last do the counters begin anew, which their epoch tells.
+        as the type of a set).  Only with the last do the counters begin anew, which their epoch tells, and
+        nobody can hold such tables.
         """
         yield self.transaction(loaded, notes)
         yield self.transaction(replace(loaded, elements={}, intact=False), notes)
         there = {one for one in loaded.counters if one.startswith(NOTES)}
-        yield self.anew(sorted(there.union(notes)))
-
-    def anew(self, notes: Sequence[str] = ()) -> str:
-        """Return the text that makes the table anew, whatever is there."""
-        opening = f"add table inet {TABLE}\ndelete table inet {TABLE}\n"
-        return opening + self.transaction(FilterContents(), notes)
+        everything = sorted({*self.families, *loaded.families})
+        opening = removal(everything) + "".join(f"add table {family} {TABLE}\n" for family in self.families)
+        yield opening + self.transaction(FilterContents(), sorted(there.union(notes)))
 
     def small_change(self, loaded: FilterContents, notes: Sequence[str] = ()) -> list[Request] | None:
         """Return what brings the table from ``loaded`` to this state by elements and counters alone; None where
@@ -105,14 +114,15 @@ class Filter:
         grammars = {**self.maps, **self.sets}
         if (
             not loaded.intact
-            or grammars.keys() != loaded.elements.keys()
+            or self.elements.keys() != loaded.elements.keys()
+            or grammars.keys() != loaded.sets | loaded.maps
             or list(self._stale_objects(loaded))
         ):
             return None
         less: list[Request] = []
         more: list[Request] = []
-        for name, grammar in grammars.items():
-            wanted, known = self.elements[name], loaded.elements[name]
+        for name, wanted in self.elements.items():
+            grammar, known = grammars[name], loaded.elements[name]
             gone = sorted(known.difference(wanted))
             less += nfbatch.elements(name, grammar, gone, add=False)
             more += nfbatch.elements(name, grammar, [one for one in wanted if one not in known], add=True)
@@ -127,18 +137,16 @@ class Filter:
     def _difference(self, loaded: FilterContents) -> tuple[list[str], list[str]]:
         """Return what takes elements away and what adds them."""
         less, more = [], []
-        for kind, names in (("map", self.maps), ("set", self.sets)):
-            for name in names:
-                wanted = self.elements[name]
-                known = loaded.elements.get(name, frozenset())
-                gone = known.difference(wanted)
-                if name in loaded.sets | loaded.maps and len(gone) == len(known):
-                    # nothing is known or nothing stays: filled anew
-                    less.append(f"flush {kind} inet {TABLE} {name}\n")
-                    known = frozenset()
-                else:
-                    less.append(_elements("delete", name, sorted(one.partition(" : ")[0] for one in gone)))
-                more.append(_elements("add", name, [one for one in wanted if one not in known]))
+        for name, wanted in self.elements.items():
+            known = loaded.elements.get(name, frozenset())
+            gone = known.difference(wanted)
+            if name in loaded.sets | loaded.maps and len(gone) == len(known):
+                # nothing is known or nothing stays: filled anew
+                less.append(f"flush {'map' if name in self.maps else 'set'} {_place(name)}\n")
+                known = frozenset()
+            else:
+                less.append(_elements("delete", name, sorted(one.partition(" : ")[0] for one in gone)))
+            more.append(_elements("add", name, [one for one in wanted if one not in known]))
         return less, more
 
     def _stale(self, loaded: FilterContents) -> Iterator[str]:
@@ -148,12 +156,18 @@ class Filter:
         yield from (f"delete counter inet {TABLE} {name}\n" for name in gone)
 
     def _stale_objects(self, loaded: FilterContents) -> Iterator[str]:
+        tables = loaded.families.difference(self.families)
+        yield from (f"delete table {family} {TABLE}\n" for family in sorted(tables))
         for kind, there, ours in (
             ("map", loaded.maps, self.maps.keys()),
             ("set", loaded.sets, self.sets.keys()),
             ("chain", loaded.chains, self.chains),
         ):
-            yield from (f"delete {kind} inet {TABLE} {name}\n" for name in sorted(there - ours))
+            yield from (
+                f"delete {kind} {_place(name)}\n"
+                for name in sorted(there - ours)
+                if split_name(name)[0] not in tables
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -165,18 +179,14 @@ class FilterOperation(Operation):
     notes: tuple[str, ...] = ()
 
 
-def note_text(verb: str, note: str) -> str:
-    """Return the command that adds or deletes a note of a kernel setting."""
-    return f"{verb} counter inet {TABLE} {note}\n"
-
-
 def _elements(verb: str, name: str, elements: Sequence[str]) -> str:
-    return f"{verb} element inet {TABLE} {name} {{ {', '.join(elements)} }}\n" if elements else ""
+    return f"{verb} element {_place(name)} {{ {', '.join(elements)} }}\n" if elements else ""
 
 
-def _block(lines: Iterable[str]) -> str:
-    body = "".join(f" {line}\n" for line in lines)
-    return f"table inet {TABLE} {{\n{body}}}\n" if body else ""
+def _place(full: str) -> str:
+    """Return how nft is told of an object."""
+    family, name = split_name(full)
+    return f"{family} {TABLE} {name}"
 
 
 @once
@@ -185,10 +195,11 @@ def render(desired: DesiredNetwork) -> Filter:
     parts = [metering(desired.partitions)]
     if desired.ownership:
         parts.insert(0, ownership(desired.partitions))
-    declarations = _block(line for part in parts for line in _declarations(part))
-    declarations += _block((f"chain {FINGERPRINT_CHAIN} {{ }}",))
-    rules = _block(line for part in parts for line in _rules(part))
-    elements = {name: values for part in parts for name, values in part.elements.items()}
+    parts += tap_guard(desired.partitions, desired.protected)
+    declarations = "".join(line for part in parts for line in _declarations(part))
+    declarations += f"add chain inet {TABLE} {FINGERPRINT_CHAIN}\n"
+    rules = "".join(line for part in parts for line in _rules(part))
+    elements = {_of(part, name): values for part in parts for name, values in part.elements.items()}
     counters = [name for part in parts for name in part.counters]
     structure = hashlib.sha256((declarations + rules).encode())
     everything = structure.copy()
@@ -196,11 +207,12 @@ def render(desired: DesiredNetwork) -> Filter:
         everything.update(_elements("add", name, values).encode())
     everything.update("".join(counters).encode())
     return Filter(
-        sets={name: grammar for part in parts for name, grammar in part.sets.items()},
-        maps={name: grammar for part in parts for name, grammar in part.maps.items()},
+        families=tuple(dict.fromkeys(("inet", *(part.family for part in parts)))),
+        sets={_of(part, name): grammar for part in parts for name, grammar in part.sets.items()},
+        maps={_of(part, name): grammar for part in parts for name, grammar in part.maps.items()},
         elements=elements,
         counters=frozenset(counters),
-        chains=frozenset(name for part in parts for name in part.chains) | {FINGERPRINT_CHAIN},
+        chains=frozenset(_of(part, name) for part in parts for name in part.chains) | {FINGERPRINT_CHAIN},
         declarations=declarations,
         rules=rules,
         structure=structure.hexdigest()[:32],
@@ -208,18 +220,22 @@ def render(desired: DesiredNetwork) -> Filter:
     )
 
 
+def _of(part: Part, name: str) -> str:
+    return full_name(part.family, name)
+
+
 def _declarations(part: Part) -> Iterator[str]:
+    where = f"{part.family} {TABLE}"
     for name, grammar in part.sets.items():
-        yield f"set {name} {{ {grammar}; }}"
+        yield f"add set {where} {name} {{ {grammar}; }}\n"
     for name, grammar in part.maps.items():
-        yield f"map {name} {{ {grammar}; }}"
+        yield f"add map {where} {name} {{ {grammar}; }}\n"
     for name in part.chains:
         hook = part.hooks.get(name)
-        yield f"chain {name} {{ type filter hook {hook}; policy accept; }}" if hook else f"chain {name} {{ }}"
+        about = f" {{ type filter hook {hook}; policy accept; }}" if hook else ""
+        yield f"add chain {where} {name}{about}\n"
 
 
 def _rules(part: Part) -> Iterator[str]:
     for name, rules in part.chains.items():
-        yield f"chain {name} {{"
-        yield from (f" {rule}" for rule in rules)
-        yield "}"
+        yield from (f"add rule {part.family} {TABLE} {name} {rule}\n" for rule in rules)

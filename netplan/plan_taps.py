@@ -6,6 +6,7 @@ from netplan.errors import NetplanError
 from netplan.model import (
     ALIAS_MARK,
     GROUP_GOING,
+    GUARDED_PORT,
     DesiredNetwork,
     Link,
     ObservedNetwork,
@@ -74,6 +75,7 @@ def _wanted(
             mac=tap.mac,
             master=master or None,
             up=True,
+            forwards=_forwards(tap) or None,
         )
     elif reasons := list(_differences(link, tap, alias, master, names)):
         yield TapOperation(
@@ -90,7 +92,19 @@ def _wanted(
             master=master if link.master != master else None,
             up=not link.up,
             group=0 if link.group >= GROUP_GOING else None,
+            forwards=_forwards(tap) if _other_port(link, tap, master) else None,
         )
+
+
+def _forwards(tap: TapSpec) -> int:
+    return GUARDED_PORT if tap.guard and tap.bridge else 0
+
+
+def _other_port(link: Link, tap: TapSpec, master: int) -> bool:
+    """Whether its port must be set: one that is put into a bridge begins anew; what we did not set stays."""
+    if link.master != master:
+        return bool(_forwards(tap))
+    return link.forwards != _forwards(tap) and GUARDED_PORT in {link.forwards, _forwards(tap)}
 
 
 def _wanted_tun(partition: PartitionNetwork, tun: TunSpec, observed: ObservedNetwork) -> Iterator[Operation]:
@@ -162,6 +176,8 @@ def _differences(
         yield "its removal was cut off"
     if _foreign_mac(link, tap):
         yield f"address is {link.mac}, should be {tap.mac}"
+    if link.master == master and _other_port(link, tap, master):
+        yield "its port forwards other frames than the guard needs"
     if link.alias != alias:
         yield f"alias is {link.alias!r}, should be {alias!r}" if link.alias else "is not marked as ours"
 

@@ -33,7 +33,7 @@ from netplan.model import (
     address_text,
 )
 from netplan.netlink import Message, attributes
-from netplan.nfnetlink import TABLE
+from netplan.nfnetlink import FAMILIES, TABLE
 from netplan.rtnetlink import ROUTE_UNICAST, RTMSG, TABLE_LOCAL, TABLE_LOCAL_SOURCE, TABLE_MAIN
 
 Change = Literal["appeared", "changed", "gone", "lost"]
@@ -47,7 +47,7 @@ _GONE = frozenset((_DELLINK, _DELADDR, _DELROUTE, _DELRULE))
 _IFINFO_SIZE, _IFLA_WIRELESS = 16, 11
 _U32 = struct.Struct("=I")
 _FRA_SRC, _FRA_PRIORITY, _FRA_TABLE, _FRA_PROTOCOL = 2, 6, 15, 21
-_INET = 1  # NFPROTO_INET
+_FAMILIES = frozenset(FAMILIES.values())
 _DELTABLE = 10 << 8 | 2  # NFNL_SUBSYS_NFTABLES, NFT_MSG_DELTABLE
 _TABLE_BYTES = TABLE.encode() + b"\0"
 # the first attribute of every nft message about something in a table is the table's name
@@ -179,7 +179,7 @@ class Relevance:
     def _route(self, message: Message, gone: bool) -> Notice | None:
         family, length, _, _, table, protocol, _, kind, _ = RTMSG.unpack_from(message.data, message.start)
         ours = protocol == PROTOCOL_MARK
-        default = family == socket.AF_INET6 and not length and table == TABLE_MAIN and kind == ROUTE_UNICAST
+        default = not length and table == TABLE_MAIN and kind == ROUTE_UNICAST
         if not (ours or default or (family, table, length) in self._shapes):
             return None  # a router's tables come by the hundred thousand
         now = rtnetlink.read_route(message)
@@ -221,7 +221,7 @@ def _is_link_local(packed: bytes) -> bool:
 
 
 def _is_default(route: Route) -> bool:
-    return route.family == socket.AF_INET6 and route.prefixlen == 0 and route.table == TABLE_MAIN
+    return route.prefixlen == 0 and route.table == TABLE_MAIN
 
 
 def _key(route: Route) -> _RouteKey:
@@ -256,12 +256,12 @@ def _rule(message: Message, gone: bool) -> Notice | None:
 
 
 def judge_nft(message: Message) -> Notice | None:
-    """Return the notice that a message of nf_tables is: something in our table changed, or the table is gone.
+    """Return the notice that a message of nf_tables is: something in our tables changed, or one is gone.
 
     Others' transactions only raise the generation, which makes the next look compare; nothing is wrong yet.
     """
     start = message.start
-    if message.data[start] != _INET:  # nfgen_family of struct nfgenmsg
+    if message.data[start] not in _FAMILIES:  # nfgen_family of struct nfgenmsg
         return None
     have = attributes(message.data, start + 4, message.end, (_NFTA_TABLE,))
     if have.get(_NFTA_TABLE) != _TABLE_BYTES:

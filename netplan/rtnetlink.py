@@ -49,9 +49,11 @@ _RTM_NEWRULE, _RTM_DELRULE, _RTM_GETRULE = 32, 33, 34
 
 _IFLA_ADDRESS, _IFLA_IFNAME, _IFLA_MASTER, _IFLA_LINKINFO, _IFLA_IFALIAS = 1, 3, 10, 18, 20
 _IFLA_STATS64, _IFLA_GROUP, _IFLA_EXT_MASK = 23, 27, 29
-_IFLA_INFO_KIND, _IFLA_INFO_DATA = 1, 2
+_IFLA_INFO_KIND, _IFLA_INFO_DATA, _IFLA_INFO_SLAVE_KIND, _IFLA_INFO_SLAVE_DATA = 1, 2, 4, 5
+_IFLA_BRPORT_GROUP_FWD_MASK = 31
 _IFLA_TUN_OWNER, _IFLA_TUN_TYPE = 1, 3
 _IFLA_BR_FORWARD_DELAY, _IFLA_BR_STP_STATE = 1, 5
+_ABOUT_LINK = frozenset((_IFLA_INFO_KIND, _IFLA_INFO_DATA, _IFLA_INFO_SLAVE_DATA))
 _LINK_ATTRIBUTES = frozenset(
     (_IFLA_ADDRESS, _IFLA_IFNAME, _IFLA_MASTER, _IFLA_LINKINFO, _IFLA_IFALIAS, _IFLA_STATS64, _IFLA_GROUP)
 )
@@ -156,15 +158,18 @@ def _link(message: Message) -> Link:
     _, _, index, flags, _ = _IFINFO.unpack_from(data, start)
     have = attributes(data, start + 16, end, _LINK_ATTRIBUTES)
     info = have.get(_IFLA_LINKINFO, b"")
-    kind, tap, owner = "", False, -1
+    kind, tap, owner, forwards = "", False, -1, 0
     if info:
-        about = attributes(info, 0, len(info), (_IFLA_INFO_KIND, _IFLA_INFO_DATA))
+        about = attributes(info, 0, len(info), _ABOUT_LINK)
         kind = _text(about.get(_IFLA_INFO_KIND, b""))
         if kind == "tun":
             details = about.get(_IFLA_INFO_DATA, b"")
             tun = attributes(details, 0, len(details), (_IFLA_TUN_OWNER, _IFLA_TUN_TYPE))
             tap = _number(tun.get(_IFLA_TUN_TYPE)) == _IFF_TAP
             owner = _number(tun.get(_IFLA_TUN_OWNER), -1)
+            port = about.get(_IFLA_INFO_SLAVE_DATA, b"")
+            mask = attributes(port, 0, len(port), (_IFLA_BRPORT_GROUP_FWD_MASK,))
+            forwards = int.from_bytes(mask.get(_IFLA_BRPORT_GROUP_FWD_MASK, b""), sys.byteorder)
     return Link(
         index,
         _text(have[_IFLA_IFNAME]),
@@ -176,6 +181,7 @@ def _link(message: Message) -> Link:
         _number(have.get(_IFLA_GROUP)),
         tap,
         owner,
+        forwards,
     )
 
 
@@ -213,6 +219,29 @@ def set_link(
     if group is not None:
         parts.append(attribute(_IFLA_GROUP, _U32.pack(group)))
     return Request(_RTM_SETLINK, 0, b"".join(parts))
+
+
+def set_port(name: str, forwards: int) -> Request:
+    """Ask for a port of a bridge to forward frames to these groups (:data:`netplan.model.GUARDED_PORT`)."""
+    data = attribute(_IFLA_BRPORT_GROUP_FWD_MASK, forwards.to_bytes(2, sys.byteorder))
+    info = attribute(_IFLA_INFO_SLAVE_KIND, b"bridge\0") + attribute(
+        _IFLA_INFO_SLAVE_DATA | NLA_F_NESTED, data
+    )
+    payload = b"".join(
+        (
+            _IFINFO.pack(0, 0, 0, 0, 0),
+            attribute(_IFLA_IFNAME, name.encode() + b"\0"),
+            attribute(_IFLA_LINKINFO | NLA_F_NESTED, info),
+        )
+    )
+    return Request(_RTM_NEWLINK, 0, payload)
+
+
+def set_down(name: str) -> Request:
+    """Ask for a link to be down."""
+    return Request(
+        _RTM_SETLINK, 0, _IFINFO.pack(0, 0, 0, 0, _IFF_UP) + attribute(_IFLA_IFNAME, name.encode() + b"\0")
+    )
 
 
 def make_bridge(name: str, index: int, mac: str) -> Request:

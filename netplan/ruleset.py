@@ -25,6 +25,17 @@ class Part:
     dynamic: frozenset[str] = frozenset()
 
 
+REFUSED = "refused_"
+"""What the names of the sets that count refusals start with; the rule follows.  Their elements are users
+(``uid``) or taps (``ifname``), each with a counter, and the kernel adds them.
+"""
+
+
+def refused(rule: str) -> str:
+    """Return the name of the set that counts what a rule refuses."""
+    return REFUSED + rule
+
+
 def text(address: IPv4Address | IPv6Interface | IPv6Network) -> str:
     """Return an address (of an interface: without its prefix length) or network for nft.
 

@@ -11,6 +11,7 @@ import contextlib
 import email
 import logging
 import os
+import pwd
 import re
 import stat
 import sys
@@ -18,7 +19,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from partitiond import certificates, execute, files
+from partitiond import certificates, execute, files, privacy
 from partitiond.errors import PartitiondError
 from partitiond.state import software_name
 
@@ -36,6 +37,10 @@ _LOG_LIMIT = 5 * 1024 * 1024
 _PROFILE_LIMIT = 4 * 1024 * 1024
 # the line that begins each build in a log
 _HEAD = re.compile(r"^--- \d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ (?:building|configuring) .*\n", re.MULTILINE)
+# what build steps, as the software user, may have put there is not taken for more than it can be
+_MOST_EGGS = 10_000
+_EGG = re.compile(r"[A-Za-z0-9_.+!-]+\.egg")
+_PROJECT = re.compile(r"[A-Za-z0-9_.-]+")
 _NO_INDEX = "file:///nonexistent/"
 # slapgrid copies the user's .netrc into each software; ours reads the one of the software user's home itself
 _COMPILE = "import compileall, sys; compileall.compile_dir(sys.argv[1], quiet=2, workers=1)"
@@ -88,21 +93,8 @@ def build_software(context: Context, url: str) -> None:
     """
     config = context.config
     directory = software_directory(config, url)
-    import pwd  # noqa: PLC0415 - only builds ask for it
-
     owner = pwd.getpwnam(config.software_user)
-    with contextlib.suppress(FileExistsError):
-        directory.mkdir(mode=0o755)
-    # what a release runs owns all this and could put a link in the place of a directory: never through one
-    with files.directory(config.software_root, directory.name) as descriptor:
-        os.fchown(descriptor, owner.pw_uid, owner.pw_gid)
-        with contextlib.suppress(FileNotFoundError):
-            # built again by force: until it is whole no instance is configured with it (bootstrap empties develop-eggs)
-            os.unlink(COMPLETED, dir_fd=descriptor)
-        profile = software_profile(config, url).encode()
-        files.write(
-            "buildout.cfg", profile, dir_fd=descriptor, mode=0o644, owner=(owner.pw_uid, owner.pw_gid)
-        )
+    _prepare(config, url, (owner.pw_uid, owner.pw_gid))
     options = ["-U", "-N", "-c", "buildout.cfg", f"buildout:directory={directory}"]
     start = "import sys; from zc.buildout.buildout import main; sys.argv[0] = 'buildout'; main()"
     steps = (
@@ -125,6 +117,21 @@ def build_software(context: Context, url: str) -> None:
         # thousands of files, for which the mark is about to vouch, also after a power cut
         files.flush(descriptor)
         files.write(COMPLETED, content, dir_fd=descriptor, mode=0o644, owner=numbers, durable=True)
+
+
+def _prepare(config: Config, url: str, owner: tuple[int, int]) -> None:
+    """Make the directory of a release and its profile. Raises OSError, PartitiondError."""
+    directory = software_directory(config, url)
+    with contextlib.suppress(FileExistsError):
+        directory.mkdir(mode=0o755)
+    # what a release runs owns all this and could put a link in the place of a directory: never through one
+    with files.directory(config.software_root, directory.name) as descriptor:
+        os.fchown(descriptor, *owner)
+        with contextlib.suppress(FileNotFoundError):
+            # built again by force: until it is whole no instance is configured with it (bootstrap empties develop-eggs)
+            os.unlink(COMPLETED, dir_fd=descriptor)
+        profile = software_profile(config, url).encode()
+        files.write("buildout.cfg", profile, dir_fd=descriptor, mode=0o644, owner=owner)
 
 
 def _as_software_user(context: Context, directory: Path, command: list[str], log: int) -> execute.Outcome:
@@ -184,7 +191,8 @@ def tail(log: Path, size: int = _TAIL) -> str:
     try:
         with log.open("rb") as stream:
             stream.seek(max(0, log.stat().st_size - size))
-            text = stream.read().decode("utf-8", "replace")
+            # what a build left running may write on: to its end would be for ever
+            text = stream.read(size).decode("utf-8", "replace")
     except OSError:
         return ""
     return _HEAD.split(text)[-1]
@@ -196,27 +204,37 @@ def _link_eggs(root: Path, directory: Path, uid: int, gid: int) -> None:
     Offline, a published zc.buildout looks only at ``EGG-INFO`` in ``eggs/``; an egg link is another way in (measured with
     4.2, 5.2 and 6.0). A link of the release's own develop part is left alone.
     """
-    eggs = directory / "eggs"
-    if not eggs.is_dir():
+    try:
+        with files.directory(root, directory.name, "eggs") as descriptor:
+            eggs = [name for name in files.names(descriptor, _MOST_EGGS) if _EGG.fullmatch(name)]
+    except FileNotFoundError:
         return
     with files.directory(root, directory.name, "develop-eggs") as links:
-        for egg in sorted(eggs.glob("*.egg")):
-            name = _project_of(root, egg)
-            if name is None or (directory / "develop-eggs" / f"{name}.egg-link").exists():
+        there = frozenset(files.names(links, _MOST_EGGS))
+        for egg in eggs:
+            name = _project_of(root, directory.name, "eggs", egg, owner=uid)
+            if name is None or f"{name}.egg-link" in there:
                 continue
-            link = egg.name.removesuffix(".egg") + ".egg-link"
-            files.write(link, f"{egg}\n.\n".encode(), dir_fd=links, mode=0o640, owner=(uid, gid))
+            link = egg.removesuffix(".egg") + ".egg-link"
+            text = f"{directory}/eggs/{egg}\n.\n".encode()
+            files.write(link, text, dir_fd=links, mode=0o640, owner=(uid, gid))
 
 
-def _project_of(root: Path, egg: Path) -> str | None:
+def _project_of(root: Path, *egg: str, owner: int) -> str | None:
     """The project's name of an egg directory that has wheel metadata only, else None."""
-    found = list(egg.glob("*.dist-info/METADATA"))
-    if (egg / "EGG-INFO").exists() or len(found) != 1:
-        return None
-    with files.directory(root, *found[0].parent.relative_to(root).parts) as descriptor:
-        metadata = files.read("METADATA", dir_fd=descriptor, limit=_PROFILE_LIMIT)
+    try:
+        with files.directory(root, *egg) as descriptor:
+            inside = files.names(descriptor)
+        found = [name for name in inside if name.endswith(".dist-info")]
+        if "EGG-INFO" in inside or len(found) != 1:
+            return None
+        with files.directory(root, *egg, found[0]) as descriptor:
+            metadata = files.read("METADATA", dir_fd=descriptor, limit=_PROFILE_LIMIT, reader=owner)
+    except (PartitiondError, FileNotFoundError):
+        return None  # an egg that is one file, a link, or not what it seems: buildout may have another use for it
     name = email.message_from_bytes(metadata)["Name"]
-    return name if name and "/" not in name else None
+    # of a name that is not ASCII email makes an object of its own
+    return name if isinstance(name, str) and _PROJECT.fullmatch(name) else None
 
 
 def remove_software(config: Config, url: str) -> None:
@@ -276,10 +294,13 @@ storage-home = {config.instance_storage_home or ""}
 [network-information]
 global-ipv4-network = {config.ipv4_network}
 """
+    owner = pwd.getpwnam(config.software_user).pw_uid
     with files.directory(config.software_root, directory.name) as descriptor:
         for name in ("instance.cfg", "template.cfg"):
             try:
-                return files.read(name, dir_fd=descriptor, limit=_PROFILE_LIMIT) + appended.encode()
+                # a link of the software user's to somebody's secret would be handed to the tenant
+                profile = files.read(name, dir_fd=descriptor, limit=_PROFILE_LIMIT, reader=owner)
+                return profile + appended.encode()
             except FileNotFoundError:
                 continue
     raise PartitiondError(
@@ -314,6 +335,7 @@ def configure_instance(context: Context, partition: Partition, entry: PartitionD
             log=log,
             stop=context.stop,
             record=session_record(config, partition.id),
+            enter=privacy.entry(config, partition),
         )
     if not outcome.ok:
         raise _build_error("instance.build", partition.id, outcome, path)

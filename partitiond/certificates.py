@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from partitiond import files
+from partitiond.errors import PartitiondError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -30,8 +31,17 @@ def fetch(context: Context, partition: Partition) -> None:
     where[0].parent.mkdir(mode=0o711, parents=True, exist_ok=True)
     for path, text in zip(where, (pair.key, pair.certificate), strict=True):
         content = text.encode()
-        if not path.is_file() or path.read_bytes() != content:
+        if not _holds(path, content):
             files.write_path(path, content, mode=0o400, owner=(partition.uid, partition.gid))
+
+
+def _holds(path: Path, content: bytes) -> bool:
+    """Whether a file has that content. It is the tenant's, who may have changed it, made it endless or taken a lease on it."""
+    try:
+        with files.directory(path.parent) as descriptor:
+            return files.read(path.name, dir_fd=descriptor, limit=len(content)) == content
+    except (FileNotFoundError, PartitiondError):
+        return False
 
 
 def remove(context: Context, partition: Partition) -> None:

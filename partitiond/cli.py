@@ -164,6 +164,13 @@ def _flushed(status: int) -> int:
     return status
 
 
+class _PlainFormatter(logging.Formatter):
+    """Lets nothing through that would steer a terminal: names and messages of tenants end up in the log."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
+
+
 def _log_to_stderr(options: argparse.Namespace) -> None:
     running = options.verb in ("run", "demo")
     level = logging.INFO if running or options.verbose else logging.WARNING
@@ -172,7 +179,9 @@ def _log_to_stderr(options: argparse.Namespace) -> None:
     if options.verbose > 1:
         level = logging.DEBUG
     form = "%(asctime)s %(levelname)s %(message)s" if running else "%(levelname)s: %(message)s"
-    logging.basicConfig(level=level, format=form, datefmt="%Y-%m-%dT%H:%M:%S%z", stream=sys.stderr)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_PlainFormatter(form, "%Y-%m-%dT%H:%M:%S%z"))
+    logging.basicConfig(level=level, handlers=[handler])
     logging.getLogger("urllib3").setLevel(logging.WARNING)
 
 
@@ -185,7 +194,7 @@ def _complain(
     about = f"{resource}: " if resource else ""
     sys.stderr.write(printable(f"partitiond: [{code}] {about}{message}\n"))
     if hint:
-        sys.stderr.write(f"next: {hint}\n")
+        sys.stderr.write(printable(f"next: {hint}\n"))
     if options.verbose > 1:
         logging.getLogger(__name__).error("traceback", exc_info=error)
     return ERROR

@@ -16,13 +16,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from partitiond import config_network, config_reader, device_config
+from partitiond import config_guard, config_network, config_reader, device_config, privacy_config
 from partitiond.config_reader import Reader
 from partitiond.errors import PartitiondError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from netplan.model import Backend
+    from partitiond.config_guard import GuardKeys
     from partitiond.config_network import NetworkKeys
     from partitiond.device_config import OperatorDevice
 
@@ -51,7 +53,7 @@ _OWN_KEYS = frozenset(
         "bridge bridge_ports uid_base ipv4_partition_network state_dir log_dir run_dir packet_filter"
         " address_ownership tap_guard capacity_interval software_interval instances_interval report_interval"
         " meter_interval metrics_listen destroy_guard master_fingerprint buildout_version"
-        " report_ambiguous offline_builds"
+        " report_ambiguous offline_builds private_namespaces"
     ).split()
 )
 # keys that change nothing yet; saying so is better than being silent
@@ -63,7 +65,6 @@ _NOT_YET = {
     "promise_timeout": "promises",
     "software_min_free_space": "a check of free space",
     "instance_min_free_space": "a check of free space",
-    "tap_guard": "the guard of tap frames",
     "metrics_listen": "the metrics listener",
     "master_fingerprint": "pinning the master's certificate",
 }
@@ -82,8 +83,9 @@ _OPEN_SECTIONS = (
     "firewall",
     "routable_ipv4",
     device_config.SECTION,
+    config_guard.SECTION,
+    privacy_config.SECTION,
 )
-_LATER_SECTIONS = ("tap_allow",)
 
 # each is made the node's own
 _OWN_DIRECTORIES = (
@@ -135,6 +137,7 @@ class Config:
     partition_amount: int
     ipv6_interface: str
     network: NetworkKeys
+    guard: GuardKeys
     create_tap: bool
     ipv6_range: bool
     ipv6_prefixshift: int
@@ -147,6 +150,7 @@ class Config:
     state_dir: Path
     log_dir: Path
     run_dir: Path
+    packet_filter: Backend
     address_ownership: bool
     destroy_guard: bool
     intervals: Intervals
@@ -162,6 +166,7 @@ class Config:
     tunnels: tuple[OperatorTunnel, ...] = ()
     instance_storage_home: Path | None = None
     block_devices: tuple[OperatorDevice, ...] = ()
+    shared_namespaces: frozenset[str] = frozenset()
     warnings: tuple[str, ...] = field(default=(), compare=False)
     # file and drop-ins as one text, which reads back as the same configuration
     text: str = field(default="", compare=False, repr=False)
@@ -260,7 +265,6 @@ _ADDRESS_AND_PORT = re.compile(
     r"(?:[1-9][0-9]{0,3}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5])"
 )
 _SHAPES = {
-    "tap_guard": (re.compile(r"lan|strict|off"), "lan, strict or off"),
     "metrics_listen": (_ADDRESS_AND_PORT, "an address and a port such as 127.0.0.1:9816, or empty"),
     "master_fingerprint": (re.compile(r"sha256:[0-9a-f]{64}"), "sha256: and 64 lower-case hex digits"),
     "report_ambiguous": (re.compile(r"hold|resend"), "hold or resend"),
@@ -286,10 +290,8 @@ def _check_shapes(reader: Reader) -> None:
 
 
 def _warn_unknown(reader: Reader) -> None:
-    sections = (*_KNOWN, *_OPEN_SECTIONS, *_LATER_SECTIONS)
+    sections = (*_KNOWN, *_OPEN_SECTIONS)
     for section in reader.parser.sections():
-        if section in _LATER_SECTIONS:
-            reader.warnings.append(f"{reader.place(section, '')}: section [{section}] is not acted on yet")
         if section in _KNOWN:
             _warn_keys(reader, section, _KNOWN[section])
         elif section not in sections and not section.startswith(("tunnel ", "manager:")):
@@ -350,12 +352,9 @@ def _link(reader: Reader, section: str, key: str, default: str | None) -> str:
     return reader.text(section, key, default, _INTERFACE, words)
 
 
-def _refuse_iptables(reader: Reader) -> None:
+def _packet_filter(reader: Reader) -> Backend:
     chosen = reader.choice("partitiond", "packet_filter", "nftables", ("nftables", "iptables"))
-    if chosen == "iptables":
-        reader.problems.append(
-            f"{reader.place('partitiond', 'packet_filter')}: packet_filter = 'iptables' is not there yet; allowed: nftables"
-        )
+    return "iptables" if chosen == "iptables" else "nftables"
 
 
 def _ipv4_network(reader: Reader, amount: int) -> ipaddress.IPv4Network:
@@ -410,7 +409,6 @@ def _build(path: Path, reader: Reader) -> Config:
     amount = _amount(reader)
     interface = _link(reader, "slapformat", "interface_name", None)
     bridge = _link(reader, "partitiond", "bridge", "")
-    _refuse_iptables(reader)
     local_network = _ipv4_network(reader, amount)
     ipv6_interface = _link(reader, "slapformat", "ipv6_interface", interface) or interface
     partition_base = _name(reader, "partition_base_name", "slappart")
@@ -419,7 +417,7 @@ def _build(path: Path, reader: Reader) -> Config:
     uid_base = reader.number("partitiond", "uid_base", 5000, 100, 2**31 - 1 - 10000)
     shift = _prefix_shift(reader, amount)
     key_file, cert_file = _key_pair(reader)
-    partition_base = _name(reader, "partition_base_name", "slappart")
+    partitions = frozenset(f"{partition_base}{index}" for index in range(amount))
     return Config(
         file=path,
         computer_id=reader.text(
@@ -436,8 +434,9 @@ def _build(path: Path, reader: Reader) -> Config:
             interface=interface,
             ipv6_interface=ipv6_interface,
             bridge=bridge or None,
-            partitions=frozenset(f"{partition_base}{index}" for index in range(amount)),
+            partitions=partitions,
         ),
+        guard=config_guard.read(reader, bridge=bridge or None, partitions=partitions),
         create_tap=reader.truth("slapformat", "create_tap", True),
         ipv6_range=reader.truth("slapformat", "partition_has_ipv6_range", True),
         ipv6_prefixshift=shift,
@@ -450,6 +449,7 @@ def _build(path: Path, reader: Reader) -> Config:
         state_dir=reader.own_path("partitiond", "state_dir", "/var/lib/partitiond"),
         log_dir=reader.own_path("partitiond", "log_dir", "/var/log/partitiond"),
         run_dir=reader.own_path("partitiond", "run_dir", "/run/partitiond"),
+        packet_filter=_packet_filter(reader),
         address_ownership=_enforced(reader),
         destroy_guard=reader.truth("partitiond", "destroy_guard", True),
         intervals=_intervals(reader),
@@ -465,6 +465,7 @@ def _build(path: Path, reader: Reader) -> Config:
         tunnels=tuple(_tunnels(reader)),
         instance_storage_home=reader.optional_path(_storage_section(reader), "instance_storage_home"),
         block_devices=device_config.block_devices(reader, partition_base, amount),
+        shared_namespaces=privacy_config.shared_namespaces(reader, partition_base, amount),
         warnings=tuple(reader.warnings),
         text=config_reader.merged(reader.parser),
     )

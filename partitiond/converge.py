@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from netplan import apply as netplan_apply
+from netplan import filter_state as netplan_filter
 from netplan import observe as netplan_observe
 from netplan import plan as netplan_plan
 from netplan.model import BRIDGE_ALIAS
@@ -23,7 +24,10 @@ from partitiond import (
     execute,
     identities,
     last_good,
+    namespaces,
     node,
+    privacy,
+    protection,
     resource_file,
     services,
     storage,
@@ -34,10 +38,11 @@ from partitiond import (
 )
 from partitiond.directories import DirectoryOperation, DirectorySpec
 from partitiond.errors import FAMILY, PartitiondError, sentence
+from partitiond.refusal import Refusal
 from partitiond.users import UserOperation, UserSpec
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from netplan.model import ObservedNetwork
     from netplan.operations import Operation as NetworkOperation
@@ -47,7 +52,6 @@ if TYPE_CHECKING:
     from partitiond.identities import PublicIdentity
     from partitiond.node import Node, Partition
     from partitiond.operation import AnyOperation
-    from partitiond.refusal import Refusal
     from partitiond.state import InstanceState
     from partitiond.supervision import Process
     from partitiond.tunnels import PartitionTunnels
@@ -68,6 +72,7 @@ PARTS = (
     "grants",
     "identities",
     "resources",
+    "privacy",
     "services",
     "tunnels",
     "leavers",
@@ -103,6 +108,7 @@ class Plan:
     grants: tuple[block_devices.GrantOperation, ...] = ()
     identities: tuple[identities.IdentityOperation, ...] = ()
     resources: tuple[resource_file.ResourceOperation, ...] = ()
+    privacy: tuple[privacy.PrivacyOperation, ...] = ()
     services: tuple[services.ServiceOperation, ...] = ()
     tunnels: tuple[tunnels.TunnelOperation, ...] = ()
     leavers: tuple[UserOperation, ...] = ()
@@ -156,7 +162,8 @@ def observe(context: Context, *, again: bool = False) -> Observation:
     look = netplan_observe.look(context.links() if again else None)
     choice, base_is_here = addressing.choose(context, look)
     host_ipv4 = addressing.own_ipv4(config, look)
-    found = node.build(config, base_is_here, database.numbers(), choice, host_ipv4, context.node)
+    protected = protection.look(config, look)
+    found = node.build(config, base_is_here, database.numbers(), choice, host_ipv4, context.node, protected)
     network = netplan_observe.observe(found.network(), look)
     # and not that of a pass that began before another one came into force
     if config is context.current.config:
@@ -263,7 +270,8 @@ def desired_directories(target: Node) -> tuple[DirectorySpec, ...]:
         DirectorySpec(config.state_dir, root, root, 0o711),
         DirectorySpec(config.state_dir / "tunnels", root, root, 0o711),
         DirectorySpec(config.log_dir, root, root, 0o711),
-        DirectorySpec(config.log_dir / "software", root, root, 0o755),
+        # what one tenant has built is no other's concern, although all may use it
+        DirectorySpec(config.log_dir / "software", root, root, 0o700),
         DirectorySpec(config.run_dir, root, root, 0o755),
     ]
     for item in target.partitions:
@@ -309,6 +317,9 @@ def plan(
     people = _plan_users(desired_users(target), seen.users)
     disks = block_devices.plan(seen.block_devices)
     data, unusable = storage.plan(target, seen.storage, numbers)
+    places, unreachable = _plan_directories(
+        target.config, [one for one in desired_directories(target) if anew or one.partition in ids], numbers
+    )
     return Plan(
         withdrawals=disks.withdrawals,
         grants=disks.grants,
@@ -316,13 +327,17 @@ def plan(
         users=tuple(operation for operation in people if operation.spec),
         # a user goes last, when nothing of it runs and nothing is its own any more
         leavers=tuple(operation for operation in people if not operation.spec),
-        directories=directories.plan(
-            [one for one in desired_directories(target) if anew or one.partition in ids], numbers
-        ),
+        directories=places,
         network=network,
         devices=tun_device.plan(taps=any(item.network.tap or item.network.tun for item in target.partitions)),
         identities=identities.plan(looked_at, published),
         resources=resource_file.plan(target, looked_at, published, _holdings(seen)),
+        privacy=privacy.plan(
+            target.config,
+            target.partitions,
+            _used(context, target, set_up, wanted_tunnels),
+            namespaces.pinned(privacy.directory(target.config)),
+        ),
         services=services.plan(context, target, seen.processes, set_up),
         tunnels=tuple(
             operation
@@ -335,6 +350,7 @@ def plan(
         refused=(
             *disks.refused,
             *unusable,
+            *unreachable,
             *tunnels.homeless(target),
             *(
                 refusal
@@ -345,6 +361,54 @@ def plan(
         published=published,
         declared=wanted_tunnels,
     )
+
+
+def _used(
+    context: Context, target: Node, set_up: frozenset[str], wanted: Mapping[str, PartitionTunnels]
+) -> frozenset[str]:
+    """The partitions that have something to run: an instance, whatever its state, or a tunnel."""
+    states = context.store.instances()
+    return frozenset(
+        item.id
+        for item in target.partitions
+        if item.id in states
+        or wanted[item.id].files
+        or not set_up.isdisjoint((item.id, tunnels.group_name(item.id)))
+    )
+
+
+def _plan_directories(
+    config: Config, specs: Sequence[DirectorySpec], numbers: Mapping[str, tuple[int, int]]
+) -> tuple[tuple[DirectoryOperation, ...], tuple[Refusal, ...]]:
+    """What directories need; one of a partition that cannot be looked at is refused and holds up nothing else.
+
+    A tenant may mount a file system of its own over its directory (fusermount3(1)), which the kernel keeps even root out of.
+    """
+    try:
+        return directories.plan(specs, numbers), ()
+    except OSError:
+        pass  # which one it was is found out below
+    operations: list[DirectoryOperation] = []
+    refused = []
+    for spec in specs:
+        try:
+            operations += directories.plan((spec,), numbers)
+        except OSError as error:
+            if spec.partition is None:
+                raise
+            refused.append(
+                Refusal(
+                    resource="directory",
+                    name=str(spec.path),
+                    partition=spec.partition,
+                    file=str(config.file),
+                    line=None,
+                    code="directory.unreachable",
+                    reason=f"cannot be looked at: {error.strerror}",
+                    hint="is something mounted there? umount -l takes it away",
+                )
+            )
+    return tuple(operations), tuple(refused)
 
 
 def _to_look_at(target: Node, done: Plan | None) -> tuple[Partition, ...]:
@@ -461,6 +525,7 @@ def apply(
             outcome.failures = _run(context, seen, todo)
             outcome.done += len(todo) - len(outcome.failures)
             seen, whole = _look(context, only, force=force, done=whole)
+        _try(outcome.failures, "filter/partitiond", partial(netplan_filter.keep, seen.network.filter))
         outcome.left, outcome.refused = tuple(todo), todo.refused
         if not todo:
             context.store.save_base(seen.node.base)
@@ -500,6 +565,9 @@ def _run(context: Context, seen: Observation, todo: Plan) -> list[tuple[str, Exc
     directories.apply(todo.directories, numbers)
     for failed, error in netplan_apply.apply(todo.network):
         failures.append((failed.id, error))
+    for unmade, problem in privacy.make(context.config, todo.privacy):
+        failures.append((unmade.id, problem))
+        logger.warning("%s: %s", unmade.id, sentence(problem))
     config, supervisord = context.config, services.Start(context)
     # one that has nothing to run yet starts beside what comes before the services
     early = [] if context.supervisor.group_names() else [one for one in todo.services if one.group is None]
@@ -512,6 +580,7 @@ def _run(context: Context, seen: Observation, todo: Plan) -> list[tuple[str, Exc
         *((one.id, partial(identities.make, config, one.owner)) for one in todo.identities),
         *((one.id, partial(_write_resource, seen, one.owner)) for one in todo.resources),
         *((one.id, supervisord.wait) for one in early),
+        *((one.id, partial(privacy.apply, context, one)) for one in todo.privacy if one.action == "remove"),
         *((one.id, partial(services.apply, context, one)) for one in todo.services if one not in early),
         *((one.id, partial(tunnels.apply, one, config, context.supervisor)) for one in todo.tunnels),
     ]

@@ -8,6 +8,7 @@ import stat
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from partitiond import files
 from partitiond.errors import PartitiondError
 from partitiond.operation import Operation
 
@@ -56,7 +57,10 @@ def plan(
             numbers.get(spec.group, _NOBODY)[1],
             stat.S_IFDIR | spec.mode,
         )
-        if (found.st_uid, found.st_gid, found.st_mode) == wanted:
+        right = (found.st_uid, found.st_gid, found.st_mode) == wanted
+        # only who owns it can give it a list: a tenant. The mode then says what the list gives at most, not to whom
+        listed = found.st_uid != 0 and has_acl(str(spec.path))
+        if right and not listed:
             continue
         if not stat.S_ISDIR(found.st_mode):
             raise PartitiondError(
@@ -66,8 +70,14 @@ def plan(
                 hint="move it away",
             )
         before = f"uid {found.st_uid}, gid {found.st_gid}, mode {stat.S_IMODE(found.st_mode):04o}"
+        before += ", with an access control list" if listed else ""
         operations.append(_operation(spec, before, f"is {before}"))
     return tuple(operations)
+
+
+def has_acl(path: str) -> bool:
+    """Whether a directory opens more than its mode says, itself or what is made in it. Raises OSError."""
+    return any(name.startswith(files.ACL) for name in files.attributes(path))
 
 
 def _operation(spec: DirectorySpec, before: str | None, reason: str) -> DirectoryOperation:
@@ -94,6 +104,7 @@ def apply(operations: Iterable[DirectoryOperation], numbers: Mapping[str, tuple[
         descriptor = os.open(spec.path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
             os.fchown(descriptor, numbers[spec.owner][0], numbers[spec.group][1])
+            files.remove_attributes(descriptor, files.ACL)
             os.fchmod(descriptor, spec.mode)
         finally:
             os.close(descriptor)

@@ -28,10 +28,10 @@ LIMIT = 10 << 20
 
 NAMES = frozenset(
     (
-        "apply.done apply.failed block-device.refused config.refused config.reloaded drift.failed drift.fight drift.found"
-        " drift.repaired instance.destroyed instance.destroying instance.failed instance.started instance.stopped"
-        " node.removed node.started node.stopped software.available software.failed software.removed storage.refused"
-        " trial.begun trial.confirmed trial.rolled_back"
+        "apply.done apply.failed block-device.refused config.refused config.reloaded directory.refused drift.failed"
+        " drift.fight drift.found drift.repaired instance.destroyed instance.destroying instance.failed instance.started"
+        " instance.stopped node.removed node.started node.stopped software.available software.failed software.removed"
+        " storage.refused trial.begun trial.confirmed trial.rolled_back"
         " tunnel.refused"
     ).split()
 )

@@ -54,6 +54,14 @@ def environment(home: str, user: str) -> dict[str, str]:
     }
 
 
+def switch(user: str, group: str, *options: str) -> tuple[str, ...]:
+    """The words before a command that let root run it as a user, with that user's groups and no way to gain more."""
+    return (
+        *(SETPRIV, "--reuid", user, "--regid", group, "--init-groups", *options),
+        *("--no-new-privs", "--"),
+    )
+
+
 def as_user(
     user: str,
     group: str,
@@ -65,30 +73,20 @@ def as_user(
     stop: threading.Event,
     timeout: float | None = None,
     record: Path | None = None,
+    enter: Sequence[str] = (),
 ) -> Outcome:
     """Run a command as a user with that user's groups; output goes to the descriptor ``log``.
 
     Ends the program when ``stop`` is set or ``timeout`` (seconds) is over, and what is left of its session in any case.
+    ``enter`` are words that let it begin in other namespaces (``namespaces.entry``).
     ``record`` is a file of root's that names the session while it lives: what a killed daemon left of it is ended first.
     Raises PartitiondError ``execute.failed`` when it cannot be started.
     """
     if record is not None:
         end_cut_off(record)
-    switch = [
-        SETPRIV,
-        "--reuid",
-        user,
-        "--regid",
-        group,
-        "--init-groups",
-        "--no-new-privs",
-        "--pdeathsig",
-        "KILL",
-        "--",
-    ]
     try:
         process = subprocess.Popen(
-            [*switch, *command],
+            [*enter, *switch(user, group, "--pdeathsig", "KILL"), *command],
             cwd=cwd,
             env=dict(env),
             stdin=subprocess.DEVNULL,

@@ -28,6 +28,7 @@ _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{12}\.partitiond")
 _REMOVING = re.compile(r"\.removing-[0-9a-f]{16}")
 _MOST_LEFTOVERS = 100_000  # names that are looked at: a tenant may make millions
+ACL = "system.posix_acl_"  # …access, …default: the extended attributes that hold access control lists, acl(5)
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 
 
@@ -63,10 +64,15 @@ def directory(path: Path, *below: str) -> Iterator[int]:
         os.close(descriptor)
 
 
-def read(name: str, *, dir_fd: int, limit: int, owners: frozenset[int] | None = None) -> bytes:
+def read(
+    name: str, *, dir_fd: int, limit: int, owners: frozenset[int] | None = None, reader: int | None = None
+) -> bytes:
     """Read a regular file of at most ``limit`` bytes below a directory descriptor.
 
-    ``owners``: the uids that may own it. Raises FileNotFoundError, or PartitiondError ``files.refused`` with the reason.
+    ``owners``: the uids that may own it. ``reader``: the user in whose directory it lies; it must be that user's own or for
+    everybody to read, else it may be a hard link to somebody's secret (the kernel lets users make these where
+    ``fs.protected_hardlinks`` is 0, proc_sys_fs(5)). Raises FileNotFoundError, or PartitiondError ``files.refused`` with the
+    reason: also for a file on which a tenant holds a lease, which would keep an opening that waits for 45 s, fcntl(2).
     """
     try:
         descriptor = os.open(name, _READ, dir_fd=dir_fd)
@@ -80,6 +86,8 @@ def read(name: str, *, dir_fd: int, limit: int, owners: frozenset[int] | None = 
             raise _refused(name, "is not a regular file")
         if owners is not None and found.st_uid not in owners:
             raise _refused(name, f"belongs to uid {found.st_uid}")
+        if reader is not None and found.st_uid != reader and not found.st_mode & stat.S_IROTH:
+            raise _refused(name, f"belongs to uid {found.st_uid} and is not for everybody")
         if found.st_size > limit:
             raise _refused(name, f"has {found.st_size} bytes, more than {limit}")
         content = b""
@@ -218,18 +226,58 @@ def names(dir_fd: int, limit: int = 1000) -> list[str]:
     return sorted(found)
 
 
+def seal(dir_fd: int) -> None:
+    """Make a directory root's alone, and take off what its owner has attached to it. Raises OSError.
+
+    Who still has it open can neither make nor rename anything in it any more: that is asked at each name, not at the opening
+    (path_resolution(7)).
+    """
+    os.fchown(dir_fd, 0, 0)
+    remove_attributes(dir_fd, ACL, "user.")
+    os.fchmod(dir_fd, 0o700)
+
+
+def attributes(path: str | int) -> list[str]:
+    """The names of a file's extended attributes; none where its file system has no such thing. Raises OSError."""
+    try:
+        return os.listxattr(path, follow_symlinks=isinstance(path, int))
+    except OSError as error:
+        if error.errno == errno.EOPNOTSUPP:
+            return []
+        raise
+
+
+def remove_attributes(descriptor: int, *prefixes: str) -> None:
+    """Remove the extended attributes of an open file whose names begin so. Raises OSError."""
+    for name in attributes(descriptor):
+        if name.startswith(prefixes):
+            os.removexattr(descriptor, name)
+
+
 def empty(dir_fd: int, *, keep: frozenset[str] = frozenset()) -> None:
     """Remove everything below a directory descriptor, never following links nor crossing into another mount.
 
     ``keep`` are names of files in the directory itself that stay.
 
-    Iterative, so that no depth of directories exhausts the stack or the descriptors. Raises OSError, or PartitiondError
-    ``files.mounted``.
+    Iterative, and no list of names is kept, so that neither the depth nor the number of files exhausts stack, descriptors or
+    memory. Directories are sealed before they are emptied, so that nobody refills them. Raises OSError, or PartitiondError
+    ``files.mounted``, ``files.not_removed``.
     """
     mount = _mount_of(dir_fd)
-    while directories := _remove_files(dir_fd, keep):
-        for name in directories:
-            _remove_tree(dir_fd, name, mount)
+    while _remove_entries(dir_fd, keep, mount):
+        pass
+
+
+def remove_emptied(path: Path) -> None:
+    """Remove an empty directory from one of root's; a mount point stays. Raises OSError.
+
+    Whoever still has it open, perhaps from a time when it was open to all, holds nothing of what comes after it.
+    """
+    try:
+        path.rmdir()
+    except OSError as error:
+        if error.errno != errno.EBUSY:
+            raise
 
 
 def _mount_of(descriptor: int) -> bytes:
@@ -241,26 +289,44 @@ def _mount_of(descriptor: int) -> bytes:
         return stream.read().partition(b"mnt_id:")[2].split()[0]
 
 
-def _remove_files(dir_fd: int, keep: frozenset[str] = frozenset()) -> list[str]:
-    """Unlink all that is no directory and not to be kept; return the names of the directories."""
+def _remove_entries(dir_fd: int, keep: frozenset[str], mount: bytes) -> bool:
+    """Walk over a directory once and remove what is there; return whether there was anything.
+
+    What is removed during the walk may make it miss other entries (readdir(3p)): it is taken until nothing is found.
+    """
+    found = False
     with os.scandir(dir_fd) as entries:
-        found = [(entry.name, entry.is_dir(follow_symlinks=False)) for entry in entries]
-    for name, is_directory in found:
-        if not is_directory and name not in keep:
-            with _refusing_mounts(name):
-                os.unlink(name, dir_fd=dir_fd)
-    return [name for name, is_directory in found if is_directory]
+        for entry in entries:
+            if entry.name in keep:
+                continue
+            found = True
+            if entry.is_dir(follow_symlinks=False):
+                _remove_tree(dir_fd, entry.name, mount)
+            else:
+                _unlink(dir_fd, entry.name)
+    return found
+
+
+def _unlink(dir_fd: int, name: str) -> None:
+    with _explaining(name), _ignoring_missing():
+        os.unlink(name, dir_fd=dir_fd)
 
 
 @contextmanager
-def _refusing_mounts(name: str) -> Iterator[None]:
-    """Turn the kernel's refusal to remove or move a mount point into an error that says so."""
+def _explaining(name: str) -> Iterator[None]:
+    """Turn the kernel's refusal to remove or move something into an error that says what is in the way."""
     try:
         yield
     except OSError as error:
         if error.errno == errno.EBUSY:
             raise _mounted(name) from error
-        raise
+        raise PartitiondError(
+            "files.not_removed",
+            f"cannot be removed: {error.strerror}",
+            resource=ascii(name)[1:-1],
+            hint="is it immutable (lsattr), or the file system read-only or broken?",
+            retryable=True,
+        ) from error
 
 
 def _mounted(name: str) -> PartitiondError:
@@ -273,17 +339,30 @@ def _mounted(name: str) -> PartitiondError:
 
 
 def _remove_tree(dir_fd: int, name: str, mount: bytes) -> None:
-    """Remove one directory with all below; deep ones are moved up first, which bounds the depth."""
-    descriptor = os.open(name, _DIRECTORY, dir_fd=dir_fd)
-    try:
-        if _mount_of(descriptor) != mount:
-            raise _mounted(name)
-        for child in _remove_files(descriptor):
-            # lifting grandchildren to the top keeps the walk at two levels however deep the tree is
-            with _refusing_mounts(child):
-                following = f".removing-{secrets.token_hex(8)}"
-                os.rename(child, following, src_dir_fd=descriptor, dst_dir_fd=dir_fd)
-    finally:
-        os.close(descriptor)
-    with _refusing_mounts(name):
+    """Remove one directory with all files in it; directories in it are moved up first, which bounds the depth."""
+    with _explaining(name):
+        descriptor = os.open(name, _DIRECTORY, dir_fd=dir_fd)
+        try:
+            if _mount_of(descriptor) != mount:
+                raise _mounted(name)
+            seal(descriptor)
+            while _lift_entries(descriptor, dir_fd):
+                pass
+        finally:
+            os.close(descriptor)
         os.rmdir(name, dir_fd=dir_fd)
+
+
+def _lift_entries(dir_fd: int, top: int) -> bool:
+    """Unlink the files of a directory and move its directories to the top: no tree is too deep for a walk of two levels."""
+    found = False
+    with os.scandir(dir_fd) as entries:
+        for entry in entries:
+            found = True
+            if entry.is_dir(follow_symlinks=False):
+                with _explaining(entry.name):
+                    following = f".removing-{secrets.token_hex(8)}"
+                    os.rename(entry.name, following, src_dir_fd=dir_fd, dst_dir_fd=top)
+            else:
+                _unlink(dir_fd, entry.name)
+    return found

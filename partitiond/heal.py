@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
+from netplan import filter_state
 from partitiond import converge
 from partitiond.errors import FAMILY, sentence
 from partitiond.refusal import as_json
@@ -57,6 +58,8 @@ class Healer:
                 found = tuple(todo)
                 self.tell_refused(todo.refused)
                 outcome = self._repair(seen, todo, found, self._answered()) if found else None
+                if outcome is None:
+                    filter_state.keep(seen.network.filter)
             except FAMILY as error:
                 self._tell_failed(error)
                 raise

@@ -7,14 +7,14 @@ master's explicit word, and never twice as much as the destroy guard allows on o
 
 from __future__ import annotations
 
+import contextlib
 import logging
-import os
-import stat
 import time
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from accounting.errors import AccountingError
+from netplan import learned
 from netplan.errors import NetplanError
 from partitiond import (
     buildout,
@@ -24,16 +24,17 @@ from partitiond import (
     execute,
     files,
     identities,
+    privacy,
+    programs,
     storage,
     tunnels,
 )
 from partitiond.errors import FAMILY, PartitiondError, sentence
 from partitiond.passes import Result, pause_after, report
 from partitiond.state import InstanceState
-from partitiond.supervision import MOST_PROGRAMS, PROGRAM_NAME, Group, Program
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping
 
     from partitiond.context import Context
     from partitiond.node import Node, Partition
@@ -227,6 +228,7 @@ def _configure(
         _settle(context, node)
         context.store.save_instance(replace(following, life="stopped", timestamp=None))
     try:
+        privacy.ensure(context, partition)
         certificates.fetch(context, partition)
         buildout.configure_instance(context, partition, entry)
         _run(context, partition, entry)
@@ -285,12 +287,14 @@ def _run(context: Context, partition: Partition, entry: PartitionDocument) -> No
     if entry.requested_state != "started":
         stop(context, partition)
         return
-    group = process_group(context, partition)
+    group = programs.group(context, partition)
     with context.applying:
         if group.programs:
             context.supervisor.write_group(group)
         else:
             context.supervisor.remove_group(group.name)
+        # one that is not private yet has run on until now
+        privacy.relaunch(context, partition, tunnels.group_name(partition.id))
         # also when the file is as it was: one who was killed after writing it has told supervisord nothing
         context.supervisor.update()
         if group.programs:
@@ -313,71 +317,6 @@ def _look(context: Context, partition: Partition) -> None:
             hint=f"read {context.supervisor.log}",
             retryable=True,
         )
-
-
-def process_group(context: Context, partition: Partition) -> Group:
-    """The processes that a partition declares in ``etc/run`` and, watched, in ``etc/service``."""
-    programs = []
-    for kind, suffix in (("run", ""), ("service", "-on-watch")):
-        for name in executables(partition, "etc", kind):
-            command = str(partition.path / "etc" / kind / name)
-            programs.append(Program(name=name, process_name=name + suffix, command=command))
-    return Group(
-        name=partition.id,
-        user=partition.user,
-        uid=partition.uid,
-        gid=partition.gid,
-        directory=partition.path,
-        log_directory=context.config.log_dir / partition.id,
-        programs=tuple(_without_doubles(partition.id, programs)),
-    )
-
-
-def _without_doubles(partition: str, programs: Sequence[Program]) -> list[Program]:
-    kept: dict[str, Program] = {}
-    if len(programs) > MOST_PROGRAMS:
-        raise PartitiondError(
-            "instance.too_many_programs",
-            f"etc/run and etc/service have {len(programs)} programs; at most {MOST_PROGRAMS} are started",
-            resource=partition,
-            hint="a release with so many must be divided into several instances",
-        )
-    for program in programs:
-        if program.name in kept:
-            logger.warning(
-                "%s: %s is both in etc/run and etc/service; the first is used", partition, program.name
-            )
-        kept.setdefault(program.name, program)
-    return list(kept.values())
-
-
-def executables(partition: Partition, *below: str) -> list[str]:
-    """Names of the executable plain files (or links to such) in a directory of the partition."""
-    found = []
-    try:
-        with files.directory(partition.path, *below) as descriptor:
-            for name in files.names(descriptor):
-                if not PROGRAM_NAME.fullmatch(name):
-                    logger.warning(
-                        "%s: %s/%r is not started: allowed are letters, digits and _.+-",
-                        partition.id,
-                        "/".join(below),
-                        name,
-                    )
-                elif _is_executable(name, descriptor):
-                    found.append(name)
-    except FileNotFoundError:
-        return []
-    return found
-
-
-def _is_executable(name: str, descriptor: int) -> bool:
-    # a link is fine here: it is only named in the configuration, and run as the partition's user
-    try:
-        mode = os.stat(name, dir_fd=descriptor).st_mode
-    except OSError:
-        return False
-    return stat.S_ISREG(mode) and bool(mode & 0o111)
 
 
 def finish_destroyed(context: Context, node: Node) -> Result:
@@ -411,12 +350,27 @@ def _clean(context: Context, node: Node, partition: Partition) -> None:
     _settle(context, node)
     context.meters.forget(partition.id)
     execute.end_processes_of(partition.uid, partition.gid)
+    privacy.forget(context.config, partition)
+    if partition.network.tap:
+        learned.forget(partition.network.tap.name)
     certificates.remove(context, partition)
     identities.remove(context.config, partition)
-    with files.directory(partition.path) as descriptor:
-        files.empty(descriptor)
+    _remove_directory(partition)
     storage.empty(context.config, partition.id)
     logs = context.config.log_dir / partition.id
     if logs.is_dir():
         with files.directory(logs) as descriptor:
             files.empty(descriptor)
+
+
+def _remove_directory(partition: Partition) -> None:
+    """Remove the partition's directory with all below; the plan makes another one for whoever comes.
+
+    Another one, because what the last tenant did to the directory itself (an access control list, an opening from a time when
+    its mode was another) would open it to others.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        with files.directory(partition.path) as descriptor:
+            files.seal(descriptor)
+            files.empty(descriptor)
+        files.remove_emptied(partition.path)

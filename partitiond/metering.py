@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from partitiond.node import Node, Partition
 
 _DISK_SECONDS = 300.0
+_OF_TAP = "tap-"
+
+_SHARED_ADDRESSES = {"ipv6": "::", "ipv4": "0.0.0.0"}  # noqa: S104 - nothing listens there
+"""What stands for the node's own addresses in what is metered: they may change, and belong to all."""
 
 
 @dataclass(slots=True)
@@ -70,17 +74,13 @@ class Metering:
             for item in node.partitions
         }
         known = {item.id: item for item in node.partitions}
-        reading = counters.read_counters()
+        reading = counters.read_counters(node.config.packet_filter)
         scan = self._processes.scan({item.uid: item.id for item in node.partitions})
         return Pass(
             at=time.time(),
             owners=owners,
-            traffic=(*_addresses(reading, known), *_taps(known)),
-            counts=tuple(
-                CountReading(partition, "denied_packets", reading.epoch, count)
-                for partition, count in (reading.denied or {}).items()
-                if partition in known
-            ),
+            traffic=(*_addresses(reading, known), *_shared(reading, node), *_taps(known)),
+            counts=tuple(_denied(reading, node)),
             gauges=(*scan.gauges(), *self._disks(node)),
             processes=scan.processes,
         )
@@ -137,6 +137,50 @@ def _addresses(reading: counters.CounterReading, known: dict[str, Partition]) ->
             packets_in=traffic.packets_in,
             packets_out=traffic.packets_out,
         )
+
+
+def _shared(reading: counters.CounterReading, node: Node) -> Iterator[TrafficReading]:
+    """What left and came with the node's own addresses, by whose processes it was."""
+    owners = {item.uid: item.id for item in node.partitions}
+    for one in reading.shared:
+        if one.uid in owners:
+            yield TrafficReading(
+                partition=owners[one.uid],
+                address=_SHARED_ADDRESSES[one.family],
+                family="ipv6" if one.family == "ipv6" else "ipv4",
+                scope="remote",
+                epoch=reading.epoch,
+                bytes_in=one.bytes_in,
+                bytes_out=one.bytes_out,
+                packets_in=one.packets_in,
+                packets_out=one.packets_out,
+            )
+
+
+def refusals(reading: counters.CounterReading, node: Node) -> dict[tuple[str, str], int]:
+    """What was refused, by partition and rule (``tap-arp``: a guest's frame); those who never tried are not there."""
+    users = {item.uid: item.id for item in node.partitions}
+    taps = {item.network.tap.name: item.id for item in node.partitions if item.network.tap}
+    found: dict[tuple[str, str], int] = {}
+    for one in reading.refused:
+        partition = users.get(one.uid) if one.uid is not None else taps.get(one.tap or "")
+        if partition is not None:
+            key = (partition, one.rule if one.tap is None else f"{_OF_TAP}{one.rule}")
+            found[key] = found.get(key, 0) + one.packets
+    return found
+
+
+def _denied(reading: counters.CounterReading, node: Node) -> Iterator[CountReading]:
+    """The sums of :func:`refusals` for each partition."""
+    if not reading.epoch:
+        return
+    packets, frames = (dict.fromkeys((item.id for item in node.partitions), 0) for _ in range(2))
+    for (partition, rule), count in refusals(reading, node).items():
+        (frames if rule.startswith(_OF_TAP) else packets)[partition] += count
+    for item in node.partitions:
+        yield CountReading(item.id, "denied_packets", reading.epoch, packets[item.id])
+        if item.network.tap:
+            yield CountReading(item.id, "denied_frames", reading.tap_epoch, frames[item.id])
 
 
 @once_each

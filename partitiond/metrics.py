@@ -8,6 +8,9 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from netplan import counters
+from partitiond import metering
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -96,6 +99,7 @@ class _Collector:
     def collect(self) -> Iterator[Metric]:
         """All families."""
         from prometheus_client.metrics_core import (  # noqa: PLC0415 - as above
+            CounterMetricFamily,
             GaugeMetricFamily,
             InfoMetricFamily,
         )
@@ -121,6 +125,15 @@ class _Collector:
             }
             partitions.add_metric([item.id], owned)
         yield partitions
+        denied = CounterMetricFamily(
+            "partitiond_partition_denied_packets",
+            "What was refused to a partition's processes and guest, by the rule that did.",
+            labels=["partition", "rule"],
+        )
+        refused = metering.refusals(counters.read_counters(), node) if node else {}
+        for (partition, rule), count in sorted(refused.items()):
+            denied.add_metric([partition, rule], count)
+        yield denied
 
 
 def render(context: Context, tally: Tally) -> tuple[str, bytes]:

@@ -4,10 +4,19 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
+from ipaddress import ip_network
 from typing import TYPE_CHECKING
 
 from netplan import addresses
-from netplan.model import BridgeSpec, DesiredNetwork, PartitionNetwork, TapSpec, TunSpec
+from netplan.model import (
+    BridgeSpec,
+    DesiredNetwork,
+    PartitionNetwork,
+    Protected,
+    TapGuard,
+    TapSpec,
+    TunSpec,
+)
 from netplan.once import once
 
 if TYPE_CHECKING:
@@ -15,8 +24,12 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
+    from netplan.model import Network, RoutableIPv4
     from partitiond.choices import Choice, Chosen
     from partitiond.config import Config
+    from partitiond.config_guard import Allowance
+
+_NOTHING = Protected()
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +46,7 @@ class Partition:
     network: PartitionNetwork
     guest_mac: str | None
     chosen: Chosen
+    allowance: Allowance | None = None
 
     @property
     def ipv6(self) -> ipaddress.IPv6Address | None:
@@ -45,8 +59,8 @@ class Node:
     """The desired node; ``base_is_here`` is false while the interface has lost its own address.
 
     ``host_ipv4`` is the node's own IPv4, where partitions have some that others reach; ``choice`` says by what the
-    addresses were chosen. As long as nothing of it changes, it is the same object: what follows from it need not be
-    computed again.
+    addresses were chosen, ``protected`` what no guest may claim. As long as nothing of it changes, it is the same object:
+    what follows from it need not be computed again.
     """
 
     config: Config
@@ -54,6 +68,7 @@ class Node:
     base_is_here: bool
     partitions: tuple[Partition, ...]
     host_ipv4: ipaddress.IPv4Interface | None = None
+    protected: Protected = _NOTHING
 
     @property
     def base(self) -> ipaddress.IPv6Interface | None:
@@ -91,10 +106,13 @@ class Node:
             host_ipv6=host,
             host_ipv4=host4,
             bridge=bridge,
+            protected=self.protected,
+            backend=config.packet_filter,
             ownership=config.address_ownership,
             # else an unbound client of a partition on this node would have that partition's own address as its source,
             # which the ownership rules refuse
             local_source_table=bool(host or host4) and config.address_ownership,
+            cgroup_bpf=config.address_ownership,
         )
 
 
@@ -110,6 +128,7 @@ def build(
     choice: Choice,
     host_ipv4: ipaddress.IPv4Interface | None = None,
     last: Node | None = None,
+    protected: Protected = _NOTHING,
 ) -> Node:
     """Compute the node; what is as in the ``last`` one is taken over from it.
 
@@ -124,9 +143,9 @@ def build(
     same = last is not None and all(map(operator.is_, partitions, last.partitions))
     if last is not None and same and len(partitions) == len(last.partitions):
         parts = (last.config is config, last.choice is choice, last.base_is_here == base_is_here)
-        if all(parts) and last.host_ipv4 == host_ipv4:
+        if all(parts) and last.host_ipv4 == host_ipv4 and last.protected is protected:
             return last
-    return Node(config, choice, base_is_here, partitions, host_ipv4)
+    return Node(config, choice, base_is_here, partitions, host_ipv4, protected)
 
 
 def _reusable(last: Node | None, config: Config) -> dict[str, Partition]:
@@ -139,7 +158,7 @@ def _reusable(last: Node | None, config: Config) -> dict[str, Partition]:
 def _shape(config: Config) -> tuple[object, ...]:
     return (
         *(config.computer_id, config.instance_root, config.partition_base, config.user_base, config.tap_base),
-        *(config.create_tap, config.network.bridge, config.network.create_tun),
+        *(config.create_tap, config.network.bridge, config.network.create_tun, config.guard.mode),
     )
 
 
@@ -158,9 +177,11 @@ def _partition(
     name, user = f"{config.partition_base}{index}", f"{config.user_base}{index}"
     uid, gid = uids.get(user, (config.uid_base + index, config.uid_base + index))
     routable = config.network.routable.get(name)
-    now = (chosen, uid, gid, routable)
-    if old is not None and (old.chosen, old.uid, old.gid, old.network.routable_ipv4) == now:
+    allowance = config.guard.allowed.get(name)
+    now = (chosen, uid, gid, routable, allowance)
+    if old is not None and (old.chosen, old.uid, old.gid, old.network.routable_ipv4, old.allowance) == now:
         return old
+    guest_mac = addresses.tap_mac(config.computer_id, name) if config.create_tap else None
     tap = tun = None
     if config.create_tap:
         tap = TapSpec(
@@ -170,6 +191,7 @@ def _partition(
             bridge=config.network.bridge,
             ipv6=chosen.tap_ipv6,
             ipv4=chosen.tap_ipv4,
+            guard=_guard(config, chosen, routable, allowance, guest_mac),
         )
     if config.network.create_tun:
         tun = TunSpec(f"slaptun{index}", uid, chosen.tun_ipv6, chosen.tun_ipv4)
@@ -194,6 +216,27 @@ def _partition(
         path=config.instance_root / name,
         ipv4=chosen.ipv4,
         network=network,
-        guest_mac=addresses.tap_mac(config.computer_id, name) if tap else None,
+        guest_mac=guest_mac,
         chosen=chosen,
+        allowance=allowance,
     )
+
+
+def _guard(
+    config: Config,
+    chosen: Chosen,
+    routable: RoutableIPv4 | None,
+    allowance: Allowance | None,
+    guest_mac: str | None,
+) -> TapGuard | None:
+    """What may leave a partition's tap; what is the guest's own is the partition's, but for what its processes have."""
+    mode = config.guard.mode
+    if mode == "off" or config.packet_filter != "nftables":
+        return None
+    own: list[Network] = [] if allowance is None else list(allowance.networks)
+    if chosen.ipv6_range:
+        own.append(chosen.ipv6_range)
+    if chosen.tap_ipv6:
+        own.append(chosen.tap_ipv6.network)
+    own += (ip_network(one) for one in (chosen.tap_ipv4, routable.interface.ip if routable else None) if one)
+    return TapGuard(mode == "strict", tuple(own), allowance.mac if allowance else None, guest_mac)

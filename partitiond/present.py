@@ -38,7 +38,7 @@ def _cell(value: object) -> str:
         return "-"
     if isinstance(value, float):
         return f"{value:.2f}"
-    return printable(str(value))
+    return printable(str(value)).replace("\n", "\\n")
 
 
 def _line(cells: Sequence[str], widths: Sequence[int], numeric: Sequence[bool]) -> str:
@@ -63,9 +63,8 @@ _SIGNS = {"create": ("+", "green"), "change": ("~", "yellow"), "remove": ("-", "
 def _operation(operation: dict[str, Any]) -> str:
     sign, name = _SIGNS[operation["action"]]
     values = " → ".join(str(operation[key]) for key in ("before", "after") if operation[key] is not None)
-    return f"{colour(sign, name)} {operation['id']}: {operation['reason']}" + (
-        f" [{values}]" if values else ""
-    )
+    text = f"{operation['id']}: {operation['reason']}" + (f" [{values}]" if values else "")
+    return f"{colour(sign, name)} {printable(text)}"
 
 
 def _refusals(refused: Sequence[dict[str, Any]]) -> list[str]:
@@ -73,9 +72,8 @@ def _refusals(refused: Sequence[dict[str, Any]]) -> list[str]:
     for one in refused:
         place = f"{one['file']}{':' + str(one['line']) if one['line'] else ''}"
         what = one["resource"].replace("-", " ")
-        lines.append(
-            f"{colour('!', 'red')} {what} {one['name']} is refused: {place}: [{one['code']}] {printable(one['reason'])}"
-        )
+        text = f"{what} {one['name']} is refused: {place}: [{one['code']}] {one['reason']}"
+        lines.append(f"{colour('!', 'red')} {printable(text)}")
         if one["hint"]:
             lines.append(f"    next: {printable(one['hint'])}")
     return lines
@@ -84,9 +82,10 @@ def _refusals(refused: Sequence[dict[str, Any]]) -> list[str]:
 def _failures(found: Sequence[dict[str, Any]]) -> list[str]:
     lines = []
     for one in found:
-        lines.append(f"{colour('!', 'red')} {one['resource']}: [{one['code']}] {printable(one['message'])}")
+        text = f"{one['resource']}: [{one['code']}] {one['message']}"
+        lines.append(f"{colour('!', 'red')} {printable(text)}")
         if one["hint"]:
-            lines.append(f"    next: {one['hint']}")
+            lines.append(f"    next: {printable(one['hint'])}")
     return lines
 
 
@@ -116,7 +115,7 @@ def confirmed(value: dict[str, Any]) -> str:
 
 def synced(value: dict[str, Any]) -> str:
     """``sync``."""
-    lines = [*value["done"], *_failures(value["failures"])]
+    lines = [*map(printable, value["done"]), *_failures(value["failures"])]
     return "\n".join(lines) if lines else f"{value['lane']}: nothing to do"
 
 
@@ -152,8 +151,8 @@ def status(value: dict[str, Any]) -> str:
     lines.append(table(heads, rows))
     if node["trial"]:
         lines.append(colour(_trial(node["trial"]), "yellow"))
-    lines += [f"open: {text}" for text in node["open_cases"]]
-    lines += [f"drift: {text}" for text in node["drift"]]
+    lines += [f"open: {printable(text)}" for text in node["open_cases"]]
+    lines += [f"drift: {printable(text)}" for text in node["drift"]]
     return "\n".join(lines)
 
 
@@ -281,7 +280,8 @@ def event(value: dict[str, Any]) -> str:
     name = value["event"]
     bad = name.endswith((".failed", ".refused", ".fight")) or name == "drift.found"
     shown = colour(name, "red" if bad else "bold")
-    return f"{value['time']}  {shown}  {value.get('partition') or '-'}  {printable(value['message'])}"
+    about = printable(value.get("partition") or "-")
+    return f"{printable(value['time'])}  {shown}  {about}  {printable(value['message'])}"
 
 
 def tunnels(value: dict[str, Any]) -> str:

@@ -180,6 +180,8 @@ def plan(
             operations.append(_operation(partition, "create", "missing"))
         except PartitiondError as error:
             operations.append(_operation(partition, "change", str(error)))
+        except OSError as error:
+            operations.append(_operation(partition, "change", f"cannot be read: {error.strerror}"))
         else:
             if not right:
                 operations.append(_operation(partition, "change", "says something else"))
@@ -188,7 +190,9 @@ def plan(
 
 def _compare(node: Node, partition: Partition, identity: PublicIdentity | None, holdings: Holdings) -> bool:
     with files.directory(partition.path) as descriptor:
-        found = files.read(NAME, dir_fd=descriptor, limit=_LIMIT, owners=frozenset((0,)))
+        found = files.read(
+            NAME, dir_fd=descriptor, limit=_LIMIT, owners=frozenset((0,)), reader=partition.uid
+        )
     return found == content(node, partition, identity, holdings)
 
 

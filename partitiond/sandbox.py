@@ -3,11 +3,15 @@
 Promises: network, mounts, processes, System V IPC and the host name are private; ``/etc``, ``/run``, ``/var``, ``/tmp``,
 ``/srv`` and ``/dev`` are private copies or empty, and the host's other files can only be read; the first process reaps
 orphans and takes everything down with it when the command ends or this process is killed, so nothing is left on the host.
+
+Where the host has a cgroup2 hierarchy, the sandbox is in a cgroup of its own and sees no other, and has a bpffs of its own:
+programs that are attached inside see its processes alone, and go with it. Where that cannot be, it has neither.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import errno
 import os
@@ -20,20 +24,40 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from collections.abc import Sequence
+from netplan import cgroup
+from partitiond.mounts import (
+    CLONE_NEWCGROUP,
+    CLONE_NEWIPC,
+    CLONE_NEWNET,
+    CLONE_NEWNS,
+    CLONE_NEWPID,
+    CLONE_NEWUTS,
+    MS_BIND,
+    MS_NODEV,
+    MS_NOEXEC,
+    MS_NOSUID,
+    MS_PRIVATE,
+    MS_RDONLY,
+    MS_REC,
+    MS_REMOUNT,
+    unmount,
+    unshare,
+)
+from partitiond.mounts import check as _check
+from partitiond.mounts import mount as _mount
 
-# include/uapi/linux/sched.h, include/uapi/linux/mount.h, include/uapi/linux/prctl.h
-CLONE_NEWNS, CLONE_NEWUTS, CLONE_NEWIPC = 0x00020000, 0x04000000, 0x08000000
-CLONE_NEWPID, CLONE_NEWNET = 0x20000000, 0x40000000
-MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REMOUNT, MS_BIND = 1, 2, 4, 8, 32, 4096
-MS_REC, MS_PRIVATE = 16384, 1 << 18
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+# include/uapi/linux/prctl.h
 PR_SET_PDEATHSIG = 1
 
 MARKER = "PARTITIOND_SANDBOX"
 # the pid of the sandbox's first process as the outside sees it: what nsenter(1) needs
 OUTSIDE_PID = "PARTITIOND_SANDBOX_PID"
 _HOST_NAME = "sandbox"
+_CGROUP_NAME = "partitiond-sandbox-"  # the number of the process outside that takes it away again follows
+_CGROUP_MOUNT = Path("/sys/fs/cgroup")
 _VAR_DIRECTORIES = ("lib", "log", "cache", "lock", "spool", "tmp", "empty")
 _DEVICES = (
     ("null", 1, 3, 0o666),
@@ -47,17 +71,6 @@ _DEVICES = (
 )
 
 _libc = ctypes.CDLL(None, use_errno=True)
-
-
-def _check(result: int, what: str) -> None:
-    if result != 0:
-        number = ctypes.get_errno()
-        raise OSError(number, f"{what}: {os.strerror(number)}")
-
-
-def _mount(source: str, target: str, kind: str, flags: int = 0, data: str = "") -> None:
-    arguments = (source.encode(), target.encode(), kind.encode(), ctypes.c_ulong(flags), data.encode())
-    _check(_libc.mount(*arguments), f"mount {kind or source} on {target}")
 
 
 def inside() -> bool:
@@ -106,26 +119,94 @@ def _die_with_parent() -> None:
 
 def _outer(command: Sequence[str], binds: Sequence[tuple[str, str]], keep_opt: bool) -> int:
     _die_with_parent()
-    flags = CLONE_NEWNS | CLONE_NEWNET | CLONE_NEWPID | CLONE_NEWIPC | CLONE_NEWUTS
-    _check(_libc.unshare(flags), "unshare")
-    reading, writing = os.pipe()
-    first = os.fork()
-    if first == 0:
-        # only from outside can be told under which number the first process is seen there
-        os.environ[OUTSIDE_PID] = os.read(reading, 32).decode()
+    with _cgroup() as group:
+        flags = CLONE_NEWNS | CLONE_NEWNET | CLONE_NEWPID | CLONE_NEWIPC | CLONE_NEWUTS
+        unshare(flags)
+        reading, writing = os.pipe()
+        first = os.fork()
+        if first == 0:
+            # only from outside can be told under which number the first process is seen there
+            os.environ[OUTSIDE_PID] = os.read(reading, 32).decode()
+            os.close(reading)
+            os.close(writing)
+            _as_child(lambda: _init(command, binds, keep_opt, group))
+        os.write(writing, str(first).encode())
         os.close(reading)
         os.close(writing)
-        _as_child(lambda: _init(command, binds, keep_opt))
-    os.write(writing, str(first).encode())
-    os.close(reading)
-    os.close(writing)
-    return _wait(first)
+        return _wait(first)
 
 
-def _init(command: Sequence[str], binds: Sequence[tuple[str, str]], keep_opt: bool) -> int:
+@contextlib.contextmanager
+def _cgroup() -> Iterator[int | None]:
+    """A cgroup below that of this process, by descriptor; None where the machine does not give one."""
+    parent = _own_cgroup()
+    if parent is None:
+        yield None
+        return
+    holder = os.open(parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    name = f"{_CGROUP_NAME}{os.getpid()}"
+    try:
+        for left in os.listdir(holder):  # noqa: PTH208 - below a descriptor
+            if left.startswith(_CGROUP_NAME) and not Path("/proc", left.removeprefix(_CGROUP_NAME)).exists():
+                _remove_cgroup(holder, left)
+        try:
+            os.mkdir(name, dir_fd=holder)
+        except OSError:  # a container may only read it: then the sandbox does without
+            yield None
+            return
+        group = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=holder)
+        try:
+            yield group
+        finally:
+            os.close(group)
+            _remove_cgroup(holder, name)
+    finally:
+        os.close(holder)
+
+
+def _own_cgroup() -> Path | None:
+    """Where the cgroup2 of this process is shown."""
+    rows = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+    own = next((row.removeprefix("0::/") for row in rows if row.startswith("0::/")), None)
+    mount = cgroup.root()
+    return mount / own if mount is not None and own is not None and not own.startswith("..") else None
+
+
+def _remove_cgroup(holder: int, name: str) -> None:
+    """Remove a cgroup and those below; one of somebody who lives, as seen from another namespace of processes, stays."""
+    deadline = time.monotonic() + 3  # processes that have ended leave it a little later
+    while True:
+        try:
+            descriptor = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=holder)
+            try:
+                for below in _directories(descriptor):
+                    _remove_cgroup(descriptor, below)
+            finally:
+                os.close(descriptor)
+            os.rmdir(name, dir_fd=holder)
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            if error.errno != errno.EBUSY:
+                raise
+            if time.monotonic() > deadline:
+                return
+            time.sleep(0.02)
+        else:
+            return
+
+
+def _directories(descriptor: int) -> list[str]:
+    with os.scandir(descriptor) as found:
+        return [one.name for one in found if one.is_dir(follow_symlinks=False)]
+
+
+def _init(command: Sequence[str], binds: Sequence[tuple[str, str]], keep_opt: bool, group: int | None) -> int:
     """Be process 1 of the sandbox: mount, start the command, reap until it ends, then end the rest."""
     _die_with_parent()
-    _lay_out(binds, keep_opt)
+    if group is not None:
+        _enter(group)
+    _lay_out(binds, keep_opt, own_cgroup=group is not None)
     _check(_libc.sethostname(_HOST_NAME.encode(), len(_HOST_NAME)), "sethostname")
     os.environ[MARKER] = "1"
     payload = os.fork()
@@ -134,6 +215,15 @@ def _init(command: Sequence[str], binds: Sequence[tuple[str, str]], keep_opt: bo
     status = _reap_until(payload)
     _end_all()
     return status
+
+
+def _enter(group: int) -> None:
+    """Move into the cgroup, and see it as the root of all from now on."""
+    processes = os.open("cgroup.procs", os.O_WRONLY | os.O_CLOEXEC, dir_fd=group)
+    os.write(processes, b"0")
+    os.close(processes)
+    os.close(group)
+    unshare(CLONE_NEWCGROUP)
 
 
 def _reap_until(payload: int) -> int:
@@ -165,7 +255,7 @@ def _end_all(grace: float = 3.0) -> None:
             number = signal.SIGKILL
 
 
-def _lay_out(binds: Sequence[tuple[str, str]], keep_opt: bool) -> None:
+def _lay_out(binds: Sequence[tuple[str, str]], keep_opt: bool, *, own_cgroup: bool) -> None:
     _mount("none", "/", "", MS_REC | MS_PRIVATE)
     _mount("proc", "/proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC)
     # sources may lie below a directory that is about to be covered: hold them by descriptor
@@ -182,6 +272,9 @@ def _lay_out(binds: Sequence[tuple[str, str]], keep_opt: bool) -> None:
     _mount("tmpfs", "/tmp", "tmpfs", MS_NOSUID | MS_NODEV, "mode=1777")  # noqa: S108 - the private one
     _private_dev()
     _mount("sysfs", "/sys", "sysfs", MS_NOSUID | MS_NODEV | MS_NOEXEC)
+    if own_cgroup:
+        _mount("cgroup2", str(_CGROUP_MOUNT), "cgroup2", MS_NOSUID | MS_NODEV | MS_NOEXEC)
+        _mount("bpf", str(cgroup.BPFFS), "bpf", MS_NOSUID | MS_NODEV | MS_NOEXEC, "mode=0700")
     for descriptor, target in sources:
         Path(target).mkdir(parents=True, exist_ok=True)
         _mount(f"/proc/self/fd/{descriptor}", target, "", MS_BIND | MS_REC)
@@ -203,7 +296,7 @@ def _private_etc() -> None:
     _mount("tmpfs", "/mnt", "tmpfs", MS_NOSUID | MS_NODEV, "mode=0755")
     subprocess.run(["/bin/cp", "-a", "/etc/.", "/mnt/"], check=True)
     _mount("/mnt", "/etc", "", MS_BIND)
-    _check(_libc.umount2(b"/mnt", 0), "umount /mnt")
+    unmount("/mnt")
 
 
 def _private_opt() -> None:

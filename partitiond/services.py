@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from partitiond import files
+from partitiond import files, privacy
 from partitiond.operation import Operation
 from partitiond.tunnels import group_name
 
@@ -13,16 +13,17 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from partitiond.context import Context
-    from partitiond.node import Node
+    from partitiond.node import Node, Partition
     from partitiond.operation import Action
     from partitiond.supervision import Process
 
 
 @dataclass(frozen=True, slots=True)
 class ServiceOperation(Operation):
-    """A change of supervisord itself (``group`` None) or of one of its groups."""
+    """A change of supervisord itself (``group`` None) or of one of its groups; ``owner`` is whose programs are to start."""
 
     group: str | None
+    owner: Partition | None = None
 
 
 def plan(
@@ -65,7 +66,7 @@ def plan(
         known = by_group.get(partition.id, [])
         # EXITED and FATAL are the instance's own doing; STOPPED without ever a start is a supervisord that began anew
         if not known or any(process.state == "STOPPED" and not process.started for process in known):
-            operations.append(_operation(partition.id, "change", "not started"))
+            operations.append(_operation(partition.id, "change", "not started", partition))
     wanted = {name for partition in node.partitions for name in (partition.id, group_name(partition.id))}
     operations += [
         *(_operation(name, "remove", "belongs to no partition") for name in sorted(set_up - wanted)),
@@ -77,7 +78,7 @@ def plan(
     return tuple(operations)
 
 
-def _operation(group: str, action: Action, reason: str) -> ServiceOperation:
+def _operation(group: str, action: Action, reason: str, owner: Partition | None = None) -> ServiceOperation:
     return ServiceOperation(
         id=f"processes/{group}",
         resource="processes",
@@ -87,6 +88,7 @@ def _operation(group: str, action: Action, reason: str) -> ServiceOperation:
         after="running" if action == "change" else None,
         reason=reason,
         group=group,
+        owner=owner,
     )
 
 
@@ -123,5 +125,7 @@ def apply(context: Context, operation: ServiceOperation) -> None:
         supervisor.remove_group(operation.group)
         supervisor.update()
     else:
+        if operation.owner is not None:
+            privacy.relaunch(context, operation.owner, operation.group)
         supervisor.update()
         supervisor.start_group(operation.group)

@@ -5,24 +5,29 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from partitiond import converge, identities, last_good, trial, tunnels
+from netplan.legacy_cases import OPEN_CASES as LEGACY_CASES
+from partitiond import converge, identities, last_good, privacy, trial, tunnels
 from partitiond.refusal import Refusal
 from stunnel_mgr import sessions
 
 if TYPE_CHECKING:
     from netplan.model import TunSpec
+    from partitiond.config import Config
     from partitiond.context import Context
     from partitiond.converge import Observation, Plan
     from partitiond.node import Node, Partition
     from partitiond.supervision import Process
     from stunnel_mgr.model import Refused, Tunnel
 
-# what this version leaves open, by name, as long as it is so
-_OPEN_CASES = (
-    "datagrams that reach a foreign wildcard socket are not stopped (cgroup BPF is not there yet)",
-    "an unbound client of a partition on the same node has the node's own source address",
+# what stays open where the programs at the cgroup (netplan.bpf_programs) are not in force
+_OPEN_WITHOUT_PROGRAMS = (
+    "datagrams that reach a foreign wildcard socket, or one that shares a port by SO_REUSEADDR, are not stopped",
+    "a client of a partition that binds nothing has the node's own source address",
     "another user can listen on a partition's address (nobody reaches it there) and so keep its own service out",
-    "what is sent through taps and tuns is not filtered (tap_guard is not there yet)",
+)
+_CHECKED_EVERYWHERE = (
+    "this kernel does not let a program that sees packets ask for its network namespace (Linux 6.15 does): packets for"
+    " a partition's global address are checked in containers, too, and those for private IPv4 are not"
 )
 
 
@@ -37,9 +42,15 @@ def node(context: Context) -> dict[str, Any]:
             "master": {"url": config.master_url, **context.master.as_json()},
             "interface": config.network.interface,
             "bridge": config.network.bridge,
+            "source_selection": _source_selection(seen),
             "trial": trial.as_json(config.state_dir),
             "bridge_ports": list(config.network.bridge_ports),
-            "open_cases": [*_open_cases(seen.node), *_refused_resources(todo)],
+            "open_cases": [
+                *_open_cases(seen.node),
+                *_without_programs(seen),
+                *privacy.open_cases(config, seen.node.partitions, seen.processes),
+                *_refused_resources(todo),
+            ],
             "drift": [operation.id for operation in todo if operation.partition is None],
         },
         "partitions": [_partition(context, item, seen, todo) for item in seen.node.partitions],
@@ -48,7 +59,9 @@ def node(context: Context) -> dict[str, Any]:
 
 def _open_cases(target: Node) -> list[str]:
     config = target.config
-    found = list(_OPEN_CASES)
+    found = _unguarded(config)
+    if config.packet_filter == "iptables":
+        found += (f"{name}: {text} (packet_filter = iptables)" for name, text in LEGACY_CASES.items())
     if not config.address_ownership:
         found.insert(0, "address_ownership is off: every user may use every address of the node")
     rejected = last_good.rejected_file(config)
@@ -66,6 +79,42 @@ def _open_cases(target: Node) -> list[str]:
         found.append(f"{interface} has no global IPv6 address, so partitions have none either")
     elif not target.base_is_here:
         found.append(f"{interface} has lost {target.base}; the partitions' addresses are kept")
+    return found
+
+
+def _without_programs(seen: Observation) -> list[str]:
+    """What is open where the programs at the cgroup are not in force, and what stands in for them."""
+    hooks = seen.network.hooks
+    if not seen.node.network().hooked or (hooks.version and not hooks.everywhere):
+        return []
+    if hooks.version:
+        return [_CHECKED_EVERYWHERE]
+    why = hooks.refused or "they are not loaded; partitiond apply does that"
+    return [f"{case} (no programs at the cgroup: {why})" for case in _OPEN_WITHOUT_PROGRAMS]
+
+
+def _source_selection(seen: Observation) -> str:
+    """By what clients that bind nothing get their source."""
+    wanted = seen.node.network()
+    if wanted.hooked and seen.network.hooks.version:
+        return "cgroup-bpf"
+    return "routing-table" if wanted.local_source_table else "kernel"
+
+
+def _unguarded(config: Config) -> list[str]:
+    """What is open of what guests may send, as the operator chose it."""
+    found = []
+    if config.network.create_tun:
+        found.append("what is sent through tuns is not checked: a guest there may send from any IP address")
+    if config.packet_filter == "iptables":
+        return found  # among the cases of iptables
+    if config.create_tap and config.guard.mode == "off":
+        found.append("tap_guard is off: guests may send as the node, its router, or each other")
+    elif config.create_tap and config.guard.mode == "lan":
+        found.append(
+            "tap_guard is lan: guests may take addresses of hosts of the LAN that are neither the node's nor a router's or"
+            " resolver's of it (strict: only their own)"
+        )
     return found
 
 

@@ -119,14 +119,18 @@ def _is_right(path: str, owner: tuple[int, int] | None) -> bool:
         found = os.lstat(path)
     except FileNotFoundError:
         return False
-    return found.st_mode == stat.S_IFDIR | _MODE and (found.st_uid, found.st_gid) == owner
+    right = found.st_mode == stat.S_IFDIR | _MODE and (found.st_uid, found.st_gid) == owner
+    return right and not directories.has_acl(path)
 
 
 def empty(config: Config, partition: str) -> None:
     """Remove what an instance left in its partition's directories. Raises OSError, PartitiondError."""
     for data in observe(config).data:
-        with suppress(FileNotFoundError), files.directory(data, partition) as descriptor:
-            files.empty(descriptor)
+        with suppress(FileNotFoundError):
+            with files.directory(data, partition) as descriptor:
+                files.seal(descriptor)
+                files.empty(descriptor)
+            files.remove_emptied(data / partition)
 
 
 def purge(config: Config) -> None:

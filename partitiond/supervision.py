@@ -22,10 +22,11 @@ from typing import TYPE_CHECKING, Any
 
 from partitiond import execute, files
 from partitiond.errors import PartitiondError
+from partitiond.namespaces import NSENTER
 from partitiond.unix_http import UnixConnection
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from partitiond.config import Config
@@ -38,6 +39,8 @@ _REACHABLE_SECONDS = 5
 _MODULE = "supervisor.supervisord"
 PROGRAM_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,99}")
 _GROUP_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,99}")
+# of a command or a path: supervisord splits commands as a shell does, and quotes stand around the values of the environment
+_WORD = re.compile(r"[^\s\"'\\;,]+")
 _SOCKET_LIMIT = 104  # struct sockaddr_un holds 108 bytes; supervisord makes a longer temporary name beside it
 
 
@@ -73,6 +76,8 @@ class Group:
     directory: Path
     log_directory: Path
     programs: tuple[Program, ...]
+    # words before each command: what they start runs as root until they switch to the user themselves
+    launcher: tuple[str, ...] = ()
 
     def render(self) -> str:
         """Return the text of the group's configuration file. Raises PartitiondError ``supervisor.name``.
@@ -80,14 +85,15 @@ class Group:
         A name or a command that could end its line would be configuration of root's written by a tenant.
         """
         texts = (text for item in self.programs for text in (item.name, item.process_name))
-        commands = (str(self.directory), str(self.log_directory), *(item.command for item in self.programs))
+        words = [str(self.directory), str(self.log_directory), self.user, *self.launcher]
+        words += [word for item in self.programs for word in item.command.split(" ")]
         if not _GROUP_NAME.fullmatch(self.name):
             raise _unusable(self.name)
         for text in texts:
             if not PROGRAM_NAME.fullmatch(text):
                 raise _unusable(text)
-        for text in commands:
-            if not text.isprintable() or " ;" in text:
+        for text in words:
+            if not text.isprintable() or not _WORD.fullmatch(text):
                 raise _unusable(text)
         heads = ",".join(f"{self.name}_{program.name}" for program in self.programs)
         return f"[group:{self.name}]\nprograms={heads}\n" + "".join(
@@ -98,10 +104,10 @@ class Group:
         home = f'HOME="{self.directory}",USER="{self.user}",LOGNAME="{self.user}",PATH="{execute.PATH}",LANG="C.UTF-8"'
         log = self.log_directory / f"{program.name}.log"
         lines = {
-            "command": program.command,
+            "command": " ".join((*self.launcher, program.command)),
             "process_name": program.process_name,
             "directory": str(self.directory),
-            "user": str(self.uid),
+            "user": "0" if self.launcher else str(self.uid),
             "environment": home,
             "autostart": "true" if program.restart else "false",
             "autorestart": "true" if program.restart else "false",
@@ -119,6 +125,18 @@ class Group:
         }
         body = "".join(f"{key}={value.replace('%', '%%')}\n" for key, value in lines.items())
         return f"\n[program:{self.name}_{program.name}]\n{body}"
+
+
+# both as written by Group; no text of a tenant can begin a line
+_COMMAND = re.compile(rf"^command=(?:{re.escape(NSENTER)} .*? --no-new-privs -- )?", re.MULTILINE)
+_USER = re.compile(r"^user=\d+$", re.MULTILINE)
+
+
+def relaunched(text: str, uid: int, launcher: Sequence[str]) -> str:
+    """The text of a group with another launcher before the same programs."""
+    words = "".join(f"{word} " for word in launcher).replace("%", "%%")
+    text = _COMMAND.sub(lambda _: f"command={words}", text)
+    return _USER.sub(f"user={0 if launcher else uid}", text)
 
 
 def _unusable(text: str) -> PartitiondError:

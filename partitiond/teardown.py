@@ -10,7 +10,7 @@ from netplan import apply as netplan_apply
 from netplan import observe as netplan_observe
 from netplan import plan as netplan_plan
 from netplan.model import DesiredNetwork
-from partitiond import block_devices, device_access, execute, files, last_good, lock, storage, users
+from partitiond import block_devices, device_access, execute, files, last_good, lock, privacy, storage, users
 from partitiond.converge import Outcome, refuse_other_node
 from partitiond.errors import FAMILY, sentence
 
@@ -32,6 +32,7 @@ def run(context: Context, *, purge: bool) -> Outcome:
         steps: list[tuple[str, Callable[[], None]]] = [
             ("supervisord", lambda: _supervisord(context)),
             ("processes", _processes),
+            ("namespaces", lambda: privacy.remove_all(context.config)),
             ("block devices", lambda: _devices(context, outcome)),
             ("network", lambda: _network(outcome)),
             *((("storage", lambda: storage.purge(context.config)),) if purge else ()),

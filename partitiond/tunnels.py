@@ -15,14 +15,14 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
-from partitiond import files, identities
+from partitiond import files, identities, privacy
 from partitiond.errors import PartitiondError
 from partitiond.operation import Operation
 from partitiond.supervision import Group, Program, Supervisor
 from stunnel_mgr import conflicts, declaration, render, sessions, verdict
 from stunnel_mgr.errors import TunnelError
 from stunnel_mgr.model import Refused, Tunnel, TunnelContext
-from stunnel_mgr.syntax import Entry
+from stunnel_mgr.syntax import Entry, plain
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Container, Iterable, Mapping, Sequence
@@ -36,6 +36,8 @@ _DECLARATION_LIMIT = 64 * 1024
 _PIN_LIMIT = 64 * 1024
 _MOST_TUNNELS = 100  # of one partition
 _MOST_PINS = 500  # likewise: a tenant must not make the whole node's plan slow
+# likewise, of what is declared and of the files named there, read again or not: a thousand certificates, half a second's work
+_MOST_BYTES = 512 * 1024
 _USUAL_PROGRAM = "/usr/bin/stunnel4"
 _VERDICT_SECONDS = 10.0
 # what stunnel has loaded, as a hash: a crash between writing the files and SIGHUP shows up as a difference
@@ -94,13 +96,14 @@ def declared(node: Node, partition: Partition, certificates: Mapping[str, str]) 
     # most partitions declare nothing, and most of these have not even the directory
     if not given_here and not files.there(f"{partition.path}/etc"):
         return PartitionTunnels(partition)
+    allowance = _Allowance(_MOST_BYTES)
     context = TunnelContext(
         partition=partition.id,
         ipv4=partition.ipv4,
         ipv6=partition.ipv6,
         ipv4_public=partition.network.public_ipv4,
         local_certificates=certificates,
-        read_file=lambda path: _read_below(partition, path),
+        read_file=lambda path: allowance.take(_read_below(partition, path)),
     )
     found: list[Tunnel] = []
     refused: list[Refused] = []
@@ -121,7 +124,7 @@ def declared(node: Node, partition: Partition, certificates: Mapping[str, str]) 
             found,
             refused,
         )
-    _read_declarations(partition, context, found, refused)
+    _read_declarations(partition, context, allowance, found, refused)
     kept, clashing = conflicts.resolve_conflicts(found)
     return PartitionTunnels(partition, tuple(kept), tuple(refused) + tuple(clashing))
 
@@ -182,8 +185,28 @@ def _port_is_free(tunnel: Tunnel) -> bool:
     return True
 
 
+@dataclass(slots=True)
+class _Allowance:
+    """How many bytes of a partition's are still read in this look: refused declarations cost as much as good ones."""
+
+    left: int
+
+    def take(self, content: bytes) -> bytes:
+        """Count what was read. Raises OSError when it was too much."""
+        self.left -= len(content)
+        if self.left < 0:
+            raise PermissionError(
+                f"the partition's tunnels and the files that they name have more than {_MOST_BYTES} bytes"
+            )
+        return content
+
+
 def _read_declarations(
-    partition: Partition, context: TunnelContext, found: list[Tunnel], refused: list[Refused]
+    partition: Partition,
+    context: TunnelContext,
+    allowance: _Allowance,
+    found: list[Tunnel],
+    refused: list[Refused],
 ) -> None:
     try:
         with files.directory(partition.path, "etc", "tunnel") as descriptor:
@@ -198,8 +221,11 @@ def _read_declarations(
                     refused.append(_refusal(partition, name, file, reason))
                     continue
                 try:
-                    text = files.read(name, dir_fd=descriptor, limit=_DECLARATION_LIMIT).decode("utf-8")
-                except (PartitiondError, UnicodeDecodeError, FileNotFoundError) as error:
+                    content = files.read(
+                        name, dir_fd=descriptor, limit=_DECLARATION_LIMIT, reader=partition.uid
+                    )
+                    text = allowance.take(content).decode("utf-8")
+                except (PartitiondError, UnicodeDecodeError, OSError) as error:
                     refused.append(_refusal(partition, name, file, str(error)))
                     continue
                 _collect(
@@ -214,12 +240,16 @@ def _read_declarations(
         return
     except PartitiondError as error:
         refused.append(_refusal(partition, "*", error.resource, str(error)))
+    except OSError as error:
+        # a tenant may mount a file system of its own there (fusermount3), which the kernel keeps even root out of
+        file = str(partition.path / "etc" / "tunnel")
+        refused.append(_refusal(partition, "*", file, f"cannot be read: {error.strerror}"))
 
 
 def _refusal(partition: Partition, name: str, file: str, reason: str) -> Refused:
     short = ascii(name.removesuffix(".cfg"))[1:-1]
     return Refused(
-        name=f"{partition.id}/{short}", partition=partition.id, file=file, line=None, reason=reason
+        name=f"{partition.id}/{short}", partition=partition.id, file=plain(file), line=None, reason=reason
     )
 
 
@@ -268,9 +298,7 @@ def _read_below(partition: Partition, path: str) -> bytes:
         raise PermissionError(f"{path!a} is not a plain path below the partition")
     try:
         with files.directory(partition.path, *parts[:-1]) as descriptor:
-            return files.read(
-                parts[-1], dir_fd=descriptor, limit=_PIN_LIMIT, owners=frozenset((0, partition.uid))
-            )
+            return files.read(parts[-1], dir_fd=descriptor, limit=_PIN_LIMIT, reader=partition.uid)
     except PartitiondError as error:
         raise PermissionError(f"{path!a} {error}") from error
 
@@ -299,6 +327,7 @@ def group(config: Config, partition: Partition) -> Group:
         directory=partition.path,
         log_directory=config.log_dir / partition.id,
         programs=(program,),
+        launcher=privacy.launcher(config, partition),
     )
 
 
@@ -319,13 +348,20 @@ def plan(
             return ()
         return (_operation(wanted, "remove", "no tunnel is declared any more"),)
     directory = identities.directory_of(config, partition.id)
-    if supervisor.group_text(name) != group(config, partition).render():
+    if not _is_set_up(supervisor.group_text(name), group(config, partition), running):
         return (_operation(wanted, "create", "stunnel is not set up"),)
     if name not in running:
         return (_operation(wanted, "change", "stunnel does not run"),)
     if _loaded(directory) != wanted.fingerprint or _on_disk(directory, wanted.files) != dict(wanted.files):
         return (_operation(wanted, "change", "stunnel runs with another configuration"),)
     return ()
+
+
+def _is_set_up(text: str | None, wanted: Group, running: Container[str]) -> bool:
+    if text == wanted.render():
+        return True
+    # one that runs is not ended for being started by its user's name only, as all were once: its next start is private
+    return wanted.name in running and text == replace(wanted, launcher=()).render()
 
 
 def _operation(wanted: PartitionTunnels, action: Action, reason: str) -> TunnelOperation:

@@ -11,6 +11,7 @@ import time
 from typing import TYPE_CHECKING
 
 from netplan.errors import NetplanError
+from netplan.legacy_monitor import GLANCE_SECONDS, LegacyMonitor
 from netplan.monitor import Monitor
 from partitiond.errors import sentence
 from partitiond.pacing import Pacer
@@ -36,17 +37,28 @@ def names(config: Config) -> frozenset[str]:
     )
 
 
-class Watch(threading.Thread):
-    """Listens from when it is made; wakes from when it is started.  Raises NetplanError ``network.netlink`` when made."""
+def _legacy(config: Config) -> LegacyMonitor | None:
+    """Of rules of iptables nobody tells: they are looked at."""
+    return LegacyMonitor() if config.packet_filter == "iptables" else None
 
-    def __init__(self, config: Config, wake: Callable[[], None]) -> None:
+
+class Watch(threading.Thread):
+    """Listens from when it is made; wakes from when it is started.  Raises NetplanError ``network.netlink`` when made.
+
+    ``exposed`` is called at once, by this thread, when a table of the packet filter is gone.
+    """
+
+    def __init__(
+        self, config: Config, wake: Callable[[], None], exposed: Callable[[], None] = lambda: None
+    ) -> None:
         super().__init__(name="watch", daemon=True)
-        self._wake = wake
+        self._wake, self._exposed = wake, exposed
         self._pacer = Pacer()
         self._turn = threading.Lock()
         self._stopping = False
         self._ends = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         try:
+            self._legacy = _legacy(config)
             self._monitor = Monitor(names(config))
         except NetplanError:
             self._close_pipe()
@@ -74,6 +86,8 @@ class Watch(threading.Thread):
         """Listen for the links of another configuration."""
         with self._turn:
             self._monitor.attend(names(config))
+            self._legacy = _legacy(config)
+        self._nudge()  # it may be time to look at once a second, or no more
 
     def take(self) -> dict[str, float]:
         """Return what changed until now, by cause, with the time of its first notice; a look that follows answers it.
@@ -99,11 +113,15 @@ class Watch(threading.Thread):
         with self._turn:
             return self._pacer.strike(causes, time.monotonic())
 
-    def _read(self) -> None:
-        for notice in self._monitor.read():
+    def _read(self) -> bool:
+        """Note what the kernel told; return whether a table of the packet filter is gone."""
+        any_exposed = False
+        for notice in (*self._monitor.read(), *(self._legacy.read() if self._legacy else ())):
             # without the packet filter every address is anybody's: that waits for nothing
             exposed = notice.cause.startswith("filter/") and notice.change == "gone"
             self._pacer.note(notice.cause, time.monotonic(), urgent=exposed)
+            any_exposed |= exposed
+        return any_exposed
 
     def run(self) -> None:
         """Until it is closed: wait for the kernel, then for quiet, then wake the lane."""
@@ -130,8 +148,10 @@ class Watch(threading.Thread):
         with contextlib.suppress(BlockingIOError):
             os.read(self._ends[0], 1024)
         with self._turn:
-            self._read()
+            exposed = self._read()
             due = self._pacer.announce(time.monotonic())
+        if exposed:
+            self._exposed()
         if due:
             self._wake()
 
@@ -144,4 +164,6 @@ class Watch(threading.Thread):
         """Milliseconds until something is due; None to wait for the kernel."""
         with self._turn:
             due = self._pacer.due()
+            if self._legacy is not None:
+                due = min(due or float("inf"), time.monotonic() + GLANCE_SECONDS)
         return None if due is None else max(0.0, due - time.monotonic()) * 1000 + 1

@@ -38,6 +38,8 @@ def software_url(value: Value) -> str:
     # isprintable: no control, format, surrogate or separator character, except for the space.
     if not isinstance(value, str) or not value.isprintable() or " " in value:
         raise garbage(f"{_quoted(value)} can not be a software release: white space or control characters")
+    if "${" in value:  # no URL has braces (RFC 3986), and buildout would put the value of an option there
+        raise garbage(f"{_quoted(value)} can not be a software release: ${{")
     if not 0 < len(value) <= _URL_LENGTH:
         raise garbage(f"a software release of {len(value)} characters; 1 to {_URL_LENGTH} are allowed")
     return value

@@ -19,7 +19,8 @@ from pathlib import Path
 
 import pytest
 
-from netplan import nfnetlink
+from netplan import legacy_tables, nfnetlink
+from netplan.legacy_rules import PREFIX
 from partitiond import sandbox
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -91,6 +92,17 @@ def _table_names():
     return names
 
 
+def _legacy_chains():
+    """Chains of iptables that the product made; only to ask would make a table, so not without one."""
+    return {
+        f"{family.name} {chain}"
+        for family in legacy_tables.families()
+        if legacy_tables.is_there(family)
+        for chain in legacy_tables.read(family)
+        if chain.startswith(PREFIX)
+    }
+
+
 def _files():
     found = set()
     for path in Path("/proc/self/fd").iterdir():
@@ -112,12 +124,19 @@ def _mounts():
     return {f"{row[0]} {row[4]}" for row in rows if row[4] != "/run/netns"}
 
 
+def _pins():
+    """What is pinned in the sandbox's own bpffs, and with it in force at its cgroup."""
+    return {str(path) for path in Path("/sys/fs/bpf").rglob("*")}
+
+
 _LOOKS = {
+    "pinned BPF objects": _pins,
     "processes": _processes,
     "threads": lambda: set(threading.enumerate()),
     "open files": _files,
     "network links": lambda: {name for _, name in socket.if_nameindex()},
     "nft tables": _table_names,
+    "chains of iptables": _legacy_chains,
     "lines of /etc/passwd": _users,
     "mounts": _mounts,
 }

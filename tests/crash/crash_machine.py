@@ -43,6 +43,8 @@ def enter():
     sandbox._mount("proc", "/proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC)
     sandbox._mount("tmpfs", "/srv", "tmpfs", MS_NOSUID, "mode=0755")
     sandbox._mount("tmpfs", "/dev/net", "tmpfs", MS_NOSUID, "mode=0755")
+    if os.path.ismount("/sys/fs/bpf"):  # what is pinned must end with the machine, too
+        sandbox._mount("bpf", "/sys/fs/bpf", "bpf", MS_NOSUID | MS_NODEV | MS_NOEXEC, "mode=0700")
     os.mknod("/dev/net/tun", stat.S_IFCHR | 0o600, os.makedev(10, 200))
     _private_etc()
     BASE.mkdir(mode=0o755)

@@ -21,6 +21,7 @@ from pathlib import Path
 from netplan import nftables
 from netplan.errors import NetplanError
 from netplan.netlink import NetlinkSocket, Request
+from partitiond import mounts
 from partitiond.supervision import Supervisor
 
 # docs.python.org/3/library/audit_events.html: raised before the call itself; the place of what names it
@@ -65,6 +66,7 @@ class Points:
         self._watch_files()
         self._watch_network()
         self._watch_programs()
+        self._watch_mounts()
 
     @contextmanager
     def not_counted(self):
@@ -172,6 +174,23 @@ class Points:
             return call(supervisor, method, *arguments)
 
         subprocess.Popen.__init__, Supervisor._call = watched_start, watched_call
+
+    def _watch_mounts(self):
+        mount, detach = mounts.mount, mounts.detach
+
+        def watched_mount(source, target, kind, *more):
+            self.reach(f"mount {kind or _plain_descriptor(source)} on {_plain_descriptor(target)}")
+            mount(source, target, kind, *more)
+
+        def watched_detach(target):
+            self.reach(f"detach {target}")
+            detach(target)
+
+        mounts.mount, mounts.detach = watched_mount, watched_detach
+
+
+def _plain_descriptor(name):
+    return re.sub(r"(?<=/fd/)\d+", "<descriptor>", name)
 
 
 def _target(descriptor):

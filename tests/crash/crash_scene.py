@@ -308,7 +308,7 @@ class StandInSupervisor(Supervisor):
 
     def _stunnel_reads(self, group):
         settings = dict(line.split("=", 1) for line in group.splitlines() if "=" in line)
-        file = Path(settings["command"].split()[1])
+        file = Path(settings["command"].split()[-1])
         said = [f"Reading configuration from file {file}"]
         said += [
             f"Service [{name}] (FD=9) bound to somewhere"

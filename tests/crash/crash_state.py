@@ -232,13 +232,16 @@ def _users():
 def _files():
     """Names, modes, owners and contents (of logs and pid files none) below the roots, and the names in /etc."""
     tokens = _certificates()
+    namespaces = Path("/proc/self/ns/mnt").stat().st_dev
     found = {f"file /etc/{name}": "" for name in _listing("/etc")}
     for directory, below, names in os.walk(BASE):
         for name in (*below, *names):
             path = Path(directory, name)
             about = os.lstat(path)
             text = f"{stat.filemode(about.st_mode)} {about.st_uid}:{about.st_gid}"
-            if stat.S_ISREG(about.st_mode) and not name.endswith((".log", ".pid")):
+            if stat.S_ISREG(about.st_mode) and about.st_dev == namespaces:
+                text += " a namespace"
+            elif stat.S_ISREG(about.st_mode) and not name.endswith((".log", ".pid")):
                 text += f" {_content(path, tokens)}"
             elif stat.S_ISLNK(about.st_mode):
                 text += f" → {path.readlink()}"

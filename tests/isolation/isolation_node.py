@@ -126,9 +126,9 @@ def _join_session_keyring():
 class Scene:
     """The node and its agents; ``enforced`` False: the same with every wall of the product switched off."""
 
-    def __init__(self, node, wire, master, devices, command, *, enforced):
+    def __init__(self, node, wire, master, devices, command, *, enforced, backend="nftables"):
         self.node, self.wire, self.master, self.command, self.enforced = node, wire, master, command, enforced
-        self.devices = devices
+        self.devices, self.backend = devices, backend
         self.programs = node.root / "programs"
         self.hub_path = str(node.root / "hub")
         self.agents, self.started, self.tenants = {}, [], []
@@ -172,6 +172,7 @@ class Scene:
             partitiond={
                 "bridge": "br0",
                 "bridge_ports": "eth0",
+                "packet_filter": self.backend,
                 "offline_builds": "true",
                 **({} if self.enforced else SWITCHED_OFF),
             },
@@ -423,9 +424,9 @@ def standing_ground(directory):
 
 
 @contextlib.contextmanager
-def standing_scene(ground, node, command, *, enforced):
+def standing_scene(ground, node, command, **how):
     """A scene that is up, made of the files of a node (tests/conftest.py)."""
-    scene = Scene(node, ground.wire, ground.master, ground.devices, command, enforced=enforced)
+    scene = Scene(node, ground.wire, ground.master, ground.devices, command, **how)
     try:
         yield scene.up()
     finally:

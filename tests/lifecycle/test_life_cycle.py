@@ -61,6 +61,12 @@ def test_requested_instance_is_started(node, url):
     node.settled()
     stat = Path(item["path"]).stat()
     assert (stat.st_uid, stat.st_mode & 0o777) == (item["user"]["uid"], 0o750)
+    place = node.base / "run" / "namespaces" / name
+    assert {Path(f"/proc/{pid}/ns/mnt").stat().st_ino for pid in running} == {place.stat().st_ino}
+    # where its buildout has run, too: what that leaves there is no other's
+    buildout = Path(f"/proc/{next(iter(running))}/root/tmp/of-the-buildout")
+    assert buildout.read_text() == name
+    assert not Path("/tmp/of-the-buildout").exists()
 
 
 def test_stopped_and_started_again(node, url):
@@ -122,6 +128,7 @@ def test_destroyed_partition_is_emptied_and_free_again(node, url):
     assert set(new) == set(old)
     assert not set(new.values()) & set(old.values()), "the next tenant has the identity of the last one"
     assert node.partition(name)["instance_guid"] is None
+    assert not (node.base / "run" / "namespaces" / name).exists()
 
 
 def test_free_partition_is_given_again(node, url):

@@ -3,7 +3,9 @@
 import ctypes
 import errno
 import os
+import signal
 import socket
+import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -11,6 +13,7 @@ from ipaddress import IPv4Network, IPv6Interface
 
 from pyroute2 import IPRoute
 
+from netplan import counters, nftables
 from netplan.addresses import host_tap_mac, partition_ipv6, partition_range, private_ipv4
 from netplan.apply import apply
 from netplan.model import DesiredNetwork, PartitionNetwork, TapSpec
@@ -27,6 +30,7 @@ NEIGHBOUR6 = "2001:db8:1::ffff:1"
 HOST4, NEIGHBOUR4 = "192.0.2.2", "192.0.2.1"
 PRIVATE = IPv4Network("10.0.0.0/16")
 UID = 61000
+backend = "nftables"  # the fixture of that name may say otherwise
 
 
 def namespace() -> int:
@@ -130,10 +134,40 @@ def partition(index: int, *, tap: bool = True, ranges: bool = False, bridge: str
 
 def wanted(count: int = 3, *, tap: bool = True, ranges: bool = False, **more) -> DesiredNetwork:
     partitions = tuple(partition(index, tap=tap, ranges=ranges) for index in range(count))
-    return DesiredNetwork("br0", partitions, **{"host_ipv6": BASE.ip, **more})
+    return DesiredNetwork("br0", partitions, **{"host_ipv6": BASE.ip, "backend": backend, **more})
 
 
 NOTHING = DesiredNetwork("br0")
+
+
+def iptables(*lines: str) -> None:
+    """Change the rules of legacy iptables in one commit; each line is one of iptables-restore, of both families."""
+    for tool in ("iptables", "ip6tables"):
+        text = "\n".join(("*filter", *lines, "COMMIT\n"))
+        line = [f"/usr/sbin/{tool}-legacy-restore", "--noflush", "--wait"]
+        subprocess.run(line, input=text, text=True, check=True)
+
+
+def break_rules() -> None:
+    """Take rules out of our filter that count nothing."""
+    if backend == "iptables":
+        iptables("-F PARTITIOND-REST")
+    else:
+        nftables.run("flush chain inet partitiond in\n")
+
+
+def take_rules_away() -> None:
+    """Remove the packet filter, as others do."""
+    if backend == "iptables":
+        for tool in ("iptables", "ip6tables"):
+            for option in ("-F", "-X"):
+                subprocess.run([f"/usr/sbin/{tool}-legacy", "--wait", option], check=True)
+    else:
+        nftables.run("delete table inet partitiond\n")
+
+
+def read_counters():
+    return counters.read_counters(backend)
 
 
 def as_user(uid: int, work: Callable[[], object]) -> str:
@@ -241,3 +275,79 @@ def know_each_other(node: Node) -> None:
             other.neigh("replace", dst=address, lladdr=mac, ifindex=wire_link, state="permanent")
     for address in (NEIGHBOUR6, NEIGHBOUR4):
         node.ipr.neigh("replace", dst=address, lladdr=theirs, ifindex=node.bridge, state="permanent")
+
+
+@contextmanager
+def echoing(
+    uid: int,
+    address: str,
+    kind: socket.SocketKind,
+    *,
+    port: int = 0,
+    options: tuple[tuple[int, int], ...] = (),
+) -> Iterator[int]:
+    """Be, in a process of that user, a server that answers each client with the address that it sees of it."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            os.setgroups([])
+            os.setgid(uid)
+            os.setuid(uid)
+            with socket.socket(family_of(address), kind) as one:
+                for level, option in options:
+                    one.setsockopt(level, option, 1)
+                one.bind((address, port))
+                if kind == socket.SOCK_STREAM:
+                    one.listen()
+                os.write(writer, str(one.getsockname()[1]).encode())
+                while True:
+                    _echo(one, kind)
+        except OSError as error:
+            os.write(writer, errno.errorcode[error.errno].encode())
+        finally:
+            os._exit(0)
+    os.close(writer)
+    try:
+        with os.fdopen(reader, "rb", 0) as stream:
+            text = stream.read(16).decode()
+        assert text.isdigit(), text
+        yield int(text)
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+def _echo(one: socket.socket, kind: socket.SocketKind) -> None:
+    if kind == socket.SOCK_STREAM:
+        with one.accept()[0] as peer, suppress(OSError):
+            peer.sendall(peer.getpeername()[0].encode())
+        return
+    _, sender = one.recvfrom(64)
+    with suppress(OSError):
+        one.sendto(sender[0].encode(), sender)
+
+
+def ask(
+    target: str,
+    port: int,
+    kind: socket.SocketKind,
+    *,
+    bound: str | None = None,
+    connected: bool = True,
+    family: socket.AddressFamily | None = None,
+    patience: float = 2,
+) -> str:
+    """Ask an echoing server which address it sees; of an answer from elsewhere, say so."""
+    with socket.socket(family or family_of(target), kind) as one:
+        one.settimeout(patience)
+        if bound:
+            one.bind((bound, 0))
+        if kind == socket.SOCK_STREAM or connected:
+            one.connect((target, port))
+            if kind == socket.SOCK_DGRAM:
+                one.send(b"x")
+            return one.recv(64).decode()
+        one.sendto(b"x", (target, port))
+        text, sender = one.recvfrom(64)
+        return text.decode() if sender[0] == target else f"answered by {sender[0]}"

@@ -2,25 +2,30 @@
 
 import os
 import socket
+import threading
 
 import pytest
 from netplan_scene import (
+    BASE,
+    NEIGHBOUR4,
     NEIGHBOUR6,
     NOTHING,
     UID,
     as_user,
+    break_rules,
     inside,
     know_each_other,
+    read_counters,
     send,
     serving,
     sink,
+    take_rules_away,
     wanted,
 )
 
-from netplan import nfnetlink
-from netplan.counters import read_counters, read_taps
-from netplan.netlink import NETLINK_NETFILTER, NetlinkSocket
-from netplan.nftables import run
+from netplan.counters import read_taps
+
+pytestmark = pytest.mark.usefixtures("backend")
 
 A, B = UID, UID + 1
 A6, B6, A4 = "2001:db8:1::2", "2001:db8:1::3", "10.0.0.2"
@@ -92,7 +97,7 @@ def test_nothing_is_lost_while_others_come_and_go_and_the_rules_are_repaired(met
                 os._exit(0)
         while os.waitpid(child, os.WNOHANG)[0] == 0:
             metered.converge(wanted(4 + loads % 2, ranges=True))
-            run("flush chain inet partitiond in\n")
+            break_rules()
             loads += 1
     metered.converge(desired)
     assert loads >= 5
@@ -114,7 +119,7 @@ def test_counters_of_those_who_stay_go_on_and_the_others_are_gone(metered):
 
 def test_a_new_table_is_a_new_epoch(metered):
     epoch = read_counters().epoch
-    run("delete table inet partitiond\n")
+    take_rules_away()
     assert read_counters().epoch == ""
     metered.converge(wanted(3, ranges=True))
     assert read_counters().epoch not in {epoch, ""}
@@ -128,7 +133,7 @@ def test_ids_with_every_allowed_character(node):
     parts = tuple(replace(one, id=name) for one, name in zip(parts, ids, strict=True))
     node.converge(replace(wanted(0), partitions=parts))
     reading = read_counters()
-    assert {one.partition for one in reading.traffic} == set(ids) == set(reading.denied)
+    assert {one.partition for one in reading.traffic} == set(ids)
     node.converge(NOTHING)
 
 
@@ -155,11 +160,35 @@ def test_taps_are_read_towards_the_guest(node):
     }
 
 
-def test_a_counter_with_a_comment_is_read_too(node):
-    """The comment stands behind the value, where the value stands otherwise."""
-    node.converge(wanted(1))
-    run('add counter inet partitiond commented { comment "whose?"; packets 5 bytes 7; }\n')
-    with NetlinkSocket(NETLINK_NETFILTER) as sock:
-        found = {one.name: one for one in nfnetlink.counters_of(sock)}
-    assert found["commented"] == ("commented", 5, 7)
-    assert found["denied"] == ("denied", 0, 0)
+def test_what_uses_the_hosts_own_address_is_counted_by_owner(node, backend):
+    """Out by the socket's maker; in by the socket that the kernel has found already: TCP, and connected UDP."""
+    node.converge(wanted(2))
+    know_each_other(node)
+    with sink(node) as port, sink(node, NEIGHBOUR4) as port4:
+        assert as_user(UID, lambda: send(str(BASE.ip), NEIGHBOUR6, port, count=5, size=52)) == "ok"
+        assert as_user(UID + 1, lambda: send(None, NEIGHBOUR4, port4, count=3, size=72)) == "ok"
+        assert as_user(1234, lambda: send(None, NEIGHBOUR4, port4, count=3)) == "ok"
+        assert send(None, NEIGHBOUR4, port4) == "ok"
+    found = {(one.uid, one.family): one for one in read_counters().shared}
+    assert found.keys() == {(UID, "ipv6"), (UID + 1, "ipv4")}
+    assert found[UID, "ipv6"][2:] == (0, 5 * 100, 0, 5)
+    assert found[UID + 1, "ipv4"][2:] == (0, 3 * 100, 0, 3)
+
+    def answered():
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as one:
+            one.settimeout(5)
+            one.connect((NEIGHBOUR4, echo.getsockname()[1]))
+            one.send(b"x" * 72)
+            return len(one.recv(100))
+
+    with node.at_neighbour():
+        echo = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    with echo:
+        echo.bind((NEIGHBOUR4, 0))
+        thread = threading.Thread(target=lambda: echo.sendto(*echo.recvfrom(100)))
+        thread.start()
+        assert as_user(UID + 1, answered) == "72"
+        thread.join()
+    found = {(one.uid, one.family): one for one in read_counters().shared}
+    came = (100, 1) if backend == "nftables" else (0, 0)  # case own-address-in
+    assert found[UID + 1, "ipv4"][2:] == (came[0], 4 * 100, came[1], 4)

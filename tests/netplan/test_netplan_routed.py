@@ -20,6 +20,7 @@ from netplan_scene import (
     connect,
     inside,
     opened_by,
+    read_counters,
     send,
     serving,
     wanted,
@@ -28,12 +29,13 @@ from netplan_scene import (
 from netplan import rtnetlink
 from netplan.addresses import tap_ipv6
 from netplan.apply import apply
-from netplan.counters import read_counters
 from netplan.model import PROTOCOL_MARK, DesiredNetwork, RoutableIPv4, TunSpec
 from netplan.netlink import NETLINK_ROUTE, NetlinkSocket
 from netplan.observe import observe, routed_elsewhere
 from netplan.plan import plan
 from netplan.plan_routes import TABLE_GATEWAYS
+
+pytestmark = pytest.mark.usefixtures("backend")
 
 TUNSETIFF = 0x400454CA
 IFF_TUN, IFF_TAP, IFF_NO_PI, IFF_VNET_HDR = 0x1, 0x2, 0x1000, 0x4000

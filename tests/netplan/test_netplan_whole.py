@@ -54,7 +54,7 @@ def test_five_hundred_come_change_and_go(node):
     assert len(node.converge(desired)) == 5
     reading = read_counters()
     assert len(reading.traffic) == 500 * 3 * 2
-    assert len(reading.denied) == 500
+    assert reading.refused == ()
     assert len(node.converge(NOTHING)) == 1 + 1 + 500 * 4 + 1
 
 

@@ -264,6 +264,10 @@ print(json.dumps("same" if answer == hashlib.sha256(content).hexdigest() else an
 """
 
 # What an attacker tries; one word for each attempt: "sent", "connected" or the error's name.
+# where the machine gives no cgroup of its own, another's address is refused when it is used, not when it is bound
+HOOKED = os.path.ismount("/sys/fs/bpf")
+CONNECT_REFUSED = "EPERM" if HOOKED else "ECONNREFUSED"
+
 ATTACK = """
 import errno, json, os, socket, struct, fcntl, sys
 

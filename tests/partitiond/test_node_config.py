@@ -62,6 +62,7 @@ def test_the_defaults_are_those_of_slapos_core_and_of_the_contract(load):
     assert found.ipv4_network == ipaddress.IPv4Network("10.0.0.0/16")
     assert (found.interface, found.ipv6_interface, found.network.bridge) == ("br0", "br0", None)
     assert (found.computer_xml, found.computer_json) == (None, None)
+    assert found.packet_filter == "nftables"
     assert (found.create_tap, found.ipv6_range, found.address_ownership, found.destroy_guard) == (True,) * 4
     assert (found.state_dir, found.log_dir, found.run_dir) == (
         Path("/var/lib/partitiond"),
@@ -102,7 +103,6 @@ BAD = [
     ("slapformat", "software_user", "slapuser2", "no user of a partition"),
     ("partitiond", "uid_base", "0", "whole number from 100"),
     ("partitiond", "packet_filter", "nftable", "did you mean nftables?"),
-    ("partitiond", "packet_filter", "iptables", "allowed: nftables"),
     ("partitiond", "address_ownership", "on", "enforce or off"),
     ("partitiond", "destroy_guard", "sometimes", "true, false"),
     ("partitiond", "meter_interval", "0", "whole number from 1"),
@@ -204,8 +204,8 @@ def test_the_bridge_of_old_configurations_is_pointed_to_the_new_key(load):
 
 
 def test_what_is_known_but_does_nothing_yet_is_said(load):
-    text, _ = with_setting("partitiond", "tap_guard", "strict")
-    assert "the guard of tap frames is not acted on yet" in load(text).warnings[0]
+    text, _ = with_setting("partitiond", "metrics_listen", "127.0.0.1:9816")
+    assert "the metrics listener is not acted on yet" in load(text).warnings[0]
 
 
 def test_sections_of_other_programs_are_no_ones_business(load):
@@ -306,3 +306,53 @@ def test_what_nothing_may_act_on_is_refused(load, section, line):
         load(text + "\n")
     assert caught.value.code == "config.value"
     assert f"slapos.cfg:{text.splitlines().index(line) + 1}: {key}" in str(caught.value)
+
+
+# --- private namespaces -------------------------------------------------------------------------------------------------
+
+
+def test_private_namespaces_are_on_unless_switched_off(load):
+    assert load(GOOD).shared_namespaces == frozenset()
+    off = "[partitiond]\nprivate_namespaces = off\n"
+    everybody = frozenset(f"slappart{index}" for index in range(3))
+    assert load(GOOD + off).shared_namespaces == everybody
+    one = "[private_namespaces]\nslappart1 = off ; a release that needs the host's /tmp\n"
+    assert load(GOOD + one).shared_namespaces == {"slappart1"}
+    but_one = off + "[private_namespaces]\nslappart1 = on\n"
+    found = load(GOOD + but_one)
+    assert found.shared_namespaces == everybody - {"slappart1"}
+    assert load(found.text) == dataclasses.replace(found)
+    assert not found.warnings
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "allowed"),
+    [
+        ("slappart1", "maybe", "on or off"),
+        ("slappart1", "", "on or off"),
+        ("slappart1", "true", "on or off"),
+        ("slappart", "off", "slappart0 to slappart2"),
+        ("slappart01", "off", "slappart0 to slappart2"),
+        ("slapuser1", "off", "slappart0 to slappart2"),
+    ],
+)
+def test_bad_private_namespaces(load, key, value, allowed):
+    text, line = with_setting("private_namespaces", key, value)
+    with pytest.raises(PartitiondError) as caught:
+        load(text)
+    assert f"slapos.cfg:{line}: " in str(caught.value)
+    assert allowed in str(caught.value)
+
+
+def test_private_namespaces_of_a_partition_that_is_not_there_are_warned_of(load):
+    text, line = with_setting("private_namespaces", "slappart3", "off")
+    found = load(text)
+    assert found.shared_namespaces == {"slappart3"}
+    assert any(f"slapos.cfg:{line}: slappart3" in warning for warning in found.warnings)
+
+
+def test_private_namespaces_are_on_or_off(load):
+    text, line = with_setting("partitiond", "private_namespaces", "yes")
+    with pytest.raises(PartitiondError) as caught:
+        load(text)
+    assert f"slapos.cfg:{line}: private_namespaces = 'yes'; allowed: on or off" in str(caught.value)

@@ -3,6 +3,7 @@
 from collections import Counter
 
 import pytest
+from network_scene import attempts
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
 from partitiond import metrics
@@ -50,3 +51,23 @@ def test_what_was_counted_is_there(context):
     assert found["partitiond_master_up",] == 0
     context.master.note(True)
     assert samples(context, tally)["partitiond_master_up",] == 1
+
+
+def test_refusals_are_told_by_partition_and_rule(bridge, node_config, command):
+    from partitiond import converge
+
+    node = node_config(2)
+    done = command("-c", node.path, "apply")
+    assert done.returncode == 0, done.stderr
+    context = Context.of(node.load())
+    seen = converge.observe(context)
+    thief = seen.node.partitions[1]
+
+    foreign = ("send", f"{bridge.prefix}:ffff::1", bridge.gateway)
+    assert attempts(thief.user, foreign, foreign, foreign) == ["EPERM"] * 3
+    found = samples(context, metrics.Tally())
+    name = "partitiond_partition_denied_packets_total"
+    assert {key: value for key, value in found.items() if key[0] == name} == {
+        (name, ("partition", thief.id), ("rule", "foreign")): 3
+    }
+    context.meters.close()

@@ -195,6 +195,9 @@ def test_what_lies_there_is_metered_and_goes_with_the_instance(node):
         assert disk_bytes(context, "slappart0") < 2**17
     finally:
         context.meters.close()
+    # a directory that the last tenant has held open is not the next one's
+    assert not mine.exists()
+    apply(node)
     assert list(mine.iterdir()) == []
     assert access(mine) == (USER0, USER0, 0o750)
     assert (other / "file").read_bytes() == b"x"

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from network_scene import inside
 
-from partitiond import converge, instances, trial
+from partitiond import converge, privacy, programs, trial
 from partitiond.context import Context
 from partitiond.state import InstanceState
 
@@ -273,7 +273,8 @@ def instance_runs(node, index):
     script.write_text("#!/bin/sh\nexec /bin/sleep 1000\n")
     script.chmod(0o755)
     partition = converge.observe(context).node.partitions[index]
-    context.supervisor.write_group(instances.process_group(context, partition))
+    privacy.ensure(context, partition)
+    context.supervisor.write_group(programs.group(context, partition))
     context.supervisor.update()
     context.supervisor.start_group(partition.id)
     return pid_of(node, index)

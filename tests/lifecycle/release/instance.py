@@ -39,6 +39,8 @@ if parameter("sleep"):
 if parameter("fail"):
     raise zc.buildout.UserError(parameter("fail"))
 
+with open("/tmp/of-the-buildout", "w") as mark:
+    mark.write(slap["partition-id"])
 with open(os.path.join(here, ".slapos-resource")) as stream:
     resource = json.load(stream)
 ipv4 = next(row["addr"] for row in resource["address_list"] if ":" not in row["addr"])

@@ -1,0 +1,244 @@
+"""The packet filter of legacy hosts: the same ownership and meters as rules of iptables.  Pure.
+
+iptables has no sets, so one rule for each address is what there is, and a packet would pass all of them.
+Therefore each list is in two steps: neighbouring addresses (the same but for the last 4 bits) have a chain of
+their own, which all others pass by with one rule.  500 partitions in a row cost 32 + 16 rules instead of 500.
+Where an address's rule stands follows from the address alone: it stays there, with its counters, when others
+come and go.
+
+All is in the table ``filter``, in chains of ours, with one jump at the head of INPUT, FORWARD and OUTPUT.
+Ours never accept: what passes them meets the host's own rules.  Comments say what a rule counts, in the names
+that the counters of nftables have.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from ipaddress import ip_network
+from socket import AF_INET, AF_INET6, AddressFamily
+from typing import Literal, NamedTuple
+
+from netplan.metering import counter_name
+from netplan.model import DesiredNetwork, PartitionNetwork
+from netplan.once import once, once_each
+from netplan.ownership import RULES
+from netplan.xtables import ANY_USER, Chains, Entry, Rule, entry
+
+PREFIX = "PARTITIOND-"
+"""What the name of each of our chains starts with; of at most 28 characters (XT_EXTENSION_MAXNAMELEN)."""
+
+_JUMPS = {"INPUT": "IN", "FORWARD": "FORWARD", "OUTPUT": "OUT"}
+REFUSED, SHARED = "refused", "shared"
+"""What the comments of the rules start with that count refusals, and use of the host's own address."""
+
+_BITS = 4  # the addresses of one chain differ in so many
+
+
+_Side = Literal["source", "destination"]
+
+
+@dataclass(frozen=True, slots=True)
+class LegacyFilter:
+    """The rules of one desired state: our chains by family, and what the built-in chains begin with.
+
+    The chain of notes (:mod:`netplan.legacy_filter`) is not among them.
+    """
+
+    chains: Mapping[AddressFamily, Chains]
+    jumps: Mapping[AddressFamily, Mapping[str, Entry]]
+    fingerprint: str
+
+
+class _Owned(NamedTuple):
+    """An address or range of a partition; ``kind`` is the family of its meters, ``tun`` for what has none.
+
+    ``neighbours`` is the network of those that share a chain with it.
+    """
+
+    partition: str
+    uid: int
+    kind: str
+    text: str
+    length: int
+    neighbours: str
+
+
+def _of(rule: Rule, side: _Side, address: str) -> Rule:
+    return replace(rule, source=address) if side == "source" else replace(rule, destination=address)
+
+
+class _Draft:
+    """Chains while they are written, by what of their name is behind the prefix."""
+
+    def __init__(self) -> None:
+        self.chains: dict[str, list[Rule]] = {}
+
+    def chain(self, name: str, rules: Iterable[Rule]) -> str:
+        """Add rules to a chain, and return its full name."""
+        self.chains.setdefault(name, []).extend(rules)
+        return PREFIX + name
+
+    def look_up(
+        self,
+        name: str,
+        side: _Side,
+        owned: Sequence[_Owned],
+        make: Callable[[_Owned], Iterator[Rule]],
+        end: str,
+    ) -> str:
+        """Write chains that lead what has an address as its ``side`` to the rules that ``make`` has for it, and
+        all else to the chain ``end`` ("": back).  Return the name of the first.
+
+        Longest prefix first: whoever is sent to the neighbours of an address goes on to the ranges from there.
+        """
+        for length in sorted({one.length for one in owned}):
+            first = f"{name}{length}"
+            last = [Rule(end, goto=True)] if end else []
+            places: dict[str, tuple[dict[str, None], list[Rule]]] = {}  # networks that lead there, rules
+            for one in (one for one in owned if one.length == length):
+                place = f"{first}-{hashlib.blake2b(one.neighbours.encode(), digest_size=3).hexdigest()}"
+                networks, rules = places.setdefault(place, ({}, []))
+                networks[one.neighbours] = None
+                rules += make(one)
+            for place, (networks, rules) in places.items():
+                way = Rule(self.chain(place, (*rules, *last)), goto=True)
+                self.chain(first, (_of(way, side, network) for network in networks))
+            end = self.chain(first, last)
+        return end
+
+
+@once
+def render_legacy(desired: DesiredNetwork) -> LegacyFilter:
+    """Return the rules of a desired state."""
+    chains: dict[AddressFamily, Chains] = {}
+    jumps: dict[AddressFamily, Mapping[str, Entry]] = {}
+    digest = hashlib.sha256()
+    shares = [_share(one) for one in desired.partitions]
+    for family in (AF_INET6, AF_INET):
+        draft = _Draft()
+        owned = [one for share in shares for one in share[family]]
+        if desired.ownership:
+            _ownership(draft, desired.partitions, owned)
+        _metering(draft, desired, owned, family)
+        chains[family] = {
+            PREFIX + name: tuple(entry(rule, family) for rule in rules)
+            for name, rules in draft.chains.items()
+        }
+        jumps[family] = {
+            hook: entry(Rule(PREFIX + name), family) for hook, name in _JUMPS.items() if name in draft.chains
+        }
+        for name, entries in chains[family].items():
+            digest.update(name.encode())
+            for one in entries:
+                digest.update(b"\0".join((one.head, one.target.encode(), one.data)))
+    return LegacyFilter(chains, jumps, digest.hexdigest()[:32])
+
+
+@once_each
+def _share(one: PartitionNetwork) -> Mapping[AddressFamily, tuple[_Owned, ...]]:
+    routable = one.routable_ipv4.interface.ip if one.routable_ipv4 else None
+    tun6 = one.tun.ipv6.ip if one.tun and one.tun.ipv6 else None
+    tun4 = one.tun.ipv4.ip if one.tun and one.tun.ipv4 else None
+    six = {"ipv6": one.ipv6.ip if one.ipv6 else None, "tun": tun6, "range": one.ipv6_range}
+    four = {"ipv4": one.ipv4, "public4": one.public_ipv4, "routable4": routable, "tun": tun4}
+    return {
+        family: tuple(_owned(one, kind, str(what)) for kind, what in have.items() if what is not None)
+        for family, have in ((AF_INET6, six), (AF_INET, four))
+    }
+
+
+def _owned(one: PartitionNetwork, kind: str, text: str) -> _Owned:
+    network = ip_network(text)
+    neighbours = str(network.supernet(min(_BITS, network.prefixlen)))
+    return _Owned(one.id, one.uid, kind, text, network.prefixlen, neighbours)
+
+
+def _by_user(draft: _Draft, name: str, partitions: Sequence[PartitionNetwork], counted: str) -> str:
+    """Write a chain that counts packets by the partition's user who sent them, and return its name."""
+    blocks: dict[int, list[int]] = {}
+    for one in partitions:
+        blocks.setdefault(one.uid >> _BITS, []).append(one.uid)
+    for block, users in blocks.items():
+        each = (Rule("RETURN", users=(uid, uid), comment=f"{counted}/{uid}") for uid in users)
+        place = draft.chain(f"{name}-{block}", each)
+        of_these = (block << _BITS, (block + 1 << _BITS) - 1)
+        draft.chain(name, [Rule(place, goto=True, users=of_these)])
+    return draft.chain(name, ())
+
+
+def _ownership(draft: _Draft, partitions: Sequence[PartitionNetwork], owned: Sequence[_Owned]) -> None:
+    """Write the rules of :mod:`netplan.ownership`."""
+    private = [one for one in owned if one.kind == "ipv4"]
+    reached = [one for one in owned if one.kind != "ipv4"]
+    needed = {"address": bool(reached), "private": bool(private), "foreign": True}
+    deny = {}
+    for rule in (rule for rule in RULES if needed[rule]):
+        count = Rule(_by_user(draft, rule.upper(), partitions, f"{REFUSED}/{rule}"))
+        # as in nftables: a drop is EPERM for send(2), only connect(2) of TCP would wait without a reset; and
+        # the answer to a source that is not on this host would leave it
+        reset = () if rule == "foreign" else (Rule("RESET", tcp=True),)
+        deny[rule] = draft.chain(f"DENY-{rule.upper()}", (count, *reset, Rule("DROP")))
+    foreign = Rule(deny["foreign"], goto=True, users=ANY_USER, unlike_local=True)
+    rest = draft.chain("REST", [foreign])
+
+    def own(one: _Owned) -> Iterator[Rule]:
+        yield Rule("RETURN", source=one.text, users=(one.uid, one.uid))
+        if one.kind not in ("ipv4", "range"):  # see "same6" of the nft rules
+            yield Rule("RETURN", source=one.text, destination=one.text, echo_request=True)
+        why = "private" if one.kind == "ipv4" else "address"
+        yield Rule(deny[why], goto=True, source=one.text, users=ANY_USER)
+
+    def reach(one: _Owned) -> Iterator[Rule]:
+        yield Rule("RETURN", destination=one.text, users=(one.uid, one.uid))
+        yield Rule(deny["private"], goto=True, destination=one.text, users=ANY_USER)
+
+    if private:
+        draft.chain("OUT", [Rule(draft.look_up("REACH", "destination", private, reach, ""))])
+    draft.chain("OUT", [Rule(draft.look_up("OWN", "source", owned, own, rest))])
+    if reached:  # nobody else sends from these; private addresses: see _metering
+        spoofed = draft.look_up(
+            "SPOOF", "source", reached, lambda one: iter([Rule("DROP", source=one.text)]), ""
+        )
+        draft.chain("FORWARD", [Rule(spoofed)])
+
+
+def _metering(draft: _Draft, desired: DesiredNetwork, owned: Sequence[_Owned], family: AddressFamily) -> None:
+    """Write the counters behind the rules of ownership, by side of lo and direction."""
+    metered = [one for one in owned if one.kind != "tun"]
+
+    def counters(scope: str, direction: str, end: str = "") -> str:
+        side: _Side = "source" if direction == "out" else "destination"
+
+        def count(one: _Owned) -> Iterator[Rule]:
+            if desired.ownership and one.kind == "ipv4" and (scope, direction) == ("remote", "in"):
+                yield Rule("DROP", destination=one.text)  # the weak host model would let the LAN in
+                return
+            name = counter_name(one.partition, one.kind, scope, direction)
+            yield _of(Rule("RETURN", comment=name), side, one.text)
+
+        return draft.look_up(f"{scope[0]}{direction}".upper(), side, metered, count, end)
+
+    version = "ipv6" if family == AF_INET6 else "ipv4"
+    shared = _by_user(draft, "SHARED", desired.partitions, f"{SHARED}/{version}")
+    to_lo = (
+        [Rule(counters("local", "out"), goto=True, to_lo=True)] if metered else [Rule("RETURN", to_lo=True)]
+    )
+    draft.chain(
+        "OUT",
+        (
+            Rule("RETURN", to_lo=True, rst=True),  # of what ownership refused, see netplan.metering
+            *to_lo,
+            Rule(counters("remote", "out", shared), goto=True),
+        ),
+    )
+    if metered:
+        spoofed = [one.target for one in draft.chains.get("FORWARD", ())]
+        draft.chain(
+            "IN",
+            (
+                Rule("RETURN", from_lo=True, rst=True),
+                Rule(counters("local", "in"), goto=True, from_lo=True),
+                *(Rule(name) for name in spoofed),
+                Rule(counters("remote", "in"), goto=True),
+            ),
+        )
