@@ -153,7 +153,7 @@ class Scene:
         self.master.as_production_does("COMP-1", RELEASE, started=set(names))
         self.verb("sync", "instances")
         self._start_agents()
-        for _ in range(2 * COUNT + 3):
+        while len(self.agents) < COUNT + len(self.started):
             channel, _ = self._hub.accept()
             agent = Agent(channel)
             self.agents[agent.name] = agent
@@ -202,7 +202,7 @@ class Scene:
 
     def _start_agents(self):
         """Those that the product does not start."""
-        for index in range(COUNT):
+        for index in range(COUNT if self.enforced else 0):
             self._start(f"outside{index}", *_as_user(f"slapuser{index}"))
         self._start(VISITOR, *_as_user(VISITOR))
         with open(self.node.path, "rb") as stream:  # by which root shows that something left open is seen

@@ -100,7 +100,11 @@ def no_breach(matrix, *, but=()):
 def test_nobody_gets_at_what_is_another_s(make_scene, summary):
     with make_scene(enforced=True) as scene:
         matrix = run(scene, "in force", summary)
+        scene.verb("sync", "usage")
+        used = {one["id"]: one["denied_packets"] for one in scene.verb("usage")["partitions"]}
     no_breach(matrix)
+    assert len(used) == COUNT
+    assert all(used.values()), f"refusals are counted for those who tried: {used}"
 
 
 @pytest.mark.full
