@@ -39,6 +39,8 @@ _REACHABLE_SECONDS = 5
 _MODULE = "supervisor.supervisord"
 PROGRAM_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,99}")
 _GROUP_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,99}")
+# of a command or a path: supervisord splits commands as a shell does, and quotes stand around the values of the environment
+_WORD = re.compile(r"[^\s\"'\\;,]+")
 _SOCKET_LIMIT = 104  # struct sockaddr_un holds 108 bytes; supervisord makes a longer temporary name beside it
 
 
@@ -83,17 +85,15 @@ class Group:
         A name or a command that could end its line would be configuration of root's written by a tenant.
         """
         texts = (text for item in self.programs for text in (item.name, item.process_name))
-        commands = (
-            *map(str, (self.directory, self.log_directory)),
-            *(item.command for item in self.programs),
-        )
+        words = [str(self.directory), str(self.log_directory), self.user, *self.launcher]
+        words += [word for item in self.programs for word in item.command.split(" ")]
         if not _GROUP_NAME.fullmatch(self.name):
             raise _unusable(self.name)
         for text in texts:
             if not PROGRAM_NAME.fullmatch(text):
                 raise _unusable(text)
-        for text in (*commands, *self.launcher):
-            if not text.isprintable() or " ;" in text:
+        for text in words:
+            if not text.isprintable() or not _WORD.fullmatch(text):
                 raise _unusable(text)
         heads = ",".join(f"{self.name}_{program.name}" for program in self.programs)
         return f"[group:{self.name}]\nprograms={heads}\n" + "".join(
