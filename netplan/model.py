@@ -119,12 +119,15 @@ class TapSpec:
 
 @dataclass(frozen=True, slots=True)
 class TunSpec:
-    """A persistent tun: its name, who may open it, and the host's addresses on it with their networks."""
+    """A persistent tun: its name, who may open it, the host's addresses on it with their networks, and whether what
+    leaves it must be of these networks.
+    """
 
     name: str
     owner_uid: int
     ipv6: IPv6Interface | None = None
     ipv4: IPv4Interface | None = None
+    guarded: bool = False
 
     def __post_init__(self) -> None:
         _check_link(self.name)

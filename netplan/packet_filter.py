@@ -1,7 +1,7 @@
 """The packet filter as the text of nft transactions.  Pure.
 
-The filter is a sum of parts (:mod:`netplan.ownership`, :mod:`netplan.metering`, :mod:`netplan.tap_guard`) in
-the tables ``inet``, ``bridge`` and ``arp partitiond``, of which only the first is always there; it has all
+The filter is a sum of parts (:mod:`netplan.ownership`, :mod:`netplan.metering`, :mod:`netplan.tap_guard`,
+:mod:`netplan.tun_guard`) in the tables ``inet``, ``bridge`` and ``arp partitiond``, of which only the first is always there; it has all
 named counters.  A transaction changes what differs and nothing else: elements of those who stay are not
 touched, what the kernel put into sets itself never, and rules only when they changed.
 
@@ -29,6 +29,7 @@ from netplan.ownership import ownership
 from netplan.ruleset import Part
 from netplan.sysctls import NOTES
 from netplan.tap_guard import tap_guard
+from netplan.tun_guard import tun_guard
 
 FINGERPRINT_CHAIN = "fingerprint"
 """A chain that no hook reaches; the comments of its rules say what was loaded (:mod:`netplan.filter_state`).
@@ -196,6 +197,7 @@ def render(desired: DesiredNetwork) -> Filter:
     if desired.ownership:
         parts.insert(0, ownership(desired.partitions))
     parts += tap_guard(desired.partitions, desired.protected)
+    parts += tun_guard(desired.partitions)
     declarations = "".join(line for part in parts for line in _declarations(part))
     declarations += f"add chain inet {TABLE} {FINGERPRINT_CHAIN}\n"
     rules = "".join(line for part in parts for line in _rules(part))

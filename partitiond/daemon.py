@@ -27,6 +27,7 @@ from partitiond import (
     converge,
     event_reader,
     execute,
+    keyring,
     lanes,
     memory,
     metrics,
@@ -181,6 +182,7 @@ class Daemon:
         """Run until SIGTERM or SIGINT; return the exit status. Raises a family error when the start fails."""
         context, config = self.context, self.context.config
         memory.be_frugal()
+        keyring.leave()
         sys.setswitchinterval(_SWITCH_SECONDS)
         with recovery.exclusive(config, "run"):
             for number in (signal.SIGTERM, signal.SIGINT):

@@ -159,9 +159,16 @@ def _shared(reading: counters.CounterReading, node: Node) -> Iterator[TrafficRea
 
 
 def refusals(reading: counters.CounterReading, node: Node) -> dict[tuple[str, str], int]:
-    """What was refused, by partition and rule (``tap-arp``: a guest's frame); those who never tried are not there."""
+    """What was refused, by partition and rule (``tap-arp``: a guest's frame, ``tap-tun``: what came out of its tun);
+    those who never tried are not there.
+    """
     users = {item.uid: item.id for item in node.partitions}
-    taps = {item.network.tap.name: item.id for item in node.partitions if item.network.tap}
+    taps = {
+        link.name: item.id
+        for item in node.partitions
+        for link in (item.network.tap, item.network.tun)
+        if link
+    }
     found: dict[tuple[str, str], int] = {}
     for one in reading.refused:
         partition = users.get(one.uid) if one.uid is not None else taps.get(one.tap or "")
@@ -198,7 +205,7 @@ def _denied(reading: counters.CounterReading, node: Node) -> Iterator[CountReadi
         (frames if rule.startswith(_OF_TAP) else packets)[partition] += count
     for item in node.partitions:
         yield CountReading(item.id, "denied_packets", reading.epoch, packets[item.id])
-        if item.network.tap:
+        if item.network.tap or item.network.tun:
             yield CountReading(item.id, "denied_frames", reading.tap_epoch, frames[item.id])
 
 

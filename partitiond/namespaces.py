@@ -27,8 +27,11 @@ if TYPE_CHECKING:
 NSENTER = "/usr/bin/nsenter"
 # of the memory, for all that a partition keeps in the three directories together; the kernel's own default is half for each
 _SIZE = "25%"
-# not /dev/shm alone: programs use /tmp and /var/tmp for what only they should see, too
-_COVERED = (("tmp", "/tmp"), ("var-tmp", "/var/tmp"), ("shm", "/dev/shm"))  # noqa: S108 - the private ones
+# all that everybody may write into: programs use these for what only they should see, too
+_COVERED = (
+    *(("tmp", "/tmp"), ("var-tmp", "/var/tmp")),  # noqa: S108 - the private ones
+    *(("shm", "/dev/shm"), ("lock", "/run/lock")),  # noqa: S108 - likewise
+)
 _IPC = "ipc"
 _QUEUES = "/dev/mqueue"
 # a new IPC namespace begins with the kernel's defaults (ipc_namespaces(7)); what the operator has set is meant for tenants too

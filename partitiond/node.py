@@ -194,7 +194,9 @@ def _partition(
             guard=_guard(config, chosen, routable, allowance, guest_mac),
         )
     if config.network.create_tun:
-        tun = TunSpec(f"slaptun{index}", uid, chosen.tun_ipv6, chosen.tun_ipv4)
+        tun = TunSpec(
+            f"slaptun{index}", uid, chosen.tun_ipv6, chosen.tun_ipv4, guarded=config.guard.mode != "off"
+        )
     network = PartitionNetwork(
         id=name,
         index=index,

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from partitiond import execute, files
+from partitiond import execute, files, keyring
 from partitiond.errors import PartitiondError
 from partitiond.namespaces import NSENTER
 from partitiond.unix_http import UnixConnection
@@ -210,6 +210,7 @@ class Supervisor:
         if self._wait_for_another():
             return lambda: None
         end_orphans(self.socket)
+        keyring.leave()
         environment = {"PATH": execute.PATH, "LANG": "C.UTF-8", "HOME": "/root"}
         command = [
             sys.executable,

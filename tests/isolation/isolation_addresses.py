@@ -11,7 +11,10 @@ import struct
 from isolation_cells import Job
 from isolation_node import COUNT, HOST, NEIGHBOUR4, NEIGHBOUR6, VISITOR, WIRE
 
-SERVICE, SQUATTED, HERE, CLOSED, RESOLVER, LISTENING = 9000, 9100, 9400, 9999, 5353, 20000
+SERVICE, SQUATTED, HERE, LOCAL, CLOSED, RESOLVER, LISTENING = 9000, 9100, 9400, 9700, 9999, 5353, 20000
+TAKEN = "a socket for all addresses takes its port from everybody who has not bound it yet (bind(2))"
+LOOPBACK = "what listens on the loopback address is everybody's"
+LISTED = "the network namespace lists the sockets of all (/proc/net, sock_diag(7))"
 SAME = "an echo request from an address to itself, which is what an unbound ping to a partition of the host looks like"
 GROUP = "224.0.0.251"
 PUBLIC = ("IPv6", "range", "routable IPv4", "tun IPv6", "tun IPv4")
@@ -43,6 +46,7 @@ class Rounds:
                     for number, variant in enumerate(("udp address", "udp shared", "tcp shared")):
                         name = f"squatted {kind} {place} {variant}"
                         rows.append([name, variant, address, SQUATTED + 4 * place + number])
+            rows += [[f"local {what}", what, "127.0.0.1", LOCAL + one.index] for what in ("udp", "tcp")]
             questions[one.id] = ("listen", rows)
         near, far = ["127.0.0.1", "::1", *HOST.values()], WIRE.values()
         questions["root"] = ("listen", [[f"resolver {one}", "udp", one, RESOLVER] for one in near])
@@ -99,7 +103,18 @@ class Rounds:
 
     # --- listening at another's address
 
-    _AT = ("tcp", "tcp free", "tcp device", "mptcp", "udp", "udp free", "udp device", "udplite")
+    _AT = (
+        "tcp",
+        "tcp free",
+        "tcp device",
+        "mptcp",
+        "sctp",
+        "smc",
+        "udp",
+        "udp free",
+        "udp device",
+        "udplite",
+    )
     _AT_FOUR = ("tcp mapped", "udp mapped")
     _ANYWHERE = (
         *(("tcp dual", "::"), ("mptcp dual", "::"), ("udp dual", "::"), ("udplite dual", "::")),
@@ -130,10 +145,16 @@ class Rounds:
             )
             for job in reached
         )
-        refused = [job for job, outcome in zip(jobs, outcomes, strict=True) if outcome != "ok"]
-        for job in refused:
-            kind = f"be reached at {job.kind.removeprefix('bind ')}"
-            cells.append(Job(kind, job.attacker, job.victim, job.what, (), "").cell(False, "not bound"))
+        cells += [
+            Job(f"be reached at {kind.removeprefix('bind ')}", attacker, victim, what, (), "").cell(
+                False, outcome
+            )
+            for (kind, attacker, victim, what), outcome in (
+                ((job.kind, job.attacker, job.victim, job.what), outcome)
+                for job, outcome in zip(jobs, outcomes, strict=True)
+            )
+            if outcome != "ok"
+        ]
         self._close_all("at ")
         return cells
 
@@ -164,6 +185,62 @@ class Rounds:
                     )
         cells = self._reach(rows)
         self._close_all("any ")
+        return cells
+
+    def common(self):
+        """What the shared network namespace gives to all: measured, and named for what it is."""
+        cells, opened = [], []
+        for attacker, agent in ((one, self.scene.agent_name(one)) for one in self.users):
+            for number, (variant, where) in enumerate((("tcp dual", "::"), ("udp dual", "::"))):
+                port = LISTENING + 32 * self.users[attacker] + 30 + number
+                opened.append(
+                    Job(
+                        "any",
+                        attacker,
+                        "",
+                        variant,
+                        (f"any {attacker} {variant}", variant, where, port),
+                        agent,
+                    )
+                )
+        assert set(self.scene.listen(opened)) == {"ok"}
+        taken = [
+            Job(
+                "take a port",
+                job.attacker,
+                victim.id,
+                f"{job.what}, {kind}",
+                ("bind", job.what.split()[0], address, job.words[3]),
+                victim.id,
+            )
+            for job in opened
+            for victim in self.scene.tenants
+            if victim.user != job.attacker
+            for kind, address in victim.addresses.items()
+        ]
+        for job, outcome in zip(taken, self.scene.attempt(taken), strict=True):
+            known = Job(job.kind, job.attacker, job.victim, job.what, (), "", known=TAKEN)
+            cells.append(
+                known.cell(
+                    outcome == "EADDRINUSE", f"ok, {outcome}" if outcome != "ok" else "bound all the same"
+                )
+            )
+        self._close_all("any ")
+        local = []
+        for attacker in self.users:
+            for victim in self.scene.tenants:
+                if victim.user != attacker:
+                    agent, port = self.scene.agent_name(attacker), LOCAL + victim.index
+                    words = ("tcp unbound", "", "127.0.0.1", port, self.token())
+                    local.append(Job("loopback", attacker, victim.id, "tcp", words, agent, known=LOOPBACK))
+                    words = ("shown", False, port)
+                    cells += self.scene.cells(
+                        [Job("list of sockets", attacker, victim.id, "udp", words, agent, known=LISTED)]
+                    )
+        cells += [
+            job.cell(said.startswith("ok"), said)
+            for job, said in zip(local, self.scene.connect(local), strict=True)
+        ]
         return cells
 
     def squatting(self):
@@ -209,7 +286,7 @@ class Rounds:
         for job, outcome in zip((*streams, *datagrams), told, strict=True):
             token = job.words[4] if job.words[0] != "send" else job.words[5]
             got = any(where == sockets[token] for _, where, _ in seen.get(token, ()))
-            cells.append(job.cell(got, "ok, received" if got else outcome.replace("ok", "unseen")))
+            cells.append(job.cell(got, "ok, received" if got else _unseen(outcome)))
         return cells
 
     def _title(self, client, victim):
@@ -221,7 +298,7 @@ class Rounds:
 
     _SENT = ("free", "shared", "transparent", "control", "connected", "after control")
     _SENT_SIX, _SENT_FOUR = ("old", "flow"), ("mapped", "mapped control", "multicast", "options")
-    _STREAMS = ("tcp free", "tcp shared", "mptcp", "tcp fast")
+    _STREAMS = ("tcp free", "tcp shared", "mptcp", "sctp", "smc", "tcp fast")
 
     def sending(self):
         """Bind another's address, or name it in a message or an option, and send."""
@@ -260,7 +337,7 @@ class Rounds:
                 got = any(source == address for _, _, source in seen.get(_token_of(job.words), ()))
             else:
                 got = outcome == f"ok {address}" or (address, job.words[3]) in syn
-            cells.append(job.cell(got, "ok, seen" if got else outcome.replace("ok", "another source")))
+            cells.append(job.cell(got, "ok, seen" if got else _unseen(outcome)))
         return cells
 
     def _targets(self, attacker, victim, address):
@@ -368,7 +445,7 @@ class Rounds:
                 got = any(one == source for _, _, one in seen.get(_token_of(job.words), ()))
             else:
                 got = outcome == f"ok {job.words[1]}" or (job.words[1], job.words[3]) in syn
-            cells.append(job.cell(got, "ok, seen" if got else outcome.replace("ok", "another source")))
+            cells.append(job.cell(got, "ok, seen" if got else _unseen(outcome)))
         return cells
 
     def _nobody(self, attacker, name, six, what, words):
@@ -418,7 +495,7 @@ class Rounds:
                 got = any(who == job.victim for who, _, _ in seen.get(_token_of(job.words), ()))
             else:
                 got = outcome.startswith("ok")
-            cells.append(job.cell(got, outcome if got else outcome.replace("ok", "unseen")))
+            cells.append(job.cell(got, outcome if got else _unseen(outcome)))
         return cells
 
     # --- from the wire
@@ -433,6 +510,11 @@ class Rounds:
                 words = ("send", "udp transparent", address, target, SERVICE, self.token())
                 jobs.append(Job("sent by the wire", "wire", other.id, f"from {kind}", words, "wire"))
         return self._delivered(jobs, [])
+
+
+def _unseen(outcome):
+    """What a system call said that had no effect; IPv6 echo requests say nothing of being refused (net/ipv6/ping.c)."""
+    return "unseen" if outcome.startswith("ok") else outcome
 
 
 def _token_of(words):

@@ -48,7 +48,10 @@ class Inbox(threading.Thread):
         self.seen = []
 
     def add(self, sock, where, kind):
-        sock.setblocking(False)
+        if kind == "tap":
+            os.set_blocking(sock, False)
+        else:
+            sock.setblocking(False)
         with self._lock:
             self._selector.register(sock, selectors.EVENT_READ, (where, kind))
             os.write(self._poke, b"x")
@@ -69,7 +72,9 @@ class Inbox(threading.Thread):
     def _read(self, sock, where, kind):
         try:
             for _ in range(64):
-                if kind == "listen":
+                if kind == "tap":
+                    self._frame(where, os.read(sock, 2048))
+                elif kind == "listen":
                     connection, source = sock.accept()
                     self._note(where, b"", source[0])
                     self.add(connection, where, "stream")
@@ -144,6 +149,21 @@ class Agent:
         self.kept[name] = sock
         self.inbox.add(sock, name, "frames")
 
+    def guest(self, tap, frame):
+        """Be the guest behind a tap from now on: say something, and keep every frame that comes."""
+        descriptor = isolation_network.attached(tap, tap=True)
+        isolation_network.wait_for_carrier(tap)
+        os.write(descriptor, bytes.fromhex(frame))
+        self.kept["guest"] = descriptor
+        self.inbox.add(descriptor, "guest", "tap")
+
+    def wire(self, interface, frames):
+        """Put frames on the wire: root's."""
+        with socket.socket(socket.AF_PACKET, socket.SOCK_RAW) as sock:
+            sock.bind((interface, 0))
+            for frame in frames:
+                sock.send(bytes.fromhex(frame))
+
     def lost(self, name):
         """Frames that a capture could not keep up with."""
         return struct.unpack("II", self.kept[name].getsockopt(263, 6, 8))[1]  # SOL_PACKET, PACKET_STATISTICS
@@ -152,7 +172,10 @@ class Agent:
         for name in [one for one in self.kept if one.startswith(prefix)]:
             sock = self.kept.pop(name)
             self.inbox.drop(sock)
-            sock.close()
+            if isinstance(sock, int):
+                os.close(sock)
+            else:
+                sock.close()
 
     def received(self):
         """What arrived since the last time."""

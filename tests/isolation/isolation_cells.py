@@ -51,6 +51,17 @@ class Cell:
         return self.allowed and not self.got
 
     @property
+    def slow(self):
+        """Refused, but only a clock says so, to a user of this node who could have been told at once.
+
+        A source that nobody has is refused without a word: a reset would go to who has it elsewhere.
+        """
+        told = self.kind == "private IPv4" or (
+            self.kind.startswith("send from") and "nobody's" not in self.kind
+        )
+        return self.outcome == "ETIMEDOUT" and told and self.attacker != "wire"
+
+    @property
     def attempt(self):
         """What was done, whatever the kind of the address and who was at the other end: it has to get through once."""
         return _ADDRESS.sub("", self.kind), _WHERE.sub("", self.what)
@@ -75,6 +86,10 @@ class Matrix:
     def broken(self):
         return [one for one in self.cells if one.broken]
 
+    @property
+    def slow(self):
+        return [one for one in self.cells if one.slow]
+
     def shares(self):
         """{kind: (breaches, cells that have to be refused)}."""
         found = defaultdict(lambda: (0, 0))
@@ -98,7 +113,8 @@ class Matrix:
 
     def lines(self):
         """The table: kinds of resources × attackers; a number of cells, with ``!`` how many of them were breaches."""
-        yield f"{self.title}: {len(self.cells)} cells, {len(self.breaches)} breaches, {len(self.broken)} wrongly refused"
+        counts = f"{len(self.breaches)} breaches, {len(self.broken)} wrongly refused, {len(self.slow)} refused late"
+        yield f"{self.title}: {len(self.cells)} cells, {counts}"
         head = "".join(f"{one.replace('slapuser', 'user'):>11}" for one in self.attackers)
         yield f"{'':<30}{'cells':>7}{'breaches':>9}{head}"
         kinds = list(dict.fromkeys(one.kind for one in self.cells))

@@ -12,6 +12,8 @@ from isolation_cells import Job
 from isolation_node import HOST, NEIGHBOUR4, NEIGHBOUR6, WIRE
 from network_scene import checksum, mac
 
+FLOODED = "a bridge hands frames for a MAC that it has not heard of to every tap"
+
 
 def _packed(address):
     return socket.inet_pton(socket.AF_INET6 if _six(address) else socket.AF_INET, address)
@@ -68,7 +70,49 @@ class Guests:
         # afterwards: where nothing stops it, a bridge believes it, and sends what is for the other to this tap
         others = {one.id: list(self._other_macs(one)) for one in tenants}
         packets = {one.id: list(self._packets(one)) for one in tenants}
-        return [*self._written((True, frames), (False, packets)), *self._written((True, others))]
+        return [
+            *self._written((True, frames), (False, packets)),
+            *self._written((True, others)),
+            *self._overheard(),
+        ]
+
+    def _overheard(self):
+        """Frames from the wire for one guest: nobody else's tap gets them."""
+        tenants, here = self.scene.tenants, self.scene.ask_all
+        questions = {}
+        for one in tenants:
+            source = one.addresses["range"]
+            hello = frame(
+                _bytes(one.guest_mac), self.far_mac, packet(source, NEIGHBOUR6, HERE, self.rounds.token())
+            )
+            questions[one.id] = ("guest", one.network.tap.name, hello.hex())
+        here(questions)
+        self.scene.sightings()
+        sent, frames = {}, []
+        for victim in tenants:
+            for what, last, known in (("its guest", 0, ""), ("a guest that never spoke", 1, FLOODED)):
+                token, target = self.rounds.token(), bytearray(_bytes(victim.guest_mac))
+                target[3] ^= last
+                frames.append(
+                    frame(
+                        self.far_mac,
+                        bytes(target),
+                        packet(NEIGHBOUR6, victim.addresses["range"], HERE, token),
+                    ).hex()
+                )
+                sent[victim.id, what] = (token, known)
+        self.scene.agents["wire"]("wire", "wire", frames)
+        seen = self.scene.sightings()
+        here({one.id: ("close", "guest") for one in tenants})
+        cells = []
+        for (name, what), (token, known) in sent.items():
+            readers = {agent for agent, where, _ in seen.get(token, ()) if where == "guest"}
+            for one in tenants:
+                job = Job("frames for another", one.user, name, f"for {what}", (), one.id, known=known)
+                if one.id == name:
+                    job = Job("frames for oneself", one.user, name, f"for {what}", (), one.id, allowed=True)
+                cells.append(job.cell(one.id in readers, "ok, read" if one.id in readers else "unseen"))
+        return cells
 
     def _written(self, *writings):
         """Let each be written by the partition's own process, all at once: (tap or tun, {partition: packets})."""
@@ -114,6 +158,14 @@ class Guests:
                 continue
             for kind, address in other.addresses.items():
                 yield from self._as_another(one, other, f"its {kind}", address)
+            token = self.rounds.token()
+            content = packet(f"192.0.2.{100 + one.index}", other.addresses["private IPv4"], SERVICE, token)
+            content = frame(_bytes(one.guest_mac), self.host_mac, content)
+            yield (
+                self._job("frames from the tap", one, other.id, "a LAN address to its private IPv4"),
+                token,
+                content,
+            )
         for kind, address in {
             "the router's": (NEIGHBOUR6, NEIGHBOUR4),
             "the node's": tuple(HOST.values()),
@@ -160,6 +212,7 @@ class Guests:
             if other is not one
             for kind, address in other.addresses.items()
         ]
+        sources += [("node", "its own", str(one.network.tun.ipv4.ip + 1))]
         sources += [("node", "the router's", one) for one in (NEIGHBOUR6, NEIGHBOUR4)]
         sources += [("node", "the node's", one) for one in HOST.values()]
         sources += [("node", "the world's", one) for one in ("2001:4860:4860::8888", "8.8.8.8")]
@@ -171,6 +224,8 @@ class Guests:
                 ("to another", third.addresses["IPv6" if six else "routable IPv4"]),
                 ("to a private IPv4", "" if six else third.addresses["private IPv4"]),
             ):
+                if kind == "its own" and what != "to a private IPv4":
+                    continue
                 if target and target != address:
                     token = self.rounds.token()
                     yield (

@@ -8,8 +8,10 @@ import select
 import socket
 import struct
 import time
+from pathlib import Path
 
-IPPROTO_MPTCP, IPPROTO_UDPLITE = 262, 136
+IPPROTO_MPTCP, IPPROTO_UDPLITE, IPPROTO_SCTP = 262, 136, 132
+AF_SMC = 43
 # include/uapi/linux/in.h, in6.h, tcp.h
 IP_OPTIONS, IP_PKTINFO, IP_FREEBIND, IP_TRANSPARENT, IP_MULTICAST_IF = 4, 8, 15, 19, 32
 IPV6_2292PKTINFO, IPV6_FLOWINFO_SEND, IPV6_PKTINFO, IPV6_TRANSPARENT, IPV6_FREEBIND = 2, 33, 50, 75, 78
@@ -30,6 +32,20 @@ def mapped(address):
 
 def made(six, kind, protocol=0):
     return socket.socket(socket.AF_INET6 if six else socket.AF_INET, kind, protocol)
+
+
+def opened(protocol, six):
+    """A socket of a protocol by name; SMC is TCP by a socket of the kernel's own (net/smc/af_smc.c)."""
+    if protocol == "smc":
+        return socket.socket(AF_SMC, socket.SOCK_STREAM, int(six))
+    kinds = {
+        "tcp": (socket.SOCK_STREAM, 0),
+        "mptcp": (socket.SOCK_STREAM, IPPROTO_MPTCP),
+        "sctp": (socket.SOCK_STREAM, IPPROTO_SCTP),
+        "udp": (socket.SOCK_DGRAM, 0),
+        "udplite": (socket.SOCK_DGRAM, IPPROTO_UDPLITE),
+    }
+    return made(six, *kinds[protocol])
 
 
 def _free(sock, six):
@@ -54,13 +70,7 @@ def listener(variant, address, port):
     """A bound socket and how it is read.  ``variant`` is the protocol and then words for options."""
     protocol, *words = variant.split()
     six = is_six(address) or "mapped" in words
-    kinds = {
-        "tcp": (socket.SOCK_STREAM, 0),
-        "mptcp": (socket.SOCK_STREAM, IPPROTO_MPTCP),
-        "udp": (socket.SOCK_DGRAM, 0),
-        "udplite": (socket.SOCK_DGRAM, IPPROTO_UDPLITE),
-    }
-    sock = made(six, *kinds[protocol])
+    sock = opened(protocol, six)
     try:
         if six and "mapped" not in words:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, int("dual" not in words))
@@ -76,7 +86,7 @@ def listener(variant, address, port):
             if word.startswith("device="):
                 sock.setsockopt(socket.SOL_SOCKET, SO_BINDTODEVICE, word.removeprefix("device=").encode())
         sock.bind((mapped(address) if "mapped" in words else address, port))
-        if protocol in ("tcp", "mptcp"):
+        if protocol not in ("udp", "udplite"):
             sock.listen(64)
             return sock, "listen"
     except OSError:
@@ -181,7 +191,7 @@ def _begin(variant, source, target, port):
     """A socket on its way to be connected."""
     protocol, *words = variant.split()
     six = is_six(target) or "mapped" in words
-    sock = made(six, socket.SOCK_STREAM, IPPROTO_MPTCP if protocol == "mptcp" else 0)
+    sock = opened(protocol, six)
     try:
         sock.setblocking(False)
         _prepare(sock, words, six, source)
@@ -237,7 +247,7 @@ def connect_all(items, patience):
 # --- frames -------------------------------------------------------------------------------------------------------------------
 
 
-def _wait_for_carrier(name):
+def wait_for_carrier(name):
     """A bridge forwards from a port that runs, which the kernel tells it within a second (net/core/link_watch.c).
 
     Before that, the flag may still speak of the program that had it last.
@@ -255,16 +265,33 @@ def _wait_for_carrier(name):
     raise OSError(errno.ENETDOWN, name)
 
 
-def frames(name, tap, items):
-    """Be the guest behind a tap, or the program behind a tun, and write what one is told (hexadecimal)."""
+def attached(name, *, tap):
+    """A descriptor of the program behind a tap or tun."""
     descriptor = os.open("/dev/net/tun", os.O_RDWR | os.O_CLOEXEC)
     try:
         fcntl.ioctl(descriptor, 0x400454CA, struct.pack("16sH22x", name.encode(), 0x1002 if tap else 0x1001))
-        _wait_for_carrier(name)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def frames(name, tap, items):
+    """Be the guest behind a tap, or the program behind a tun, and write what one is told (hexadecimal)."""
+    descriptor = attached(name, tap=tap)
+    try:
+        wait_for_carrier(name)
         for item in items:
             os.write(descriptor, bytes.fromhex(item))
     finally:
         os.close(descriptor)
+
+
+def shown(six, port):
+    """Whether the kernel's list of sockets has one at a local port."""
+    rows = Path("/proc/net", "udp6" if six else "udp").read_text().splitlines()[1:]
+    if not any(row.split()[1].endswith(f":{port:04X}") for row in rows):
+        raise OSError(errno.ENOENT, "")
 
 
 def netlink(protocol, kind, flags, body):
@@ -287,4 +314,5 @@ ATTEMPTS = {
     "privileged option": privilege,
     "frames": frames,
     "netlink": netlink,
+    "shown": shown,
 }

@@ -28,6 +28,8 @@ from partitiond.state import software_name
 
 COUNT = 8
 PATIENCE = 30.0
+# in the environment of whoever calls the product
+SECRET = "MATRIX_SECRET"
 VISITOR, VISITOR_UID = "visitor", 4242
 RELEASE = "https://lab.example/isolation.cfg"
 PROGRAMS = ("isolation_agent.py", "isolation_files.py", "isolation_network.py", "isolation_processes.py")
@@ -179,7 +181,8 @@ class Scene:
         )
 
     def verb(self, *words):
-        done = self.command(*words, "--json", "-c", self.node.path, preexec_fn=_join_session_keyring)
+        how = {"env": {**self.command.environment, SECRET: "1"}, "preexec_fn": _join_session_keyring}
+        done = self.command(*words, "--json", "-c", self.node.path, **how)
         assert done.returncode == 0, f"{words}: {done.stdout}{done.stderr}"
         return json.loads(done.stdout)
 
@@ -202,12 +205,16 @@ class Scene:
         for index in range(COUNT):
             self._start(f"outside{index}", *_as_user(f"slapuser{index}"))
         self._start(VISITOR, *_as_user(VISITOR))
-        self._start("root")
+        with open(self.node.path, "rb") as stream:  # by which root shows that something left open is seen
+            self._start("root", pass_fds=(stream.fileno(),), env={**os.environ, SECRET: "1"})
         self._start("wire", "/usr/sbin/ip", "netns", "exec", self.wire.name)
 
-    def _start(self, name, *switch):
+    def _start(self, name, *switch, **how):
         program = [sys.executable, "-B", "-E", "-s", "-S", str(self.programs / "isolation_agent.py")]
-        self.started.append(subprocess.Popen([*switch, *program, self.hub_path, name], cwd="/"))
+        started = subprocess.Popen(
+            [*switch, *program, self.hub_path, name], cwd="/", stdin=subprocess.DEVNULL, **how
+        )
+        self.started.append(started)
 
     def _start_daemon(self):
         self.daemon = subprocess.Popen(
@@ -274,7 +281,7 @@ class Scene:
                 outcomes[place] = outcome
         return outcomes
 
-    def connect(self, jobs, patience=0.7, most=400):
+    def connect(self, jobs, patience=0.4, most=400):
         """Connect [variant, source, target, port, token] by each agent, hundreds at once."""
         outcomes, places = [""] * len(jobs), {}
         for place, job in enumerate(jobs):

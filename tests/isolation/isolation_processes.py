@@ -276,15 +276,6 @@ def key(description):
     call("keyctl", 11, number, ctypes.create_string_buffer(16), 16)  # KEYCTL_READ
 
 
-def session_identity():
-    """The number of one's session keyring."""
-    return call("keyctl", 0, -3, 0)
-
-
-def key_by_number(number):
-    call("keyctl", 11, number, ctypes.create_string_buffer(16), 16)
-
-
 # --- namespaces ---------------------------------------------------------------------------------------------------------------
 
 
@@ -381,20 +372,53 @@ def join_process(pid, kind):
     in_child(_join_process, pid, kind)
 
 
-def inherited():
-    """Descriptors beyond the first three that were not opened here: a directory or device of root's would be a way out."""
+def _descriptors():
+    """What was open before this program opened anything."""
+    found = {}
     for name in os.listdir("/proc/self/fd"):
         try:
-            target = os.readlink(f"/proc/self/fd/{name}")
-        except OSError:
+            found[int(name)] = os.readlink(f"/proc/self/fd/{name}")
+        except OSError:  # the one that lists
             continue
-        if target.startswith("/") and not target.startswith(("/dev/null", "/proc/", "/dev/urandom")):
-            return target
+    return found
+
+
+AT_START = _descriptors()
+
+
+def inherited():
+    """A descriptor beyond the first three, or one of these that is no pipe: a directory of root's would be a way out."""
+    for number, target in AT_START.items():
+        if number > 2 or not target.startswith(("pipe:", "/dev/null")):
+            return f"{number} {target}"
     return missing()
 
 
+def knows(name):
+    """A variable that whoever started the product had in its environment."""
+    if name not in os.environ:
+        missing()
+
+
+def belongs(allowed):
+    """A group beyond those that are allowed."""
+    more = {*os.getgroups(), os.getgid(), os.getegid()} - set(allowed)
+    if not more:
+        missing()
+    return sorted(more)
+
+
+def there(how, pid):
+    """What any user may ask of a process by its number."""
+    {
+        "getsid": os.getsid,
+        "affinity": os.sched_getaffinity,
+        "pidfd": lambda one: os.close(os.pidfd_open(one)),
+    }[how](pid)
+
+
 def privileged():
-    """A capability, or a group that is not the user's own."""
+    """A capability."""
     status = dict(
         line.split(":\t", 1) for line in Path("/proc/self/status").read_text().splitlines() if ":\t" in line
     )
@@ -429,14 +453,23 @@ def _lay_out_shared(what):
         os.close(call("mq_open", what["name"].encode(), os.O_RDWR | os.O_CREAT, 0o666, attributes))
     finally:
         os.umask(mask)
-    call("add_key", b"user", what["name"].encode(), b"secret", 6, -3)
+    _keep_key(what["name"].encode())
     return shm
+
+
+def _keep_key(name):
+    """Put a key into the session keyring, into a new one of its own where the inherited one is closed (session-keyring(7))."""
+    try:
+        call("add_key", b"user", name, b"secret", 6, -3)
+    except PermissionError:
+        call("keyctl", 1, None)  # KEYCTL_JOIN_SESSION_KEYRING
+        call("add_key", b"user", name, b"secret", 6, -3)
 
 
 def lay_out(kept, what):
     """Make what others look for: open to all by its own mode, as a careless tenant leaves it.
 
-    ``files`` are written and opened to all, ``directories`` too; ``sockets`` listen.  Says which numbers things have.
+    ``files`` are written and opened to all, ``directories`` too; ``sockets`` listen.  Says which number the memory has.
     """
     for path in what["directories"]:
         os.makedirs(path, exist_ok=True)
@@ -450,7 +483,7 @@ def lay_out(kept, what):
         if not path.startswith("\0"):
             os.chmod(path, 0o777)
         sock.listen(64)
-    return {"shm": _lay_out_shared(what), "keyring": session_identity()}
+    return {"shm": _lay_out_shared(what)}
 
 
 def take_up(kept, what):
@@ -503,7 +536,6 @@ ATTEMPTS = {
     "mqueue": posix_queue,
     "abstract": abstract,
     "key": key,
-    "key by number": key_by_number,
     "uncover": uncover,
     "mount proc": mount_proc,
     "read as root": read_as_root,
@@ -513,6 +545,9 @@ ATTEMPTS = {
     "join": join,
     "join process": join_process,
     "inherited": inherited,
+    "knows": knows,
+    "belongs": belongs,
+    "there": there,
     "privileged": privileged,
     "new privileges": owns_new_privileges,
 }

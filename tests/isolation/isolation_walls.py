@@ -3,16 +3,21 @@
 With the walls off, root tries in the place of each attacker: what nothing stops has to work, else the attempt proves nothing.
 """
 
+import grp
 import os
+import pwd
 import signal
 import socket
 import stat
 
 from isolation_cells import Job
-from isolation_node import VISITOR
+from isolation_node import SECRET, VISITOR
 
 KEY = 0x5EC0DE00
+PINS = "/sys/fs/bpf/partitiond"
 ABSTRACT = "abstract Unix sockets belong to the network namespace, which all share"
+EXISTS = "that a process of some number is there, any user may ask by that number (sched_getaffinity(2))"
+SESSION = "programs of one supervisord are one session, in which SIGCONT passes (kill(2)); it does nothing but resume"
 OUTSIDE = "/proc of the machine shows every process to whoever is not in a partition's namespaces"
 
 
@@ -164,29 +169,46 @@ def kept_paths(scene):
                 path = os.path.join(where, name)
                 yield place, path, "socket" if stat.S_ISSOCK(os.lstat(path).st_mode) else "file"
             below.sort()
+    for where, _, names in os.walk(PINS):  # links and maps of the programs that hold addresses
+        yield "bpf", where, "directory"
+        for name in names:
+            yield "bpf", os.path.join(where, name), "pin"
     yield "instance", str(root / "instance"), "directory"
     yield "instance", str(root / "instance" / "sv.sock"), "socket"
+
+
+_KEPT = {
+    "state": "state, keys",
+    "log": "logs",
+    "run": "run directory",
+    "software": "software",
+    "bpf": "pins of programs",
+}
 
 
 def kept(scene):
     """Reading and writing what root keeps.  Its own log and key a user reads, and releases are there to be read."""
     for place, path, what in list(kept_paths(scene)):
         owner = _owner(scene, path)
-        kind = {"state": "state, keys", "log": "logs", "run": "run directory", "software": "software"}.get(
-            place, "supervisord's files"
-        )
+        kind = _KEPT.get(place, "supervisord's files")
         for attacker in scene.attackers:
-            name = os.path.relpath(path, scene.node.root)
+            name = os.path.relpath(path, scene.node.root) if place != "bpf" else os.path.basename(path)
             if owner:
                 name = name.replace(owner.id, "PARTITION")
             mine = owner is not None and owner.user == attacker
             for verb, target in _kept_attempts(place, path, what, attacker, mine=mine):
                 yield _job(scene, kind, attacker, owner, f"{verb} {name}", verb, target)
+        if what == "pin":
+            yield Job(kind, "root", "node", "open pin", ("open pin", path), "root", allowed=True)
 
 
 def _kept_attempts(place, path, what, attacker, *, mine):
     if what == "socket":
         yield "connect", path
+        return
+    if what == "pin":
+        yield "open pin", path
+        yield "chmod", path
         return
     if what == "file":
         yield "write", path
@@ -195,8 +217,8 @@ def _kept_attempts(place, path, what, attacker, *, mine):
         if not mine and place != "software":
             yield "read", path
         return
-    yield "create", f"{path}/new-{attacker}"
-    if place == "state" and not mine:
+    yield "mkdir" if place == "bpf" else "create", f"{path}/new-{attacker}"
+    if place in ("state", "bpf") and not mine:
         yield "list", path
 
 
@@ -323,8 +345,12 @@ def processes(scene):
             yield Job(f"/proc{kind}", attacker, victim.id, what, words, by, known=known)
         for verb, *more in (*_TRACED, *_SIGNALLED):
             what = " ".join((verb, *map(str, more)))
+            what = " ".join((verb, *map(str, more)))
             row = "signals, priorities" if (verb, *more) in _SIGNALLED else "/proc, ptrace"
-            yield Job(f"{row}{kind}", attacker, victim.id, what, (verb, pid, *more), agent)
+            known = SESSION if (verb, *more) == ("kill", int(signal.SIGCONT)) and not outside else ""
+            yield Job(f"{row}{kind}", attacker, victim.id, what, (verb, pid, *more), agent, known=known)
+        for how in ("getsid", "affinity", "pidfd"):
+            yield Job(f"/proc{kind}", attacker, victim.id, how, ("there", how, pid), agent, known=EXISTS)
         words = ("renice user", victim.uid)
         yield Job(f"signals, priorities{kind}", attacker, victim.id, "renice user", words, agent)
 
@@ -429,10 +455,14 @@ def namespaces(scene):
                     yield _job_of_user(scene, "namespaces", attacker, victim, what, "join", path, kind)
     for attacker in scene.attackers[:-1]:
         agent = scene.agent_name(attacker)
-        for verb in ("inherited", "privileged", "new privileges"):
-            # nobody has the first two of himself: they are the launcher's to leave, and root shows that they are seen
+        groups = [pwd.getpwnam(attacker).pw_gid, grp.getgrnam("slapsoft").gr_gid]
+        for verb, *words in (
+            *(("inherited",), ("privileged",), ("new privileges",)),
+            *(("knows", SECRET), ("belongs", groups)),
+        ):
+            # nobody has these of himself, but the third: they are the launcher's to leave, and root shows that they are seen
             hands = agent if scene.enforced or verb == "new privileges" else "root"
-            yield Job("left by the launcher", attacker, "node", verb, (verb,), hands)
+            yield Job("left by the launcher", attacker, "node", verb, (verb, *words), hands)
 
 
 def privileges(scene):

@@ -2,7 +2,7 @@
 
 from isolation_addresses import CLOSED, HERE, PUBLIC, RESOLVER, SERVICE, _six, _token_of
 from isolation_cells import Job
-from isolation_node import HOST, WIRE
+from isolation_node import HOST, PATIENCE, WIRE
 
 OWN = 9500
 
@@ -60,7 +60,7 @@ class Working:
 
     def _judged(self, datagrams, streams):
         """It arrived, and came from the caller's own addresses or the node's."""
-        told = [*self.scene.attempt(datagrams), *self.scene.connect(streams)]
+        told = [*self.scene.attempt(datagrams), *self.scene.connect(streams, PATIENCE)]
         seen = self.scene.sightings()
         owners = {address: one.user for one in self.scene.tenants for address in one.addresses.values()}
         cells = []
@@ -138,5 +138,5 @@ class Working:
                     )
         return [
             job.cell(outcome == "ECONNREFUSED", outcome)
-            for job, outcome in zip(jobs, self.scene.connect(jobs), strict=True)
+            for job, outcome in zip(jobs, self.scene.connect(jobs, PATIENCE), strict=True)
         ]

@@ -9,6 +9,8 @@ from kvm_image import place
 from kvm_scene import ROUTER4, ROUTER6, mac_of, standing_sinks
 from kvm_spoofs import Lan, honest, link_local
 
+from netplan.counters import read_counters
+
 
 class Consoles:
     """What guests said and where their spoofs were seen, shown at the end of the run whatever came of it."""
@@ -43,11 +45,20 @@ class Tenant:
     def apply(self):
         assert self._said("apply")["left"] == []
 
+    def guard_by(self, guard):
+        """Change the configuration, and have it applied."""
+        self.node.write(partitiond={"tap_guard": guard})
+        self.apply()
+
     def nothing_to_do(self):
         assert self._said("plan")["operations"] == []
 
     def resource(self):
         return json.loads((self.node.instance / "slappart0/.slapos-resource").read_bytes())
+
+    def refused(self):
+        """Frames of the guest that the guard refused, by rule."""
+        return {one.rule: one.packets for one in read_counters().refused if one.tap == "slaptap0"}
 
     def boot(self, mac):
         return booted("slapuser0", "slaptap0", mac, self.images)
@@ -100,11 +111,12 @@ def seen_at_any_time(sinks, attempts):
     return {one.name for one in attempts for sink in sinks if any(map(one.seen_in, sink.frames))}
 
 
-def table(found):
+def table(found, refused):
     width = max(map(len, found))
     seen = sum(map(bool, found.values()))
     rows = [f"{name:<{width}}  {', '.join(where) or '-'}" for name, where in found.items()]
-    return "\n".join([*rows, f"{len(found)} tried from inside, {seen} seen outside"])
+    rules = ", ".join(f"{rule} {frames}" for rule, frames in sorted(refused.items())) or "none"
+    return "\n".join([*rows, f"{len(found)} tried from inside, {seen} seen outside; frames refused: {rules}"])
 
 
 @contextlib.contextmanager

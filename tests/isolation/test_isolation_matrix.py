@@ -17,8 +17,9 @@ from isolation_working import Working
 
 # what no product has to stop, so that nothing shows how it would be
 KERNELS_OWN = {
-    "sent by the wire": "a source that is the node's own IPv4 is a martian (net/ipv4/fib_frontend.c)",
-    "packets from the tun": "likewise",
+    "sent by the wire": "IPv4",  # a source that is the node's own IPv4 is a martian (net/ipv4/fib_frontend.c)
+    "packets from the tun": "IPv4",
+    "frames for another": "for its guest",  # a bridge has learned where that is
 }
 
 
@@ -75,7 +76,14 @@ def network(matrix, scene, *, whole=False):
     rounds = Rounds(scene, whole=whole)
     rounds.open()
     matrix.cells += Working(rounds).cells()
-    for take in (rounds.listening, rounds.everywhere, rounds.squatting, rounds.sending, rounds.nobodys):
+    for take in (
+        rounds.listening,
+        rounds.everywhere,
+        rounds.squatting,
+        rounds.sending,
+        rounds.nobodys,
+        rounds.common,
+    ):
         matrix.cells += take()
     # last, for where nothing is in force they lead the wire astray
     matrix.cells += [*rounds.private(), *rounds.from_wire(), *Guests(rounds).cells()]
@@ -83,11 +91,10 @@ def network(matrix, scene, *, whole=False):
 
 
 def no_breach(matrix, *, but=()):
-    wrong = [one for one in (*matrix.breaches, *matrix.broken) if one.kind not in but]
+    wrong = [one for one in (*matrix.breaches, *matrix.broken, *matrix.slow) if one.kind not in but]
     if wrong:
-        pytest.fail(
-            f"{len(matrix.breaches)} breaches, {len(matrix.broken)} wrongly refused\n{first_of_each(wrong)}"
-        )
+        counts, *_ = matrix.lines()
+        pytest.fail(f"{counts}\n{first_of_each(wrong)}")
 
 
 def test_nobody_gets_at_what_is_another_s(make_scene, summary):
@@ -128,9 +135,10 @@ def test_each_attempt_gets_through_where_nothing_stops_it(make_scene, summary):
     idle = [
         one
         for one in matrix.idle()
-        if not one.kind.startswith("source: ") and not (one.kind in KERNELS_OWN and "IPv4" in one.what)
+        if not one.kind.startswith("source: ") and KERNELS_OWN.get(one.kind, "\0") not in one.what
     ]
     assert not idle, f"these prove nothing:\n{first_of_each(idle)}"
     for kind, (breaches, cells) in matrix.shares().items():
-        assert kind.startswith("source: ") or breaches * 10 >= cells, f"{kind}: {breaches} of {cells}"
+        judged = not kind.startswith("source: ") and kind not in KERNELS_OWN
+        assert not judged or breaches * 10 >= cells, f"{kind}: {breaches} of {cells}"
     assert len(matrix.breaches) > 10000

@@ -34,34 +34,72 @@ def router(bridge, tmp_path):
         yield made
 
 
+# --- on a home network ----------------------------------------------------------------------------------------------------
+
+
+def takes_its_addresses(guest):
+    """As any machine that is plugged in: DHCP, and an address made of the prefix that the router advertises."""
+    guest.does("ip link set lo up; ip link set eth0 up")
+    words = guest.does("udhcpc -i eth0 -f -q -n -t 10 -T 1 -s /lease").split()
+    leased = words[words.index("leased") + 1].partition("/")[0]
+    return leased, guest.does("again settled 'inet6 2001:'").split()[1].partition("/")[0]
+
+
+def test_a_guest_on_a_home_network_takes_any_free_address_and_no_other(tenant, router, consoles):
+    here = tenant(partitiond={"bridge": "br0", "tap_guard": "lan"})
+    with here.sinks() as sinks, here.boot(OWN_MAC) as guest, logged(consoles, guest, "lan"):
+        ipv4, ipv6 = takes_its_addresses(guest)
+        assert ipv4.startswith("192.0.2.1")  # the range of the leases
+        assert ipv6.startswith("2001:db8:1:0:")
+        reaches_the_router(guest, router.page)
+        lan = here.lan(router, guest, ipv4, ipv6)
+        free, hostile = strangers(lan), spoofs(lan)
+        found = attacked(guest, sinks, lan, free + hostile)
+        refused = here.refused()
+        consoles.add("lan", "what was seen of it", table(found, refused))
+        reaches_the_router(guest, router.page)
+        guest.power_off()
+    assert seen_at_any_time(sinks, hostile) == set()
+    assert {name for name, where in found.items() if where} == {one.name for one in free}
+    assert sum(refused.values()) >= len(hostile)  # each has come as far as the guard, and is counted
+    here.nothing_to_do()
+
+
 # --- with assigned addresses ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("guard", ["off"])
-def test_a_guest_with_assigned_addresses_uses_those_alone(guard, tenant, router, consoles):
-    """Without a guard everything that is tried arrives: else the same with one, here or in ``lan``, would prove nothing."""
+def test_a_guest_with_assigned_addresses_uses_those_alone(tenant, router, consoles):
+    """First without a guard, and all that is tried arrives: else that nothing does with one, here or in ``lan``, would prove
+    nothing. The guard comes while the guest runs.
+    """
     ipv4, ipv6 = "192.0.2.50", "2001:db8:1::50"
     here = tenant(
-        partitiond={"bridge": "br0", "tap_guard": guard},
+        partitiond={"bridge": "br0", "tap_guard": "off"},
         tap_allow={"slappart0": f"{OWN_MAC} {ipv4} {ipv6}"},
     )
-    with here.sinks() as sinks, here.boot(OWN_MAC) as guest, logged(consoles, guest, guard):
+    with here.boot(OWN_MAC) as guest, logged(consoles, guest, "off, then strict"):
         # an address made of the router's prefix would be none of the assigned ones
         guest.does("echo 0 >/proc/sys/net/ipv6/conf/eth0/accept_ra; ip link set lo up; ip link set eth0 up")
         guest.does(f"ip address add {ipv4}/24 dev eth0; ip address add {ipv6}/64 dev eth0")
         guest.does(f"again settled 'inet6 {ipv6}'")
-        reaches_the_router(guest, router.page)
         lan = here.lan(router, guest, ipv4, ipv6)
         hostile = strangers(lan) + spoofs(lan)
-        found = attacked(guest, sinks, lan, hostile)
-        consoles.add(guard, "what was seen of it", table(found))
-        reaches_the_router(guest, router.page)
+        for guard in ("off", "strict"):
+            here.guard_by(guard)
+            reaches_the_router(guest, router.page)
+            with here.sinks() as sinks:
+                found = attacked(guest, sinks, lan, hostile)
+            refused = here.refused()
+            consoles.add(guard, "what was seen of it", table(found, refused))
+            reaches_the_router(guest, router.page)
+            here.nothing_to_do()
+            if guard == "off":
+                assert [name for name, where in found.items() if not where] == []
+                assert refused == {}
+            else:
+                assert seen_at_any_time(sinks, hostile) == set()
+                assert sum(refused.values()) >= len(hostile)
         guest.power_off()
-    if guard == "off":
-        assert [name for name, where in found.items() if not where] == []
-    else:
-        assert seen_at_any_time(sinks, hostile) == set()
-    here.nothing_to_do()
 
 
 # --- behind a routed tap --------------------------------------------------------------------------------------------------
@@ -84,29 +122,35 @@ def takes_what_it_is_given(guest, tap):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("guard", ["off"])
-def test_a_guest_behind_a_routed_tap_uses_its_own_addresses_alone(guard, gateway, tenant, router, consoles):
+def test_a_guest_behind_a_routed_tap_uses_its_own_addresses_alone(gateway, tenant, router, consoles):
     """As slapformat makes taps. Where nothing is said, the guard is ``strict``; without one all that is tried arrives."""
-    title = f"{guard or 'strict'}, routed"
-    here = tenant(slapformat={"tap_gateway_interface": "gw0"}, partitiond={"tap_guard": guard})
+    here = tenant(slapformat={"tap_gateway_interface": "gw0"}, partitiond={"tap_guard": "off"})
     tap = here.resource()["tap"]
-    with here.sinks() as sinks, here.boot(tap["mac"]) as guest, logged(consoles, guest, title):
+    with here.boot(tap["mac"]) as guest, logged(consoles, guest, "off, then none named, routed"):
         takes_what_it_is_given(guest, tap)
-        reaches_the_router(guest, router.page)
         lan = here.lan(router, guest, tap["ipv4_addr"], tap["ipv6_gateway"])
         own = (routed(f"{tap['ipv6_gateway']}77", BEYOND6),)
         hostile = (
             *(routed(one, BEYOND4) for one in (ROUTER4, "198.51.100.3", "198.51.100.77", "203.0.113.50")),
             *(routed(one, BEYOND6) for one in (ROUTER6, "2001:db8:1:0:8002::77", "2001:db8:77::1")),
         )
-        reached = [one for one in sinks if one.name == "router"]  # the others are on the way, or not on it
-        found = attacked(guest, reached, lan, own + hostile, to=(mac_of("slaptap0"), BEYOND4))
-        consoles.add(title, "what was seen of it", table(found))
-        reaches_the_router(guest, router.page)
+        for guard in ("off", None):
+            here.guard_by(guard)
+            reaches_the_router(guest, router.page)
+            with here.sinks() as sinks:
+                there = [
+                    one for one in sinks if one.name == "router"
+                ]  # the others are on the way, or not on it
+                found = attacked(guest, there, lan, own + hostile, to=(mac_of("slaptap0"), BEYOND4))
+            refused = here.refused()
+            consoles.add(f"{guard or 'none named'}, routed", "what was seen of it", table(found, refused))
+            reaches_the_router(guest, router.page)
+            here.nothing_to_do()
+            if guard == "off":
+                assert [name for name, where in found.items() if not where] == []
+                assert refused == {}
+            else:
+                assert seen_at_any_time(there, hostile) == set()
+                assert [name for name, where in found.items() if where] == [one.name for one in own]
+                assert sum(refused.values()) >= len(hostile)
         guest.power_off()
-    if guard == "off":
-        assert [name for name, where in found.items() if not where] == []
-    else:
-        assert seen_at_any_time(reached, hostile) == set()
-        assert [name for name, where in found.items() if where] == [one.name for one in own]
-    here.nothing_to_do()

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 from json_schemas import parsed
 
-from partitiond import converge, execute, mounts, namespaces, privacy, status
+from partitiond import converge, execute, instances, mounts, namespaces, privacy, status
 from partitiond import programs as declared
 from partitiond.context import Context
 from partitiond.state import InstanceState
