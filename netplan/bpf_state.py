@@ -29,8 +29,19 @@ _SO_NETNS_COOKIE = 71  # include/uapi/asm-generic/socket.h, since Linux 5.14
 _FIRST = bytes(4)  # the key of the one entry of an array
 _UNKNOWN = bytes(16)
 _RETRY_SECONDS = 600.0
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+_RULES = {one.value: one.name.lower() for one in Refusal}
 _LINKS = tuple(programs(ingress_everywhere=False))
 _FILLED = tuple(name for name in MAPS if name not in (NOTE, REFUSED))
+
+
+class RefusedCalls(NamedTuple):
+    """How often each user (by number) was refused by a rule (``bind``, ``receive``) in an ``epoch``, which is empty
+    without programs.  Who never was refused is not there.
+    """
+
+    epoch: str
+    counts: Mapping[tuple[int, str], int]
 
 
 class _Refused(NamedTuple):
@@ -103,25 +114,22 @@ def remove_hooks() -> None:
         raise _error("the programs at the cgroup could not be removed", error) from error
 
 
-def read_refusals() -> Mapping[tuple[int, str], int]:
-    """Return how often each user (by number) was refused, by the rule: ``bind`` or ``receive``.
-
-    They count since the programs were first loaded; nothing is there for who never was refused.
-    """
+def read_refusals() -> RefusedCalls:
+    """Return what the programs of this network namespace refused."""
     path = _place(_known_cookie()) / REFUSED
     try:
         with bpf_syscall.pinned(str(path)) as counts:
-            found = bpf_syscall.entries(counts, MAPS[REFUSED])
+            number, found = bpf_syscall.map_id(counts), bpf_syscall.entries(counts, MAPS[REFUSED])
     except FileNotFoundError:
-        return {}
+        return RefusedCalls("", {})
     except OSError as error:
         raise _error("the refusals cannot be read", error) from error
-    rules = {one.value: one.name.lower() for one in Refusal}
     order = sys.byteorder
-    return {
-        (int.from_bytes(key[:4], order), rules[int.from_bytes(key[4:], order)]): int.from_bytes(value, order)
+    values = {
+        (int.from_bytes(key[:4], order), _RULES[int.from_bytes(key[4:], order)]): int.from_bytes(value, order)
         for key, value in found.items()
     }
+    return RefusedCalls(f"{_BOOT_ID.read_text(encoding='ascii').strip()}/{number}", values)
 
 
 def _error(what: str, cause: OSError) -> NetplanError:

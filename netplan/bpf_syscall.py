@@ -226,6 +226,14 @@ def pinned(path: str) -> Iterator[int]:
         os.close(descriptor)
 
 
+def map_id(descriptor: int) -> int:
+    """Return the number that no other map of this boot has at the same time."""
+    # struct bpf_map_info: type, id
+    info = ctypes.create_string_buffer(64)
+    _bpf(_OBJ_GET_INFO, struct.pack("=IIQ", descriptor, len(info), _address(info)))
+    return int(struct.unpack_from("=II", info.raw)[1])
+
+
 def link_info(link: int) -> LinkInfo:
     """Return what the kernel says of a link."""
     # struct bpf_link_info: type, id, prog_id, then for a cgroup cgroup_id, attach_type

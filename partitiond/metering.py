@@ -12,6 +12,7 @@ from accounting.ledger import Ledger
 from accounting.model import CountReading, GaugeReading, Pass, TrafficReading
 from accounting.processes import ProcessMeter
 from netplan import counters
+from netplan.bpf_state import read_refusals
 from netplan.once import once_each
 from partitiond import storage
 
@@ -80,7 +81,7 @@ class Metering:
             at=time.time(),
             owners=owners,
             traffic=(*_addresses(reading, known), *_shared(reading, node), *_taps(known)),
-            counts=tuple(_denied(reading, node)),
+            counts=(*_denied(reading, node), *_denied_calls(node)),
             gauges=(*scan.gauges(), *self._disks(node)),
             processes=scan.processes,
         )
@@ -175,6 +176,24 @@ def refusals(reading: counters.CounterReading, node: Node) -> dict[tuple[str, st
             key = (partition, one.rule if one.tap is None else f"{_OF_TAP}{one.rule}")
             found[key] = found.get(key, 0) + one.packets
     return found
+
+
+def refused_calls(node: Node) -> tuple[str, dict[tuple[str, str], int]]:
+    """What the programs at the cgroup refused, by partition and rule, and its epoch (empty: there are none)."""
+    users = {item.uid: item.id for item in node.partitions}
+    epoch, counts = read_refusals()
+    return epoch, {(users[uid], rule): count for (uid, rule), count in counts.items() if uid in users}
+
+
+def _denied_calls(node: Node) -> Iterator[CountReading]:
+    epoch, refused = refused_calls(node)
+    if not epoch:
+        return
+    calls = dict.fromkeys((item.id for item in node.partitions), 0)
+    for (partition, _), count in refused.items():
+        calls[partition] += count
+    for partition, count in calls.items():
+        yield CountReading(partition, "denied_calls", epoch, count)
 
 
 def _denied(reading: counters.CounterReading, node: Node) -> Iterator[CountReading]:

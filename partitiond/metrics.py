@@ -130,7 +130,10 @@ class _Collector:
             "What was refused to a partition's processes and guest, by the rule that did.",
             labels=["partition", "rule"],
         )
-        refused = metering.refusals(counters.read_counters(), node) if node else {}
+        refused: dict[tuple[str, str], int] = {}
+        if node:
+            reading = counters.read_counters(node.config.packet_filter)
+            refused = metering.refusals(reading, node) | metering.refused_calls(node)[1]
         for (partition, rule), count in sorted(refused.items()):
             denied.add_metric([partition, rule], count)
         yield denied

@@ -105,14 +105,14 @@ def test_refused_binds_are_counted_by_who_tried(guarded):
     as_user(B, lambda: bind(A_RANGE))
     as_user(NOBODY, lambda: bind(A4, UDP))
     as_user(A, lambda: bind(A6))
-    assert read_refusals() == {(B, "bind"): 4, (NOBODY, "bind"): 1}
+    assert read_refusals().counts == {(B, "bind"): 4, (NOBODY, "bind"): 1}
 
 
 def test_without_the_programs_the_same_binds_succeed(node):
     node.converge(hooked(cgroup_bpf=False))
     for address in (A6, A_RANGE, A4, A_WORLD4):
         assert as_user(B, lambda address=address: bind(address)) == "ok"
-    assert read_refusals() == {}
+    assert read_refusals().counts == {}
 
 
 # --- the source of clients that bind nothing --------------------------------------------------------------------------
@@ -237,7 +237,7 @@ def test_a_foreign_wildcard_socket_hears_nothing(guarded, target, sender):
         assert heard(thief) == 0
         # of private IPv4 the packet filter sees to the wire and to nobody
         reaches = target != A4 or sender in {"A", "root"}
-        assert read_refusals() == ({(B, "receive"): 3} if reaches else {})
+        assert read_refusals().counts == ({(B, "receive"): 3} if reaches else {})
         own = B6 if ":" in target else B_WORLD4
         with guarded.at_neighbour():
             send(None, own, port)
@@ -258,7 +258,7 @@ def test_a_shared_port_is_not_stolen(guarded, target, first):
             send(None, target, one.getsockname()[1], count=3)
         assert heard(thief) == 0
         # who sits on a port that is not his keeps others out at most; what he was not given, is counted
-        assert heard(owner) + read_refusals().get((B, "receive"), 0) == 3
+        assert heard(owner) + read_refusals().counts.get((B, "receive"), 0) == 3
 
 
 @pytest.mark.parametrize("target", [A6, A_RANGE])

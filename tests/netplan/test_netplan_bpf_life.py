@@ -88,7 +88,7 @@ def test_they_outlive_who_loaded_them(node):
     in_another_process(lambda: node.converge(desired))
     assert (bind(B, A6), bind(B, A_RANGE), bind(A, A6)) == ("EPERM", "EPERM", "ok")
     assert node.plan(desired) == {}
-    assert bpf_state.read_refusals() == {(B, "bind"): 2}
+    assert bpf_state.read_refusals().counts == {(B, "bind"): 2}
     in_another_process(lambda: node.converge(hooked(3)))
     # what this process remembers is not what is there
     assert list(node.plan(hooked(1))) != []
@@ -107,7 +107,7 @@ def test_they_act_in_their_own_namespace_alone(node):
             assert bind(B, A6) == "ok"
             with echoing(A, A6, socket.SOCK_DGRAM) as port:
                 assert as_user(B, lambda: ask(A6, port, socket.SOCK_DGRAM)) == A6
-            assert bpf_state.read_refusals() == {}
+            assert bpf_state.read_refusals().counts == {}
             assert bpf_state.observe_hooks(wanted=False).leftover == ()
         with inside(node.own):
             assert bind(B, A6) == "EPERM"
@@ -125,10 +125,10 @@ def test_two_nodes_of_one_machine_do_not_meet(node):
             contents = bpf_contents.contents(hooked(1))
             bpf_state.load_hooks(contents, bpf_state.observe_hooks(wanted=True))
             assert bind(B, A6) == "EPERM"
-            assert bpf_state.read_refusals() == {(B, "bind"): 1}
+            assert bpf_state.read_refusals().counts == {(B, "bind"): 1}
             bpf_state.remove_hooks()
         with inside(node.own):
-            assert bpf_state.read_refusals() == {}
+            assert bpf_state.read_refusals().counts == {}
             assert bind(A, B6) == "EPERM"
             assert node.plan(hooked()) == {}
     finally:
@@ -231,14 +231,14 @@ def test_harm_is_seen_and_repaired(node, harm, action):
     desired = hooked()
     node.converge(desired)
     assert bind(B, A6) == "EPERM"
-    before = bpf_state.read_refusals()
+    before = bpf_state.read_refusals().counts
     harm()
     operations = node.converge(desired)
     assert {name: one.action for name, one in operations.items()} == {HOOKS: action}
     assert (bind(B, A6), bind(B, A_RANGE), bind(A, A6)) == ("EPERM", "EPERM", "ok")
     assert len(list(place().iterdir())) == 2
     lost = harm is _remove_all
-    assert bpf_state.read_refusals() == {(B, "bind"): 2 + (0 if lost else before[B, "bind"])}
+    assert bpf_state.read_refusals().counts == {(B, "bind"): 2 + (0 if lost else before[B, "bind"])}
 
 
 def test_a_new_version_is_in_force_before_the_old_one_goes(node, monkeypatch):
@@ -342,7 +342,7 @@ def test_a_kernel_without_a_cookie_for_packets(node, monkeypatch):
         assert as_user(A, lambda: ask(B6, port, socket.SOCK_DGRAM)) == A6
         with node.at_neighbour():
             assert as_user(0, lambda: ask(A6, port, socket.SOCK_DGRAM, patience=0.3)) == "timeout"
-    assert bpf_state.read_refusals()[B, "receive"] == 1
+    assert bpf_state.read_refusals().counts[B, "receive"] == 1
 
 
 def test_the_words_of_the_kernel_are_told(node):
