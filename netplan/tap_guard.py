@@ -17,7 +17,9 @@ from netplan.ruleset import Part
 from netplan.tap_rules import HOOKS, STATIC, chains, counting_sets, learned_sets, static_sets
 
 _Range = tuple[int, int, str]
-"""First and last address of a network as numbers, and how nft writes it as an element of a set of ranges."""
+"""First and last address of a network as numbers, the last one negative so that the larger of two that begin alike
+comes first; and how nft writes it as an element of a set of ranges.
+"""
 
 
 @once
@@ -138,9 +140,9 @@ def _taken(partitions: Sequence[PartitionNetwork], protected: Protected) -> _Tak
 def _range(network: Network) -> _Range:
     first, last = network.network_address, network.broadcast_address
     if isinstance(first, IPv4Address):
-        return int(first), int(last), str(network)
+        return int(first), -int(last), str(network)
     text = _hex(first) if first == last else f"{_hex(first)}-{_hex(last)}"
-    return int(first), int(last), text
+    return int(first), -int(last), text
 
 
 def _apart(ranges: Iterable[_Range]) -> list[_Range]:
@@ -149,15 +151,11 @@ def _apart(ranges: Iterable[_Range]) -> list[_Range]:
     """
     found: list[_Range] = []
     end = -1
-    for one in sorted(set(ranges), key=_place):
-        if one[1] > end:
+    for one in sorted(set(ranges)):
+        if -one[1] > end:
             found.append(one)
-            end = one[1]
+            end = -one[1]
     return found
-
-
-def _place(one: _Range) -> tuple[int, int]:
-    return one[0], -one[1]
 
 
 def _hex(address: IPv4Address | IPv6Address) -> str:

@@ -12,7 +12,7 @@ import socket
 import struct
 import time
 from dataclasses import dataclass, field
-from ipaddress import IPv4Address, IPv6Address, IPv6Interface, IPv6Network, ip_network
+from ipaddress import IPv4Address, IPv6Address, IPv6Interface, ip_network
 from pathlib import Path
 
 from guard_cast import Cast, End
@@ -57,13 +57,15 @@ def partition(index, *, strict, guarded=True, bridge="br0", mac=None):
     name = f"slappart{index}"
     own = (ip_network(f"192.0.2.{50 + index}"), ip_network(f"2001:db8:1:a{index}::/64"))
     guard = TapGuard(strict, own, mac, tap_mac("COMP-1", name)) if guarded else None
+    # of a routed tap, the host has the last address of the guest's network, and it is no range of processes
+    ends = {} if bridge else {"ipv6": IPv6Interface((own[1][-1], 64)), "ipv4": own[0].network_address}
     return PartitionNetwork(
         name,
         index,
         UID + index,
-        TapSpec(f"slaptap{index}", UID + index, host_tap_mac("COMP-1", name), bridge, guard=guard),
+        TapSpec(f"slaptap{index}", UID + index, host_tap_mac("COMP-1", name), bridge, guard=guard, **ends),
         IPv6Interface(f"2001:db8:1::{index + 2:x}/64"),
-        IPv6Network(f"2001:db8:1:a{index}::/64"),
+        own[1] if bridge else None,
         IPv4Address(f"10.0.0.{index + 2}"),
     )
 
