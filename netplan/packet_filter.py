@@ -1,7 +1,8 @@
 """The packet filter as the text of nft transactions.  Pure.
 
 The filter is a sum of parts (:mod:`netplan.ownership`, :mod:`netplan.metering`, :mod:`netplan.tap_guard`,
-:mod:`netplan.tun_guard`) in the tables ``inet``, ``bridge`` and ``arp partitiond``, of which only the first is always there; it has all
+:mod:`netplan.tun_guard`) in the tables ``inet``, ``bridge`` and ``arp partitiond``, of which only the first is
+always there; it has all
 named counters.  A transaction changes what differs and nothing else: elements of those who stay are not
 touched, what the kernel put into sets itself never, and rules only when they changed.
 
