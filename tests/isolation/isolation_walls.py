@@ -394,7 +394,9 @@ def shared(scene, told):
         yield _job_of_user(
             scene, "abstract sockets", attacker, victim, "connect", "abstract", name, known=ABSTRACT
         )
-        yield _job_of_user(scene, "session keyring", attacker, victim, "search", "key", name)
+        # never shared, whatever is switched off: there the owner shows that it can be found
+        hands = scene.agent_name(attacker) if scene.enforced else victim.id
+        yield Job("session keyring", attacker, victim.id, "search", ("key", name), hands)
         for where in _SHARED:
             yield _job_of_user(
                 scene, "shared directories", attacker, victim, f"named in {where}", "named", where, name
