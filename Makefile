@@ -15,11 +15,11 @@ help: ## this list
 demo: $(B)/demo.stamp ## the whole way through in private namespaces, with a real master (ARGS=--keep leaves it up)
 	$(ENV)/bin/python3 -I -m partitiond demo $(ARGS)
 
-test: $(B)/test.stamp lint ## linters and tests, in private namespaces
-	$(RUN) sh -c 'cd $(CURDIR) && exec $(PREFIX)/bin/python3 -m pytest -m "not full" $(ARGS)'
+test: $(B)/test.stamp lint ## linters and tests, in private namespaces (ARGS are pytest's)
+	tools/tests $(PREFIX) $(ENV) $(if $(ARGS),-m "not full" $(ARGS))
 
 test-full: $(B)/test.stamp lint ## the whole matrices
-	$(RUN) sh -c 'cd $(CURDIR) && exec $(PREFIX)/bin/python3 -m pytest $(ARGS)'
+	$(if $(ARGS),,MARKED="full or not full") tools/tests $(PREFIX) $(ENV) $(ARGS)
 
 lint: $(B)/test.stamp ## ruff, mypy --strict, import-linter
 	$(RUN) sh -ec 'cd $(CURDIR); PATH=$(PREFIX)/bin:$$PATH; ruff check .; ruff format --check .; mypy; lint-imports'
