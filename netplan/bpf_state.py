@@ -117,11 +117,11 @@ def remove_hooks() -> None:
 def read_refusals() -> RefusedCalls:
     """Return what the programs of this network namespace refused."""
     path = _place(_known_cookie()) / REFUSED
+    if not path.exists():  # where we may not load any, bpf(2) would not even say that there is none
+        return RefusedCalls("", {})
     try:
         with bpf_syscall.pinned(str(path)) as counts:
             number, found = bpf_syscall.map_id(counts), bpf_syscall.entries(counts, MAPS[REFUSED])
-    except FileNotFoundError:
-        return RefusedCalls("", {})
     except OSError as error:
         raise _error("the refusals cannot be read", error) from error
     order = sys.byteorder
@@ -170,13 +170,15 @@ def _names(place: Path) -> tuple[str, ...]:
 
 def _stands(directory: Path, group: int) -> bool:
     """Whether every link is there, and attached to that cgroup: anybody with the right can detach one."""
-    for name in _LINKS:
-        try:
+    try:
+        for name in _LINKS:
             with bpf_syscall.pinned(f"{directory}/{name}") as link:
                 if bpf_syscall.link_info(link).cgroup != group:
                     return False
-        except FileNotFoundError:
-            return False
+    except (
+        OSError
+    ):  # what cannot be opened, or is something else, is made anew, and then told if it cannot be
+        return False
     return all((directory / name).exists() for name in (*_FILLED, NOTE))
 
 

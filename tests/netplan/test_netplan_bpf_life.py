@@ -294,6 +294,17 @@ def test_a_kernel_that_refuses_the_programs(node, monkeypatch):
     assert list(node.converge(desired)) == [HOOKS]
 
 
+def test_a_container_that_may_not_call_it_at_all(node, monkeypatch):
+    monkeypatch.setattr(
+        bpf_syscall, "_call", lambda _, attributes: bpf_syscall._Answer(-1, errno.EPERM, attributes)
+    )
+    desired = hooked()
+    assert HOOKS not in node.converge(desired)
+    assert observe(desired).hooks.refused == "Operation not permitted"
+    assert bpf_state.read_refusals() == ("", {})
+    node.converge(NOTHING)
+
+
 def test_a_failure_while_attaching_is_told_and_keeps_nothing_else_from_being_done(node, monkeypatch):
     desired = hooked()
     seen = observe(desired)
