@@ -103,7 +103,7 @@ def _source_selection(seen: Observation) -> str:
 
 def _unguarded(config: Config) -> list[str]:
     """What is open of what guests may send, as the operator chose it."""
-    found = []
+    found: list[str] = []
     if config.packet_filter == "iptables":
         return found  # among the cases of iptables
     if config.create_tap and config.guard.mode == "off":
