@@ -103,17 +103,20 @@ def _source_selection(seen: Observation) -> str:
 
 def _unguarded(config: Config) -> list[str]:
     """What is open of what guests may send, as the operator chose it."""
-    found = []
-    if config.network.create_tun:
-        found.append("what is sent through tuns is not checked: a guest there may send from any IP address")
+    found: list[str] = []
     if config.packet_filter == "iptables":
         return found  # among the cases of iptables
     if config.create_tap and config.guard.mode == "off":
         found.append("tap_guard is off: guests may send as the node, its router, or each other")
-    elif config.create_tap and config.guard.mode == "lan":
+    if config.create_tap and config.guard.mode == "lan":
         found.append(
             "tap_guard is lan: guests may take addresses of hosts of the LAN that are neither the node's nor a router's or"
             " resolver's of it (strict: only their own)"
+        )
+    if config.create_tap and config.guard.mode != "off":
+        found.append(
+            "who opens a tap with a virtio header can let a device without checksum offload write two bytes of a checksum"
+            " into a frame that was checked (docs/design/isolation.md)"
         )
     return found
 
