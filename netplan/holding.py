@@ -62,6 +62,12 @@ def _here() -> tuple[int, int]:
     return os.getpid(), _NAMESPACE.stat().st_ino
 
 
+def spared() -> bool:
+    """Whether the tables of this network namespace are somebody's, so that a flush by others passes over them."""
+    with nft_socket() as sock:
+        return bool(_flags(sock, "inet") & _OWNER)
+
+
 def make_tables(sock: NetlinkSocket, families: Iterable[str], *, anew: Iterable[str] = ()) -> None:
     """Make tables of ours, such that can be held where the kernel knows that; those ``anew`` are removed before.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from netplan import holding
 from netplan.legacy_cases import OPEN_CASES as LEGACY_CASES
 from partitiond import converge, identities, last_good, privacy, trial, tunnels
 from partitiond.refusal import Refusal
@@ -28,6 +29,13 @@ _OPEN_WITHOUT_PROGRAMS = (
 _CHECKED_EVERYWHERE = (
     "this kernel does not let a program that sees packets ask for its network namespace (Linux 6.15 does): packets for"
     " a partition's global address are checked in containers, too, and those for private IPv4 are not"
+)
+
+
+_FLUSHABLE = (
+    "nft flush ruleset by somebody else takes the packet filter away (a running daemon holds it on Linux 6.9 with nft 1.1"
+    " and later): until the daemon has loaded it again, some tenths of a second, taps are down, and addresses are held by"
+    " the programs at the cgroup alone"
 )
 
 
@@ -62,6 +70,8 @@ def _open_cases(target: Node) -> list[str]:
     found = _unguarded(config)
     if config.packet_filter == "iptables":
         found += (f"{name}: {text} (packet_filter = iptables)" for name, text in LEGACY_CASES.items())
+    elif not holding.spared():
+        found.append(_FLUSHABLE)
     if not config.address_ownership:
         found.insert(0, "address_ownership is off: every user may use every address of the node")
     rejected = last_good.rejected_file(config)
