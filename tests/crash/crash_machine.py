@@ -31,6 +31,10 @@ class ChildError(Exception):
 
 def enter():
     """Make the machine and be in it; the calling process must be of no use for anything else, and its children end with it."""
+    # on one processor, where each namespace is younger than the one before it (namespaces.py): then how often one is tried
+    # is the same each time
+    processors = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {processors[os.getpid() % len(processors)]})
     flags = sandbox.CLONE_NEWNS | sandbox.CLONE_NEWNET | sandbox.CLONE_NEWPID | sandbox.CLONE_NEWIPC
     if _LIBC.unshare(flags):
         raise OSError(ctypes.get_errno(), "unshare: run the tests as root")
