@@ -152,9 +152,11 @@ def test_drift_is_told_counted_and_repaired_at_once(node, damage, kind, resource
     before, counted = whole(), metric(node, "partitiond_drift_total", resource=kind)
     found, done = len(events(node, "drift.found")), len(events(node, "drift.repaired"))
     damage()
-    (repair,) = repaired(node, done)
-    assert whole() == before
-    (event,) = events(node, "drift.found")[found:]
+    # while the filter is gone the daemon itself sets guarded taps down, which is another drift
+    (repair,) = (one for one in repaired(node, done) if one["resource"].startswith(kind + "/"))
+    node.wait(lambda: whole() == before, "everything to be as it was", SOON)
+    told = events(node, "drift.found")[found:]
+    (event,) = (one for one in told if one["resource"].startswith(kind + "/"))
     for one in (event, repair):
         assert one["resource"].startswith(kind + "/")
         assert resource is None or one["resource"] == resource
@@ -187,7 +189,7 @@ def test_what_drifted_shows_on_the_command_line(node):
     ).stdout
     assert "drift.found  slappart1  tap/slaptap1: missing\n" in text
     assert "drift.repaired  -  filter/partitiond: missing" in text
-    assert "slaptap2" not in text
+    assert "tap/slaptap2: missing" not in text
 
 
 def test_following_sees_a_repair_as_it_happens(node):
@@ -218,7 +220,8 @@ def test_the_api_of_events(node):
     status, kind, text = fetch(node, "/1/events?partition=slappart2&limit=2")
     assert (status, kind) == (200, "application/json")
     found = json.loads(text)["events"]
-    assert [event["event"] for event in found] == ["drift.found", "drift.repaired"]
+    assert len(found) == 2
+    assert {event["event"] for event in found} <= {"drift.found", "drift.repaired", "drift.fight"}
     assert fetch(node, "/1/events?limit=0")[0] == 409
     assert fetch(node, "/1/events?limit=x")[0] == 409
 

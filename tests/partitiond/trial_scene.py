@@ -172,7 +172,8 @@ def machine():
         "rules": said("/usr/sbin/ip", "rule"),
         "rules6": said("/usr/sbin/ip", "-6", "rule"),
         "neighbours": said("/usr/sbin/ip", "neighbour", "show", "proxy"),
-        "filter": said("/usr/sbin/nft", "list", "tables"),
+        # in whatever order they were made
+        "filter": "\n".join(sorted(said("/usr/sbin/nft", "list", "tables").splitlines())),
         "users": {name: Path("/etc", name).read_bytes() for name in ("passwd", "group", "shadow", "gshadow")},
         "settings": settings(),
     }
