@@ -12,6 +12,7 @@ PERSIST is given when a table is made, or never.  Where the kernel or nft does n
 
 import errno
 import os
+import threading
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -30,6 +31,8 @@ class _Holder:
 
     def __init__(self) -> None:
         self.wanted = False
+        # two threads on one socket would take each other's answers
+        self.turn = threading.RLock()
         self.sock: NetlinkSocket | None = None
         self.place = (0, 0)
 
@@ -95,6 +98,11 @@ def wake_tables(sock: NetlinkSocket) -> None:
 
 def commit(sock: NetlinkSocket, number: int, requests: Sequence[Request]) -> bool:
     """Commit like :func:`netplan.nfbatch.commit`, as the one who holds; take hold with it if that is wanted."""
+    with _holder.turn:
+        return _commit(sock, number, requests)
+
+
+def _commit(sock: NetlinkSocket, number: int, requests: Sequence[Request]) -> bool:
     if held() and _holder.sock is not None:
         return nfbatch.commit(_holder.sock, number, requests)
     free = _free(sock) if _holder.wanted else []
@@ -127,10 +135,11 @@ def release() -> None:
 
     A child that is just being started has the socket for a moment longer.
     """
-    sock, _holder.sock = _holder.sock, None
-    if sock is None:
-        return
-    sock.close()
+    with _holder.turn:
+        sock, _holder.sock = _holder.sock, None
+        if sock is None:
+            return
+        sock.close()
     if _holder.place != _here():
         return
     until = time.monotonic() + _WAIT_SECONDS

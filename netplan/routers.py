@@ -6,45 +6,53 @@ itself, one for each tap, are left out by one byte.  Layouts: include/uapi/linux
 
 import socket
 import struct
-from collections.abc import Iterator
+import sys
+from collections.abc import Container, Iterator
 
 from netplan.netlink import NETLINK_ROUTE, Message, NetlinkSocket, attributes
 from netplan.rtnetlink import ROUTE_UNICAST, RTMSG
 
 _RTM_GETROUTE = 26
-_RTA_GATEWAY, _RTA_MULTIPATH, _RTA_VIA = 5, 9, 18
-_ROUTE_ATTRIBUTES = frozenset((_RTA_GATEWAY, _RTA_MULTIPATH, _RTA_VIA))
+_RTA_OIF, _RTA_GATEWAY, _RTA_MULTIPATH, _RTA_VIA = 4, 5, 9, 18
+_ROUTE_ATTRIBUTES = frozenset((_RTA_OIF, _RTA_GATEWAY, _RTA_MULTIPATH, _RTA_VIA))
 _PROTOCOL, _MADE_BY_KERNEL = 5, 2  # the place of rtm_protocol, RTPROT_KERNEL
 _NEXT_HOP = struct.Struct("=HBBi")  # struct rtnexthop: length, flags, weight, link
 
 
-def routers() -> frozenset[bytes]:
-    """Return the gateways of all routes, of any table, as 4 or 16 packed bytes.  Raises ``network.netlink``."""
+def routers(near: Container[int]) -> frozenset[bytes]:
+    """Return the gateways of all routes, of any table, as 4 or 16 packed bytes; link-local ones of the links ``near``
+    alone.  Raises ``network.netlink``.
+    """
     with NetlinkSocket(NETLINK_ROUTE) as sock:
         return frozenset(
-            one for family in (socket.AF_INET, socket.AF_INET6) for one in _gateways(sock, family)
+            gateway
+            for family in (socket.AF_INET, socket.AF_INET6)
+            for gateway, link in _gateways(sock, family)
+            if link in near or gateway[:1] != b"\xfe"
         )
 
 
-def _gateways(sock: NetlinkSocket, family: int) -> Iterator[bytes]:
+def _gateways(sock: NetlinkSocket, family: int) -> Iterator[tuple[bytes, int]]:
     payload = RTMSG.pack(family, 0, 0, 0, 0, 0, 0, ROUTE_UNICAST, 0)
     for message in sock.dump(_RTM_GETROUTE, payload, absent=True):
         if message.data[message.start + _PROTOCOL] != _MADE_BY_KERNEL:
             yield from _of_route(message)
 
 
-def _of_route(message: Message) -> Iterator[bytes]:
+def _of_route(message: Message) -> Iterator[tuple[bytes, int]]:
     have = attributes(message.data, message.start + RTMSG.size, message.end, _ROUTE_ATTRIBUTES)
-    yield from _of_hop(have)
+    yield from _of_hop(have, int.from_bytes(have.get(_RTA_OIF, b""), sys.byteorder))
     hops = have.get(_RTA_MULTIPATH, b"")
     while len(hops) >= _NEXT_HOP.size:
-        length = max(_NEXT_HOP.unpack_from(hops)[0], _NEXT_HOP.size)
-        yield from _of_hop(attributes(hops, _NEXT_HOP.size, min(length, len(hops)), _ROUTE_ATTRIBUTES))
+        length, _, _, link = _NEXT_HOP.unpack_from(hops)
+        length = max(length, _NEXT_HOP.size)
+        hop = attributes(hops, _NEXT_HOP.size, min(length, len(hops)), _ROUTE_ATTRIBUTES)
+        yield from _of_hop(hop, link)
         hops = hops[(length + 3) & ~3 :]
 
 
-def _of_hop(have: dict[int, bytes]) -> Iterator[bytes]:
+def _of_hop(have: dict[int, bytes], link: int) -> Iterator[tuple[bytes, int]]:
     if gateway := have.get(_RTA_GATEWAY):
-        yield gateway
+        yield gateway, link
     if via := have.get(_RTA_VIA):  # of the other family, which comes first, in two bytes
-        yield via[2:]
+        yield via[2:], link

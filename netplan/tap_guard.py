@@ -87,6 +87,8 @@ def _elements(one: PartitionNetwork) -> _Elements:
     ]
     if one.tun:
         networks += [end.network for end in (one.tun.ipv6, one.tun.ipv4) if end]
+    if one.tun:
+        networks += [end.network for end in (one.tun.ipv4, one.tun.ipv6) if end]
     macs: list[str] = []
     tap = one.tap
     if tap is not None:
@@ -145,6 +147,9 @@ def _range(network: Network) -> _Range:
     return int(first), -int(last), text
 
 
+_LAST = frozenset((2**32 - 1, 2**128 - 1))
+
+
 def _apart(ranges: Iterable[_Range]) -> list[_Range]:
     """Leave out what lies in another one: a set of ranges takes none that meet, and of networks one of two lies in
     the other where they do.
@@ -152,7 +157,8 @@ def _apart(ranges: Iterable[_Range]) -> list[_Range]:
     found: list[_Range] = []
     end = -1
     for one in sorted(set(ranges)):
-        if -one[1] > end:
+        # one that ends with the very last address has no end that could be written behind it, and is nobody's source
+        if -one[1] > end and -one[1] not in _LAST:
             found.append(one)
             end = -one[1]
     return found

@@ -241,6 +241,7 @@ def _checks(one: _Checked, *, gateways: bool = False) -> dict[str, tuple[str, ..
     refuse = f"goto refuse_{one.rule}"
     use = f"update @used{family} {{ iifname . {key} }} update @in_use{family} {{ {key} }}"
     often = one.rule in {"ipv4", "ipv6"}
+    stays = f"{one.place},64,16 & 0xffc0 != 0xfe80 " if family == "6" else ""
     return {
         f"{chain}_claim": (
             *(f"{nobodys.format(one.place)} {refuse}" for nobodys in _NOBODYS[family]),
@@ -256,7 +257,14 @@ def _checks(one: _Checked, *, gateways: bool = False) -> dict[str, tuple[str, ..
             f"iifname @strict_taps {refuse}",
             f"goto {chain}_claim",
         ),
-        f"{chain}_used": (*([f"numgen random mod 16 != 0 {verdict}"] if often else []), use, verdict),
+        f"{chain}_used": (
+            # what it has used may have become somebody's since, or the tap strict
+            f"{key} @taken{family} {refuse}",
+            f"iifname @strict_taps {stays}{refuse}",
+            *([f"numgen random mod 16 != 0 {verdict}"] if often else []),
+            use,
+            verdict,
+        ),
         chain: (
             *([f"{key} @gateways6 {refuse}"] if gateways else []),
             f"iifname . {key} @own{family} {verdict}",

@@ -13,9 +13,12 @@ _SOURCE_OPTION, _TARGET_OPTION, _NONCE_OPTION = "0x0101", "0x0201", "0x0e01"
 
 
 def own_mac(place: str, chain: str, condition: str = "") -> Iterator[str]:
-    """Yield the rules that go to a chain where a place of the frame has the tap's own MAC."""
-    for macs in ("learned_macs", "fixed_macs"):
-        yield f"{condition} iifname . {place} @{macs} goto {chain}".lstrip()
+    """Yield the rules that go to a chain where a place of the frame has the tap's own MAC.
+
+    What was learned before a MAC was fixed is not it any more.
+    """
+    for macs in ("!= @fixed_mac_taps iifname . {} @learned_macs", ". {} @fixed_macs"):
+        yield f"{condition} iifname {macs.format(place)} goto {chain}".lstrip()
 
 
 def ipv4_chains() -> dict[str, tuple[str, ...]]:

@@ -2,7 +2,8 @@
 
 The host has one address of that network, and what is behind the tun the others.  From anywhere else, the router's
 address included, nothing comes in: a tun has no other neighbours, so unlike a tap it knows no ``lan``.  Link-local
-IPv6 stays on the tun.
+IPv6 is for the host alone, and neighbour discovery is not for tuns: by a router advertisement the host would take
+the tun for its way to the world.
 """
 
 from collections.abc import Sequence
@@ -17,12 +18,13 @@ _COUNTED = refused(RULE)
 _CHAINS = {
     "refuse_tun": (f"add @{_COUNTED} {{ iifname counter }}", "drop"),
     "tun_packet": (
+        # a tun has no neighbours: what would make the host take it for a router, whoever sends it
+        "icmpv6 type 130-137 goto refuse_tun",
         # the kernel itself drops such an IPv4 source (rp_filter aside, fib_validate_source), not such an IPv6 one
         "fib saddr type local goto refuse_tun",
         "iifname . ip saddr @tun_own4 accept",
         "iifname . ip6 saddr @tun_own6 accept",
         "ip6 saddr fe80::/10 ip6 daddr fe80::/10 accept",
-        "ip6 saddr fe80::/10 ip6 daddr ff02::/16 accept",
         "goto refuse_tun",
     ),
     "tun_packets": ("iifname @guarded_tuns goto tun_packet",),

@@ -352,7 +352,10 @@ def _clean(context: Context, node: Node, partition: Partition) -> None:
     execute.end_processes_of(partition.uid, partition.gid)
     privacy.forget(context.config, partition)
     if partition.network.tap:
-        learned.forget(partition.network.tap.name)
+        with (
+            context.applying
+        ):  # between its release and the load that follows, nobody else may take the filter
+            learned.forget(partition.network.tap.name)
     certificates.remove(context, partition)
     identities.remove(context.config, partition)
     _remove_directory(partition)

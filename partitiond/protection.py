@@ -16,13 +16,14 @@ from netplan.model import PROTOCOL_MARK, Protected
 from netplan.routers import routers
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable
 
     from netplan.model import Link, Network
     from netplan.observe import Look
     from partitiond.config import Config
 
-_RESOLVERS = Path("/etc/resolv.conf")
+# the second has those that the first names by a loopback address alone (systemd-resolved.service(8))
+_RESOLVERS = (Path("/etc/resolv.conf"), Path("/run/systemd/resolve/resolv.conf"))
 _NAMESERVER = re.compile(rb"^[ \t]*nameserver[ \t]+([0-9A-Fa-f.:]+)", re.MULTILINE)
 # links that lead into a VPN as a whole: behind them, all addresses of their network are somebody's
 _VPN_KINDS = frozenset(("tun", "wireguard", "ipip", "gre", "ip6tnl", "ip6gre", "sit", "vti", "xfrm"))
@@ -47,14 +48,26 @@ def look(config: Config, seen: Look) -> Protected:
     taps = {link.ifindex for link in seen.links.values() if link.tap}
     vpns = {link.ifindex for link in seen.links.values() if link.kind in _VPN_KINDS} - taps
     # the link-local address of the host's end of a tap is there for its own guest alone
-    found = [one for one in seen.addresses if one.protocol != PROTOCOL_MARK and one.link not in taps]
-    others = routers() | {_packed(one) for one in _resolvers()}
+    # and what is link-local elsewhere (containers, VPNs) is nobody's where guests are
+    near = _near(config, seen.links.values())
+    found = [
+        one
+        for one in seen.addresses
+        if one.protocol != PROTOCOL_MARK
+        and one.link not in taps
+        and (one.link in near or not _is_link_local(one.packed))
+    ]
+    others = routers(near) | {_packed(one) for one in _resolvers()}
     own = {(one.packed, one.prefixlen) for one in found} | {(one, 8 * len(one)) for one in others}
     return _protected(
         _Seen(
             frozenset(own),
-            frozenset((one.packed, one.prefixlen) for one in found if one.link in vpns),
-            frozenset(mac for mac in _macs(config, seen.links.values()) if mac),
+            frozenset(
+                (one.packed, one.prefixlen)
+                for one in found
+                if one.link in vpns and not _is_link_local(one.packed)
+            ),
+            frozenset(link.mac for link in seen.links.values() if link.mac and link.ifindex in near),
         )
     )
 
@@ -79,23 +92,32 @@ def _address(packed: bytes) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
     return ipaddress.IPv4Address(packed) if len(packed) == 4 else ipaddress.IPv6Address(packed)
 
 
-def _macs(config: Config, links: Iterable[Link]) -> Iterator[str]:
-    """The MACs of the node where guests are: of its interfaces, of the bridge and of the other ports of that."""
+def _is_link_local(packed: bytes) -> bool:
+    """Whether it is of fe80::/10 or 169.254.0.0/16."""
+    if len(packed) == 4:
+        return packed[:2] == b"\xa9\xfe"
+    return packed[0] == 0xFE and packed[1] & 0xC0 == 0x80
+
+
+def _near(config: Config, links: Iterable[Link]) -> frozenset[int]:
+    """The links where guests are: the interfaces of the node's addresses, the bridge and its ports but taps."""
     keys = config.network
     names = {keys.interface, keys.ipv4_interface, keys.bridge, *keys.bridge_ports}
     links = list(links)
     bridges = {link.ifindex for link in links if link.name == keys.bridge}
-    for link in links:
-        if not link.tap and (link.name in names or link.master in bridges):
-            yield link.mac
+    return frozenset(
+        link.ifindex for link in links if not link.tap and (link.name in names or link.master in bridges)
+    )
 
 
 def _resolvers() -> tuple[str, ...]:
-    try:
-        content = _RESOLVERS.read_bytes()
-    except OSError:  # a node without resolver has none to protect
-        return ()
-    return _nameservers(content)
+    found: tuple[str, ...] = ()
+    for path in _RESOLVERS:
+        try:
+            found += _nameservers(path.read_bytes())
+        except OSError:  # a node without resolver has none to protect
+            continue
+    return found
 
 
 @functools.lru_cache(maxsize=2)
