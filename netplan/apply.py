@@ -7,7 +7,7 @@ does nothing new come up behind it.
 
 import errno
 import secrets
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from socket import AF_INET, AF_INET6
@@ -317,14 +317,41 @@ def _taps(sock: NetlinkSocket, group: Sequence[TapOperation]) -> list[Failure]:
             failed |= make_taps(these, tun=tun, mark=mark) if these else {}
     except NetplanError as error:
         return [*failures, *(Failure(one, error) for one in kept)]
+    if stolen := [one for one in kept if one.name in failed and one.anew and failed[one.name].retryable]:
+        failed = {name: error for name, error in failed.items() if name not in {one.name for one in stolen}}
+        failed |= _make_anew(sock, stolen, mark)
     failures += (Failure(one, failed[one.name]) for one in kept if one.name in failed)
-    return failures + _send(sock, (step for one in kept if one.name not in failed for step in _settings(one)))
+    # what else is to be set is set also where the owner could not be
+    settings = [one for one in kept if one.name not in failed or one.action == "change"]
+    return failures + _send(sock, (step for one in settings for step in _settings(one)))
 
 
-def block_taps(names: Iterable[str]) -> None:
-    """Set taps down at once: no frame leaves a tap that is down.  Those that are not there need nothing."""
+def _make_anew(
+    sock: NetlinkSocket, group: Sequence[TapOperation], mark: Callable[[Iterable[str]], None]
+) -> dict[str, NetplanError]:
+    """Make those again that somebody holds: their owner was changed by the holder, who needs no privilege for that
+    (TUNSETOWNER), and while he holds it nobody else can give it back.
+    """
+    sock.batch([rtnetlink.delete_link(one.name) for one in group])
+    failed: dict[str, NetplanError] = {}
+    for tun in (False, True):
+        these = [(one.name, one.owner) for one in group if one.owner is not None and one.tun == tun]
+        failed |= make_taps(these, tun=tun, mark=mark) if these else {}
+    return failed
+
+
+def block_taps(macs: Mapping[str, str | None]) -> None:
+    """Set taps down at once, by name, and give those back their MACs that have one here: no frame leaves a tap that is
+    down, and none is sent to it for another's sake.  Those that are not there need nothing.
+    """
+    requests = [rtnetlink.set_down(name) for name in macs]
+    requests += (
+        rtnetlink.set_link(name, alias=None, mac=mac, master=None, up=False)
+        for name, mac in macs.items()
+        if mac is not None
+    )
     with NetlinkSocket(NETLINK_ROUTE) as sock:
-        sock.batch([rtnetlink.set_down(name) for name in names])
+        sock.batch(requests)
 
 
 def _settings(one: TapOperation) -> Iterator[_Step]:

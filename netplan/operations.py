@@ -85,6 +85,7 @@ class PortOperation(Operation):
 class TapOperation(Operation):
     """A tap (or ``tun``) to be made (or given to ``owner``, when not None), and then set up; or removed.
 
+    ``anew``: where somebody holds it, it is removed and made again, which all settings are given for.
     ``forwards``: what the bridge forwards from its port (:data:`netplan.model.GUARDED_PORT`).
     """
 
@@ -97,6 +98,7 @@ class TapOperation(Operation):
     up: bool = False
     group: int | None = None
     forwards: int | None = None
+    anew: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

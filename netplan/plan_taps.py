@@ -1,6 +1,7 @@
 """The plan for taps and tuns: missing, not as wanted, taken by somebody else, no longer wanted."""
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 from netplan.errors import NetplanError
 from netplan.model import (
@@ -62,38 +63,47 @@ def _wanted(
         return
     master = bridge.ifindex if bridge else 0
     alias = ALIAS_MARK + partition.id
+    made = TapOperation(
+        id=f"tap/{tap.name}",
+        action="create",
+        partition=partition.id,
+        after=_wish(tap),
+        reason="missing",
+        name=tap.name,
+        owner=tap.owner_uid,
+        alias=alias,
+        mac=tap.mac,
+        master=master or None,
+        up=True,
+        forwards=_forwards(tap) or None,
+    )
     if link is None:
-        yield TapOperation(
-            id=f"tap/{tap.name}",
-            action="create",
-            partition=partition.id,
-            after=_wish(tap),
-            reason="missing",
-            name=tap.name,
-            owner=tap.owner_uid,
-            alias=alias,
-            mac=tap.mac,
-            master=master or None,
-            up=True,
-            forwards=_forwards(tap) or None,
-        )
-    elif reasons := list(_differences(link, tap, alias, master, names)):
-        yield TapOperation(
-            id=f"tap/{tap.name}",
-            action="change",
-            partition=partition.id,
-            before=_describe(link, names),
-            after=_wish(tap),
-            reason=", ".join(reasons),
-            name=tap.name,
-            owner=tap.owner_uid if link.tap_owner != tap.owner_uid else None,
-            alias=alias if link.alias != alias else None,
-            mac=tap.mac if _foreign_mac(link, tap) else None,
-            master=master if link.master != master else None,
-            up=not link.up,
-            group=0 if link.group >= GROUP_GOING else None,
-            forwards=_forwards(tap) if _other_port(link, tap, master) else None,
-        )
+        yield made
+        return
+    reasons = ", ".join(_differences(link, tap, alias, master, names))
+    if not reasons:
+        return
+    change = replace(
+        made,
+        action="change",
+        before=_describe(link, names),
+        reason=reasons,
+        group=0 if link.group >= GROUP_GOING else None,
+        anew=link.alias == alias,
+    )
+    if link.tap_owner != tap.owner_uid:
+        yield change  # all of it, should it have to be made again
+        return
+    yield replace(
+        change,
+        owner=None,
+        alias=alias if link.alias != alias else None,
+        mac=tap.mac if _foreign_mac(link, tap) else None,
+        master=master if link.master != master else None,
+        up=not link.up,
+        forwards=_forwards(tap) if _other_port(link, tap, master) else None,
+        anew=False,
+    )
 
 
 def _forwards(tap: TapSpec) -> int:
@@ -102,6 +112,8 @@ def _forwards(tap: TapSpec) -> int:
 
 def _other_port(link: Link, tap: TapSpec, master: int) -> bool:
     """Whether its port must be set: one that is put into a bridge begins anew; what we did not set stays."""
+    if not master:
+        return False  # no port any more, which a bridge that goes in the same plan may have made of it
     if link.master != master:
         return bool(_forwards(tap))
     return link.forwards != _forwards(tap) and GUARDED_PORT in {link.forwards, _forwards(tap)}
@@ -138,6 +150,7 @@ def _wanted_tun(partition: PartitionNetwork, tun: TunSpec, observed: ObservedNet
     reasons += [] if link.alias == alias else ["is not marked as this partition's"]
     reasons += ["its removal was cut off"] if link.group >= GROUP_GOING else []
     if reasons:
+        lost = link.tap_owner != tun.owner_uid
         yield TapOperation(
             id=identity,
             action="change",
@@ -147,10 +160,11 @@ def _wanted_tun(partition: PartitionNetwork, tun: TunSpec, observed: ObservedNet
             reason=", ".join(reasons),
             name=tun.name,
             tun=True,
-            owner=tun.owner_uid if link.tap_owner != tun.owner_uid else None,
-            alias=alias if link.alias != alias else None,
-            up=not link.up,
+            owner=tun.owner_uid if lost else None,
+            alias=alias if lost or link.alias != alias else None,
+            up=lost or not link.up,
             group=0 if link.group >= GROUP_GOING else None,
+            anew=lost and link.alias == alias,
         )
 
 

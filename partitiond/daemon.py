@@ -20,7 +20,6 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from netplan import holding
-from netplan.apply import block_taps
 from partitiond import (
     __version__,
     control,
@@ -40,6 +39,7 @@ from partitiond.context import Context
 from partitiond.daemon_trials import Trials
 from partitiond.errors import FAMILY, PartitiondError, sentence
 from partitiond.heal import Healer
+from partitiond.reflexes import Reflexes
 from partitiond.watch import Watch
 from slap_client.backoff import Backoff
 
@@ -188,7 +188,7 @@ class Daemon:
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, lambda *_: self._end())
             signal.signal(signal.SIGHUP, lambda *_: self._requests.put(self._reload))
-            watch = Watch(config, self._lanes["converge"].wake, self._block_taps)
+            watch = Watch(config, self._lanes["converge"].wake, Reflexes(context))
             holding.begin()
             try:
                 self._healer = Healer(context, watch, self._tally)
@@ -282,27 +282,6 @@ class Daemon:
         self._trials.look()
         self._healer.run()
         memory.trim()
-
-    def _block_taps(self) -> None:
-        """Set the guarded taps down, now that their guard may be gone; they come up behind it.
-
-        Not while the node is being changed: then it is our own work, and whoever does it looks again.
-        """
-        context = self.context
-        if not context.applying.acquire(blocking=False):
-            return
-        try:
-            taps = [item.network.tap for item in context.node.partitions] if context.node else []
-            guarded = [tap.name for tap in taps if tap and tap.guard]
-            if guarded:
-                block_taps(guarded)
-                logger.warning(
-                    "a table of the packet filter is gone: %d taps are down until it is back", len(guarded)
-                )
-        except FAMILY as error:
-            logger.warning("taps are not blocked: %s", sentence(error))
-        finally:
-            context.applying.release()
 
     def _report(self, context: Context) -> Result:
         result = lanes.report(context)

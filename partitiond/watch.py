@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from netplan.model import Link
     from partitiond.config import Config
+    from partitiond.reflexes import Reflexes
 
 logger = logging.getLogger(__name__)
 
@@ -45,14 +46,12 @@ def _legacy(config: Config) -> LegacyMonitor | None:
 class Watch(threading.Thread):
     """Listens from when it is made; wakes from when it is started.  Raises NetplanError ``network.netlink`` when made.
 
-    ``exposed`` is called at once, by this thread, when a table of the packet filter is gone.
+    ``reflexes`` are called at once, by this thread, when a table of the packet filter is gone or a tap changed.
     """
 
-    def __init__(
-        self, config: Config, wake: Callable[[], None], exposed: Callable[[], None] = lambda: None
-    ) -> None:
+    def __init__(self, config: Config, wake: Callable[[], None], reflexes: Reflexes | None = None) -> None:
         super().__init__(name="watch", daemon=True)
-        self._wake, self._exposed = wake, exposed
+        self._wake, self._reflexes = wake, reflexes
         self._pacer = Pacer()
         self._turn = threading.Lock()
         self._stopping = False
@@ -113,15 +112,16 @@ class Watch(threading.Thread):
         with self._turn:
             return self._pacer.strike(causes, time.monotonic())
 
-    def _read(self) -> bool:
-        """Note what the kernel told; return whether a table of the packet filter is gone."""
-        any_exposed = False
+    def _read(self) -> tuple[bool, bool]:
+        """Note what the kernel told; return whether a table of the packet filter is gone, and whether a tap changed."""
+        any_exposed = changed = False
         for notice in (*self._monitor.read(), *(self._legacy.read() if self._legacy else ())):
             # without the packet filter every address is anybody's: that waits for nothing
             exposed = notice.cause.startswith("filter/") and notice.change == "gone"
             self._pacer.note(notice.cause, time.monotonic(), urgent=exposed)
             any_exposed |= exposed
-        return any_exposed
+            changed |= notice.cause.startswith("tap/") and notice.change == "changed"
+        return any_exposed, changed
 
     def run(self) -> None:
         """Until it is closed: wait for the kernel, then for quiet, then wake the lane."""
@@ -148,10 +148,11 @@ class Watch(threading.Thread):
         with contextlib.suppress(BlockingIOError):
             os.read(self._ends[0], 1024)
         with self._turn:
-            exposed = self._read()
+            exposed, changed = self._read()
+            links = self._monitor.links() if changed else None
             due = self._pacer.announce(time.monotonic())
-        if exposed:
-            self._exposed()
+        if self._reflexes is not None and (exposed or changed):
+            self._reflexes(exposed=exposed, links=links)
         if due:
             self._wake()
 

@@ -39,7 +39,7 @@ def look(tmp_path, scene, monkeypatch):
     """Look at what is protected now; ``resolvers`` is the resolvers' file."""
     path = tmp_path / "slapos.cfg"
     resolvers = tmp_path / "resolv.conf"
-    monkeypatch.setattr(protection, "_RESOLVERS", resolvers)
+    monkeypatch.setattr(protection, "_RESOLVERS", (tmp_path / "none", resolvers))
 
     def now(text=TEXT, names=""):
         path.write_text(text)
@@ -103,8 +103,35 @@ def test_without_a_guard_nobody_looks(look, line):
 
 
 def test_what_the_kernel_routes_itself_has_no_router(scene):
-    before = routers()
+    before = routers(())
     ip("link add many type veth peer name few")
     ip("link set many up")
     ip("address add 10.1.0.1/16 dev many")
-    assert routers() == before
+    assert routers(()) == before
+
+
+def test_what_is_link_local_elsewhere_is_nobodys(look, scene):
+    """Containers and VPNs come and go: neither their link-local addresses nor their routers there are a guest's business."""
+    first = look()
+    ip("link add many type veth peer name few")
+    ip("link set many up")
+    ip("link set few up")
+    ip("address add fe80::7/64 dev many nodad")
+    ip("route add 198.51.100.0/24 via inet6 fe80::8 dev many")
+    assert look() is first
+    ip("tuntap add vpn1 mode tun")
+    ip("link set vpn1 up")
+    ip("address add fe80::9/64 dev vpn1 nodad")
+    assert look() is first
+    ip("address add 198.18.0.1/24 dev many")
+    assert {*look().networks} - {*first.networks} >= networks("198.18.0.1")
+
+
+def test_the_last_address_of_all_does_no_harm(look, scene):
+    from dataclasses import replace
+
+    wanted = scene.desired(strict=False)
+    found = look(names="nameserver 255.255.255.255\n")
+    scene.converge(replace(wanted, protected=found))
+    scene.converge(replace(wanted, protected=look()))
+    scene.converge(replace(wanted, protected=found))

@@ -251,3 +251,40 @@ def test_whether_the_hosts_own_filters_see_bridges_does_not_matter(guarded, valu
         one.write_text(value)
     assert arrives(guarded, datagram(guarded, 0))
     assert not arrives(guarded, datagram(guarded, 0, four="192.0.2.1"))
+
+
+@pytest.mark.parametrize(
+    "later",
+    [
+        pytest.param({"taken": True}, id="somebody has it now"),
+        pytest.param({"strict": True}, id="strict now"),
+    ],
+)
+def test_what_a_guest_used_before_is_no_right_to_it(scene, later):
+    from dataclasses import replace
+    from ipaddress import ip_network
+
+    wanted = scene.desired(strict=False)
+    scene.converge(wanted)
+    scene.open()
+    frame = datagram(scene, 0, four="192.0.2.66")
+    assert arrives(scene, frame)
+    strict = scene.desired(strict=True)
+    protected = replace(wanted.protected, networks=(*wanted.protected.networks, ip_network("192.0.2.66")))
+    scene.converge(strict if "strict" in later else replace(wanted, protected=protected))
+    assert not arrives(scene, frame)
+    assert arrives(scene, datagram(scene, 0))
+    scene.converge(wanted)
+    assert arrives(scene, frame)
+
+
+def test_a_mac_given_later_is_the_only_one(scene):
+    scene.converge(scene.desired(strict=True))
+    scene.open()
+    assert arrives(scene, datagram(scene, 0))
+    scene.converge(scene.desired(strict=True, mac="52:54:00:00:00:98", given=(0,)))
+    scene.guests[0].send(datagram(scene, 0))
+    assert refused()["slaptap0", "mac"] == 1
+    scene.guests[0].mac = "52:54:00:00:00:98"
+    scene.greet()
+    assert arrives(scene, datagram(scene, 0))

@@ -1,17 +1,18 @@
 """Tables that nobody else can change while we hold them: what a reload of the distribution's firewall meets."""
 
 import subprocess
+import threading
 
 import pytest
 from netplan_scene import NEIGHBOUR6, NOTHING, UID, as_user, know_each_other, send, sink, wanted
 
-from netplan import holding, nftables
+from netplan import holding, nfbatch, nftables
 from netplan.counters import read_counters
 from netplan.errors import NetplanError
 from netplan.filter_state import _digests, keep
 from netplan.model import FilterState
 from netplan.netlink import NETLINK_NETFILTER, NetlinkSocket
-from netplan.nfnetlink import table
+from netplan.nfnetlink import generation, nft_socket, table
 from netplan.observe import observe
 
 A6, B = "2001:db8:1::2", UID + 1
@@ -128,3 +129,23 @@ def test_what_others_commit_costs_one_comparison(node, monkeypatch):
     finally:
         holding.end()
         nftables.run("delete table inet theirs\n")
+
+
+def test_two_threads_commit_beside_each_other(held):
+    """On one socket, each would take the other's answer and wait for its own for ever."""
+
+    def commits(name):
+        done = 0
+        while done < 50:
+            with nft_socket() as sock:
+                try:
+                    done += holding.commit(sock, generation(sock), list(nfbatch.counters([name], add=True)))
+                except NetplanError:  # the other one was faster
+                    continue
+
+    threads = [threading.Thread(target=commits, args=(name,), daemon=True) for name in ("one", "two")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert not any(thread.is_alive() for thread in threads)
