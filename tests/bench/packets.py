@@ -41,24 +41,31 @@ PORT = 4000
 GUEST_MAC = "02:00:00:00:00:07"
 
 
+WALLS = ("meters", "ownership", "bpf", "guard")
+
+
 @dataclass
 class Variant:
-    """A node with ``count`` partitions, and what was measured of it."""
+    """A node with ``count`` partitions and the first few of the :data:`WALLS`, and what was measured of it."""
 
     name: str
     count: int
-    rules: bool
+    walls: tuple[str, ...]
     backend: str = "nftables"
     stack: ExitStack = field(default_factory=ExitStack)
     figures: dict[str, list[float]] = field(default_factory=dict)
 
     def desired(self, count: int):
         partitions = scene.wanted(count, ranges=True).partitions
-        if self.rules:
+        if "guard" in self.walls and self.backend == "nftables":
             partitions = tuple(_guarded(one) for one in partitions)
-        more = {"packet_filter": False} if not self.rules else {}
         return replace(
-            scene.wanted(0), partitions=partitions, local_source_table=False, backend=self.backend, **more
+            scene.wanted(0),
+            partitions=partitions,
+            packet_filter=bool(self.walls),
+            ownership="ownership" in self.walls,
+            cgroup_bpf="bpf" in self.walls,
+            backend=self.backend,
         )
 
     def up(self) -> None:
@@ -211,6 +218,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("counts", nargs="*", type=int, default=[1, 100, 500])
+    parser.add_argument(
+        "--walls", action="store_true", help="also what each wall costs, at the largest count"
+    )
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--packets", type=int, default=100_000)
     parser.add_argument("--bytes", type=int, default=1_000_000_000)
@@ -219,11 +229,15 @@ def main() -> None:
     subprocess.run(["gcc", "-O2", "-o", PROGRAM, ROOT / "packets.c"], check=True)
     Path("/dev/net/tun").chmod(0o666)  # as udev does it, in this sandbox
     most = max(options.counts)
-    variants = [Variant("no rules", most, rules=False)]
-    variants += [Variant(f"all, {count}", count, rules=True) for count in options.counts]
+    variants = [Variant("no rules", most, ())]
+    variants += [Variant(f"all, {count}", count, WALLS) for count in options.counts]
+    if options.walls:
+        variants += [
+            Variant(f"to {WALLS[place - 1]}, {most}", most, WALLS[:place]) for place in range(1, len(WALLS))
+        ]
     if options.iptables:
         variants += [
-            Variant(f"iptables, {count}", count, rules=True, backend="iptables") for count in options.counts
+            Variant(f"iptables, {count}", count, WALLS, backend="iptables") for count in options.counts
         ]
     home = scene.namespace()
     for variant in variants:
@@ -231,7 +245,7 @@ def main() -> None:
     for _ in range(options.rounds):
         for variant in variants:
             measure(variant, options.packets, options.bytes)
-            if variant.rules:
+            if variant.walls == WALLS:
                 reload(variant)
     print(table(variants), flush=True)
     for variant in variants:
