@@ -120,7 +120,7 @@ def _is_right(path: str, owner: tuple[int, int] | None) -> bool:
     except FileNotFoundError:
         return False
     right = found.st_mode == stat.S_IFDIR | _MODE and (found.st_uid, found.st_gid) == owner
-    return right and not directories.has_acl(path)
+    return right and not files.has_acl(path)
 
 
 def empty(config: Config, partition: str) -> None:

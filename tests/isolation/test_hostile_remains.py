@@ -109,6 +109,30 @@ def test_a_directory_that_is_a_mount_is_kept_and_stripped(scene):
     verbs.apply(scene.context, [])
 
 
+def test_a_mount_with_more_attributes_than_can_be_listed_is_no_obstacle(scene, caplog):
+    """They cannot be taken off, as no call names them; the lists beside them can, and the end of the instance comes."""
+    hostile_scene.remove(scene.path)
+    scene.path.mkdir()
+    subprocess.run(["/usr/bin/mount", "-t", "tmpfs", "none", str(scene.path)], check=True)
+    try:
+        assert verbs.apply(scene.context, [])["left"] == []
+        give_away(scene.path, scene.partition.uid)
+        hostile_scene.burden(scene.path, scene.partition.uid)
+        (scene.path / "data").write_bytes(b"x")
+        assert verbs.plan(scene.context)["operations"][0]["resource"] == "directory"
+        instances._clean(scene.context, scene.context.node, scene.partition)
+        assert [one for one in caplog.messages if str(scene.path) in one and "too many" in one]
+        assert verbs.apply(scene.context, [])["left"] == []
+        assert [one.name for one in scene.path.iterdir()] == [".slapos-resource"]
+        for name in ("access", "default"):
+            with pytest.raises(OSError) as caught:  # noqa: PT011 - the number is what matters
+                os.getxattr(scene.path, f"system.posix_acl_{name}")
+            assert caught.value.errno == errno.ENODATA
+    finally:
+        subprocess.run(["/usr/bin/umount", str(scene.path)], check=True)
+    verbs.apply(scene.context, [])
+
+
 _FILL = """
 import os, sys
 os.chdir(sys.argv[1])
