@@ -179,6 +179,24 @@ def _partition_itself_removed(scene):
     verbs.apply(scene.context, [])
 
 
+@place("fuse", "attributed", refused=("fuse",))
+def _storage_itself(scene):
+    def apply():
+        others = scene.home / "data1" / "slappart1"
+        others.rmdir()
+        word, text = scene.apply()
+        assert others.is_dir(), "the others on that disk stood still"
+        assert [gap for gap in _gaps(scene) if "slappart1" in gap.reason] == []
+        return word, text
+
+    yield scene.home / "data1" / "slappart0", scene.partition.uid, apply
+    verbs.apply(scene.context, [])
+
+
+def _gaps(scene):
+    return scene.context.meters.record(scene.context, scene.context.node)
+
+
 @place("attributed")
 def _storage_itself_removed(scene):
     def removed():
