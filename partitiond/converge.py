@@ -77,6 +77,8 @@ PARTS = (
     "tunnels",
     "leavers",
 )
+# what stands on the directories of its partition
+_IN_DIRECTORIES = ("storage", "grants", "identities", "resources", "privacy", "services", "tunnels")
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,8 +128,13 @@ class Plan:
 
     @property
     def stands(self) -> bool:
-        """Whether what everything stands on is as it should be; what single tenants run may be in trouble."""
-        return not (self.users or self.directories or self.network or self.leavers)
+        """Whether what everything stands on is as it should be; what single tenants run or own may be in trouble."""
+        return not (self.users or self.own_directories or self.network or self.leavers)
+
+    @property
+    def own_directories(self) -> tuple[DirectoryOperation, ...]:
+        """What the node's own directories need; those of partitions are in the hands of tenants."""
+        return tuple(operation for operation in self.directories if operation.partition is None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -522,8 +529,8 @@ def apply(
             _remember_addresses(context, seen, whole)
             if not todo or outcome.failures or again == _ROUNDS:
                 break
-            outcome.failures = _run(context, seen, todo)
-            outcome.done += len(todo) - len(outcome.failures)
+            outcome.failures, left_out = _run(context, seen, todo)
+            outcome.done += len(todo) - len(outcome.failures) - left_out
             seen, whole = _look(context, only, force=force, done=whole)
         _try(outcome.failures, "filter/partitiond", partial(netplan_filter.keep, seen.network.filter))
         outcome.left, outcome.refused = tuple(todo), todo.refused
@@ -546,23 +553,26 @@ def _look(
 
 def _remember_addresses(context: Context, seen: Observation, whole: Plan) -> None:
     """Remember the addresses that are in place, at once, whatever else may fail for long."""
-    if not whole.directories:
+    if not whole.own_directories:
         pending = frozenset(operation.partition for operation in whole.network)
         context.store.save_addresses(seen.choice.in_place(pending))
 
 
-def _run(context: Context, seen: Observation, todo: Plan) -> list[tuple[str, Exception]]:
-    """Run a plan part by part; a part that others stand on must succeed, the rest fail alone."""
+def _run(context: Context, seen: Observation, planned: Plan) -> tuple[list[tuple[str, Exception]], int]:
+    """Run a plan part by part; a part that others stand on must succeed, the rest fail alone.
+
+    Return the failures, and how many operations were left out because of them.
+    """
     failures: list[tuple[str, Exception]] = []
     # before any user is made: it might get the number of one that still had a device
     kept = frozenset(
         one.uid
-        for one in todo.withdrawals
+        for one in planned.withdrawals
         if not _try(failures, one.id, partial(device_access.withdraw, one))
     )
-    users.apply(todo.users)
-    numbers = users.observe().numbers() if todo.users else seen.users.numbers()
-    directories.apply(todo.directories, numbers)
+    users.apply(planned.users)
+    numbers = users.observe().numbers() if planned.users else seen.users.numbers()
+    todo = _without(planned, _make_directories(planned, numbers, failures))
     for failed, error in netplan_apply.apply(todo.network):
         failures.append((failed.id, error))
     for unmade, problem in privacy.make(context.config, todo.privacy):
@@ -591,7 +601,37 @@ def _run(context: Context, seen: Observation, todo: Plan) -> list[tuple[str, Exc
             _try(failures, name, call)
     finally:
         _try(failures, "supervisord", supervisord.wait)  # also where something of ours broke off
-    return failures
+    return failures, len(planned) - len(todo)
+
+
+def _make_directories(
+    todo: Plan, numbers: Mapping[str, tuple[int, int]], failures: list[tuple[str, Exception]]
+) -> frozenset[str]:
+    """Make the node's own directories, which must succeed, and those of partitions; return the ones of which one failed.
+
+    A tenant may mount a file system of its own there a moment after it was looked at, or its own disk may fail.
+    """
+    directories.apply(todo.own_directories, numbers)
+    return frozenset(
+        one.partition
+        for one in todo.directories
+        if one.partition is not None
+        and not _try(failures, one.id, partial(directories.apply, (one,), numbers))
+    )
+
+
+def _without(whole: Plan, names: frozenset[str]) -> Plan:
+    """A plan without what is made in, or run from, the directories of some partitions.
+
+    What the network is to be stays whole: it needs no directory, and what one owns is closed to others by it.
+    """
+    if not names:
+        return whole
+    parts: dict[str, Any] = {
+        part: tuple(operation for operation in getattr(whole, part) if operation.partition not in names)
+        for part in _IN_DIRECTORIES
+    }
+    return replace(whole, **parts)
 
 
 def _write_resource(seen: Observation, partition: Partition) -> None:

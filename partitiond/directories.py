@@ -59,7 +59,7 @@ def plan(
         )
         right = (found.st_uid, found.st_gid, found.st_mode) == wanted
         # only who owns it can give it a list: a tenant. The mode then says what the list gives at most, not to whom
-        listed = found.st_uid != 0 and has_acl(str(spec.path))
+        listed = found.st_uid != 0 and files.has_acl(str(spec.path))
         if right and not listed:
             continue
         if not stat.S_ISDIR(found.st_mode):
@@ -73,11 +73,6 @@ def plan(
         before += ", with an access control list" if listed else ""
         operations.append(_operation(spec, before, f"is {before}"))
     return tuple(operations)
-
-
-def has_acl(path: str) -> bool:
-    """Whether a directory opens more than its mode says, itself or what is made in it. Raises OSError."""
-    return any(name.startswith(files.ACL) for name in files.attributes(path))
 
 
 def _operation(spec: DirectorySpec, before: str | None, reason: str) -> DirectoryOperation:
@@ -104,7 +99,7 @@ def apply(operations: Iterable[DirectoryOperation], numbers: Mapping[str, tuple[
         descriptor = os.open(spec.path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
             os.fchown(descriptor, numbers[spec.owner][0], numbers[spec.group][1])
-            files.remove_attributes(descriptor, files.ACL)
+            files.remove_acl(descriptor)
             os.fchmod(descriptor, spec.mode)
         finally:
             os.close(descriptor)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import logging
 import os
 import re
 import secrets
@@ -22,13 +23,15 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+logger = logging.getLogger(__name__)
+
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 # what a killed process may leave of write(), link() and empty(); no tenant's file has such a name
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{12}\.partitiond")
 _REMOVING = re.compile(r"\.removing-[0-9a-f]{16}")
 _MOST_LEFTOVERS = 100_000  # names that are looked at: a tenant may make millions
-ACL = "system.posix_acl_"  # …access, …default: the extended attributes that hold access control lists, acl(5)
+_ACLS = ("system.posix_acl_access", "system.posix_acl_default")  # of access control lists, acl(5)
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 
 
@@ -227,31 +230,62 @@ def names(dir_fd: int, limit: int = 1000) -> list[str]:
 
 
 def seal(dir_fd: int) -> None:
-    """Make a directory root's alone, and take off what its owner has attached to it. Raises OSError.
+    """Make a directory root's alone. Raises OSError.
 
     Who still has it open can neither make nor rename anything in it any more: that is asked at each name, not at the opening
     (path_resolution(7)).
     """
     os.fchown(dir_fd, 0, 0)
-    remove_attributes(dir_fd, ACL, "user.")
+    remove_acl(dir_fd)
     os.fchmod(dir_fd, 0o700)
 
 
-def attributes(path: str | int) -> list[str]:
-    """The names of a file's extended attributes; none where its file system has no such thing. Raises OSError."""
+def has_acl(path: str) -> bool:
+    """Whether a directory opens more than its mode says, itself or what is made in it. Raises OSError.
+
+    Asked by name: a tenant can attach so much that names are not listed any more (E2BIG above 64 KiB, listxattr(2)).
+    """
+    for name in _ACLS:
+        try:
+            os.getxattr(path, name, follow_symlinks=False)
+        except OSError as error:
+            if error.errno not in (errno.ENODATA, errno.EOPNOTSUPP):
+                raise
+        else:
+            return True
+    return False
+
+
+def remove_acl(dir_fd: int) -> None:
+    """Take the access control lists off a directory, by name as in :func:`has_acl`. Raises OSError."""
+    for name in _ACLS:
+        try:
+            os.removexattr(dir_fd, name)
+        except OSError as error:
+            if error.errno not in (errno.ENODATA, errno.EOPNOTSUPP):
+                raise
+
+
+def _strip(dir_fd: int) -> None:
+    """Take off what users attached to a directory that cannot be made anew, which is sealed. Raises OSError.
+
+    More names than the kernel lists stay: no call tells them, and to fail would let a tenant keep its own end from coming.
+    """
     try:
-        return os.listxattr(path, follow_symlinks=isinstance(path, int))
+        names = os.listxattr(dir_fd)
     except OSError as error:
-        if error.errno == errno.EOPNOTSUPP:
-            return []
-        raise
+        if error.errno == errno.E2BIG:
+            logger.warning("%s: extended attributes stay: too many to be listed", _path_of(dir_fd))
+        elif error.errno != errno.EOPNOTSUPP:
+            raise
+        return
+    for name in names:
+        if name.startswith("user."):
+            os.removexattr(dir_fd, name)
 
 
-def remove_attributes(descriptor: int, *prefixes: str) -> None:
-    """Remove the extended attributes of an open file whose names begin so. Raises OSError."""
-    for name in attributes(descriptor):
-        if name.startswith(prefixes):
-            os.removexattr(descriptor, name)
+def _path_of(descriptor: int) -> str:
+    return ascii(os.readlink(f"/proc/self/fd/{descriptor}"))[1:-1]  # noqa: PTH115 - of a descriptor
 
 
 def empty(dir_fd: int, *, keep: frozenset[str] = frozenset()) -> None:
@@ -269,7 +303,7 @@ def empty(dir_fd: int, *, keep: frozenset[str] = frozenset()) -> None:
 
 
 def remove_emptied(path: Path) -> None:
-    """Remove an empty directory from one of root's; a mount point stays. Raises OSError.
+    """Remove an empty, sealed directory from one of root's; a mount point stays, stripped. Raises OSError.
 
     Whoever still has it open, perhaps from a time when it was open to all, holds nothing of what comes after it.
     """
@@ -278,6 +312,8 @@ def remove_emptied(path: Path) -> None:
     except OSError as error:
         if error.errno != errno.EBUSY:
             raise
+        with directory(path.parent, path.name) as descriptor:
+            _strip(descriptor)
 
 
 def _mount_of(descriptor: int) -> bytes:

@@ -31,6 +31,9 @@ _MODE = 0o750
 # as slapformat chooses them: glob data*, then only digits
 _DATA = re.compile(r"data([0-9]+)")
 
+_ABSENT = "mount it, or take it out of instance_storage_home"
+_MOUNTED = "is something mounted there? umount -l takes it away"
+
 
 @dataclass(frozen=True, slots=True)
 class Observed:
@@ -66,12 +69,12 @@ def observe(config: Config) -> Observed:
     return Observed(tuple(data), tuple(refused))
 
 
-def _unreadable(path: Path, error: OSError) -> PartitiondError:
+def _unreadable(path: Path, error: OSError, hint: str = _ABSENT) -> PartitiondError:
     return PartitiondError(
         "storage.unusable",
         f"cannot be used: {error.strerror or error}",
         resource=str(path),
-        hint="mount it, or take it out of instance_storage_home",
+        hint=hint,
         retryable=True,
     )
 
@@ -99,18 +102,37 @@ def plan(
     operations: list[DirectoryOperation] = []
     refused = list(observed.refused)
     for data in observed.data:
-        for item in target.partitions:
-            try:
-                if not _is_right(f"{data}/{item.id}", numbers.get(item.user)):
-                    spec = DirectorySpec(data / item.id, item.user, item.user, _MODE, item.id)
-                    operations += directories.plan((spec,), numbers)
-            except PartitiondError as error:
-                refused.append(_refusal(target.config, data / item.id, error, item.id))
-            except OSError as error:
-                # a disk that fails does so for all of them
-                refused.append(_refusal(target.config, data, _unreadable(data, error)))
-                break
+        wanted, unusable = _plan_data(target, data, numbers)
+        operations += wanted
+        refused += unusable
     return tuple(operations), tuple(refused)
+
+
+def _plan_data(
+    target: Node, data: Path, numbers: Mapping[str, tuple[int, int]]
+) -> tuple[list[DirectoryOperation], list[Refusal]]:
+    """The same for one data directory.
+
+    One that fails for all is a disk that fails; for some, these have mounted something there that keeps even root out.
+    """
+    operations: list[DirectoryOperation] = []
+    refused, unreadable = [], []
+    for item in target.partitions:
+        try:
+            if not _is_right(f"{data}/{item.id}", numbers.get(item.user)):
+                spec = DirectorySpec(data / item.id, item.user, item.user, _MODE, item.id)
+                operations += directories.plan((spec,), numbers)
+        except PartitiondError as error:
+            refused.append(_refusal(target.config, data / item.id, error, item.id))
+        except OSError as error:
+            unreadable.append((item.id, error))
+    if len(unreadable) == len(target.partitions) > 1:
+        return [], [*refused, _refusal(target.config, data, _unreadable(data, unreadable[0][1]))]
+    refused += [
+        _refusal(target.config, data / name, _unreadable(data / name, error, _MOUNTED), name)
+        for name, error in unreadable
+    ]
+    return operations, refused
 
 
 def _is_right(path: str, owner: tuple[int, int] | None) -> bool:
@@ -120,7 +142,7 @@ def _is_right(path: str, owner: tuple[int, int] | None) -> bool:
     except FileNotFoundError:
         return False
     right = found.st_mode == stat.S_IFDIR | _MODE and (found.st_uid, found.st_gid) == owner
-    return right and not directories.has_acl(path)
+    return right and not files.has_acl(path)
 
 
 def empty(config: Config, partition: str) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import errno
 import fcntl
 import os
 import secrets
@@ -15,6 +16,8 @@ import threading
 import time
 import traceback
 from pathlib import Path
+
+import pytest
 
 PATIENCE = 30.0
 # what must not block may take this long on a busy machine; what blocks here takes 45 s (a lease) or for ever
@@ -266,6 +269,18 @@ class Hostile:
             with contextlib.suppress(FileExistsError):
                 os.close(os.open(os.fsencode(self.path) + b"/" + name, os.O_WRONLY | os.O_CREAT))
 
+    def _attributed(self):
+        self.path.mkdir()
+        (self.path / "below").mkdir()
+        (self.path / "file").write_bytes(b"x")
+        for path in (self.path, self.path / "below", self.path / "file"):
+            burden(path, self.uid)
+
+    def _attributed_file(self):
+        self.path.write_bytes(b"x")
+        self.path.chmod(0o755)
+        burden(self.path, self.uid)
+
     def _full_of_links(self):
         self.path.mkdir()
         (self.path / "a").symlink_to(self.canary.directory)
@@ -318,12 +333,28 @@ class Hostile:
 
 FILES = (
     "link_to_file link_to_directory link_to_nothing link_to_itself link_upwards hard_link fifo socket device empty_file junk"
-    " closed_file giant leased"
+    " closed_file giant leased attributed_file"
 ).split()
-DIRECTORIES = "directory closed_directory deep wide strange_names full_of_links fuse".split()
+DIRECTORIES = "directory closed_directory deep wide strange_names attributed full_of_links fuse".split()
 # what only root can make, so a mistake of the operator's; named, and never followed
 OPERATORS = "mount bind immutable append_only".split()
 KINDS = (*FILES, *DIRECTORIES, *OPERATORS)
+
+
+_BURDEN = """
+import os, sys
+for number in range(400):
+    os.setxattr(sys.argv[1], f"user.{number:0>200}", b"")
+"""
+
+
+def burden(path, uid):
+    """Give a file to a user, who attaches to it more names than the kernel lists (64 KiB, listxattr(2))."""
+    os.chown(path, uid, uid)
+    subprocess.run([sys.executable, "-I", "-c", _BURDEN, str(path)], user=uid, group=uid, check=True)
+    with pytest.raises(OSError) as caught:  # noqa: PT011 - the number is what matters
+        os.listxattr(path)
+    assert caught.value.errno == errno.E2BIG
 
 
 def strange_names():

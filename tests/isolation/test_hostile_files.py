@@ -72,7 +72,7 @@ def _resource_file(scene):
         hostile_scene.remove(one)
 
 
-@place("fuse", failed=("fuse",))
+@place("fuse", "attributed", failed=("fuse",))
 def _partition_itself(scene):
     yield scene.path, scene.partition.uid, scene.apply
     verbs.apply(scene.context, [])
@@ -173,6 +173,41 @@ def _deep_in_a_removed_partition(scene):
     yield scene.tenant_directory("var", "a", "b") / "thing", scene.partition.uid, scene.removed
 
 
+@place("attributed")
+def _partition_itself_removed(scene):
+    yield scene.path, scene.partition.uid, scene.removed
+    verbs.apply(scene.context, [])
+
+
+@place("fuse", "attributed", refused=("fuse",))
+def _storage_itself(scene):
+    def apply():
+        others = scene.home / "data1" / "slappart1"
+        others.rmdir()
+        word, text = scene.apply()
+        assert others.is_dir(), "the others on that disk stood still"
+        assert [gap for gap in _gaps(scene) if "slappart1" in gap.reason] == []
+        return word, text
+
+    yield scene.home / "data1" / "slappart0", scene.partition.uid, apply
+    verbs.apply(scene.context, [])
+
+
+def _gaps(scene):
+    return scene.context.meters.record(scene.context, scene.context.node)
+
+
+@place("attributed")
+def _storage_itself_removed(scene):
+    def removed():
+        storage.empty(scene.config, "slappart0")
+        assert not (scene.home / "data1" / "slappart0").exists()
+        return scene.apply()
+
+    yield scene.home / "data1" / "slappart0", scene.partition.uid, removed
+    verbs.apply(scene.context, [])
+
+
 @place(*KINDS, failed=(*OPERATORS, "fuse"))
 def _removed_storage(scene):
     def removed():
@@ -194,7 +229,7 @@ def _leftover_of_ours(scene):
     yield scene.path / ".x.0123456789ab.partitiond", scene.partition.uid, recover
 
 
-@place("junk", "empty_file", "closed_file", "giant", "leased")
+@place("junk", "empty_file", "closed_file", "giant", "leased", "attributed_file")
 def _certificate(scene):
     """In root's directory: a tenant has only the file itself, which is its own."""
 
@@ -241,7 +276,7 @@ def _links_to_eggs(scene):
     scene.make_software()
 
 
-@place(*TENANTS, failed=set(TENANTS) - {"empty_file", "junk", "closed_file"})
+@place(*TENANTS, failed=set(TENANTS) - {"empty_file", "junk", "closed_file", "attributed_file"})
 def _profile_of_a_release(scene):
     def profile():
         return "fine", buildout.instance_profile(scene.context, scene.partition, scene.entry).decode(

@@ -109,6 +109,30 @@ def test_a_directory_that_is_a_mount_is_kept_and_stripped(scene):
     verbs.apply(scene.context, [])
 
 
+def test_a_mount_with_more_attributes_than_can_be_listed_is_no_obstacle(scene, caplog):
+    """They cannot be taken off, as no call names them; the lists beside them can, and the end of the instance comes."""
+    hostile_scene.remove(scene.path)
+    scene.path.mkdir()
+    subprocess.run(["/usr/bin/mount", "-t", "tmpfs", "none", str(scene.path)], check=True)
+    try:
+        assert verbs.apply(scene.context, [])["left"] == []
+        give_away(scene.path, scene.partition.uid)
+        hostile_scene.burden(scene.path, scene.partition.uid)
+        (scene.path / "data").write_bytes(b"x")
+        assert verbs.plan(scene.context)["operations"][0]["resource"] == "directory"
+        instances._clean(scene.context, scene.context.node, scene.partition)
+        assert [one for one in caplog.messages if str(scene.path) in one and "too many" in one]
+        assert verbs.apply(scene.context, [])["left"] == []
+        assert [one.name for one in scene.path.iterdir()] == [".slapos-resource"]
+        for name in ("access", "default"):
+            with pytest.raises(OSError) as caught:  # noqa: PT011 - the number is what matters
+                os.getxattr(scene.path, f"system.posix_acl_{name}")
+            assert caught.value.errno == errno.ENODATA
+    finally:
+        subprocess.run(["/usr/bin/umount", str(scene.path)], check=True)
+    verbs.apply(scene.context, [])
+
+
 _FILL = """
 import os, sys
 os.chdir(sys.argv[1])
@@ -272,6 +296,47 @@ def test_a_partition_that_cannot_be_looked_at_is_named(scene):
             stack.callback(verbs.apply, scene.context, [])
             if hostile:
                 hostile.close()
+
+
+def test_a_directory_that_fails_after_the_look_fails_alone(scene):
+    """A file system of the tenant's own, mounted between plan and apply, keeps root out; the others' round goes on."""
+    hostile_scene.remove(scene.path)
+    scene.path.mkdir()
+    files_of_all = [one.path / ".slapos-resource" for one in (scene.partition, scene.other)]
+    (scene.other.path).chmod(0o777)
+    files_of_all[1].unlink()
+    with scene.context.applying:
+        first = converge.look(scene.context)
+    assert {one.partition for one in first[1].directories} == {"slappart0", "slappart1"}
+    assert {one.partition for one in first[1].resources} == {"slappart0", "slappart1"}
+    scene.path.rmdir()
+    hostile = None
+    try:
+        hostile = hostile_scene.Hostile("fuse", scene.path, scene.partition.uid, scene.canary)
+        outcome = converge.apply(scene.context, first=first)
+        assert [name for name, _ in outcome.failures] == [f"directory{scene.path}"]
+        assert [error.errno for _, error in outcome.failures] == [errno.EACCES]
+        # the resource file of the hostile one was not tried
+        assert outcome.done == len(first[1]) - 2
+        assert files_of_all[1].is_file()
+        assert stat.S_IMODE(scene.other.path.lstat().st_mode) == 0o750
+        assert outcome.stands
+    finally:
+        with contextlib.ExitStack() as stack:
+            stack.callback(verbs.apply, scene.context, [])
+            if hostile:
+                hostile.close()
+
+
+def test_a_tenant_that_is_always_drift_does_not_shake_the_node(scene):
+    """What its directory is like says nothing of a configuration that is on trial."""
+    scene.path.chmod(0o777)
+    try:
+        found = converge.plan(scene.context, converge.observe(scene.context))
+        assert [one.id for one in found.directories] == [f"directory{scene.path}"]
+        assert found.stands
+    finally:
+        verbs.apply(scene.context, [])
 
 
 def test_what_it_takes_to_bound_the_pins_of_refused_tunnels(scene):
