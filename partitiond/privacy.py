@@ -77,6 +77,11 @@ def plan(
     return tuple(operations)
 
 
+def missing(operations: Iterable[PrivacyOperation]) -> frozenset[str]:
+    """The partitions whose namespaces are to be made."""
+    return frozenset(one.name for one in operations if one.action == "create")
+
+
 def _operation(name: str, owner: Partition | None, action: Action, reason: str) -> PrivacyOperation:
     return PrivacyOperation(
         id=f"namespaces/{name}",
@@ -159,6 +164,13 @@ def relaunch(context: Context, partition: Partition, group: str) -> bool:
         return False
     files.write_path(supervisor.group_file(group), new.encode(), mode=0o600)
     return True
+
+
+def is_launched(context: Context, partition: Partition) -> bool:
+    """Whether supervisord is to start a partition's programs in its namespaces, by the file that it has of them."""
+    text = context.supervisor.group_text(partition.id)
+    words = launcher(context.config, partition)
+    return text is not None and bool(words) and text == relaunched(text, partition.uid, words)
 
 
 def forget(config: Config, partition: Partition) -> None:

@@ -390,10 +390,33 @@ def test_supervisord_starts_nothing_outside_when_the_namespaces_are_gone(scene):
     scene.context.supervisor.start_group("slappart2")
     until(lambda: not scene.pids(2) and "nsenter: " in scene.log(2, "sleeper"), "the refusal")
     scene.apply()
-    scene.context.supervisor.start_group("slappart2")
     second = scene.pid(2)
     assert second != first
     assert namespaces_of(second)[0] not in (namespaces_of("self")[0], namespaces_of(scene.pid(0))[0])
+
+
+def test_what_could_not_start_for_want_of_namespaces_starts_when_they_are_there(scene):
+    scene.instance(2, sleeper=SLEEPER)
+    scene.pid(2)
+    scene.context.supervisor.shutdown()
+    mounts.unmount(str(scene.pin(2)))
+    scene.pin(2).unlink()
+    scene.pin(2).mkdir()  # a pin cannot be made there
+    outcome = converge.apply(scene.context)
+    assert [(name, error.code) for name, error in outcome.failures] == [
+        ("namespaces/slappart2", "privacy.not_made")
+    ]
+    for index in (0, 1):
+        assert namespaces_of(scene.pid(index))[0] == f"mnt:[{scene.pin(index).stat().st_ino}]"
+    assert scene.plan().keys() == {"namespaces/slappart2", "processes/slappart2"}
+    (mine,) = [one for one in scene.context.supervisor.processes() if one.group == "slappart2"]
+    assert (mine.state, mine.started) == ("STOPPED", False)
+    # started all the same, by whomever: it ends at once, which is no doing of its own
+    scene.context.supervisor.start_group("slappart2")
+    until(lambda: "nsenter: " in scene.log(2, "sleeper") and not scene.pids(2), "the refusal")
+    scene.pin(2).rmdir()
+    scene.apply()
+    assert namespaces_of(scene.pid(2))[0] == f"mnt:[{scene.pin(2).stat().st_ino}]"
 
 
 def test_a_removed_pin_touches_nothing_that_runs_and_is_made_again(scene):
