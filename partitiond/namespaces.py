@@ -115,12 +115,8 @@ def make(
 def remove(directory: Path, name: str) -> None:
     """Remove a pin; the namespaces live on as long as a process is in them. One that is not there is fine. Raises OSError."""
     pin = f"{directory}/{name}"
-    try:
-        # MNT_DETACH: a process that is just entering keeps nothing busy
-        mounts.detach(pin)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOENT):  # no mount, or no file
-            raise
+    # MNT_DETACH: a process that is just entering keeps nothing busy
+    _detach_if_there(pin)
     Path(pin).unlink(missing_ok=True)
 
 
@@ -216,6 +212,8 @@ def _lay_out(directory: Path, shown: Sequence[Path], settings: dict[str, bytes],
     # slave: what the host mounts and unmounts later arrives, nothing goes the other way
     mounts.mount("none", "/", "", mounts.MS_REC | mounts.MS_SLAVE)
     _write_settings(settings)
+    if hidden:
+        _close_windows()  # before any is covered: what came to light later could not be reached now
     mounts.mount("partitiond", str(directory), "tmpfs", MS_NOSUID | MS_NODEV, f"mode=0700,size={_SIZE}")
     _cover(directory, shown)
     if os.path.ismount(_QUEUES):
@@ -263,11 +261,30 @@ def _covers(targets: Iterable[str], path: Path) -> bool:
 
 
 def _hide_processes() -> None:
-    """Show in ``/proc`` only whose they are; any other ``/proc`` (of a chroot, for one) would be a window beside it."""
+    """Show in ``/proc`` only whose they are."""
+    mounts.mount("proc", "/proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC, "hidepid=invisible")
+
+
+def _close_windows() -> None:
+    """Take away any other ``/proc`` (of a chroot, for one): it would be a window beside ours.
+
+    One that lies below another mount cannot be reached, by us as little as by tenants.
+    """
     for place in _places_of("proc"):
         if place != "/proc":
-            mounts.detach(place)
-    mounts.mount("proc", "/proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC, "hidepid=invisible")
+            _detach_if_there(place)
+
+
+def _detach_if_there(place: str) -> None:
+    try:
+        mounts.detach(place)
+    except OSError as error:
+        if error.errno not in (
+            errno.EINVAL,
+            errno.ENOENT,
+            errno.ENOTDIR,
+        ):  # no mount there, or nothing at all
+            raise
 
 
 def _places_of(kind: str) -> list[str]:

@@ -807,6 +807,27 @@ def test_another_proc_is_no_window(pins):
         chroot.parent.rmdir()
 
 
+@pytest.mark.parametrize("above", ["/tmp", "/dev/shm", "/run/lock", "/srv"])
+def test_another_proc_that_is_covered_or_will_be_keeps_nothing_from_being_made(pins, above):
+    chroot = Path(above, "chroot", "proc")
+    chroot.mkdir(parents=True)
+    mounts.mount("proc", str(chroot), "proc")
+    hidden = Path("/srv/covered/proc")
+    hidden.mkdir(parents=True)
+    mounts.mount("proc", str(hidden), "proc")
+    mounts.mount("tmpfs", str(hidden.parent), "tmpfs", 0, "mode=0755")
+    try:
+        assert namespaces.make(pins, ["one"], [chroot.parent]) == ()
+        assert inside(pins, "one", "/bin/ls", str(chroot)) == ""
+        assert inside(pins, "one", "/bin/ls", str(hidden.parent)) == ""
+    finally:
+        mounts.detach(str(hidden.parent))
+        mounts.detach(str(hidden))
+        mounts.detach(str(chroot))
+        for path in (chroot, chroot.parent, hidden, hidden.parent):
+            path.rmdir()
+
+
 def test_one_that_cannot_be_made_harms_no_other(pins):
     ((name, error),) = namespaces.make(pins, ["one", "no/where", "three"])
     assert (name, error.errno) == ("no/where", errno.ENOENT)
