@@ -144,10 +144,24 @@ def ensure(context: Context, partition: Partition) -> None:
 def apply(context: Context, operation: PrivacyOperation) -> None:
     """Remove what an operation says. Raises PartitiondError, OSError."""
     owner = operation.owner
-    if owner is not None and relaunch(context, owner, owner.id) and context.supervisor.running():
+    if owner is not None and context.supervisor.has_group(owner.id):
         # what it has would not start any more
-        context.supervisor.update()
+        relaunch(context, owner, owner.id)
+        if context.supervisor.running():
+            _start_anew(context)
     namespaces.remove(directory(context.config), operation.name)
+
+
+def _start_anew(context: Context) -> None:
+    """Let supervisord know of files that changed, and start at once what that stopped: a failure elsewhere, or our own end,
+    must not leave it so.
+
+    Also when the file is as it was: one who was killed after writing it has told supervisord nothing.
+    """
+    states = context.store.instances()
+    for name in sorted(context.supervisor.update()):
+        if name in states and states[name].wanted == "started":
+            context.supervisor.start_group(name)
 
 
 def relaunch(context: Context, partition: Partition, group: str) -> bool:

@@ -460,6 +460,32 @@ def test_switched_off_for_one_it_alone_is_started_anew_outside(scene, command):
     assert [scene.pid(index) for index in (0, 1)] == others
 
 
+def test_switched_off_it_runs_again_whatever_else_fails(scene):
+    scene.instance(2, sleeper=SLEEPER)
+    scene.apply()
+    before = scene.pid(2)
+    (scene.node.root / "run" / "namespaces" / "of-nobody" / "in-the-way").mkdir(parents=True)
+    scene.reread(private_namespaces={"slappart2": "off"})
+    try:
+        outcome = converge.apply(scene.context)
+        assert [name for name, _ in outcome.failures] == ["namespaces/of-nobody"]
+        assert scene.pid(2) != before
+        assert namespaces_of(scene.pid(2)) == namespaces_of("self")
+    finally:
+        shutil.rmtree(scene.node.root / "run" / "namespaces" / "of-nobody")
+
+
+def test_switched_off_by_one_who_was_killed_before_it_told_supervisord(scene):
+    scene.instance(2, sleeper=SLEEPER)
+    scene.apply()
+    before = scene.pid(2)
+    scene.reread(private_namespaces={"slappart2": "off"})
+    assert privacy.relaunch(scene.context, scene.partition(2), "slappart2")
+    scene.apply()
+    assert scene.pid(2) != before
+    assert namespaces_of(scene.pid(2)) == namespaces_of("self")
+
+
 def test_a_tenant_of_an_older_version_runs_on_and_is_private_when_supervisord_starts_anew(scene):
     scene.reread(private_namespaces={"slappart2": "off"})
     scene.instance(2, sleeper=SLEEPER)
