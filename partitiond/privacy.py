@@ -8,7 +8,7 @@ begins in the namespaces when it is next started.
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from partitiond.context import Context
     from partitiond.node import Partition
     from partitiond.operation import Action
-    from partitiond.supervision import Process
+    from partitiond.supervision import Group, Process, Supervisor
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,6 +187,18 @@ def is_launched(context: Context, partition: Partition) -> bool:
     return text is not None and bool(words) and text == relaunched(text, partition.uid, words)
 
 
+def differs_by_launcher(text: str | None, group: Group) -> bool:
+    """Whether supervisord has a group as it was before its partition was private, and else as it should be."""
+    return bool(group.launcher) and text == replace(group, launcher=()).render()
+
+
+def is_late(supervisor: Supervisor, group: Group) -> bool:
+    """Whether a group runs as before its partition was private, which is no reason to end it: its next start is private."""
+    return differs_by_launcher(supervisor.group_text(group.name), group) and any(
+        process.group == group.name and process.pid for process in supervisor.processes()
+    )
+
+
 def forget(config: Config, partition: Partition) -> None:
     """Remove what an instance leaves behind in its namespaces, with them. Raises OSError."""
     namespaces.remove(directory(config), partition.id)
@@ -214,7 +226,8 @@ def open_cases(config: Config, partitions: Iterable[Partition], processes: Itera
     late = sorted(set(_outside(config, private, processes)))
     if late:
         found.append(
-            f"{', '.join(late)} began before its namespaces were made: private when it is next configured"
+            f"{', '.join(late)} began before its namespaces were made: private when it is stopped and started, or gets another"
+            " release"
         )
     return found
 

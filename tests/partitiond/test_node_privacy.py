@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import textwrap
@@ -506,6 +507,34 @@ def test_a_tenant_of_an_older_version_runs_on_and_is_private_when_supervisord_st
     assert not scene.open_cases()
 
 
+def configure(scene, *, another=False):
+    """Start what partition 2 has, as at the end of its configuration; ``another``: it has a new release."""
+    entry = SimpleNamespace(requested_state="started")
+    instances._run(scene.context, scene.partition(2), entry, another=another)
+
+
+@pytest.mark.parametrize("reason", ["another release", "another program", "it had ended"])
+def test_a_tenant_of_an_older_version_is_moved_for_a_reason_only(scene, reason):
+    scene.reread(private_namespaces={"slappart2": "off"})
+    scene.instance(2, sleeper=SLEEPER)
+    scene.apply()
+    before = scene.pid(2)
+    scene.reread(private_namespaces={"slappart2": None})
+    scene.apply()
+    configure(scene)
+    configure(scene)
+    assert scene.pid(2) == before
+    if reason == "another program":
+        path = scene.node.instance / "slappart2" / "etc" / "run" / "more"
+        path.write_text(f"#!/bin/sh\n{SLEEPER}\n")
+        path.chmod(0o755)
+    elif reason == "it had ended":
+        os.kill(before, signal.SIGKILL)
+        until(lambda: not scene.pids(2), "it to end")
+    configure(scene, another=reason == "another release")
+    assert namespaces_of(scene.pid(2))[0] == f"mnt:[{scene.pin(2).stat().st_ino}]"
+
+
 def test_a_tunnel_is_in_its_partitions_namespaces(scene):
     declaration = scene.node.instance / "slappart2" / "etc" / "tunnel" / "db.cfg"
     declaration.parent.mkdir(parents=True)
@@ -536,7 +565,12 @@ def test_a_tunnel_is_in_its_partitions_namespaces(scene):
         scene.reread(private_namespaces={"slappart2": "on"})
         scene.apply()
         assert stunnel() == second
-        instances._run(scene.context, scene.partition(2), SimpleNamespace(requested_state="started"))
+        configure(scene)
+        assert stunnel() == second
+        declaration.write_text(declaration.read_text().replace("3307", "3308"))
+        scene.apply()
+        assert stunnel() == second, "it reads its configuration again where it is"
+        configure(scene, another=True)
         assert namespaces_of(stunnel())[0] == f"mnt:[{scene.pin(2).stat().st_ino}]"
     finally:
         declaration.unlink()
