@@ -24,7 +24,6 @@ from partitiond import (
     execute,
     identities,
     last_good,
-    namespaces,
     node,
     privacy,
     protection,
@@ -319,7 +318,7 @@ def plan(
         target.config,
         target.partitions,
         _used(context, target, set_up, wanted_tunnels),
-        namespaces.pinned(privacy.directory(target.config)),
+        privacy.observe(target.config),
     )
     disks = block_devices.plan(seen.block_devices)
     data, unusable = storage.plan(target, seen.storage, numbers)
@@ -579,7 +578,7 @@ def _run(context: Context, seen: Observation, todo: Plan) -> list[tuple[str, Exc
         *((one.id, partial(identities.make, config, one.owner)) for one in todo.identities),
         *((one.id, partial(_write_resource, seen, one.owner)) for one in todo.resources),
         *((one.id, supervisord.wait) for one in early),
-        *((one.id, partial(privacy.apply, context, one)) for one in todo.privacy if one.action == "remove"),
+        *((one.id, partial(privacy.apply, context, one)) for one in todo.privacy if one.action != "create"),
         *(
             (one.id, partial(services.apply, context, one))
             for one in todo.services

@@ -16,10 +16,10 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from partitiond import mounts
-from partitiond.mounts import CLONE_NEWIPC, CLONE_NEWNS, MS_BIND, MS_NODEV, MS_NOEXEC, MS_NOSUID
+from partitiond.mounts import CLONE_FS, CLONE_NEWIPC, CLONE_NEWNS, MS_BIND, MS_NODEV, MS_NOEXEC, MS_NOSUID
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -63,6 +63,50 @@ def pinned(directory: Path) -> dict[str, bool]:
     # all namespaces lie in one file system of the kernel's own (fs/nsfs.c)
     device = os.stat("/proc/self/ns/mnt").st_dev  # noqa: PTH116 - likewise
     return {name: os.stat(f"{directory}/{name}").st_dev == device for name in names}  # noqa: PTH116 - for 500 of them
+
+
+class Window(NamedTuple):
+    """Another ``/proc`` than the one that all use: where, and the number of its file system."""
+
+    place: str
+    device: int
+
+
+def windows() -> tuple[Window, ...]:
+    """What of the kind this machine has now. Where it is mounted later than they are made, namespaces have it, too."""
+    return tuple(one for one in _mounted("proc") if one.place != "/proc" and not _is_below_proc(one.place))
+
+
+def open_windows(
+    directory: Path, names: Iterable[str], found: Sequence[Window]
+) -> dict[str, tuple[Window, ...]]:
+    """Which of the windows that were ``found`` the pinned namespaces have; all, where that cannot be seen."""
+    if not found:
+        return {}
+
+    def look(pins: int, name: str) -> tuple[Window, ...]:
+        try:
+            _enter(pins, name)
+        except OSError:
+            return tuple(found)  # closing them will say why
+        return tuple(one for one in found if _is_open(one))
+
+    with _opened(directory, _DIRECTORY) as pins, _visitor() as thread:
+        seen = {name: thread.submit(look, pins, name) for name in names}
+        return {name: one.result() for name, one in seen.items() if one.result()}
+
+
+def close(directory: Path, name: str, found: Sequence[Window]) -> None:
+    """Take windows out of pinned namespaces; on the machine they stay. Raises OSError."""
+
+    def detach(pins: int) -> None:
+        _enter(pins, name)
+        for one in found:
+            while _is_open(one):  # the same may lie there more than once
+                mounts.detach(one.place)
+
+    with _opened(directory, _DIRECTORY) as pins, _visitor() as thread:
+        thread.submit(detach, pins).result()
 
 
 def is_outside(pin: Path, pid: int) -> bool:
@@ -270,7 +314,7 @@ def _close_windows() -> None:
 
     One that lies below another mount cannot be reached, by us as little as by tenants.
     """
-    for place in _places_of("proc"):
+    for place, _ in _mounted("proc"):
         if place != "/proc":
             _detach_if_there(place)
 
@@ -287,22 +331,46 @@ def _detach_if_there(place: str) -> None:
             raise
 
 
-def _places_of(kind: str) -> list[str]:
+def _visitor() -> ThreadPoolExecutor:
+    """A thread that may enter namespaces: setns(2) wants a root and a working directory that it shares with no other."""
+    return ThreadPoolExecutor(1, "namespaces", partial(mounts.unshare, CLONE_FS))
+
+
+def _enter(pins: int, name: str) -> None:
+    """Enter pinned namespaces, from wherever: ``pins`` is the directory of the pins, which is seen from outside only."""
+    with _opened(name, os.O_RDONLY | os.O_CLOEXEC, pins) as pin:
+        mounts.enter(pin, CLONE_NEWNS)
+
+
+def _is_open(window: Window) -> bool:
+    try:
+        return os.stat(window.place).st_dev == window.device  # noqa: PTH116 - for 500 of them
+    except OSError:
+        return False  # nothing there that could be reached
+
+
+def _is_below_proc(place: str) -> bool:
+    return place.startswith("/proc/")
+
+
+def _mounted(kind: str) -> list[Window]:
     """Where a kind of file system is mounted, the last one first."""
     found = []
     with open("/proc/thread-self/mountinfo", "rb") as stream:
         for line in stream:
             left, _, right = line.partition(b" - ")
             if right.split(b" ", 1)[0] == kind.encode():
+                fields = left.split(b" ")
                 # proc_pid_mountinfo(5): blanks and the like are written in octal
-                place = left.split(b" ")[4].decode("unicode_escape").encode("latin-1")
-                found.append(os.fsdecode(place))
+                place = fields[4].decode("unicode_escape").encode("latin-1")
+                major, minor = map(int, fields[2].split(b":"))
+                found.append(Window(os.fsdecode(place), os.makedev(major, minor)))
     return found[::-1]
 
 
 @contextmanager
-def _opened(path: Path | str, flags: int) -> Iterator[int]:
-    descriptor = os.open(path, flags)
+def _opened(path: Path | str, flags: int, below: int | None = None) -> Iterator[int]:
+    descriptor = os.open(path, flags, dir_fd=below)
     try:
         yield descriptor
     finally:

@@ -8,7 +8,7 @@ begins in the namespaces when it is next started.
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from partitiond.config import Config
     from partitiond.context import Context
+    from partitiond.namespaces import Window
     from partitiond.node import Partition
     from partitiond.operation import Action
     from partitiond.supervision import Group, Process, Supervisor
@@ -29,10 +30,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class PrivacyOperation(Operation):
-    """Make the namespaces called ``name``, or remove them; ``owner`` is there as long as the node has that partition."""
+    """Make the namespaces called ``name``, close ``windows`` in them, or remove them.
+
+    ``owner`` is there as long as the node has that partition.
+    """
 
     name: str
     owner: Partition | None
+    windows: tuple[Window, ...] = ()
 
 
 def directory(config: Config) -> Path:
@@ -58,18 +63,38 @@ def launcher(config: Config, partition: Partition) -> tuple[str, ...]:
     return (*enter, *execute.switch(str(partition.uid), str(partition.gid))) if enter else ()
 
 
+@dataclass(frozen=True, slots=True)
+class Observed:
+    """The names of pins and whether a namespace is there, and by which other ``/proc`` one sees more than its own."""
+
+    pinned: Mapping[str, bool]
+    windows: Mapping[str, tuple[Window, ...]] = field(default_factory=dict)
+
+
+def observe(config: Config) -> Observed:
+    """Look at what is pinned. Raises OSError."""
+    pinned = namespaces.pinned(directory(config))
+    here = [name for name, right in pinned.items() if right]
+    # where the kernel hides no processes there is nothing to be kept from
+    found = namespaces.windows() if here and namespaces.hides_processes() else ()
+    return Observed(pinned, namespaces.open_windows(directory(config), here, found))
+
+
 def plan(
-    config: Config, partitions: Iterable[Partition], used: Container[str], pinned: Mapping[str, bool]
+    config: Config, partitions: Iterable[Partition], used: Container[str], seen: Observed
 ) -> tuple[PrivacyOperation, ...]:
-    """Compare with what is ``pinned``; ``used`` are the partitions that have something to run."""
+    """Compare with what was ``seen``; ``used`` are the partitions that have something to run."""
     operations = []
-    left = dict(pinned)
+    left = dict(seen.pinned)
     for item in partitions:
         found = left.pop(item.id, None)
         if is_private(config, item) and item.id in used:
             if not found:
                 reason = "missing" if found is None else "nothing is pinned there"
                 operations.append(_operation(item.id, item, "create", reason))
+            elif windows := seen.windows.get(item.id):
+                reason = f"all processes are seen by {', '.join(one.place for one in windows)}"
+                operations.append(replace(_operation(item.id, item, "change", reason), windows=windows))
         elif found is not None:
             reason = "nothing is to run there" if is_private(config, item) else "switched off"
             operations.append(_operation(item.id, item, "remove", reason))
@@ -88,7 +113,7 @@ def _operation(name: str, owner: Partition | None, action: Action, reason: str) 
         resource="namespaces",
         action=action,
         partition=owner.id if owner else None,
-        before="pinned" if action == "remove" else None,
+        before=None if action == "create" else "pinned",
         after=None if action == "remove" else "pinned",
         reason=reason,
         name=name,
@@ -137,13 +162,16 @@ def ensure(context: Context, partition: Partition) -> None:
     with context.applying:
         pinned = namespaces.pinned(directory(config))
         here = {name: right for name, right in pinned.items() if name == partition.id}
-        for _, error in make(config, plan(config, (partition,), (partition.id,), here)):
+        for _, error in make(config, plan(config, (partition,), (partition.id,), Observed(here))):
             raise error
 
 
 def apply(context: Context, operation: PrivacyOperation) -> None:
-    """Remove what an operation says. Raises PartitiondError, OSError."""
+    """Remove or close what an operation says. Raises PartitiondError, OSError."""
     owner = operation.owner
+    if operation.windows:
+        namespaces.close(directory(context.config), operation.name, operation.windows)
+        return
     if owner is not None and context.supervisor.has_group(owner.id):
         # what it has would not start any more
         relaunch(context, owner, owner.id)

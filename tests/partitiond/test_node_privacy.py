@@ -307,6 +307,30 @@ def test_what_the_host_mounts_later_arrives_and_leaves(scene):
         assert not os.path.ismount(inside)
 
 
+def test_another_proc_that_the_host_mounts_later_is_taken_away_again(scene):
+    with shared_tree(Path("/srv/chroots")) as tree:
+        scene.instance(2, sleeper=SLEEPER)
+        scene.apply()
+        foreign = f"/srv/chroots/a b/proc/{scene.pid(0)}/cmdline"
+        window = tree / "a b" / "proc"
+        window.mkdir(parents=True)
+        for _ in range(2):
+            mounts.mount("proc", str(window), "proc")
+        try:
+            assert scene.said(2, "/bin/cat", foreign) == "/bin/sleep\x001000\x00"
+            reason = "all processes are seen by /srv/chroots/a b/proc"
+            assert scene.plan() == {"namespaces/slappart2": ("change", reason)}
+            pids = [scene.pid(index) for index in range(3)]
+            scene.apply()
+            assert scene.said(2, "/bin/ls", str(window)) == ""
+            assert scene.plan() == {}
+            assert Path(foreign).read_bytes()
+            assert [scene.pid(index) for index in range(3)] == pids
+        finally:
+            for _ in range(2):
+                mounts.detach(str(window))
+
+
 # --- how it is started --------------------------------------------------------------------------------------------------
 
 
