@@ -1,7 +1,7 @@
 """Private namespaces of partitions: mounts and System V IPC of their own, pinned so that they outlive whoever made them.
 
-In a partition's namespaces ``/proc`` shows its own processes only, ``/tmp``, ``/var/tmp`` and ``/dev/shm`` are its own, and
-so are System V IPC and POSIX message queues. What the host mounts later arrives, nothing goes the other way.
+In a partition's namespaces ``/proc`` shows its own processes only; ``/tmp``, ``/var/tmp``, ``/dev/shm`` and ``/run/lock`` are
+its own, and so are System V IPC and POSIX message queues. What the host mounts later arrives, nothing goes the other way.
 
 One pin for each: the mount namespace on a file of a small private tmpfs. The kernel copies such mounts into no other mount
 namespace (fs/namespace.c, ``is_mnt_ns_file``), but it does copy pins of IPC namespaces; so that one is pinned inside the mount
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
 NSENTER = "/usr/bin/nsenter"
-# of the memory, for all that a partition keeps in the three directories together; the kernel's own default is half for each
+# of the memory, for all that a partition keeps in those directories together; the kernel's own default is half for each
 _SIZE = "25%"
 # all that everybody may write into: programs use these for what only they should see, too
 _COVERED = (
@@ -65,26 +65,28 @@ def pinned(directory: Path) -> dict[str, bool]:
     return {name: os.stat(f"{directory}/{name}").st_dev == device for name in names}  # noqa: PTH116 - for 500 of them
 
 
-class Window(NamedTuple):
-    """Another ``/proc`` than the one that all use: where, and the number of its file system."""
+class Mounted(NamedTuple):
+    """A mount: where, the number and the kind of its file system, and what of that it shows."""
 
     place: str
     device: int
+    kind: str
+    root: str
 
 
-def windows() -> tuple[Window, ...]:
-    """What of the kind this machine has now. Where it is mounted later than they are made, namespaces have it, too."""
-    return tuple(one for one in _mounted("proc") if one.place != "/proc" and not _is_below_proc(one.place))
+def windows() -> tuple[Mounted, ...]:
+    """Each other ``/proc`` of this machine than the one that all use; namespaces have those that came after them, too."""
+    return tuple(_other_procs())
 
 
 def open_windows(
-    directory: Path, names: Iterable[str], found: Sequence[Window]
-) -> dict[str, tuple[Window, ...]]:
+    directory: Path, names: Iterable[str], found: Sequence[Mounted]
+) -> dict[str, tuple[Mounted, ...]]:
     """Which of the windows that were ``found`` the pinned namespaces have; all, where that cannot be seen."""
     if not found:
         return {}
 
-    def look(pins: int, name: str) -> tuple[Window, ...]:
+    def look(pins: int, name: str) -> tuple[Mounted, ...]:
         try:
             _enter(pins, name)
         except OSError:
@@ -96,7 +98,7 @@ def open_windows(
         return {name: one.result() for name, one in seen.items() if one.result()}
 
 
-def close(directory: Path, name: str, found: Sequence[Window]) -> None:
+def close(directory: Path, name: str, found: Sequence[Mounted]) -> None:
     """Take windows out of pinned namespaces; on the machine they stay. Raises OSError."""
 
     def detach(pins: int) -> None:
@@ -305,8 +307,32 @@ def _covers(targets: Iterable[str], path: Path) -> bool:
 
 
 def _hide_processes() -> None:
-    """Show in ``/proc`` only whose they are."""
-    mounts.mount("proc", "/proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC, "hidepid=invisible")
+    """Show in ``/proc`` only whose they are, and besides what lies over it: a container's own meminfo, what it masks."""
+    with ExitStack() as stack:
+        kept = [
+            (place, stack.enter_context(_opened(place, os.O_PATH | os.O_CLOEXEC)))
+            for place in _laid_over_proc()
+        ]
+        mounts.mount("proc", "/proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC, "hidepid=invisible")
+        for place, descriptor in kept:
+            if os.path.lexists(place):
+                mounts.mount(f"/proc/self/fd/{descriptor}", place, "", MS_BIND)
+
+
+def _laid_over_proc() -> list[str]:
+    """What of ``/proc`` is another mount that can be carried over, the first one first.
+
+    Not the directories of processes, and no other part of ``/proc`` than the one of that name, which could show some.
+    """
+    return [
+        one.place
+        for one in _mounted()[::-1]
+        if _is_below_proc(one.place)
+        and not one.place.split("/")[2].isdigit()
+        and (one.kind != "proc" or one.place == f"/proc{one.root}")
+        and one.kind != "autofs"  # served for where it is, and it brings nothing of its own
+        and os.path.lexists(one.place)
+    ]
 
 
 def _close_windows() -> None:
@@ -314,9 +340,8 @@ def _close_windows() -> None:
 
     One that lies below another mount cannot be reached, by us as little as by tenants.
     """
-    for place, _ in _mounted("proc"):
-        if place != "/proc":
-            _detach_if_there(place)
+    for one in _other_procs():
+        _detach_if_there(one.place)
 
 
 def _detach_if_there(place: str) -> None:
@@ -342,7 +367,7 @@ def _enter(pins: int, name: str) -> None:
         mounts.enter(pin, CLONE_NEWNS)
 
 
-def _is_open(window: Window) -> bool:
+def _is_open(window: Mounted) -> bool:
     try:
         return os.stat(window.place).st_dev == window.device  # noqa: PTH116 - for 500 of them
     except OSError:
@@ -353,19 +378,33 @@ def _is_below_proc(place: str) -> bool:
     return place.startswith("/proc/")
 
 
-def _mounted(kind: str) -> list[Window]:
-    """Where a kind of file system is mounted, the last one first."""
+def _other_procs() -> list[Mounted]:
+    """Each other mount of ``/proc``, the last one first; what lies below it goes where it goes."""
+    return [
+        one
+        for one in _mounted()
+        if one.kind == "proc" and one.place != "/proc" and not _is_below_proc(one.place)
+    ]
+
+
+def _mounted() -> list[Mounted]:
+    """All mounts, the last one first."""
     found = []
     with open("/proc/thread-self/mountinfo", "rb") as stream:
         for line in stream:
             left, _, right = line.partition(b" - ")
-            if right.split(b" ", 1)[0] == kind.encode():
-                fields = left.split(b" ")
-                # proc_pid_mountinfo(5): blanks and the like are written in octal
-                place = fields[4].decode("unicode_escape").encode("latin-1")
-                major, minor = map(int, fields[2].split(b":"))
-                found.append(Window(os.fsdecode(place), os.makedev(major, minor)))
+            fields = left.split(b" ")
+            major, minor = map(int, fields[2].split(b":"))
+            kind = right.split(b" ", 1)[0].decode()
+            found.append(Mounted(_plain(fields[4]), os.makedev(major, minor), kind, _plain(fields[3])))
     return found[::-1]
+
+
+def _plain(path: bytes) -> str:
+    # proc_pid_mountinfo(5): blanks and the like are written in octal
+    if b"\\" not in path:
+        return os.fsdecode(path)
+    return os.fsdecode(path.decode("unicode_escape").encode("latin-1"))
 
 
 @contextmanager

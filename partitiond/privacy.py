@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from partitiond.config import Config
     from partitiond.context import Context
-    from partitiond.namespaces import Window
+    from partitiond.namespaces import Mounted
     from partitiond.node import Partition
     from partitiond.operation import Action
     from partitiond.supervision import Group, Process, Supervisor
@@ -37,7 +37,7 @@ class PrivacyOperation(Operation):
 
     name: str
     owner: Partition | None
-    windows: tuple[Window, ...] = ()
+    windows: tuple[Mounted, ...] = ()
 
 
 def directory(config: Config) -> Path:
@@ -68,7 +68,7 @@ class Observed:
     """The names of pins and whether a namespace is there, and by which other ``/proc`` one sees more than its own."""
 
     pinned: Mapping[str, bool]
-    windows: Mapping[str, tuple[Window, ...]] = field(default_factory=dict)
+    windows: Mapping[str, tuple[Mounted, ...]] = field(default_factory=dict)
 
 
 def observe(config: Config) -> Observed:
@@ -240,7 +240,7 @@ def open_cases(config: Config, partitions: Iterable[Partition], processes: Itera
     if shared:
         names = "every partition" if not private else ", ".join(shared)
         found.append(
-            f"private_namespaces is off for {names}: /proc, /tmp, /dev/shm and System V IPC are the node's own"
+            f"private_namespaces is off for {names}: /proc, /tmp, /dev/shm, /run/lock and System V IPC are the node's own"
         )
     if not private:
         return found

@@ -891,6 +891,39 @@ def test_another_proc_is_no_window(pins):
         chroot.parent.rmdir()
 
 
+def test_what_a_container_laid_over_proc_stays(pins):
+    """As lxcfs and the engines of containers do; but a /proc of another process, or all of it, is not let in that way."""
+    own = Path("/srv/meminfo")
+    own.write_text("MemTotal: 1 kB\n")
+    own.chmod(0o644)
+    process = Path("/proc", str(os.getppid()))
+    laid = [(str(own), "/proc/meminfo"), ("/proc/sys", "/proc/sys"), ("/dev/null", "/proc/kallsyms")]
+    laid += [("/proc/meminfo", "/proc/cpuinfo"), (str(process), "/proc/irq"), (str(process), str(process))]
+    done = []
+    try:
+        for source, target in laid:
+            mounts.mount(source, target, "", mounts.MS_BIND)
+            done.append(target)
+        flags = mounts.MS_REMOUNT | mounts.MS_BIND | mounts.MS_RDONLY
+        mounts.mount("none", "/proc/sys", "", flags)
+        assert namespaces.make(pins, ["one"]) == ()
+        assert inside(pins, "one", "/bin/cat", "/proc/meminfo", "/proc/cpuinfo") == "MemTotal: 1 kB\n" * 2
+        assert inside(pins, "one", "/bin/cat", "/proc/kallsyms") == ""
+        rows = [line.split() for line in inside(pins, "one", "/bin/cat", "/proc/self/mountinfo").splitlines()]
+        places = [row[4] for row in rows if row[4].startswith("/proc/")]
+        assert places[-4:] == ["/proc/meminfo", "/proc/sys", "/proc/kallsyms", "/proc/cpuinfo"]
+        assert "ro" in [row for row in rows if row[4] == "/proc/sys"][-1][5].split(",")
+        assert Path("/proc/irq/status").exists()
+        assert "status" not in inside(pins, "one", "/bin/ls", "/proc/irq").split()
+        user = ["/usr/bin/setpriv", "--reuid", "4242", "--regid", "4242", "--clear-groups"]
+        seen = inside(pins, "one", *user, "/bin/ls", "/proc")
+        assert process.name not in seen.split()
+    finally:
+        for target in reversed(done):
+            mounts.detach(target)
+        own.unlink()
+
+
 @pytest.mark.parametrize("above", ["/tmp", "/dev/shm", "/run/lock", "/srv"])
 def test_another_proc_that_is_covered_or_will_be_keeps_nothing_from_being_made(pins, above):
     chroot = Path(above, "chroot", "proc")
