@@ -24,7 +24,6 @@ from partitiond import (
     execute,
     identities,
     last_good,
-    namespaces,
     node,
     privacy,
     protection,
@@ -322,6 +321,12 @@ def plan(
     running = frozenset(process.group for process in seen.processes if process.pid)
     set_up = frozenset(context.supervisor.group_names())
     people = _plan_users(desired_users(target), seen.users)
+    secluded = privacy.plan(
+        target.config,
+        target.partitions,
+        _used(context, target, set_up, wanted_tunnels),
+        privacy.observe(target.config),
+    )
     disks = block_devices.plan(seen.block_devices)
     data, unusable = storage.plan(target, seen.storage, numbers)
     places, unreachable = _plan_directories(
@@ -339,13 +344,8 @@ def plan(
         devices=tun_device.plan(taps=any(item.network.tap or item.network.tun for item in target.partitions)),
         identities=identities.plan(looked_at, published),
         resources=resource_file.plan(target, looked_at, published, _holdings(seen)),
-        privacy=privacy.plan(
-            target.config,
-            target.partitions,
-            _used(context, target, set_up, wanted_tunnels),
-            namespaces.pinned(privacy.directory(target.config)),
-        ),
-        services=services.plan(context, target, seen.processes, set_up),
+        privacy=secluded,
+        services=services.plan(context, target, seen.processes, set_up, privacy.missing(secluded)),
         tunnels=tuple(
             operation
             for name, wanted in wanted_tunnels.items()
@@ -575,9 +575,7 @@ def _run(context: Context, seen: Observation, planned: Plan) -> tuple[list[tuple
     todo = _without(planned, _make_directories(planned, numbers, failures))
     for failed, error in netplan_apply.apply(todo.network):
         failures.append((failed.id, error))
-    for unmade, problem in privacy.make(context.config, todo.privacy):
-        failures.append((unmade.id, problem))
-        logger.warning("%s: %s", unmade.id, sentence(problem))
+    homeless = _make_namespaces(context, todo, failures)
     config, supervisord = context.config, services.Start(context)
     # one that has nothing to run yet starts beside what comes before the services
     early = [] if context.supervisor.group_names() else [one for one in todo.services if one.group is None]
@@ -590,9 +588,17 @@ def _run(context: Context, seen: Observation, planned: Plan) -> tuple[list[tuple
         *((one.id, partial(identities.make, config, one.owner)) for one in todo.identities),
         *((one.id, partial(_write_resource, seen, one.owner)) for one in todo.resources),
         *((one.id, supervisord.wait) for one in early),
-        *((one.id, partial(privacy.apply, context, one)) for one in todo.privacy if one.action == "remove"),
-        *((one.id, partial(services.apply, context, one)) for one in todo.services if one not in early),
-        *((one.id, partial(tunnels.apply, one, config, context.supervisor)) for one in todo.tunnels),
+        *((one.id, partial(privacy.apply, context, one)) for one in todo.privacy if one.action != "create"),
+        *(
+            (one.id, partial(services.apply, context, one))
+            for one in todo.services
+            if one not in early and one.partition not in homeless
+        ),
+        *(
+            (one.id, partial(tunnels.apply, one, config, context.supervisor))
+            for one in todo.tunnels
+            if one.action == "remove" or one.partition not in homeless
+        ),
     ]
     if todo.leavers:
         calls.append(("users", partial(_remove_users, context, seen, todo.leavers, kept)))
@@ -632,6 +638,19 @@ def _without(whole: Plan, names: frozenset[str]) -> Plan:
         for part in _IN_DIRECTORIES
     }
     return replace(whole, **parts)
+
+
+def _make_namespaces(context: Context, todo: Plan, failures: list[tuple[str, Exception]]) -> frozenset[str]:
+    """Make namespaces; return the partitions that have none now.
+
+    Nothing is to be started there: to supervisord, and so to the next plan, it would have ended by its own doing.
+    """
+    homeless = set()
+    for unmade, problem in privacy.make(context.config, todo.privacy):
+        failures.append((unmade.id, problem))
+        logger.warning("%s: %s", unmade.id, sentence(problem))
+        homeless.add(unmade.name)
+    return frozenset(homeless)
 
 
 def _write_resource(seen: Observation, partition: Partition) -> None:

@@ -231,7 +231,8 @@ def _configure(
         privacy.ensure(context, partition)
         certificates.fetch(context, partition)
         buildout.configure_instance(context, partition, entry)
-        _run(context, partition, entry)
+        another = (state.software_release, state.software_type) != (url, following.software_type)
+        _run(context, partition, entry, another=another)
     except (*FAMILY, OSError) as error:
         return _failed(context, partition, following, error)
     life: InstanceLife = "started" if entry.requested_state == "started" else "stopped"
@@ -282,19 +283,23 @@ def _tell(context: Context, state: InstanceState) -> None:
         context.store.save_instance(replace(state, reported=True))
 
 
-def _run(context: Context, partition: Partition, entry: PartitionDocument) -> None:
-    """Start or stop what the buildout made."""
+def _run(context: Context, partition: Partition, entry: PartitionDocument, *, another: bool) -> None:
+    """Start or stop what the buildout made; ``another``: of another release or type than what may still run.
+
+    What runs and began before its partition was private is left to run as it does as long as it stays the same.
+    """
     if entry.requested_state != "started":
         stop(context, partition)
         return
     group = programs.group(context, partition)
     with context.applying:
-        if group.programs:
-            context.supervisor.write_group(group)
-        else:
+        if not group.programs:
             context.supervisor.remove_group(group.name)
-        # one that is not private yet has run on until now
-        privacy.relaunch(context, partition, tunnels.group_name(partition.id))
+        elif another or not privacy.is_late(context.supervisor, group):
+            context.supervisor.write_group(group)
+        if another:
+            # its stunnel has run on outside until now, too
+            privacy.relaunch(context, partition, tunnels.group_name(partition.id))
         # also when the file is as it was: one who was killed after writing it has told supervisord nothing
         context.supervisor.update()
         if group.programs:

@@ -9,7 +9,7 @@ import ctypes
 import os
 
 # include/uapi/linux/sched.h, include/uapi/linux/mount.h, include/linux/fs.h
-CLONE_NEWNS, CLONE_NEWUTS, CLONE_NEWIPC = 0x00020000, 0x04000000, 0x08000000
+CLONE_FS, CLONE_NEWNS, CLONE_NEWUTS, CLONE_NEWIPC = 0x00000200, 0x00020000, 0x04000000, 0x08000000
 CLONE_NEWPID, CLONE_NEWNET, CLONE_NEWCGROUP = 0x20000000, 0x40000000, 0x02000000
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REMOUNT, MS_BIND = 1, 2, 4, 8, 32, 4096
 MS_REC, MS_PRIVATE, MS_SLAVE, MS_SHARED = 16384, 1 << 18, 1 << 19, 1 << 20
@@ -45,7 +45,7 @@ def unmount(target: str) -> None:
 
 
 def unshare(flags: int) -> None:
-    """unshare(2): new namespaces for the calling thread."""
+    """unshare(2): new namespaces for the calling thread, or a root and working directory of its own (``CLONE_FS``)."""
     check(_libc.unshare(flags), "unshare")
 
 

@@ -1,7 +1,7 @@
 """Private namespaces of partitions: mounts and System V IPC of their own, pinned so that they outlive whoever made them.
 
-In a partition's namespaces ``/proc`` shows its own processes only, ``/tmp``, ``/var/tmp`` and ``/dev/shm`` are its own, and
-so are System V IPC and POSIX message queues. What the host mounts later arrives, nothing goes the other way.
+In a partition's namespaces ``/proc`` shows its own processes only; ``/tmp``, ``/var/tmp``, ``/dev/shm`` and ``/run/lock`` are
+its own, and so are System V IPC and POSIX message queues. What the host mounts later arrives, nothing goes the other way.
 
 One pin for each: the mount namespace on a file of a small private tmpfs. The kernel copies such mounts into no other mount
 namespace (fs/namespace.c, ``is_mnt_ns_file``), but it does copy pins of IPC namespaces; so that one is pinned inside the mount
@@ -16,16 +16,16 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from partitiond import mounts
-from partitiond.mounts import CLONE_NEWIPC, CLONE_NEWNS, MS_BIND, MS_NODEV, MS_NOEXEC, MS_NOSUID
+from partitiond.mounts import CLONE_FS, CLONE_NEWIPC, CLONE_NEWNS, MS_BIND, MS_NODEV, MS_NOEXEC, MS_NOSUID
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
 NSENTER = "/usr/bin/nsenter"
-# of the memory, for all that a partition keeps in the three directories together; the kernel's own default is half for each
+# of the memory, for all that a partition keeps in those directories together; the kernel's own default is half for each
 _SIZE = "25%"
 # all that everybody may write into: programs use these for what only they should see, too
 _COVERED = (
@@ -63,6 +63,52 @@ def pinned(directory: Path) -> dict[str, bool]:
     # all namespaces lie in one file system of the kernel's own (fs/nsfs.c)
     device = os.stat("/proc/self/ns/mnt").st_dev  # noqa: PTH116 - likewise
     return {name: os.stat(f"{directory}/{name}").st_dev == device for name in names}  # noqa: PTH116 - for 500 of them
+
+
+class Mounted(NamedTuple):
+    """A mount: where, the number and the kind of its file system, and what of that it shows."""
+
+    place: str
+    device: int
+    kind: str
+    root: str
+
+
+def windows() -> tuple[Mounted, ...]:
+    """Each other ``/proc`` of this machine than the one that all use; namespaces have those that came after them, too."""
+    return tuple(_other_procs())
+
+
+def open_windows(
+    directory: Path, names: Iterable[str], found: Sequence[Mounted]
+) -> dict[str, tuple[Mounted, ...]]:
+    """Which of the windows that were ``found`` the pinned namespaces have; all, where that cannot be seen."""
+    if not found:
+        return {}
+
+    def look(pins: int, name: str) -> tuple[Mounted, ...]:
+        try:
+            _enter(pins, name)
+        except OSError:
+            return tuple(found)  # closing them will say why
+        return tuple(one for one in found if _is_open(one))
+
+    with _opened(directory, _DIRECTORY) as pins, _visitor() as thread:
+        seen = {name: thread.submit(look, pins, name) for name in names}
+        return {name: one.result() for name, one in seen.items() if one.result()}
+
+
+def close(directory: Path, name: str, found: Sequence[Mounted]) -> None:
+    """Take windows out of pinned namespaces; on the machine they stay. Raises OSError."""
+
+    def detach(pins: int) -> None:
+        _enter(pins, name)
+        for one in found:
+            while _is_open(one):  # the same may lie there more than once
+                mounts.detach(one.place)
+
+    with _opened(directory, _DIRECTORY) as pins, _visitor() as thread:
+        thread.submit(detach, pins).result()
 
 
 def is_outside(pin: Path, pid: int) -> bool:
@@ -115,12 +161,8 @@ def make(
 def remove(directory: Path, name: str) -> None:
     """Remove a pin; the namespaces live on as long as a process is in them. One that is not there is fine. Raises OSError."""
     pin = f"{directory}/{name}"
-    try:
-        # MNT_DETACH: a process that is just entering keeps nothing busy
-        mounts.detach(pin)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOENT):  # no mount, or no file
-            raise
+    # MNT_DETACH: a process that is just entering keeps nothing busy
+    _detach_if_there(pin)
     Path(pin).unlink(missing_ok=True)
 
 
@@ -216,6 +258,8 @@ def _lay_out(directory: Path, shown: Sequence[Path], settings: dict[str, bytes],
     # slave: what the host mounts and unmounts later arrives, nothing goes the other way
     mounts.mount("none", "/", "", mounts.MS_REC | mounts.MS_SLAVE)
     _write_settings(settings)
+    if hidden:
+        _close_windows()  # before any is covered: what came to light later could not be reached now
     mounts.mount("partitiond", str(directory), "tmpfs", MS_NOSUID | MS_NODEV, f"mode=0700,size={_SIZE}")
     _cover(directory, shown)
     if os.path.ismount(_QUEUES):
@@ -263,29 +307,109 @@ def _covers(targets: Iterable[str], path: Path) -> bool:
 
 
 def _hide_processes() -> None:
-    """Show in ``/proc`` only whose they are; any other ``/proc`` (of a chroot, for one) would be a window beside it."""
-    for place in _places_of("proc"):
-        if place != "/proc":
-            mounts.detach(place)
-    mounts.mount("proc", "/proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC, "hidepid=invisible")
+    """Show in ``/proc`` only whose they are, and besides what lies over it: a container's own meminfo, what it masks."""
+    with ExitStack() as stack:
+        kept = [
+            (place, stack.enter_context(_opened(place, os.O_PATH | os.O_CLOEXEC)))
+            for place in _laid_over_proc()
+        ]
+        mounts.mount("proc", "/proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC, "hidepid=invisible")
+        for place, descriptor in kept:
+            if os.path.lexists(place):
+                mounts.mount(f"/proc/self/fd/{descriptor}", place, "", MS_BIND)
 
 
-def _places_of(kind: str) -> list[str]:
-    """Where a kind of file system is mounted, the last one first."""
+def _laid_over_proc() -> list[str]:
+    """What of ``/proc`` is another mount that can be carried over, the first one first.
+
+    Not the directories of processes, and no other part of ``/proc`` than the one of that name, which could show some.
+    """
+    return [
+        one.place
+        for one in _mounted()[::-1]
+        if _is_below_proc(one.place)
+        and not one.place.split("/")[2].isdigit()
+        and (one.kind != "proc" or one.place == f"/proc{one.root}")
+        and one.kind != "autofs"  # served for where it is, and it brings nothing of its own
+        and os.path.lexists(one.place)
+    ]
+
+
+def _close_windows() -> None:
+    """Take away any other ``/proc`` (of a chroot, for one): it would be a window beside ours.
+
+    One that lies below another mount cannot be reached, by us as little as by tenants.
+    """
+    for one in _other_procs():
+        _detach_if_there(one.place)
+
+
+def _detach_if_there(place: str) -> None:
+    try:
+        mounts.detach(place)
+    except OSError as error:
+        if error.errno not in (
+            errno.EINVAL,
+            errno.ENOENT,
+            errno.ENOTDIR,
+        ):  # no mount there, or nothing at all
+            raise
+
+
+def _visitor() -> ThreadPoolExecutor:
+    """A thread that may enter namespaces: setns(2) wants a root and a working directory that it shares with no other."""
+    return ThreadPoolExecutor(1, "namespaces", partial(mounts.unshare, CLONE_FS))
+
+
+def _enter(pins: int, name: str) -> None:
+    """Enter pinned namespaces, from wherever: ``pins`` is the directory of the pins, which is seen from outside only."""
+    with _opened(name, os.O_RDONLY | os.O_CLOEXEC, pins) as pin:
+        mounts.enter(pin, CLONE_NEWNS)
+
+
+def _is_open(window: Mounted) -> bool:
+    try:
+        return os.stat(window.place).st_dev == window.device  # noqa: PTH116 - for 500 of them
+    except OSError:
+        return False  # nothing there that could be reached
+
+
+def _is_below_proc(place: str) -> bool:
+    return place.startswith("/proc/")
+
+
+def _other_procs() -> list[Mounted]:
+    """Each other mount of ``/proc``, the last one first; what lies below it goes where it goes."""
+    return [
+        one
+        for one in _mounted()
+        if one.kind == "proc" and one.place != "/proc" and not _is_below_proc(one.place)
+    ]
+
+
+def _mounted() -> list[Mounted]:
+    """All mounts, the last one first."""
     found = []
     with open("/proc/thread-self/mountinfo", "rb") as stream:
         for line in stream:
             left, _, right = line.partition(b" - ")
-            if right.split(b" ", 1)[0] == kind.encode():
-                # proc_pid_mountinfo(5): blanks and the like are written in octal
-                place = left.split(b" ")[4].decode("unicode_escape").encode("latin-1")
-                found.append(os.fsdecode(place))
+            fields = left.split(b" ")
+            major, minor = map(int, fields[2].split(b":"))
+            kind = right.split(b" ", 1)[0].decode()
+            found.append(Mounted(_plain(fields[4]), os.makedev(major, minor), kind, _plain(fields[3])))
     return found[::-1]
 
 
+def _plain(path: bytes) -> str:
+    # proc_pid_mountinfo(5): blanks and the like are written in octal
+    if b"\\" not in path:
+        return os.fsdecode(path)
+    return os.fsdecode(path.decode("unicode_escape").encode("latin-1"))
+
+
 @contextmanager
-def _opened(path: Path | str, flags: int) -> Iterator[int]:
-    descriptor = os.open(path, flags)
+def _opened(path: Path | str, flags: int, below: int | None = None) -> Iterator[int]:
+    descriptor = os.open(path, flags, dir_fd=below)
     try:
         yield descriptor
     finally:

@@ -8,7 +8,7 @@ begins in the namespaces when it is next started.
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,17 +22,22 @@ if TYPE_CHECKING:
 
     from partitiond.config import Config
     from partitiond.context import Context
+    from partitiond.namespaces import Mounted
     from partitiond.node import Partition
     from partitiond.operation import Action
-    from partitiond.supervision import Process
+    from partitiond.supervision import Group, Process, Supervisor
 
 
 @dataclass(frozen=True, slots=True)
 class PrivacyOperation(Operation):
-    """Make the namespaces called ``name``, or remove them; ``owner`` is there as long as the node has that partition."""
+    """Make the namespaces called ``name``, close ``windows`` in them, or remove them.
+
+    ``owner`` is there as long as the node has that partition.
+    """
 
     name: str
     owner: Partition | None
+    windows: tuple[Mounted, ...] = ()
 
 
 def directory(config: Config) -> Path:
@@ -58,23 +63,48 @@ def launcher(config: Config, partition: Partition) -> tuple[str, ...]:
     return (*enter, *execute.switch(str(partition.uid), str(partition.gid))) if enter else ()
 
 
+@dataclass(frozen=True, slots=True)
+class Observed:
+    """The names of pins and whether a namespace is there, and by which other ``/proc`` one sees more than its own."""
+
+    pinned: Mapping[str, bool]
+    windows: Mapping[str, tuple[Mounted, ...]] = field(default_factory=dict)
+
+
+def observe(config: Config) -> Observed:
+    """Look at what is pinned. Raises OSError."""
+    pinned = namespaces.pinned(directory(config))
+    here = [name for name, right in pinned.items() if right]
+    # where the kernel hides no processes there is nothing to be kept from
+    found = namespaces.windows() if here and namespaces.hides_processes() else ()
+    return Observed(pinned, namespaces.open_windows(directory(config), here, found))
+
+
 def plan(
-    config: Config, partitions: Iterable[Partition], used: Container[str], pinned: Mapping[str, bool]
+    config: Config, partitions: Iterable[Partition], used: Container[str], seen: Observed
 ) -> tuple[PrivacyOperation, ...]:
-    """Compare with what is ``pinned``; ``used`` are the partitions that have something to run."""
+    """Compare with what was ``seen``; ``used`` are the partitions that have something to run."""
     operations = []
-    left = dict(pinned)
+    left = dict(seen.pinned)
     for item in partitions:
         found = left.pop(item.id, None)
         if is_private(config, item) and item.id in used:
             if not found:
                 reason = "missing" if found is None else "nothing is pinned there"
                 operations.append(_operation(item.id, item, "create", reason))
+            elif windows := seen.windows.get(item.id):
+                reason = f"all processes are seen by {', '.join(one.place for one in windows)}"
+                operations.append(replace(_operation(item.id, item, "change", reason), windows=windows))
         elif found is not None:
             reason = "nothing is to run there" if is_private(config, item) else "switched off"
             operations.append(_operation(item.id, item, "remove", reason))
     operations += [_operation(name, None, "remove", "belongs to no partition") for name in sorted(left)]
     return tuple(operations)
+
+
+def missing(operations: Iterable[PrivacyOperation]) -> frozenset[str]:
+    """The partitions whose namespaces are to be made."""
+    return frozenset(one.name for one in operations if one.action == "create")
 
 
 def _operation(name: str, owner: Partition | None, action: Action, reason: str) -> PrivacyOperation:
@@ -83,7 +113,7 @@ def _operation(name: str, owner: Partition | None, action: Action, reason: str) 
         resource="namespaces",
         action=action,
         partition=owner.id if owner else None,
-        before="pinned" if action == "remove" else None,
+        before=None if action == "create" else "pinned",
         after=None if action == "remove" else "pinned",
         reason=reason,
         name=name,
@@ -132,17 +162,34 @@ def ensure(context: Context, partition: Partition) -> None:
     with context.applying:
         pinned = namespaces.pinned(directory(config))
         here = {name: right for name, right in pinned.items() if name == partition.id}
-        for _, error in make(config, plan(config, (partition,), (partition.id,), here)):
+        for _, error in make(config, plan(config, (partition,), (partition.id,), Observed(here))):
             raise error
 
 
 def apply(context: Context, operation: PrivacyOperation) -> None:
-    """Remove what an operation says. Raises PartitiondError, OSError."""
+    """Remove or close what an operation says. Raises PartitiondError, OSError."""
     owner = operation.owner
-    if owner is not None and relaunch(context, owner, owner.id) and context.supervisor.running():
+    if operation.windows:
+        namespaces.close(directory(context.config), operation.name, operation.windows)
+        return
+    if owner is not None and context.supervisor.has_group(owner.id):
         # what it has would not start any more
-        context.supervisor.update()
+        relaunch(context, owner, owner.id)
+        if context.supervisor.running():
+            _start_anew(context)
     namespaces.remove(directory(context.config), operation.name)
+
+
+def _start_anew(context: Context) -> None:
+    """Let supervisord know of files that changed, and start at once what that stopped: a failure elsewhere, or our own end,
+    must not leave it so.
+
+    Also when the file is as it was: one who was killed after writing it has told supervisord nothing.
+    """
+    states = context.store.instances()
+    for name in sorted(context.supervisor.update()):
+        if name in states and states[name].wanted == "started":
+            context.supervisor.start_group(name)
 
 
 def relaunch(context: Context, partition: Partition, group: str) -> bool:
@@ -161,6 +208,25 @@ def relaunch(context: Context, partition: Partition, group: str) -> bool:
     return True
 
 
+def is_launched(context: Context, partition: Partition) -> bool:
+    """Whether supervisord is to start a partition's programs in its namespaces, by the file that it has of them."""
+    text = context.supervisor.group_text(partition.id)
+    words = launcher(context.config, partition)
+    return text is not None and bool(words) and text == relaunched(text, partition.uid, words)
+
+
+def differs_by_launcher(text: str | None, group: Group) -> bool:
+    """Whether supervisord has a group as it was before its partition was private, and else as it should be."""
+    return bool(group.launcher) and text == replace(group, launcher=()).render()
+
+
+def is_late(supervisor: Supervisor, group: Group) -> bool:
+    """Whether a group runs as before its partition was private, which is no reason to end it: its next start is private."""
+    return differs_by_launcher(supervisor.group_text(group.name), group) and any(
+        process.group == group.name and process.pid for process in supervisor.processes()
+    )
+
+
 def forget(config: Config, partition: Partition) -> None:
     """Remove what an instance leaves behind in its namespaces, with them. Raises OSError."""
     namespaces.remove(directory(config), partition.id)
@@ -174,7 +240,7 @@ def open_cases(config: Config, partitions: Iterable[Partition], processes: Itera
     if shared:
         names = "every partition" if not private else ", ".join(shared)
         found.append(
-            f"private_namespaces is off for {names}: /proc, /tmp, /dev/shm and System V IPC are the node's own"
+            f"private_namespaces is off for {names}: /proc, /tmp, /dev/shm, /run/lock and System V IPC are the node's own"
         )
     if not private:
         return found
@@ -188,7 +254,8 @@ def open_cases(config: Config, partitions: Iterable[Partition], processes: Itera
     late = sorted(set(_outside(config, private, processes)))
     if late:
         found.append(
-            f"{', '.join(late)} began before its namespaces were made: private when it is next configured"
+            f"{', '.join(late)} began before its namespaces were made: private when it is stopped and started, or gets another"
+            " release"
         )
     return found
 

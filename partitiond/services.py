@@ -27,9 +27,15 @@ class ServiceOperation(Operation):
 
 
 def plan(
-    context: Context, node: Node, processes: tuple[Process, ...], set_up: frozenset[str]
+    context: Context,
+    node: Node,
+    processes: tuple[Process, ...],
+    set_up: frozenset[str],
+    homeless: frozenset[str] = frozenset(),
 ) -> tuple[ServiceOperation, ...]:
-    """Compare supervisord with what the last good configuration of each instance says; ``set_up`` are the groups on disk."""
+    """Compare supervisord with what the last good configuration of each instance says; ``set_up`` are the groups on disk,
+    ``homeless`` the partitions whose namespaces are missing.
+    """
     operations = []
     supervisor = context.supervisor
     try:
@@ -67,6 +73,13 @@ def plan(
         # EXITED and FATAL are the instance's own doing; STOPPED without ever a start is a supervisord that began anew
         if not known or any(process.state == "STOPPED" and not process.started for process in known):
             operations.append(_operation(partition.id, "change", "not started", partition))
+        elif (
+            partition.id in homeless
+            and all(process.state in ("EXITED", "FATAL") for process in known)
+            and privacy.is_launched(context, partition)
+        ):
+            # what was started without them ended at once
+            operations.append(_operation(partition.id, "change", "could not start", partition))
     wanted = {name for partition in node.partitions for name in (partition.id, group_name(partition.id))}
     operations += [
         *(_operation(name, "remove", "belongs to no partition") for name in sorted(set_up - wanted)),

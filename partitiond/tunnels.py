@@ -360,8 +360,8 @@ def plan(
 def _is_set_up(text: str | None, wanted: Group, running: Container[str]) -> bool:
     if text == wanted.render():
         return True
-    # one that runs is not ended for being started by its user's name only, as all were once: its next start is private
-    return wanted.name in running and text == replace(wanted, launcher=()).render()
+    # as in apply: one that runs is not ended for that alone
+    return wanted.name in running and privacy.differs_by_launcher(text, wanted)
 
 
 def _operation(wanted: PartitionTunnels, action: Action, reason: str) -> TunnelOperation:
@@ -418,7 +418,9 @@ def apply(operation: TunnelOperation, config: Config, supervisor: Supervisor) ->
     _write_files(directory, wanted)
     name = group_name(partition.id)
     with verdict.LogTail(config.log_dir / partition.id / "stunnel.log") as tail:
-        changed = supervisor.write_group(group(config, partition))
+        stunnel = group(config, partition)
+        # one that began outside of its namespaces keeps its sessions, and reads its configuration where it is
+        changed = not privacy.is_late(supervisor, stunnel) and supervisor.write_group(stunnel)
         started = supervisor.update() if changed or cut_off else frozenset()
         if name in started:
             pass

@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import textwrap
@@ -306,6 +307,30 @@ def test_what_the_host_mounts_later_arrives_and_leaves(scene):
         assert not os.path.ismount(inside)
 
 
+def test_another_proc_that_the_host_mounts_later_is_taken_away_again(scene):
+    with shared_tree(Path("/srv/chroots")) as tree:
+        scene.instance(2, sleeper=SLEEPER)
+        scene.apply()
+        foreign = f"/srv/chroots/a b/proc/{scene.pid(0)}/cmdline"
+        window = tree / "a b" / "proc"
+        window.mkdir(parents=True)
+        for _ in range(2):
+            mounts.mount("proc", str(window), "proc")
+        try:
+            assert scene.said(2, "/bin/cat", foreign) == "/bin/sleep\x001000\x00"
+            reason = "all processes are seen by /srv/chroots/a b/proc"
+            assert scene.plan() == {"namespaces/slappart2": ("change", reason)}
+            pids = [scene.pid(index) for index in range(3)]
+            scene.apply()
+            assert scene.said(2, "/bin/ls", str(window)) == ""
+            assert scene.plan() == {}
+            assert Path(foreign).read_bytes()
+            assert [scene.pid(index) for index in range(3)] == pids
+        finally:
+            for _ in range(2):
+                mounts.detach(str(window))
+
+
 # --- how it is started --------------------------------------------------------------------------------------------------
 
 
@@ -390,10 +415,33 @@ def test_supervisord_starts_nothing_outside_when_the_namespaces_are_gone(scene):
     scene.context.supervisor.start_group("slappart2")
     until(lambda: not scene.pids(2) and "nsenter: " in scene.log(2, "sleeper"), "the refusal")
     scene.apply()
-    scene.context.supervisor.start_group("slappart2")
     second = scene.pid(2)
     assert second != first
     assert namespaces_of(second)[0] not in (namespaces_of("self")[0], namespaces_of(scene.pid(0))[0])
+
+
+def test_what_could_not_start_for_want_of_namespaces_starts_when_they_are_there(scene):
+    scene.instance(2, sleeper=SLEEPER)
+    scene.pid(2)
+    scene.context.supervisor.shutdown()
+    mounts.unmount(str(scene.pin(2)))
+    scene.pin(2).unlink()
+    scene.pin(2).mkdir()  # a pin cannot be made there
+    outcome = converge.apply(scene.context)
+    assert [(name, error.code) for name, error in outcome.failures] == [
+        ("namespaces/slappart2", "privacy.not_made")
+    ]
+    for index in (0, 1):
+        assert namespaces_of(scene.pid(index))[0] == f"mnt:[{scene.pin(index).stat().st_ino}]"
+    assert scene.plan().keys() == {"namespaces/slappart2", "processes/slappart2"}
+    (mine,) = [one for one in scene.context.supervisor.processes() if one.group == "slappart2"]
+    assert (mine.state, mine.started) == ("STOPPED", False)
+    # started all the same, by whomever: it ends at once, which is no doing of its own
+    scene.context.supervisor.start_group("slappart2")
+    until(lambda: "nsenter: " in scene.log(2, "sleeper") and not scene.pids(2), "the refusal")
+    scene.pin(2).rmdir()
+    scene.apply()
+    assert namespaces_of(scene.pid(2))[0] == f"mnt:[{scene.pin(2).stat().st_ino}]"
 
 
 def test_a_removed_pin_touches_nothing_that_runs_and_is_made_again(scene):
@@ -437,6 +485,32 @@ def test_switched_off_for_one_it_alone_is_started_anew_outside(scene, command):
     assert [scene.pid(index) for index in (0, 1)] == others
 
 
+def test_switched_off_it_runs_again_whatever_else_fails(scene):
+    scene.instance(2, sleeper=SLEEPER)
+    scene.apply()
+    before = scene.pid(2)
+    (scene.node.root / "run" / "namespaces" / "of-nobody" / "in-the-way").mkdir(parents=True)
+    scene.reread(private_namespaces={"slappart2": "off"})
+    try:
+        outcome = converge.apply(scene.context)
+        assert [name for name, _ in outcome.failures] == ["namespaces/of-nobody"]
+        assert scene.pid(2) != before
+        assert namespaces_of(scene.pid(2)) == namespaces_of("self")
+    finally:
+        shutil.rmtree(scene.node.root / "run" / "namespaces" / "of-nobody")
+
+
+def test_switched_off_by_one_who_was_killed_before_it_told_supervisord(scene):
+    scene.instance(2, sleeper=SLEEPER)
+    scene.apply()
+    before = scene.pid(2)
+    scene.reread(private_namespaces={"slappart2": "off"})
+    assert privacy.relaunch(scene.context, scene.partition(2), "slappart2")
+    scene.apply()
+    assert scene.pid(2) != before
+    assert namespaces_of(scene.pid(2)) == namespaces_of("self")
+
+
 def test_a_tenant_of_an_older_version_runs_on_and_is_private_when_supervisord_starts_anew(scene):
     scene.reread(private_namespaces={"slappart2": "off"})
     scene.instance(2, sleeper=SLEEPER)
@@ -455,6 +529,34 @@ def test_a_tenant_of_an_older_version_runs_on_and_is_private_when_supervisord_st
     for index in range(3):
         assert not set(namespaces_of(scene.pid(index))) & set(namespaces_of("self"))
     assert not scene.open_cases()
+
+
+def configure(scene, *, another=False):
+    """Start what partition 2 has, as at the end of its configuration; ``another``: it has a new release."""
+    entry = SimpleNamespace(requested_state="started")
+    instances._run(scene.context, scene.partition(2), entry, another=another)
+
+
+@pytest.mark.parametrize("reason", ["another release", "another program", "it had ended"])
+def test_a_tenant_of_an_older_version_is_moved_for_a_reason_only(scene, reason):
+    scene.reread(private_namespaces={"slappart2": "off"})
+    scene.instance(2, sleeper=SLEEPER)
+    scene.apply()
+    before = scene.pid(2)
+    scene.reread(private_namespaces={"slappart2": None})
+    scene.apply()
+    configure(scene)
+    configure(scene)
+    assert scene.pid(2) == before
+    if reason == "another program":
+        path = scene.node.instance / "slappart2" / "etc" / "run" / "more"
+        path.write_text(f"#!/bin/sh\n{SLEEPER}\n")
+        path.chmod(0o755)
+    elif reason == "it had ended":
+        os.kill(before, signal.SIGKILL)
+        until(lambda: not scene.pids(2), "it to end")
+    configure(scene, another=reason == "another release")
+    assert namespaces_of(scene.pid(2))[0] == f"mnt:[{scene.pin(2).stat().st_ino}]"
 
 
 def test_a_tunnel_is_in_its_partitions_namespaces(scene):
@@ -487,7 +589,12 @@ def test_a_tunnel_is_in_its_partitions_namespaces(scene):
         scene.reread(private_namespaces={"slappart2": "on"})
         scene.apply()
         assert stunnel() == second
-        instances._run(scene.context, scene.partition(2), SimpleNamespace(requested_state="started"))
+        configure(scene)
+        assert stunnel() == second
+        declaration.write_text(declaration.read_text().replace("3307", "3308"))
+        scene.apply()
+        assert stunnel() == second, "it reads its configuration again where it is"
+        configure(scene, another=True)
         assert namespaces_of(stunnel())[0] == f"mnt:[{scene.pin(2).stat().st_ino}]"
     finally:
         declaration.unlink()
@@ -782,6 +889,60 @@ def test_another_proc_is_no_window(pins):
         mounts.detach(str(chroot))
         chroot.rmdir()
         chroot.parent.rmdir()
+
+
+def test_what_a_container_laid_over_proc_stays(pins):
+    """As lxcfs and the engines of containers do; but a /proc of another process, or all of it, is not let in that way."""
+    own = Path("/srv/meminfo")
+    own.write_text("MemTotal: 1 kB\n")
+    own.chmod(0o644)
+    process = Path("/proc", str(os.getppid()))
+    laid = [(str(own), "/proc/meminfo"), ("/proc/sys", "/proc/sys"), ("/dev/null", "/proc/kallsyms")]
+    laid += [("/proc/meminfo", "/proc/cpuinfo"), (str(process), "/proc/irq"), (str(process), str(process))]
+    done = []
+    try:
+        for source, target in laid:
+            mounts.mount(source, target, "", mounts.MS_BIND)
+            done.append(target)
+        flags = mounts.MS_REMOUNT | mounts.MS_BIND | mounts.MS_RDONLY
+        mounts.mount("none", "/proc/sys", "", flags)
+        assert namespaces.make(pins, ["one"]) == ()
+        assert inside(pins, "one", "/bin/cat", "/proc/meminfo", "/proc/cpuinfo") == "MemTotal: 1 kB\n" * 2
+        assert inside(pins, "one", "/bin/cat", "/proc/kallsyms") == ""
+        rows = [line.split() for line in inside(pins, "one", "/bin/cat", "/proc/self/mountinfo").splitlines()]
+        places = [row[4] for row in rows if row[4].startswith("/proc/")]
+        assert places[-4:] == ["/proc/meminfo", "/proc/sys", "/proc/kallsyms", "/proc/cpuinfo"]
+        assert "ro" in [row for row in rows if row[4] == "/proc/sys"][-1][5].split(",")
+        assert Path("/proc/irq/status").exists()
+        assert "status" not in inside(pins, "one", "/bin/ls", "/proc/irq").split()
+        user = ["/usr/bin/setpriv", "--reuid", "4242", "--regid", "4242", "--clear-groups"]
+        seen = inside(pins, "one", *user, "/bin/ls", "/proc")
+        assert process.name not in seen.split()
+    finally:
+        for target in reversed(done):
+            mounts.detach(target)
+        own.unlink()
+
+
+@pytest.mark.parametrize("above", ["/tmp", "/dev/shm", "/run/lock", "/srv"])
+def test_another_proc_that_is_covered_or_will_be_keeps_nothing_from_being_made(pins, above):
+    chroot = Path(above, "chroot", "proc")
+    chroot.mkdir(parents=True)
+    mounts.mount("proc", str(chroot), "proc")
+    hidden = Path("/srv/covered/proc")
+    hidden.mkdir(parents=True)
+    mounts.mount("proc", str(hidden), "proc")
+    mounts.mount("tmpfs", str(hidden.parent), "tmpfs", 0, "mode=0755")
+    try:
+        assert namespaces.make(pins, ["one"], [chroot.parent]) == ()
+        assert inside(pins, "one", "/bin/ls", str(chroot)) == ""
+        assert inside(pins, "one", "/bin/ls", str(hidden.parent)) == ""
+    finally:
+        mounts.detach(str(hidden.parent))
+        mounts.detach(str(hidden))
+        mounts.detach(str(chroot))
+        for path in (chroot, chroot.parent, hidden, hidden.parent):
+            path.rmdir()
 
 
 def test_one_that_cannot_be_made_harms_no_other(pins):
