@@ -380,18 +380,17 @@ def _is_below_proc(place: str) -> bool:
 
 def _other_procs() -> list[Mounted]:
     """Each other mount of ``/proc``, the last one first; what lies below it goes where it goes."""
-    return [
-        one
-        for one in _mounted()
-        if one.kind == "proc" and one.place != "/proc" and not _is_below_proc(one.place)
-    ]
+    found = _mounted(b" - proc ")
+    return [one for one in found if one.place != "/proc" and not _is_below_proc(one.place)]
 
 
-def _mounted() -> list[Mounted]:
-    """All mounts, the last one first."""
+def _mounted(words: bytes = b" ") -> list[Mounted]:
+    """All mounts that have these words in their line (proc_pid_mountinfo(5)), the last one first."""
     found = []
     with open("/proc/thread-self/mountinfo", "rb") as stream:
         for line in stream:
+            if words not in line:
+                continue
             left, _, right = line.partition(b" - ")
             fields = left.split(b" ")
             major, minor = map(int, fields[2].split(b":"))
