@@ -1,9 +1,9 @@
 """What each address carried: the metering part of the packet filter.  Pure.
 
-The hooks lie behind those of :mod:`netplan.ownership` (output at 300, input at 10), so a refused packet is
-billed to nobody. Named counters behind maps from address to counter cost the same for 1 and for 500
-partitions (facts/packets.md, A). Traffic between addresses of this host runs over ``lo``, passes both hooks
-and has counters of its own (scope ``local``).
+The hooks lie behind those of other filters (output at 300, input at 10), and what :mod:`netplan.ownership` lets
+pass is sent here by it, so a refused packet is billed to nobody.  Named counters behind maps from address to
+counter cost the same for 1 and for 500 partitions (facts/packets.md, A).  Traffic between addresses of this host
+runs over ``lo``, passes both hooks and has counters of its own (scope ``local``).
 
 What a partition's user exchanges with other hosts from the host's own address is counted by that user, in sets
 that have a counter for those who did.  On input that is the socket which early demultiplexing has found
@@ -33,7 +33,8 @@ SHARED = "shared_"
 """What the names of the sets start with that count what uses the host's own address; ``ipv6_in`` follows."""
 
 _MOST_USERS = 4096
-_HOOKS = {"meter_in": "input priority 10", "meter_out": "output priority 300"}
+IN, OUT = "priority 10", "priority 300"
+_HOOKS = {"meter_in": f"input {IN}", "meter_out": f"output {OUT}"}
 
 
 def counter_name(partition: str, family: str, scope: str, direction: str) -> str:
@@ -41,8 +42,10 @@ def counter_name(partition: str, family: str, scope: str, direction: str) -> str
     return f"traffic/{partition}/{family}/{scope}/{direction}"
 
 
-def metering(partitions: Sequence[PartitionNetwork]) -> Part:
-    """Return the counters of every address of every partition, and the maps and chains that lead there."""
+def metering(partitions: Sequence[PartitionNetwork], *, alone: bool = True) -> Part:
+    """Return the counters of every address of every partition, and the maps and chains that lead there; not
+    ``alone``: no hooks of their own.
+    """
     owned: dict[str, list[tuple[tuple[str, ...], tuple[str, ...]]]] = {}
     for one in partitions:
         for family, meters in _meters(one).items():
@@ -61,8 +64,9 @@ def metering(partitions: Sequence[PartitionNetwork]) -> Part:
         f"{SHARED}ipv{version}_{direction}": f"type uid; size {_MOST_USERS}; flags dynamic"
         for version, direction in product("64", DIRECTIONS)
     }
+    hooks = _HOOKS if alone else {}
     elements["metered"] = [str(one.uid) for one in partitions]
-    return Part(sets, maps, elements, counters, _chains([one for one in _TYPE if one in owned]), _HOOKS)
+    return Part(sets, maps, elements, counters, _chains([one for one in _TYPE if one in owned]), hooks)
 
 
 @once_each
@@ -106,11 +110,14 @@ def _chains(families: Sequence[str]) -> dict[str, list[str]]:
                     ),
                     *([_shared(version, direction)] if scope == "remote" else []),
                 ]
+        for version in "64":
+            chains[f"meter{version}_{direction}"] = [
+                f"{end} 1 goto meter{version}_local_{direction}",
+                f"goto meter{version}_remote_{direction}",
+            ]
         chains[f"meter_{direction}"] = [
-            f"{end} 1 meta nfproto ipv6 goto meter6_local_{direction}",
-            f"{end} 1 meta nfproto ipv4 goto meter4_local_{direction}",
-            f"meta nfproto ipv6 goto meter6_remote_{direction}",
-            f"meta nfproto ipv4 goto meter4_remote_{direction}",
+            f"meta nfproto ipv6 goto meter6_{direction}",
+            f"meta nfproto ipv4 goto meter4_{direction}",
         ]
     return chains
 

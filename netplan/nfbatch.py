@@ -114,7 +114,7 @@ def elements(name: str, grammar: str, texts: Sequence[str], *, add: bool) -> Ite
     listed: list[bytes] = []
     size = 0
     for text in texts:
-        element = _element(types, text, interval=interval, referring=add)
+        element = _element(types, text, interval, add)
         if size + len(element) > _MOST_LISTED:
             yield Request(kind, flags, where + _nested(3, b"".join(listed)))
             listed, size = [], 0
@@ -145,8 +145,12 @@ def _grammar(text: str) -> tuple[tuple[str, ...], bool]:
     return field_types(text), "interval" in text.partition(";")[2]
 
 
-def _element(types: tuple[str, ...], text: str, *, interval: bool, referring: bool) -> bytes:
-    """Return an element; of a range in a plain interval set also its end, an element of its own."""
+@lru_cache(maxsize=1 << 15)
+def _element(types: tuple[str, ...], text: str, interval: bool, referring: bool) -> bytes:
+    """Return an element; of a range in a plain interval set also its end, an element of its own.
+
+    Remembered for when all are loaded again, after somebody flushed them: that is when it has to be quick.
+    """
     key, _, counter = text.partition(" : ")
     reference = _name(9, counter.strip('"')) if counter and referring else b""
     fields = key.split(" . ")

@@ -194,9 +194,9 @@ def _place(full: str) -> str:
 @once
 def render(desired: DesiredNetwork) -> Filter:
     """Return the packet filter of a desired state."""
-    parts = [metering(desired.partitions)]
+    parts = [metering(desired.partitions, alone=not desired.ownership)]
     if desired.ownership:
-        parts.insert(0, ownership(desired.partitions))
+        parts.append(ownership(desired.partitions))
     parts += tap_guard(desired.partitions, desired.protected)
     parts += tun_guard(desired.partitions)
     declarations = "".join(line for part in parts for line in _declarations(part))

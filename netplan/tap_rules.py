@@ -90,7 +90,7 @@ _BRIDGE_ONLY = frozenset(("vlan", "ethertype", "arp"))
 
 HOOKS = {
     # before all that others do with a packet, from their raw tables (-300) on
-    "bridge": {"tap_frames": "prerouting priority -310", "tap_link_frames": "input priority -310"},
+    "bridge": {"tap_frames": "prerouting priority -310"},
     "inet": {"tap_frames": "prerouting priority -310"},
     "arp": {"tap_frames": "input priority -310"},
 }
@@ -161,11 +161,14 @@ _KINDS = {
 }
 
 
-_HEAR = (
-    "ether type arp arp saddr ip @taken4 update @heard_macs { arp saddr ether }",
-    "ether type ip6 icmpv6 type 136 @th,64,128 @taken6 update @heard_macs { ether saddr }",
-    "ether type ip6 icmpv6 type 134 @nh,64,128 @taken6 update @heard_macs { ether saddr }",
-)
+_HEARD_CHAINS = {
+    "tap_heard_arp": ("arp saddr ip @taken4 update @heard_macs { arp saddr ether }",),
+    "tap_heard_icmpv6": (
+        "icmpv6 type 136 @th,64,128 @taken6 update @heard_macs { ether saddr }",
+        "icmpv6 type 134 @nh,64,128 @taken6 update @heard_macs { ether saddr }",
+    ),
+}
+_HEAR = ("meta l4proto ipv6-icmp goto tap_heard_icmpv6", "ether type arp goto tap_heard_arp")
 """What is heard at other ports; to frames that are neither ARP nor ICMPv6 it costs two comparisons."""
 
 
@@ -179,7 +182,8 @@ def _frames(family: str) -> dict[str, tuple[str, ...]]:
         "add @learned_taps { iifname }",
         "goto tap_kinds",
     )
-    found: dict[str, tuple[str, ...]] = {
+    heard: dict[str, tuple[str, ...]] = _HEARD_CHAINS if family == "bridge" else {}
+    return heard | {
         "tap_kinds": _KINDS[family],
         "tap_learn": (" ".join(learn), "goto refuse_mac"),
         "tap_unknown_mac": (
@@ -196,13 +200,6 @@ def _frames(family: str) -> dict[str, tuple[str, ...]]:
         "tap_mac": (*own_mac("@ll,48,48", "tap_kinds"), "goto tap_unknown_mac"),
         "tap_frames": ("iifname @guarded_taps goto tap_mac", *(_HEAR if family == "bridge" else ())),
     }
-    if family == "bridge":
-        # a bridge takes what is sent to 01:80:c2:00:00:0X without prerouting, and learns its sender by it
-        # (net/bridge/br_input.c, br_handle_frame): who sent so as the router would get the router's frames
-        found["tap_link_frames"] = (
-            "ether daddr & ff:ff:ff:ff:ff:f0 == 01:80:c2:00:00:00 iifname @guarded_taps goto refuse_ethertype",
-        )
-    return found
 
 
 class _Checked(NamedTuple):

@@ -100,7 +100,7 @@ def test_each_drift_comes_back_in_the_plan_and_is_repaired(loaded, damage, reaso
 def test_what_cannot_be_changed_in_place_is_replaced_whole(loaded):
     before, epoch = _listing(), read_counters().epoch
     nftables.run(
-        f"flush chain {TABLE} ranged6\nflush chain {TABLE} out6\nflush chain {TABLE} in\n"
+        f"flush chain {TABLE} ranged6\nflush chain {TABLE} out6\nflush chain {TABLE} in6\n"
         f"flush chain {TABLE} forwarded\ndelete set {TABLE} range6\n"
         f"add set {TABLE} range6 {{ type ipv4_addr; }}\n"
     )
