@@ -168,7 +168,7 @@ _HEARD_CHAINS = {
         "icmpv6 type 134 @nh,64,128 @taken6 update @heard_macs { ether saddr }",
     ),
 }
-_HEAR = ("meta l4proto ipv6-icmp goto tap_heard_icmpv6", "ether type arp goto tap_heard_arp")
+_HEAR = ("meta l4proto icmpv6 goto tap_heard_icmpv6", "ether type arp goto tap_heard_arp")
 """What is heard at other ports; to frames that are neither ARP nor ICMPv6 it costs two comparisons."""
 
 

@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from netplan import apply as netplan_apply
 from netplan import filter_state as netplan_filter
 from netplan import observe as netplan_observe
 from netplan import plan as netplan_plan
@@ -19,9 +18,8 @@ from netplan.operations import RefusedOperation
 from partitiond import (
     addressing,
     block_devices,
-    device_access,
+    carry_out,
     directories,
-    execute,
     identities,
     last_good,
     node,
@@ -36,12 +34,12 @@ from partitiond import (
     users,
 )
 from partitiond.directories import DirectoryOperation, DirectorySpec
-from partitiond.errors import FAMILY, PartitiondError, sentence
+from partitiond.errors import PartitiondError
 from partitiond.refusal import Refusal
 from partitiond.users import UserOperation, UserSpec
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from netplan.model import ObservedNetwork
     from netplan.operations import Operation as NetworkOperation
@@ -77,7 +75,6 @@ PARTS = (
     "leavers",
 )
 # what stands on the directories of its partition
-_IN_DIRECTORIES = ("storage", "grants", "identities", "resources", "privacy", "services", "tunnels")
 
 
 @dataclass(frozen=True, slots=True)
@@ -529,10 +526,12 @@ def apply(
             _remember_addresses(context, seen, whole)
             if not todo or outcome.failures or again == _ROUNDS:
                 break
-            outcome.failures, left_out = _run(context, seen, todo)
+            outcome.failures, left_out = carry_out.run(context, seen, todo)
             outcome.done += len(todo) - len(outcome.failures) - left_out
             seen, whole = _look(context, only, force=force, done=whole)
-        _try(outcome.failures, "filter/partitiond", partial(netplan_filter.keep, seen.network.filter))
+        carry_out.attempt(
+            outcome.failures, "filter/partitiond", partial(netplan_filter.keep, seen.network.filter)
+        )
         outcome.left, outcome.refused = tuple(todo), todo.refused
         if not todo:
             context.store.save_base(seen.node.base)
@@ -556,131 +555,3 @@ def _remember_addresses(context: Context, seen: Observation, whole: Plan) -> Non
     if not whole.own_directories:
         pending = frozenset(operation.partition for operation in whole.network)
         context.store.save_addresses(seen.choice.in_place(pending))
-
-
-def _run(context: Context, seen: Observation, planned: Plan) -> tuple[list[tuple[str, Exception]], int]:
-    """Run a plan part by part; a part that others stand on must succeed, the rest fail alone.
-
-    Return the failures, and how many operations were left out because of them.
-    """
-    failures: list[tuple[str, Exception]] = []
-    # before any user is made: it might get the number of one that still had a device
-    kept = frozenset(
-        one.uid
-        for one in planned.withdrawals
-        if not _try(failures, one.id, partial(device_access.withdraw, one))
-    )
-    users.apply(planned.users)
-    numbers = users.observe().numbers() if planned.users else seen.users.numbers()
-    todo = _without(planned, _make_directories(planned, numbers, failures))
-    for failed, error in netplan_apply.apply(todo.network):
-        failures.append((failed.id, error))
-    homeless = _make_namespaces(context, todo, failures)
-    config, supervisord = context.config, services.Start(context)
-    # one that has nothing to run yet starts beside what comes before the services
-    early = [] if context.supervisor.group_names() else [one for one in todo.services if one.group is None]
-    calls: list[tuple[str, Callable[[], None]]] = [
-        *((one.id, partial(directories.apply, (one,), numbers)) for one in todo.storage),
-        *((one.id, tun_device.apply) for one in todo.devices),
-        # what could not be taken from one is given to no other
-        *((one.id, partial(device_access.grant, one)) for one in todo.grants if not kept),
-        *((one.id, supervisord.begin) for one in early),
-        *((one.id, partial(identities.make, config, one.owner)) for one in todo.identities),
-        *((one.id, partial(_write_resource, seen, one.owner)) for one in todo.resources),
-        *((one.id, supervisord.wait) for one in early),
-        *((one.id, partial(privacy.apply, context, one)) for one in todo.privacy if one.action != "create"),
-        *(
-            (one.id, partial(services.apply, context, one))
-            for one in todo.services
-            if one not in early and one.partition not in homeless
-        ),
-        *(
-            (one.id, partial(tunnels.apply, one, config, context.supervisor))
-            for one in todo.tunnels
-            if one.action == "remove" or one.partition not in homeless
-        ),
-    ]
-    if todo.leavers:
-        calls.append(("users", partial(_remove_users, context, seen, todo.leavers, kept)))
-    try:
-        for name, call in calls:
-            _try(failures, name, call)
-    finally:
-        _try(failures, "supervisord", supervisord.wait)  # also where something of ours broke off
-    return failures, len(planned) - len(todo)
-
-
-def _make_directories(
-    todo: Plan, numbers: Mapping[str, tuple[int, int]], failures: list[tuple[str, Exception]]
-) -> frozenset[str]:
-    """Make the node's own directories, which must succeed, and those of partitions; return the ones of which one failed.
-
-    A tenant may mount a file system of its own there a moment after it was looked at, or its own disk may fail.
-    """
-    directories.apply(todo.own_directories, numbers)
-    return frozenset(
-        one.partition
-        for one in todo.directories
-        if one.partition is not None
-        and not _try(failures, one.id, partial(directories.apply, (one,), numbers))
-    )
-
-
-def _without(whole: Plan, names: frozenset[str]) -> Plan:
-    """A plan without what is made in, or run from, the directories of some partitions.
-
-    What the network is to be stays whole: it needs no directory, and what one owns is closed to others by it.
-    """
-    if not names:
-        return whole
-    parts: dict[str, Any] = {
-        part: tuple(operation for operation in getattr(whole, part) if operation.partition not in names)
-        for part in _IN_DIRECTORIES
-    }
-    return replace(whole, **parts)
-
-
-def _make_namespaces(context: Context, todo: Plan, failures: list[tuple[str, Exception]]) -> frozenset[str]:
-    """Make namespaces; return the partitions that have none now.
-
-    Nothing is to be started there: to supervisord, and so to the next plan, it would have ended by its own doing.
-    """
-    homeless = set()
-    for unmade, problem in privacy.make(context.config, todo.privacy):
-        failures.append((unmade.id, problem))
-        logger.warning("%s: %s", unmade.id, sentence(problem))
-        homeless.add(unmade.name)
-    return frozenset(homeless)
-
-
-def _write_resource(seen: Observation, partition: Partition) -> None:
-    # what was given a moment ago is already in it
-    devices = tuple(device_access.given_now(seen.block_devices, partition))
-    holdings = resource_file.Holdings(devices, tuple(seen.storage.paths(partition.id)))
-    resource_file.write(seen.node, partition, holdings)
-
-
-def _remove_users(
-    context: Context, seen: Observation, leavers: tuple[UserOperation, ...], kept: frozenset[int]
-) -> None:
-    """Remove users; ``kept`` are those that still have a device: the next one with their number would have it."""
-    going = []
-    for leaver in leavers:
-        user = seen.users.users[leaver.id.partition("/")[2]]
-        execute.end_processes_of(user.uid, user.gid)
-        if leaver.partition is not None:
-            # whose the data is stays known; should there be room again, the instance is due
-            context.store.make_due(leaver.partition)
-        if user.uid not in kept:
-            going.append(leaver)
-    users.apply(going)
-
-
-def _try(failures: list[tuple[str, Exception]], name: str, call: Callable[[], None]) -> bool:
-    try:
-        call()
-    except (*FAMILY, OSError) as error:
-        failures.append((name, error))
-        logger.warning("%s: %s", name, sentence(error))
-        return False
-    return True
