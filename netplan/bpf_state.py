@@ -69,7 +69,7 @@ def observe_hooks(*, wanted: bool) -> HookState:
     place = _place(cookie)
     names = _names(place)
     if not wanted:
-        return HookState(leftover=names)
+        return HookState(leftover=names or _left_empty(place))
     group = cgroup.root()
     if group is None:
         return HookState(leftover=names, refused="no cgroup2 file system is mounted")
@@ -166,6 +166,11 @@ def _names(place: Path) -> tuple[str, ...]:
         return tuple(sorted(os.listdir(place)))  # noqa: PTH208 - names suffice
     except FileNotFoundError:
         return ()
+
+
+def _left_empty(place: Path) -> tuple[str, ...]:
+    """Directories that somebody made who was killed before he put anything into them."""
+    return tuple(one.name for one in (place, place.parent) if one.is_dir() and not os.listdir(one))  # noqa: PTH208 - as above
 
 
 def _stands(directory: Path, group: int) -> bool:

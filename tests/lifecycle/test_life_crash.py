@@ -130,17 +130,21 @@ def _sleeping(user, seconds):
     return [pid for pid, line in processes_of(user).items() if line.endswith(f"sleep {seconds}")]
 
 
-def only_its_programs(node, item):
+def only_its_programs(node, name):
     """Wait for the living daemon's buildout, which may still be at work on what is there already; nothing else is left."""
-    uid, started = item["user"]["uid"], {process["pid"] for process in item["processes"]}
-    assert len(started) == 2
+
+    def started():
+        return {process["pid"] for process in node.partition(name)["processes"] if process["pid"]}
+
+    uid = node.partition(name)["user"]["uid"]
+    node.wait(lambda: len(started()) == 2, "its two programs")
     orphans = {}
     for pid, line in processes_of(uid).items():
         with contextlib.suppress(FileNotFoundError):  # it ended
             if parent(pid) == 1:
                 orphans[pid] = line
     assert not orphans
-    node.wait(lambda: set(processes_of(uid)) == started, "its programs alone")
+    node.wait(lambda: set(processes_of(uid)) == started(), "its programs alone")
 
 
 def test_killed_during_an_instance_buildout(node):
@@ -156,7 +160,7 @@ def test_killed_during_an_instance_buildout(node):
     item = node.wait_for_state(name, "started")
     assert node.wait(lambda: node.page(item), "the instance to answer") == "two"
     assert not alive(pid), "a process of the buildout that was cut off goes on beside the new one"
-    only_its_programs(node, item)
+    only_its_programs(node, name)
     assert tenants.items() <= node.tenants().items()
     converged(node)
 
@@ -174,7 +178,7 @@ def test_killed_at_any_moment_of_a_reconfiguration(node):
         node.wait_for_state(name, ("stopped", "started", "started")[number])
     item = node.partition(name)
     assert node.wait(lambda: node.page(item), "the instance to answer") == text
-    only_its_programs(node, item)
+    only_its_programs(node, name)
     converged(node)
 
 

@@ -89,7 +89,7 @@ class Opened:
 
         Not the first packet alone: the kernel lets them pass some time after the other end was opened.
         """
-        for _ in range(50):
+        for _ in range(200):
             send(None, target)
             while select.select([self.file], [], [], 0.1)[0]:
                 if part in os.read(self.file, 65536):
