@@ -117,43 +117,48 @@ def _refused(_sock: NetlinkSocket, group: Sequence[RefusedOperation]) -> list[Fa
     return [Failure(one, one.error) for one in group]
 
 
-def _filter(_sock: NetlinkSocket, group: Sequence[FilterOperation]) -> list[Failure]:
+_One = TypeVar("_One", bound=Operation)
+
+
+def _each(group: Iterable[_One], work: Callable[[_One], None]) -> list[Failure]:
+    """Do each by itself."""
     failures = []
     for one in group:
         try:
-            if one.wanted:
-                load_filter(one.wanted, one.loaded, one.notes)
-            else:
-                remove_filter()
+            work(one)
         except NetplanError as error:
             failures.append(Failure(one, error))
     return failures
+
+
+def _filter(_sock: NetlinkSocket, group: Sequence[FilterOperation]) -> list[Failure]:
+    def work(one: FilterOperation) -> None:
+        if one.wanted:
+            load_filter(one.wanted, one.loaded, one.notes)
+        else:
+            remove_filter()
+
+    return _each(group, work)
 
 
 def _legacy(_sock: NetlinkSocket, group: Sequence[LegacyOperation]) -> list[Failure]:
-    failures = []
-    for one in group:
-        try:
-            if one.wanted:
-                load_legacy(one.wanted, one.notes)
-            else:
-                remove_legacy()
-        except NetplanError as error:
-            failures.append(Failure(one, error))
-    return failures
+    def work(one: LegacyOperation) -> None:
+        if one.wanted:
+            load_legacy(one.wanted, one.notes)
+        else:
+            remove_legacy()
+
+    return _each(group, work)
 
 
 def _hooks(_sock: NetlinkSocket, group: Sequence[HookOperation]) -> list[Failure]:
-    failures = []
-    for one in group:
-        try:
-            if one.wanted:
-                load_hooks(one.wanted, one.state)
-            else:
-                remove_hooks()
-        except NetplanError as error:
-            failures.append(Failure(one, error))
-    return failures
+    def work(one: HookOperation) -> None:
+        if one.wanted:
+            load_hooks(one.wanted, one.state)
+        else:
+            remove_hooks()
+
+    return _each(group, work)
 
 
 def _note(one: SysctlOperation, *, add: bool) -> None:
@@ -311,28 +316,23 @@ def _taps(sock: NetlinkSocket, group: Sequence[TapOperation]) -> list[Failure]:
         )
 
     try:
-        failed: dict[str, NetplanError] = {}
-        for tun in (False, True):
-            these = [(one.name, one.owner) for one in kept if one.owner is not None and one.tun == tun]
-            failed |= make_taps(these, tun=tun, mark=mark) if these else {}
+        failed = _make(kept, mark)
     except NetplanError as error:
         return [*failures, *(Failure(one, error) for one in kept)]
     if stolen := [one for one in kept if one.name in failed and one.anew and failed[one.name].retryable]:
         failed = {name: error for name, error in failed.items() if name not in {one.name for one in stolen}}
-        failed |= _make_anew(sock, stolen, mark)
+        # their owner was changed by who holds them, which needs no privilege (TUNSETOWNER), and while he holds them
+        # nobody else can give them back
+        sock.batch([rtnetlink.delete_link(one.name) for one in stolen])
+        failed |= _make(stolen, mark)
     failures += (Failure(one, failed[one.name]) for one in kept if one.name in failed)
     # what else is to be set is set also where the owner could not be
     settings = [one for one in kept if one.name not in failed or one.action == "change"]
     return failures + _send(sock, (step for one in settings for step in _settings(one)))
 
 
-def _make_anew(
-    sock: NetlinkSocket, group: Sequence[TapOperation], mark: Callable[[Iterable[str]], None]
-) -> dict[str, NetplanError]:
-    """Make those again that somebody holds: their owner was changed by the holder, who needs no privilege for that
-    (TUNSETOWNER), and while he holds it nobody else can give it back.
-    """
-    sock.batch([rtnetlink.delete_link(one.name) for one in group])
+def _make(group: Sequence[TapOperation], mark: Callable[[Iterable[str]], None]) -> dict[str, NetplanError]:
+    """Make the taps and tuns that are to have an owner, or give them to it; return the failures by name."""
     failed: dict[str, NetplanError] = {}
     for tun in (False, True):
         these = [(one.name, one.owner) for one in group if one.owner is not None and one.tun == tun]

@@ -20,6 +20,7 @@ Likewise ``@ll,48,48``, the source of the frame, and the other places where a fr
 
 from typing import NamedTuple
 
+from netplan.ruleset import refused
 from netplan.tap_rules_ip import ipv4_chains, ipv6_chains, own_mac
 
 _MAC = "typeof iifname . @ll,48,48"
@@ -95,11 +96,6 @@ HOOKS = {
     "arp": {"tap_frames": "input priority -310"},
 }
 """Base chains by family: bridged taps are guarded in ``bridge``, routed ones in ``inet`` and ``arp``."""
-
-
-def refused(rule: str) -> str:
-    """Return the name of the set that counts what a rule refused."""
-    return f"refused_{rule}"
 
 
 def learned_sets(family: str) -> dict[str, str]:
