@@ -11,19 +11,16 @@ PERSIST is given when a table is made, or never.  Where the kernel or nft does n
 """
 
 import errno
-import os
 import threading
 import time
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 
 from netplan import nfbatch, nftables
 from netplan.netlink import NETLINK_NETFILTER, NetlinkSocket, Request
-from netplan.nfnetlink import FAMILIES, generation, nft_socket, table
+from netplan.nfnetlink import FAMILIES, generation, here, nft_socket, table
 
 _DORMANT, _OWNER, _PERSIST = 1, 2, 4
 _WAIT_SECONDS = 2.0
-_NAMESPACE = Path("/proc/thread-self/ns/net")
 
 
 class _Holder:
@@ -58,11 +55,7 @@ def wanted() -> bool:
 
 def held() -> bool:
     """Whether this process holds the tables of the network namespace that it is in."""
-    return _holder.sock is not None and _holder.place == _here()
-
-
-def _here() -> tuple[int, int]:
-    return os.getpid(), _NAMESPACE.stat().st_ino
+    return _holder.sock is not None and _holder.place == here()
 
 
 def spared() -> bool:
@@ -115,7 +108,7 @@ def _commit(sock: NetlinkSocket, number: int, requests: Sequence[Request]) -> bo
         taken = nfbatch.commit(own, number, [*nfbatch.tables(free, _OWNER | _PERSIST), *requests])
     finally:
         if taken:
-            _holder.sock, _holder.place = own, _here()
+            _holder.sock, _holder.place = own, here()
         else:
             own.close()
     return taken
@@ -140,7 +133,7 @@ def release() -> None:
         if sock is None:
             return
         sock.close()
-    if _holder.place != _here():
+    if _holder.place != here():
         return
     until = time.monotonic() + _WAIT_SECONDS
     with nft_socket() as other:

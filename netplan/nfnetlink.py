@@ -78,6 +78,11 @@ _idle: list[tuple[tuple[int, int], NetlinkSocket]] = []
 _MOST_IDLE = 2  # one reads while another commits
 
 
+def here() -> tuple[int, int]:
+    """Return what a socket can be used in: this process, and the network namespace of this thread."""
+    return os.getpid(), _NAMESPACE.stat().st_ino
+
+
 @contextmanager
 def nft_socket() -> Iterator[NetlinkSocket]:
     """Yield a socket to nf_tables that is the caller's alone; afterwards it is kept for the next one, but where an error
@@ -86,26 +91,26 @@ def nft_socket() -> Iterator[NetlinkSocket]:
     Closing one waits until the kernel has destroyed what the transactions before took away (nft_rcv_nl_event in
     net/netfilter/nf_tables_api.c): 5 to 10 ms after each change of the filter.
     """
-    here = (os.getpid(), _NAMESPACE.stat().st_ino)
-    sock = _waiting(here) or NetlinkSocket(NETLINK_NETFILTER)
+    where = here()
+    sock = _waiting(where) or NetlinkSocket(NETLINK_NETFILTER)
     try:
         yield sock
     except BaseException:
         sock.close()  # an answer may still be under way
         raise
     if len(_idle) < _MOST_IDLE:
-        _idle.append((here, sock))
+        _idle.append((where, sock))
     else:
         sock.close()
 
 
-def _waiting(here: tuple[int, int]) -> NetlinkSocket | None:
+def _waiting(wanted: tuple[int, int]) -> NetlinkSocket | None:
     while _idle:
         try:
             where, sock = _idle.pop()
         except IndexError:  # another thread was faster
             return None
-        if where == here:
+        if where == wanted:
             return sock
         sock.close()
     return None

@@ -74,7 +74,6 @@ PARTS = (
     "tunnels",
     "leavers",
 )
-# what stands on the directories of its partition
 
 
 @dataclass(frozen=True, slots=True)
