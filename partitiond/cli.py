@@ -424,12 +424,12 @@ def _events(options: argparse.Namespace) -> int:
 
 
 def _tunnel(options: argparse.Namespace) -> int:
-    from partitiond import present, status  # noqa: PLC0415 - as above
+    from partitiond import present, tunnel_status  # noqa: PLC0415 - as above
 
     if options.tunnel_verb is None:
         sys.stderr.write("partitiond tunnel: name a verb: list\n")
         return WRONG_USE
-    _print(options, "tunnel-list", status.tunnel_list(_reading(options)), present.tunnels)
+    _print(options, "tunnel-list", tunnel_status.listing(_reading(options)), present.tunnels)
     return OK
 
 

@@ -30,12 +30,14 @@ from partitiond import (
     storage,
     trial,
     tun_device,
+    tunnel_declarations,
     tunnels,
     users,
 )
 from partitiond.directories import DirectoryOperation, DirectorySpec
 from partitiond.errors import PartitiondError
 from partitiond.refusal import Refusal
+from partitiond.tunnel_declarations import PartitionTunnels
 from partitiond.users import UserOperation, UserSpec
 
 if TYPE_CHECKING:
@@ -51,7 +53,6 @@ if TYPE_CHECKING:
     from partitiond.operation import AnyOperation
     from partitiond.state import InstanceState
     from partitiond.supervision import Process
-    from partitiond.tunnels import PartitionTunnels
     from partitiond.users import User
     from stunnel_mgr.model import Refused
 
@@ -315,6 +316,7 @@ def plan(
         published |= {item.id: done.published[item.id] for item in target.partitions if item.id not in ids}
     wanted_tunnels = declared_tunnels(context, target, published, looked_at)
     running = frozenset(process.group for process in seen.processes if process.pid)
+    limit = tunnels.open_files(context.supervisor) if any(one.files for one in wanted_tunnels.values()) else 0
     set_up = frozenset(context.supervisor.group_names())
     people = _plan_users(desired_users(target), seen.users)
     secluded = privacy.plan(
@@ -347,18 +349,18 @@ def plan(
             for name, wanted in wanted_tunnels.items()
             if name in ids
             for operation in tunnels.plan(
-                wanted, context.config, context.supervisor, set_up=set_up, running=running
+                wanted, context.config, context.supervisor, set_up=set_up, running=running, limit=limit
             )
         ),
         refused=(
             *disks.refused,
             *unusable,
             *unreachable,
-            *tunnels.homeless(target),
+            *tunnel_declarations.homeless(target),
             *(
                 refusal
                 for wanted in wanted_tunnels.values()
-                for refusal in (*wanted.refused, *tunnels.held_back(wanted))
+                for refusal in (*wanted.refused, *tunnel_declarations.held_back(wanted))
             ),
         ),
         published=published,
@@ -450,11 +452,12 @@ def declared_tunnels(
     looked_at: Iterable[Partition],
 ) -> dict[str, PartitionTunnels]:
     """The tunnels of each partition by its id: of those not ``looked_at`` none."""
-    certificates = {one.fingerprint: one.certificate_pem for one in published.values() if one}
+    certificates = identities.certificates(published.values())
     states = context.store.instances()
-    found = {item.id: tunnels.PartitionTunnels(item) for item in target.partitions}
+    found = {item.id: PartitionTunnels(item) for item in target.partitions}
     found |= {item.id: _tunnels_of(states.get(item.id), target, item, certificates) for item in looked_at}
-    return {one.partition.id: one for one in tunnels.settle(context.config, tuple(found.values()))}
+    settled = tunnel_declarations.settle(context.config, tuple(found.values()), published)
+    return {one.partition.id: one for one in settled}
 
 
 def _tunnels_of(
@@ -464,8 +467,8 @@ def _tunnels_of(
     if state is not None and (
         state.life in ("stopped", "destroying") or (state.life == "failed" and state.wanted == "stopped")
     ):
-        return tunnels.PartitionTunnels(partition)
-    return tunnels.declared(target, partition, certificates)
+        return PartitionTunnels(partition)
+    return tunnel_declarations.declared(target, partition, certificates)
 
 
 def _only(whole: Plan, names: frozenset[str]) -> Plan:

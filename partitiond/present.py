@@ -295,8 +295,10 @@ def tunnels(value: dict[str, Any]) -> str:
             one["connect"],
             len(one["allowed"]),
             one["sessions"],
-            one["reason"],
+            (one["certificate"] or {}).get("not_after", "")[:10],
+            "; ".join(filter(None, (one["reason"], *one["warnings"]))),
         )
         for one in value["tunnels"]
     ]
-    return table(("tunnel", "mode", "state", "listen", "connect", "peers", "sessions", "reason"), rows)
+    heads = ("tunnel", "mode", "state", "listen", "connect", "peers", "sessions", "valid until", "remarks")
+    return table(heads, rows)

@@ -11,6 +11,7 @@ import contextlib
 import http.client
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import time
 import xmlrpc.client
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from partitiond import execute, files, keyring
@@ -27,13 +29,13 @@ from partitiond.unix_http import UnixConnection
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from pathlib import Path
 
     from partitiond.config import Config
 
 # of one partition; each takes three descriptors of supervisord, which all partitions share
 MOST_PROGRAMS = 100
 _MOST_DESCRIPTORS = 20000
+_NO_LIMIT = 60000
 _ANSWER_SECONDS = 90
 _REACHABLE_SECONDS = 5
 _MODULE = "supervisor.supervisord"
@@ -57,12 +59,16 @@ class Process:
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """One program of a group: name, command and whether supervisord starts it again when it ends."""
+    """One program of a group: name, command, whether supervisord starts it again when it ends, and the name of its log.
+
+    ``log`` is the program's name unless it is given, without suffix; one of ours begins as no tenant's program may.
+    """
 
     name: str
     process_name: str
     command: str
     restart: bool = False
+    log: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +108,7 @@ class Group:
 
     def _program(self, program: Program) -> str:
         home = f'HOME="{self.directory}",USER="{self.user}",LOGNAME="{self.user}",PATH="{execute.PATH}",LANG="C.UTF-8"'
-        log = self.log_directory / f"{program.name}.log"
+        log = self.log_directory / f"{program.log or program.name}.log"
         lines = {
             "command": " ".join((*self.launcher, program.command)),
             "process_name": program.process_name,
@@ -173,7 +179,9 @@ class Supervisor:
         self.log = root / "var" / "log" / "supervisord.log"
         self.pidfile = root / "var" / "run" / "supervisord.pid"
         # each descriptor up to minfds is closed one by one before every exec: near the need, not far above
-        self._minfds = min(1024 + 100 * config.partition_amount, _MOST_DESCRIPTORS, _hard_limit())
+        self._minfds = min(
+            1024 + 100 * config.partition_amount, _MOST_DESCRIPTORS, max(256, _own_limit() - 8)
+        )
 
     def render(self) -> str:
         """Return the text of supervisord.conf."""
@@ -266,6 +274,18 @@ class Supervisor:
     def _is_server(self, pid: int) -> bool:
         words = _read_words(f"/proc/{pid}/cmdline")
         return _MODULE.encode() in words and str(self.configuration).encode() in words and _alive(pid)
+
+    def hard_limit(self) -> int:
+        """How many open files it may allow to what it starts: its own hard limit, or the one to come."""
+        try:
+            pid = int(self.pidfile.read_text("ascii"))
+            if self._is_server(pid):
+                text = Path(f"/proc/{pid}/limits").read_text("ascii")
+                found = text.partition("\nMax open files")[2].split()[1]
+                return _NO_LIMIT if found == "unlimited" else int(found)
+        except (OSError, ValueError, IndexError):
+            pass  # there is none, or it ends at this moment
+        return _own_limit()
 
     def shutdown(self) -> None:
         """End it with all its processes and wait until it is gone."""
@@ -386,11 +406,9 @@ class Supervisor:
             ) from error
 
 
-def _hard_limit() -> int:
-    import resource  # noqa: PLC0415 - only needed here
-
+def _own_limit() -> int:
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    return 60000 if hard == resource.RLIM_INFINITY else max(256, hard - 8)
+    return _NO_LIMIT if hard == resource.RLIM_INFINITY else hard
 
 
 def _alive(pid: int) -> bool:

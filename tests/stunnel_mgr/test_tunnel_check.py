@@ -6,12 +6,12 @@ from datetime import UTC, datetime, timedelta
 from ipaddress import IPv4Address
 
 import pytest
+from tunnel_identities import render
 
 from stunnel_mgr.check import check_client, check_server
 from stunnel_mgr.declaration import parse_declaration
 from stunnel_mgr.errors import TunnelError
 from stunnel_mgr.pins import pins_from_pem
-from stunnel_mgr.render import render
 
 
 @pytest.fixture
