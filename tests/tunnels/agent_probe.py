@@ -1,8 +1,9 @@
 """Somebody who connects to tunnels, rightfully or not, run by ``tunnel_node.Agent``: each question is a list of attempts.
 
-An attempt has ``to`` [host, port] and ``send`` (hexadecimal, ``times``). For TLS also ``tls`` (a version), ``certificate`` (PEM
-with key) and ``session``, a name under which the TLS session is kept, and resumed where it is known. With ``hold`` it is
-kept open under that name, and ``held`` uses it again. The answer says whether what was sent came back, and why not.
+An attempt has ``to`` [host, port] and ``send`` (hexadecimal, ``times``), and may have ``patience`` in seconds. For TLS also
+``tls`` (a version), ``certificate`` (PEM with key) and ``session``, a name under which the TLS session is kept, and resumed if
+known. With ``hold`` the connection is kept open under that name, and ``held`` uses it again. The answer says whether what
+was sent came back, and why not.
 """
 
 import json
@@ -10,11 +11,9 @@ import os
 import socket
 import ssl
 import sys
-import warnings
 
 PATIENCE = 3.0
 contexts, sessions, held = {}, {}, {}
-warnings.simplefilter("ignore")  # old versions of TLS are spoken on purpose
 
 
 def context_of(version, pem):
@@ -52,11 +51,10 @@ def exchange(stream, question):
 def attempt(question):
     answer = {"echo": False, "why": "", "resumed": False}
     if "held" in question:
-        with held.pop(question["held"]) as stream:
-            answer["echo"] = exchange(stream, question)
+        answer["echo"] = exchange(held[question["held"]], question)
         return answer
     name = question.get("session")
-    stream = socket.create_connection(tuple(question["to"]), timeout=PATIENCE)
+    stream = socket.create_connection(tuple(question["to"]), timeout=question.get("patience", PATIENCE))
     try:
         if version := question.get("tls"):
             context = context_of(version, question.get("certificate"))

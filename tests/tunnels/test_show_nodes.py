@@ -5,7 +5,7 @@ import secrets
 import pytest
 from tunnel_world import standing
 
-SERVICE, LISTEN, ENTRY = 5000, 4000, 6000
+SERVICE, LISTEN, ENTRY, SHARED = 5000, 4000, 6000, 6001
 # of each exchange, both ways; more than one packet holds
 TIMES, EACH = 100, 64
 
@@ -30,11 +30,16 @@ def both_ways(family, world):
     bridge(here, "slappart0", there, "slappart0")  # of one name, and so of one subject in other respects
     bridge(there, "slappart1", here, "slappart1")
     there.reach("slappart2", "out", ENTRY, (here.public("slappart0"), LISTEN), here.pin("slappart0"))
+    # and two of one name, both of whom a third allows
+    namesakes = ((there, "slappart0"), (here, "slappart0"))
+    here.serve("slappart2", "both", LISTEN, SERVICE, [node.pin(partition) for node, partition in namesakes])
+    for node, partition in namesakes:
+        node.reach(partition, "shared", SHARED, (here.public("slappart2"), LISTEN), here.pin("slappart2"))
     here.apply()
     there.apply()
     services = [
         node.service(partition, node.private(partition), SERVICE)
-        for node, partition in ((here, "slappart0"), (there, "slappart1"))
+        for node, partition in ((here, "slappart0"), (there, "slappart1"), (here, "slappart2"))
     ]
     with world.heard() as capture:
         for node, partition in ((there, "slappart0"), (here, "slappart1")):
@@ -42,12 +47,17 @@ def both_ways(family, world):
             assert answer["echo"], answer
         # whom nobody allowed, on that node
         assert not said(there, "slappart2", there.private("slappart2"), ENTRY, marker)["echo"]
+        for node, partition in namesakes:
+            answer = said(node, partition, node.private(partition), SHARED, marker)
+            assert answer["echo"], answer
     amount = TIMES * EACH * len(marker)
-    assert [service.ask() for service in services] == [
-        {"connections": 1, "bytes": amount, "needles": 0} for _ in services
+    assert [(seen["connections"], seen["bytes"]) for seen in (one.ask() for one in services)] == [
+        (1, amount),
+        (1, amount),
+        (2, 2 * amount),
     ]
     assert capture.lost == 0
-    assert capture.size > 4 * amount  # both ways, at both links of the router
+    assert capture.size > 6 * amount  # both ways, at both links of the router
     assert capture.count(marker) == 0
 
     # the same without a tunnel: so the marker would have been seen

@@ -42,6 +42,7 @@ class Agent:
         return json.loads(line)
 
     def close(self):
+        """End it; a second time does nothing."""
         self.process.stdin.close()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(5)
@@ -212,17 +213,16 @@ class Node:
 def program(name, *arguments):
     """The words that run a program of this directory: by its text, as a tenant need not reach the file."""
     text = (HERE / f"agent_{name}.py").read_text()
-    return [sys.executable, "-I", "-c", text, *(json.dumps(one) for one in arguments)]
-
-
-def pinned(identity):
-    """The pin of an identity that the test made."""
-    return f"cert:{identity.certificate_der_base64}"
-
-
-def pair(identity):
-    """Certificate and key as one PEM."""
-    return (identity.certificate_pem + identity.key_pem).decode()
+    # old versions of TLS are spoken on purpose
+    return [
+        sys.executable,
+        "-I",
+        "-W",
+        "ignore::DeprecationWarning",
+        "-c",
+        text,
+        *(json.dumps(one) for one in arguments),
+    ]
 
 
 def until(condition, what, patience=PATIENCE):

@@ -208,6 +208,12 @@ class World:
         self._agents.append(started)
         return started
 
+    def on_the_node(self, name, *arguments):
+        """Start one on the first node, as its root."""
+        started = Agent(program(name, *arguments))
+        self._agents.append(started)
+        return started
+
     @contextlib.contextmanager
     def heard(self):
         """Listen to all that passes between the nodes."""
