@@ -122,6 +122,9 @@ def _template(
         decipher_only=False,
     )
     both_sides = [ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]
+    # By the authority key identifier OpenSSL tells apart pins of one subject (partitions of one name on two nodes).
+    # Without it only the first of them is looked at, and the others are of an unknown authority (3.0, measured).
+    authority = x509.AuthorityKeyIdentifier.from_issuer_public_key(public_key)
     # No subjectAltName: stunnel compares no host name under verifyPeer, and an address in it would outlive
     # renumbering.
     return (
@@ -136,6 +139,7 @@ def _template(
         .add_extension(usage, critical=True)
         .add_extension(x509.ExtendedKeyUsage(both_sides), critical=False)
         .add_extension(identifier, critical=False)
+        .add_extension(authority, critical=False)
     )
 
 

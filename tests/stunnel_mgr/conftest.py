@@ -14,7 +14,7 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from tunnel_identities import IDENTITIES
+from tunnel_rendered import IDENTITIES
 
 from stunnel_mgr.identity import load_identity, make_identity
 from stunnel_mgr.model import TunnelContext
@@ -42,6 +42,10 @@ def stranger(client_identity):
     builder = x509.CertificateBuilder().subject_name(model.subject).issuer_name(model.issuer)
     builder = builder.public_key(key.public_key()).serial_number(model.serial_number)
     builder = builder.not_valid_before(model.not_valid_before_utc).not_valid_after(model.not_valid_after_utc)
+    # as every tool makes self-signed ones; without it OpenSSL looks at the first pin of a subject alone
+    authority = x509.AuthorityKeyIdentifier.from_issuer_public_key(key.public_key())
+    identifier = x509.SubjectKeyIdentifier.from_public_key(key.public_key())
+    builder = builder.add_extension(identifier, critical=False).add_extension(authority, critical=False)
     forms = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     pem = builder.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
     return load_identity(pem, key.private_bytes(*forms))

@@ -10,7 +10,7 @@ from ipaddress import IPv6Address
 import pytest
 from cryptography import x509
 from cryptography.x509.oid import NameOID
-from tunnel_identities import render
+from tunnel_rendered import render
 
 from stunnel_mgr.declaration import parse_declaration
 from stunnel_mgr.render import CONFIG_FILE
@@ -165,6 +165,16 @@ def test_who_may_connect(
         assert refused(ask, tls_client(identity), tunnel.listen_port)
         stunnel.wait_log(reason)
     assert echo.connections == 1
+
+
+def test_pins_of_one_subject_are_told_apart(
+    server, declare_server, free_port, tls_client, ask, client_identity, stranger
+):
+    """As those of partitions of one name on two nodes are."""
+    tunnel = declare_server("db", free_port("::1"), client_identity, stranger)
+    assert server(tunnel).start().ok
+    for identity in (client_identity, stranger):
+        assert ask(tls_client(identity), tunnel.listen_port)[0] == b"x"
 
 
 def test_tls_1_2_is_refused(server, declare_server, free_port, tls_client, ask, client_identity):

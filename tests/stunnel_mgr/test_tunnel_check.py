@@ -12,7 +12,7 @@ from datetime import UTC, datetime, timedelta
 from ipaddress import IPv4Address, IPv6Address
 
 import pytest
-from tunnel_identities import render
+from tunnel_rendered import render
 
 from stunnel_mgr import dialled, sessions
 from stunnel_mgr.check import OwnSide, check_client, check_server, check_way_in, with_way_in

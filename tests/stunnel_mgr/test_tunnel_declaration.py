@@ -7,7 +7,7 @@ from ipaddress import IPv4Address, IPv6Address
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tunnel_identities import render
+from tunnel_rendered import render
 
 from stunnel_mgr.conflicts import refusal, resolve_conflicts
 from stunnel_mgr.declaration import declare, parse_declaration

@@ -4,7 +4,7 @@ from dataclasses import replace
 from ipaddress import IPv4Address, IPv6Address
 
 import pytest
-from tunnel_identities import render
+from tunnel_rendered import render
 
 from stunnel_mgr.errors import TunnelError
 from stunnel_mgr.identity import make_identity

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import odd_certificates as odd
 import pytest
+from tunnel_rendered import render
 
 from stunnel_mgr import subjects
 from stunnel_mgr.declaration import parse_declaration
 from stunnel_mgr.errors import TunnelError
 from stunnel_mgr.model import Pin
-from stunnel_mgr.render import render
 from stunnel_mgr.session_log import SessionReader
 from stunnel_mgr.subjects import subject_of_der, subject_of_pem
 
