@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from netplan import holding
 from netplan.legacy_cases import OPEN_CASES as LEGACY_CASES
-from partitiond import converge, identities, last_good, privacy, trial, tunnels
+from partitiond import converge, identities, last_good, port_reservation, privacy, trial, tunnels
 from partitiond.refusal import Refusal
 from stunnel_mgr import sessions
 
@@ -57,6 +57,7 @@ def node(context: Context) -> dict[str, Any]:
                 *_open_cases(seen.node),
                 *_without_programs(seen),
                 *privacy.open_cases(config, seen.node.partitions, seen.processes),
+                *port_reservation.open_cases(port_reservation.deal(seen.ports, todo.declared.values())),
                 *_refused_resources(todo),
             ],
             "drift": [operation.id for operation in todo if operation.partition is None],
