@@ -17,6 +17,7 @@ from partitiond import (
     directories,
     execute,
     identities,
+    port_reservation,
     privacy,
     resource_file,
     services,
@@ -76,6 +77,7 @@ def run(context: Context, seen: Observation, planned: Plan) -> tuple[list[tuple[
             for one in todo.services
             if one not in early and one.partition not in homeless
         ),
+        *((one.id, partial(port_reservation.apply, config, one.wanted)) for one in todo.ports),
     ]
     try:
         for name, call in calls:

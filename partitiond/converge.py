@@ -23,6 +23,7 @@ from partitiond import (
     identities,
     last_good,
     node,
+    port_reservation,
     privacy,
     protection,
     resource_file,
@@ -72,6 +73,7 @@ PARTS = (
     "resources",
     "privacy",
     "services",
+    "ports",
     "tunnels",
     "leavers",
 )
@@ -88,6 +90,7 @@ class Observation:
     block_devices: block_devices.Observed
     storage: storage.Observed
     choice: Choice
+    ports: port_reservation.Observed
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +111,7 @@ class Plan:
     resources: tuple[resource_file.ResourceOperation, ...] = ()
     privacy: tuple[privacy.PrivacyOperation, ...] = ()
     services: tuple[services.ServiceOperation, ...] = ()
+    ports: tuple[port_reservation.ReservationOperation, ...] = ()
     tunnels: tuple[tunnels.TunnelOperation, ...] = ()
     leavers: tuple[UserOperation, ...] = ()
     refused: tuple[Refused | Refusal, ...] = ()
@@ -179,6 +183,7 @@ def observe(context: Context, *, again: bool = False) -> Observation:
         block_devices.observe(config, found.partitions, database),
         storage.observe(config),
         choice,
+        port_reservation.observe(config),
     )
 
 
@@ -344,6 +349,7 @@ def plan(
         resources=resource_file.plan(target, looked_at, published, _holdings(seen)),
         privacy=secluded,
         services=services.plan(context, target, seen.processes, set_up, privacy.missing(secluded)),
+        ports=port_reservation.plan(seen.ports, port_reservation.deal(seen.ports, wanted_tunnels.values())),
         tunnels=tuple(
             operation
             for name, wanted in wanted_tunnels.items()
@@ -420,8 +426,8 @@ def _to_look_at(target: Node, done: Plan | None) -> tuple[Partition, ...]:
     """The partitions of whose files another look may say something new, now that a plan is carried out."""
     if done is None:
         return target.partitions
-    # what it did for the whole node may be about anybody's files, but for network and supervisord
-    parts = (part for part in PARTS if part not in ("network", "services"))
+    # what it did for the whole node may be about anybody's files, but for network, ports and supervisord
+    parts = (part for part in PARTS if part not in ("network", "ports", "services"))
     others = [operation for part in parts for operation in getattr(done, part)]
     if any(operation.partition is None for operation in others):
         return target.partitions

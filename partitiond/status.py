@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from netplan import holding
 from netplan.legacy_cases import OPEN_CASES as LEGACY_CASES
-from partitiond import converge, last_good, privacy, trial, tunnels
+from partitiond import converge, last_good, port_reservation, privacy, trial, tunnels
 from partitiond.refusal import Refusal
 
 if TYPE_CHECKING:
@@ -56,6 +56,7 @@ def node(context: Context) -> dict[str, Any]:
                 *_without_programs(seen),
                 *privacy.open_cases(config, seen.node.partitions, seen.processes),
                 *_few_sessions(context),
+                *port_reservation.open_cases(port_reservation.deal(seen.ports, todo.declared.values())),
                 *_refused_resources(todo),
             ],
             "drift": [operation.id for operation in todo if operation.partition is None],
