@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 import time
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -193,7 +194,8 @@ def _names(scene: _Scene, partition: Partition) -> IdentityFiles:
 
 def _guest(scene: _Scene, tunnel: Tunnel) -> Partition | None:
     """A partition of this node that the server allows: its own first, as that one is sure to be set up."""
-    allowed = {pin.fingerprint for pin in tunnel.pins}
+    now = datetime.now(UTC)
+    allowed = {pin.fingerprint for pin in tunnel.pins if not pin.expired(now)}
     names = [name for name, one in scene.published.items() if one and one.shown.fingerprint in allowed]
     names.sort(key=lambda name: name != tunnel.partition)
     return scene.partitions[names[0]] if names else None
