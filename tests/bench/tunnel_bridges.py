@@ -29,7 +29,7 @@ from stunnel_mgr.identity import Identity, make_identity
 from stunnel_mgr.model import TunnelContext
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
 ROOT = Path("/srv/bridges")
 FAR = IPv6Address("2001:db8:7::1")
@@ -91,8 +91,14 @@ class Kind:
             places = {(FAR, port + one) for one in range(tunnels)} | {
                 (NEAR, port + _ROOM + one) for one in range(tunnels)
             }
-            wait_for(f"{self.name} listens", lambda: places <= listening())
+            wait_for(f"{self.name} listens", lambda: _ended(processes) or places <= listening())
+            if _ended(processes):
+                sys.exit(f"{self.name} ended:\n{(directory / 'log').read_text()[-2000:]}")
             yield Bridge((str(NEAR), port + _ROOM), processes)
+
+
+def _ended(processes: Iterable[subprocess.Popen[bytes]]) -> bool:
+    return any(process.poll() is not None for process in processes)
 
 
 @contextmanager
@@ -101,8 +107,6 @@ def _running(command: list[str], directory: Path) -> Iterator[subprocess.Popen[b
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
     try:
         yield process
-        if process.poll() is not None:
-            sys.exit(f"{command} ended:\n{(directory / 'log').read_text()[-2000:]}")
     finally:
         process.terminate()
         process.wait()
