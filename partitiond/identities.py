@@ -20,6 +20,7 @@ from partitiond import files
 from partitiond.operation import Operation
 from partitiond.settled import Settled
 from stunnel_mgr.errors import TunnelError
+from stunnel_mgr.render import IdentityFiles
 from stunnel_mgr.validity import Validity, read_validity, shown_first
 
 if TYPE_CHECKING:
@@ -78,6 +79,11 @@ class IdentityOperation(Operation):
 
     owner: Partition
     slot: int = 0
+
+
+def files_of(identity: PublicIdentity) -> IdentityFiles:
+    """Where stunnel finds what a partition shows."""
+    return IdentityFiles(*SLOTS[identity.shown.slot], identity.shown.fingerprint)
 
 
 def choose(pairs: Iterable[Certificate], now: datetime) -> PublicIdentity | None:

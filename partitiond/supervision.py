@@ -364,9 +364,9 @@ class Supervisor:
         for name in (*changed, *removed):
             self.stop_group(name)
             self._call("supervisor.removeProcessGroup", name)
-        for name in (*changed, *added):
-            self._call("supervisor.addProcessGroup", name)
-        return frozenset((*changed, *added))
+        coming = (*changed, *added)
+        self._call_all([("supervisor.addProcessGroup", name) for name in coming])
+        return frozenset(coming)
 
     def start_group(self, name: str) -> None:
         """Start what is not running in a group."""
@@ -383,6 +383,23 @@ class Supervisor:
     def signal(self, group: str, process: str, name: str) -> None:
         """Send a signal (``HUP``) to one process."""
         self._call("supervisor.signalProcess", f"{group}:{process}", name)
+
+    def _call_all(self, calls: Sequence[tuple[str, ...]]) -> None:
+        """Make several calls at once: each would wait for what supervisord does after the one before, such as 100 forks.
+
+        All are made, whatever it says to one of them; then it is raised for the first that it refused.
+        """
+        asked = [{"methodName": method, "params": list(arguments)} for method, *arguments in calls]
+        answers = self._call("system.multicall", asked) if asked else []
+        for (method, *arguments), answer in zip(calls, answers, strict=True):
+            # as xmlrpclib has it: a fault is a struct among the values
+            if isinstance(answer, dict) and "faultString" in answer:
+                raise PartitiondError(
+                    "supervisor.fault",
+                    f"{method}: {answer['faultString']}",
+                    resource=str(arguments[0]),
+                    hint=f"read {self.log}",
+                )
 
     def _call(self, method: str, *arguments: object) -> Any:
         transport = _UnixTransport(str(self.socket))

@@ -177,7 +177,7 @@ def _settled(
     directory = identities.directory_of(config, one.partition.id)
     found: dict[IdentitySource, IdentityFiles] = {}
     if identity:
-        found["partition"] = IdentityFiles(*identities.SLOTS[identity.shown.slot], identity.shown.fingerprint)
+        found["partition"] = identities.files_of(identity)
     if one.master:
         found["master"] = one.master.files
     blocked = _blocked(one, directory, sockets)

@@ -12,7 +12,7 @@ from ipaddress import ip_address
 from typing import TYPE_CHECKING, Any
 
 from partitiond import files
-from stunnel_mgr.subjects import subject_of
+from stunnel_mgr.subjects import subject_of_pem
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -59,7 +59,7 @@ def allowed_by(tunnels: Iterable[Tunnel]) -> dict[str, Allowed]:
     """Whom some tunnels allow, by service. Raises TunnelError."""
     return {
         tunnel.short_name: Allowed(
-            frozenset((tunnel.listen,)), {pin.fingerprint: subject_of(pin.pem) for pin in tunnel.pins}
+            frozenset((tunnel.listen,)), {pin.fingerprint: subject_of_pem(pin.pem) for pin in tunnel.pins}
         )
         for tunnel in tunnels
     }

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _VERDICT_SECONDS = 10.0
-_LOOK_SECONDS = 0.005
+_FIRST_LOOK, _LOOKS_RARER, _LAST_LOOK = 0.004, 1.2, 0.05
 
 
 @dataclass(slots=True)
@@ -188,7 +188,7 @@ class Carrier:
 
     def _loaded(self, changes: Sequence[_Change], tails: Mapping[str, LogTail]) -> list[_Change]:
         """Wait until each has said what became of it; return those that have their configuration in force."""
-        deadline = time.monotonic() + _VERDICT_SECONDS
+        deadline, pause = time.monotonic() + _VERDICT_SECONDS, _FIRST_LOOK
         waiting, loaded = list(changes), []
         while waiting and time.monotonic() < deadline:
             still = []
@@ -205,7 +205,8 @@ class Carrier:
                     self._fail(one.id, _not_taken(one.partition, said.reason))
             waiting = still
             if waiting:
-                time.sleep(_LOOK_SECONDS)
+                time.sleep(pause)
+                pause = min(pause * _LOOKS_RARER, _LAST_LOOK)
         for one in waiting:
             silence = f"stunnel said nothing within {_VERDICT_SECONDS:.0f} s"
             self._fail(one.id, _not_taken(one.partition, silence))

@@ -8,6 +8,7 @@
     sessions      the kernel's sockets → listening, live sessions
     session_log   stunnel's log → session_records: who lives, ended, failed, was refused
     session_digest  the records of a pass → a bounded number of things to tell
+    subjects      a certificate → its subject as stunnel logs it (calls libcrypto)
     revocation    certificates taken back → whose connections end
     check         a real TLS connection → does the tunnel work
 
