@@ -177,10 +177,16 @@ def command(path: Path, *words: str) -> list[str]:
 
 def reboot(count: int) -> None:
     """Take away what a reboot takes: supervisord, taps, addresses, routes, rules and the packet filter."""
-    pid = int((ROOT / "instance" / "var" / "run" / "supervisord.pid").read_text())
-    os.kill(pid, signal.SIGTERM)
+    supervisord = int((ROOT / "instance" / "var" / "run" / "supervisord.pid").read_text())
+    # itself first, which would start the others again
+    pids = [
+        supervisord,
+        *map(int, Path(f"/proc/{supervisord}/task/{supervisord}/children").read_text().split()),
+    ]
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
     end = time.monotonic() + 10
-    while Path(f"/proc/{pid}").exists() and time.monotonic() < end:
+    while any(Path(f"/proc/{pid}").exists() for pid in pids) and time.monotonic() < end:
         time.sleep(0.01)
     subprocess.run(["/usr/sbin/nft", "delete", "table", "inet", "partitiond"], check=True)
     ip_batch(

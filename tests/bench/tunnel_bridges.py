@@ -6,13 +6,13 @@ end that goes on to one service. All have P-256 keys and start with the same num
 
 from __future__ import annotations
 
-import re
 import shutil
 import subprocess
 import sys
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,7 +29,7 @@ from stunnel_mgr.identity import Identity, make_identity
 from stunnel_mgr.model import TunnelContext
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
 ROOT = Path("/srv/bridges")
 FAR = IPv6Address("2001:db8:7::1")
@@ -91,8 +91,14 @@ class Kind:
             places = {(FAR, port + one) for one in range(tunnels)} | {
                 (NEAR, port + _ROOM + one) for one in range(tunnels)
             }
-            wait_for(f"{self.name} listens", lambda: places <= listening())
+            wait_for(f"{self.name} listens", lambda: _ended(processes) or places <= listening())
+            if _ended(processes):
+                sys.exit(f"{self.name} ended:\n{(directory / 'log').read_text()[-2000:]}")
             yield Bridge((str(NEAR), port + _ROOM), processes)
+
+
+def _ended(processes: Iterable[subprocess.Popen[bytes]]) -> bool:
+    return any(process.poll() is not None for process in processes)
 
 
 @contextmanager
@@ -101,21 +107,12 @@ def _running(command: list[str], directory: Path) -> Iterator[subprocess.Popen[b
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
     try:
         yield process
-        if process.poll() is not None:
-            sys.exit(f"{command} ended:\n{(directory / 'log').read_text()[-2000:]}")
     finally:
         process.terminate()
         process.wait()
 
 
 # --- stunnel ----------------------------------------------------------------------------------------------------------
-
-
-def full_handshakes(text: str) -> str:
-    """No resumption in any service, where the configuration does not say so itself."""
-    if "sessionResume" in text:
-        return text
-    return re.sub(r"^\[.*\]$", r"\g<0>\nsessionResume = no", text, flags=re.MULTILINE)
 
 
 def ours(directory: Path, port: int, tunnels: int) -> Ends:
@@ -144,19 +141,21 @@ def _written(directory: Path, mode: str, port: int, tunnels: int, identities: di
         )
         for one in range(tunnels)
     ]
-    rendered = render.render(f"slappart-{mode}", parsed, directory=str(directory))
+    own = identities[mode]
+    names = render.IdentityFiles("certificate.pem", "key.pem", own.fingerprint)
+    rendered = render.render(
+        f"slappart-{mode}", parsed, directory=str(directory), identities={"partition": names}
+    )
     for name, text in rendered.files.items():
-        (directory / name).write_text(full_handshakes(text) if name == render.CONFIG_FILE else text)
-    configuration = directory / render.CONFIG_FILE
-    for option, content in (("cert", identities[mode].certificate_pem), ("key", identities[mode].key_pem)):
-        for path in set(re.findall(rf"^{option} = (.*)$", configuration.read_text(), re.MULTILINE)):
-            Path(path).touch(mode=0o600)
-            Path(path).write_bytes(content)
-    return configuration
+        (directory / name).write_text(text)
+    (directory / names.certificate).write_bytes(own.certificate_pem)
+    (directory / names.key).touch(mode=0o600)
+    (directory / names.key).write_bytes(own.key_pem)
+    return directory / render.CONFIG_FILE
 
 
-def usual(directory: Path, port: int, tunnels: int) -> Ends:
-    """What stunnel does by itself with an authority and names: everything else is its default."""
+def usual(directory: Path, port: int, tunnels: int, *, more: str = "") -> Ends:
+    """What stunnel does by itself with an authority and names: everything else is its default, but for ``more``."""
     authority(directory)
     commands = []
     for mode, peer in (("server", "client"), ("client", "server")):
@@ -168,20 +167,11 @@ def usual(directory: Path, port: int, tunnels: int) -> Ends:
             text += (
                 f"[t{one}]\nclient = {'yes' if mode == 'client' else 'no'}\naccept = {accept}\nconnect = {connect}\n"
                 f"cert = {directory}/{mode}.pem\nkey = {directory}/{mode}.pem\n"
-                f"CAfile = {directory}/ca.pem\nverifyChain = yes\ncheckHost = {_NAMES[peer]}\n"
+                f"CAfile = {directory}/ca.pem\nverifyChain = yes\ncheckHost = {_NAMES[peer]}\n{more}"
             )
         (directory / f"{mode}.conf").write_text(text)
         commands.append([_STUNNEL, f"{directory}/{mode}.conf"])
     return Ends(*commands)
-
-
-def usual_full(directory: Path, port: int, tunnels: int) -> Ends:
-    """Likewise, but for resumption."""
-    ends = usual(directory, port, tunnels)
-    for mode in ("server", "client"):
-        path = directory / f"{mode}.conf"
-        path.write_text(full_handshakes(path.read_text()))
-    return ends
 
 
 # --- haproxy ----------------------------------------------------------------------------------------------------------
@@ -263,7 +253,7 @@ def _certificate(
 
 OURS, USUAL, RESUMED, HAPROXY_KIND, FLOOR = KINDS = (
     Kind("ours", ours, 0),
-    Kind("stunnel's default, full", usual_full, 1),
+    Kind("stunnel's default, full", partial(usual, more="sessionResume = no\n"), 1),
     Kind("stunnel's default, resumed", usual, 2),
     Kind("haproxy", haproxy, 3),
     Kind("no bridge", None, 4),

@@ -100,7 +100,7 @@ def _line(process: subprocess.Popen[str]) -> list[str]:
     assert process.stdout is not None
     line = process.stdout.readline().split()
     if not line:
-        sys.exit(f"{process.args} exited {process.wait()}")
+        sys.exit(f"{process.args!r} exited {process.wait()}")
     return line
 
 

@@ -159,20 +159,20 @@ def sessions(asked: int) -> Sessions:
     """Open so many at once through the tunnel between two partitions."""
     with tenants(2) as (server, client):
         server.serve("far", FIRST_PORT, client)
-        near = client.use("near", FIRST_PORT, server, FIRST_PORT)
+        entry = client.use("near", FIRST_PORT, server, FIRST_PORT)
         apply(2)
         ends = [pid for one in (server, client) for pid in load.stunnels(one.uid)]
         idle = [load.pss([pid]) for pid in ends]
         with (
             load.serving((str(server.ipv4), SERVICE_PORT), server.uid),
-            load.holding((str(near[0]), near[1]), asked, client.uid) as held,
+            load.holding((str(entry[0]), entry[1]), asked, client.uid) as held,
         ):
-            each = [
+            far, near = (
                 (load.pss([pid]) - before) / max(held.count, 1)
                 for pid, before in zip(ends, idle, strict=True)
-            ]
+            )
             answered = held.answered()
-        return Sessions(asked, held.count, answered, held.seconds, *each, _descriptors(ends[0]))
+        return Sessions(asked, held.count, answered, held.seconds, far, near, _descriptors(ends[0]))
 
 
 def _descriptors(pid: int) -> int:

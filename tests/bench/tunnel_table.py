@@ -28,7 +28,11 @@ def middle(values: Sequence[float]) -> str:
 
 def times(ratios: Sequence[float]) -> str:
     """The median of ratios with the range."""
-    return f"x{statistics.median(ratios):.2f} [{min(ratios):.2f}..{max(ratios):.2f}]"
+    median, least, most = (
+        f"{one:.2f}" if one < 10 else shown(one)
+        for one in (statistics.median(ratios), min(ratios), max(ratios))
+    )
+    return f"x{median} [{least}..{most}]"
 
 
 def row(name: str, *columns: str, end: str = "") -> None:

@@ -323,15 +323,15 @@ static void probe(char **v, int ports)
 		int fd = made(&to, 0);
 		setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &patience, sizeof patience);
 		if (!connect(fd, (struct sockaddr *)&to, size)) {
-			double made = now();
+			double taken = now();
 			connects++;
 			if (lost && !back)
-				back = made;
+				back = taken;
 			shutdown(fd, SHUT_WR); /* who accepts hangs up, so that there is never a queue of them */
 			reset += recv(fd, bytes, 1, 0) < 0;
 			heard = now();
-			if (heard - made > longest)
-				longest = heard - made;
+			if (heard - taken > longest)
+				longest = heard - taken;
 		} else if (errno == ECONNREFUSED) {
 			refused++;
 			if (!lost)
