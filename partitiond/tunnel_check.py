@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 import time
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +27,6 @@ from stunnel_mgr.tls_probe import Pair
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
-    from datetime import datetime
 
     from partitiond.config import Config
     from partitiond.context import Context
@@ -186,7 +186,8 @@ def _jobs(scene: _Scene, number: int, subject: _Subject) -> Iterator[_Job]:
 
 def _guest(scene: _Scene, tunnel: Tunnel) -> Partition | None:
     """A partition of this node that the server allows: its own first, as that one is sure to be set up."""
-    allowed = {pin.fingerprint for pin in tunnel.pins}
+    now = datetime.now(UTC)
+    allowed = {pin.fingerprint for pin in tunnel.pins if not pin.expired(now)}
     names = [name for name, one in scene.published.items() if one and one.fingerprint in allowed]
     names.sort(key=lambda name: name != tunnel.partition)
     return scene.partitions[names[0]] if names else None

@@ -217,6 +217,11 @@ def test_what_the_other_side_may_be(scene):
     }
     assert "etc/tunnel/bad.cfg:3: " in found["slappart0/bad"]["message"]
     assert found["slappart1/wrong"]["peer"] == scene.fingerprint(0)
+    # names and reasons are tenants' words
+    scene.declare(0, "\x1b[31mred\u202e", mode="\x1b[2J")
+    shown = scene.command("tunnel", "check", "slappart0", "-c", scene.node.path).stdout
+    assert "red" in shown
+    assert all(one.isprintable() or one == "\n" for one in shown)
     assert all(one["hint"] for one in found.values() if one["outcome"] != "ok")
     # an idle tunnel is as it was declared
     assert scene.outcomes("slappart0/idle", status=0) == {"slappart0/idle": "idle"}
@@ -290,6 +295,11 @@ def test_certificates_that_are_others_or_ran_out(scene):
     scene.stop_stunnel(1)
     scene.apply()
     assert scene.outcomes() == {"slappart0/in": "peer_expired", "slappart1/out": "own_expired"}
+    # beside one that is good it is nobody's trouble, and not the one to try it with
+    scene.server(0, "in", 4000, scene.certificate(1), scene.certificate(2))
+    scene.apply()
+    found = scene.check("slappart0", status=0)
+    assert found["slappart0/in"]["message"] == "slappart2 is let through to the service"
 
 
 def test_a_port_that_another_tenant_has(scene):
