@@ -169,3 +169,12 @@ def test_who_goes_on_after_it_hung_up_is_ended():
 
     # not waited for: the test would not come to its end
     assert only(job, seconds=1000.0)[0].fault
+
+
+def test_children_that_nobody_may_wait_for():
+    """As under a caller that ignores SIGCHLD: the kernel forgets them at once."""
+    before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    try:
+        assert only(lambda: "done") == [Answer("done")]
+    finally:
+        signal.signal(signal.SIGCHLD, before)
