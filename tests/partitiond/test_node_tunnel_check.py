@@ -196,7 +196,7 @@ def test_what_the_other_side_may_be(scene):
     scene.client(1, "nobody", 6002, f"[{scene.ipv6(0)}]:4999", scene.certificate(0))
     scene.client(1, "plain", 6003, f"[{scene.ipv6(2)}]:7000", scene.certificate(2))
     scene.client(2, "stranger", 6000, f"[{scene.ipv6(0)}]:4000", scene.certificate(0))
-    # root gets there, from wherever it likes; the partition's user does not: private IPv4 is its owner's
+    # root gets there, the partition's user does not: private IPv4 is its owner's
     socket.create_connection(("10.0.0.2", 5000), timeout=PATIENCE).close()
     scene.client(2, "private", 6001, "10.0.0.2:5000", scene.certificate(0))
     scene.declare(0, "idle", mode="server", listen=4001, connect=5000, allow="")
