@@ -208,10 +208,13 @@ def test_a_server(server, parties, echo):
     assert echo.connections == 1
 
 
-def test_a_client(make_stunnel, free_port, parties, server, host):
+def test_a_client(make_stunnel, free_port, parties, server, host, echo):
     serving, db, dead = server
     peer, stranger, own = (parties[who] for who in ("peer", "stranger", "server"))
-    local = {name: ("127.0.0.3", free_port("127.0.0.3")) for name in ("go", "wrong", "dead", "none", "plain")}
+    local = {
+        name: ("127.0.0.3", free_port("127.0.0.3"))
+        for name in ("go", "wrong", "dead", "none", "mute", "echo")
+    }
     nobody = (host, free_port(host))
     watched = Watched(make_stunnel("client"), busy=1)
     with socket.create_server(
@@ -223,7 +226,8 @@ def test_a_client(make_stunnel, free_port, parties, server, host):
             tunnel("client", "wrong", local["wrong"], db, stranger.pin),
             tunnel("client", "dead", local["dead"], dead, own.pin),
             tunnel("client", "none", local["none"], nobody, own.pin),
-            tunnel("client", "plain", local["plain"], mute.getsockname()[:2], own.pin),
+            tunnel("client", "mute", local["mute"], mute.getsockname()[:2], own.pin),
+            tunnel("client", "echo", local["echo"], ("127.0.0.2", echo.port), own.pin),
         )
         assert watched.stunnel.start().ok
         for name, expected, received in (
@@ -232,7 +236,8 @@ def test_a_client(make_stunnel, free_port, parties, server, host):
             ("wrong", (RefusedPeer, "wrong", own.subject, "not_allowed"), None),
             ("dead", (EndedSession, "dead", own.subject, None), 0),  # it cannot know
             ("none", (FailedSession, "none", None, "unreachable"), None),
-            ("plain", (RefusedPeer, "plain", None, "timeout"), None),
+            ("mute", (RefusedPeer, "mute", None, "timeout"), None),
+            ("echo", (FailedSession, "echo", None, "unreachable"), None),
         ):
             remote = reach(local[name])
             (record,) = watched.wait()
