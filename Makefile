@@ -7,7 +7,7 @@ RUN := $(ENV)/bin/python3 -I -m partitiond.sandbox --bind $(CURDIR):$(CURDIR) --
 ARGS ?=
 EXTRAS ?=
 
-.PHONY: help demo test test-full lint bench bench-packets install clean
+.PHONY: help demo test test-full lint bench bench-node bench-packets bench-tunnels install clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -24,11 +24,20 @@ test-full: $(B)/test.stamp lint ## the whole matrices
 lint: $(B)/test.stamp ## ruff, mypy --strict, import-linter
 	$(RUN) sh -ec 'cd $(CURDIR); PATH=$(PREFIX)/bin:$$PATH; ruff check .; ruff format --check .; mypy; lint-imports'
 
-bench: $(B)/test.stamp ## figures beside the floor, in private namespaces
+bench: $(B)/bench.stamp ## all that follows, one after the other; ARGS are given to one alone
+	$(if $(ARGS),$(error ARGS are for one of them: make bench-node, bench-packets or bench-tunnels))
+	$(MAKE) bench-node
+	$(MAKE) bench-packets
+	$(MAKE) bench-tunnels
+
+bench-node: $(B)/bench.stamp ## what partitions cost, beside the floor and slapos.core, in private namespaces
 	$(RUN) $(PREFIX)/bin/python3 -P $(CURDIR)/tests/bench/node.py $(ARGS)
 
-bench-packets: $(B)/test.stamp ## what isolation costs a packet, beside no rules, in private namespaces
+bench-packets: $(B)/bench.stamp ## what isolation costs a packet, beside no rules, in private namespaces
 	$(RUN) $(PREFIX)/bin/python3 -P $(CURDIR)/tests/bench/packets.py $(ARGS)
+
+bench-tunnels: $(B)/bench.stamp ## what a tunnel costs, beside stunnel's defaults and haproxy, in private namespaces
+	$(RUN) $(PREFIX)/bin/python3 -P $(CURDIR)/tests/bench/tunnels.py $(ARGS)
 
 install: ## an environment at PREFIX that partition users can execute, with all that builds need offline (EXTRAS=iptables)
 	tools/environment --prefix $(PREFIX) --python $(PYTHON) --with master $(addprefix --with ,$(EXTRAS))
@@ -43,6 +52,10 @@ $(B)/demo.stamp: $(SOURCES)
 $(B)/test.stamp: $(SOURCES)
 	tools/environment --prefix $(PREFIX) --python $(PYTHON) --below $(B) --with master --with test
 	touch $@ $(B)/demo.stamp
+
+$(B)/bench.stamp: $(SOURCES)
+	tools/environment --prefix $(PREFIX) --python $(PYTHON) --below $(B) --with master --with test --with bench
+	touch $@ $(B)/test.stamp $(B)/demo.stamp
 
 clean: ## remove what was built here
 	rm -rf $(B)

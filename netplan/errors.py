@@ -11,7 +11,8 @@ class NetplanError(Exception):
     Codes: ``network.address_collision address_taken duplicate invalid name_taken no_bridge no_interface
     no_library no_tun prefix_too_small tap``, ``network.netlink`` (the kernel refused a request),
     ``network.packet_filter`` (nft, or iptables, refused a change), ``network.blocked`` (left undone because the packet
-    filter could not be loaded), ``network.sysctl``, ``network.bpf`` (the programs at the cgroup).
+    filter could not be loaded), ``network.sysctl``, ``network.bpf`` (the programs at the cgroup);
+    ``sockets.destroy sockets.destroy_unsupported sockets.not_permitted`` (sessions that could not be cut).
     """
 
     def __init__(

@@ -19,6 +19,7 @@ from typing import NamedTuple, Self
 from netplan.errors import NetplanError
 
 NETLINK_ROUTE = 0
+NETLINK_SOCK_DIAG = 4
 NETLINK_NETFILTER = 12
 
 NLM_F_REQUEST = 0x1

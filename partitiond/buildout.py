@@ -261,7 +261,7 @@ def instance_profile(context: Context, partition: Partition, entry: PartitionDoc
     """The ``buildout.cfg`` of an instance: the release's template and the sections of slapgrid."""
     config = context.config
     url = entry.software_release or ""
-    key, certificate = certificates.paths(context, partition) or ("", "")
+    key, certificate = certificates.paths(context.config, partition) or ("", "")
     directory = software_directory(config, url)
     appended = f"""
 [buildout]

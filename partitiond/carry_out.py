@@ -17,11 +17,12 @@ from partitiond import (
     directories,
     execute,
     identities,
+    port_reservation,
     privacy,
     resource_file,
     services,
     tun_device,
-    tunnels,
+    tunnel_process,
     users,
 )
 from partitiond.errors import FAMILY, sentence
@@ -67,7 +68,7 @@ def run(context: Context, seen: Observation, planned: Plan) -> tuple[list[tuple[
         # what could not be taken from one is given to no other
         *((one.id, partial(device_access.grant, one)) for one in todo.grants if not kept),
         *((one.id, supervisord.begin) for one in early),
-        *((one.id, partial(identities.make, config, one.owner)) for one in todo.identities),
+        *((one.id, partial(identities.make, config, one.owner, one.slot)) for one in todo.identities),
         *((one.id, partial(_write_resource, seen, one.owner)) for one in todo.resources),
         *((one.id, supervisord.wait) for one in early),
         *((one.id, partial(privacy.apply, context, one)) for one in todo.privacy if one.action != "create"),
@@ -76,19 +77,20 @@ def run(context: Context, seen: Observation, planned: Plan) -> tuple[list[tuple[
             for one in todo.services
             if one not in early and one.partition not in homeless
         ),
-        *(
-            (one.id, partial(tunnels.apply, one, config, context.supervisor))
-            for one in todo.tunnels
-            if one.action == "remove" or one.partition not in homeless
-        ),
+        *((one.id, partial(port_reservation.apply, config, one.wanted)) for one in todo.ports),
     ]
-    if todo.leavers:
-        calls.append(("users", partial(_remove_users, context, seen, todo.leavers, kept)))
     try:
         for name, call in calls:
             attempt(failures, name, call)
     finally:
         attempt(failures, "supervisord", supervisord.wait)  # also where something of ours broke off
+    bridges = [one for one in todo.tunnels if one.action == "remove" or one.partition not in homeless]
+    if bridges:
+        carrier = tunnel_process.Carrier(config, context.supervisor)
+        attempt(failures, "tunnels", partial(carrier.run, bridges))
+        failures += carrier.failures
+    if todo.leavers:
+        attempt(failures, "users", partial(_remove_users, context, seen, todo.leavers, kept))
     return failures, len(planned) - len(todo)
 
 

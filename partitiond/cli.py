@@ -104,8 +104,10 @@ def parser() -> argparse.ArgumentParser:
         "--from", dest="start", metavar="T", help="ISO 8601 time; without it: since the beginning"
     )
     tunnel = verb("tunnel", "the encrypted tunnels")
-    tunnel_verbs = tunnel.add_subparsers(dest="tunnel_verb", metavar="list", parser_class=_Parser)
+    tunnel_verbs = tunnel.add_subparsers(dest="tunnel_verb", metavar="VERB", parser_class=_Parser)
     tunnel_verbs.add_parser("list", help="tunnels with state, peers, expiry, sessions", parents=[common])
+    check = tunnel_verbs.add_parser("check", help="try them with real TLS connections", parents=[common])
+    check.add_argument("name", metavar="NAME", nargs="?", help="a tunnel, or a partition; without it: all")
     teardown = verb("teardown", "remove all that partitiond made from the system")
     teardown.add_argument("--purge", action="store_true", help="data, too")
     demo = verb("demo", "the whole way through, in private namespaces")
@@ -424,13 +426,23 @@ def _events(options: argparse.Namespace) -> int:
 
 
 def _tunnel(options: argparse.Namespace) -> int:
-    from partitiond import present, status  # noqa: PLC0415 - as above
+    from partitiond import present, tunnel_status  # noqa: PLC0415 - as above
 
     if options.tunnel_verb is None:
-        sys.stderr.write("partitiond tunnel: name a verb: list\n")
+        sys.stderr.write("partitiond tunnel: name a verb: list, check\n")
         return WRONG_USE
-    _print(options, "tunnel-list", status.tunnel_list(_reading(options)), present.tunnels)
+    if options.tunnel_verb == "check":
+        return _tunnel_check(options)
+    _print(options, "tunnel-list", tunnel_status.listing(_reading(options)), present.tunnels)
     return OK
+
+
+def _tunnel_check(options: argparse.Namespace) -> int:
+    from partitiond import present, tunnel_check  # noqa: PLC0415 - as above
+
+    value = tunnel_check.run(_reading(options), options.name)
+    _print(options, "tunnel-check", value, present.tunnel_checks)
+    return OK if tunnel_check.healthy(value) else DEGRADED
 
 
 def _demo(options: argparse.Namespace) -> int:

@@ -23,6 +23,7 @@ from partitiond import (
     identities,
     last_good,
     node,
+    port_reservation,
     privacy,
     protection,
     resource_file,
@@ -30,12 +31,14 @@ from partitiond import (
     storage,
     trial,
     tun_device,
+    tunnel_declarations,
     tunnels,
     users,
 )
 from partitiond.directories import DirectoryOperation, DirectorySpec
 from partitiond.errors import PartitiondError
 from partitiond.refusal import Refusal
+from partitiond.tunnel_declarations import PartitionTunnels
 from partitiond.users import UserOperation, UserSpec
 
 if TYPE_CHECKING:
@@ -51,7 +54,6 @@ if TYPE_CHECKING:
     from partitiond.operation import AnyOperation
     from partitiond.state import InstanceState
     from partitiond.supervision import Process
-    from partitiond.tunnels import PartitionTunnels
     from partitiond.users import User
     from stunnel_mgr.model import Refused
 
@@ -71,6 +73,7 @@ PARTS = (
     "resources",
     "privacy",
     "services",
+    "ports",
     "tunnels",
     "leavers",
 )
@@ -87,6 +90,7 @@ class Observation:
     block_devices: block_devices.Observed
     storage: storage.Observed
     choice: Choice
+    ports: port_reservation.Observed
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +111,7 @@ class Plan:
     resources: tuple[resource_file.ResourceOperation, ...] = ()
     privacy: tuple[privacy.PrivacyOperation, ...] = ()
     services: tuple[services.ServiceOperation, ...] = ()
+    ports: tuple[port_reservation.ReservationOperation, ...] = ()
     tunnels: tuple[tunnels.TunnelOperation, ...] = ()
     leavers: tuple[UserOperation, ...] = ()
     refused: tuple[Refused | Refusal, ...] = ()
@@ -178,6 +183,7 @@ def observe(context: Context, *, again: bool = False) -> Observation:
         block_devices.observe(config, found.partitions, database),
         storage.observe(config),
         choice,
+        port_reservation.observe(config),
     )
 
 
@@ -315,6 +321,7 @@ def plan(
         published |= {item.id: done.published[item.id] for item in target.partitions if item.id not in ids}
     wanted_tunnels = declared_tunnels(context, target, published, looked_at)
     running = frozenset(process.group for process in seen.processes if process.pid)
+    limit = tunnels.open_files(context.supervisor) if any(one.files for one in wanted_tunnels.values()) else 0
     set_up = frozenset(context.supervisor.group_names())
     people = _plan_users(desired_users(target), seen.users)
     secluded = privacy.plan(
@@ -342,23 +349,24 @@ def plan(
         resources=resource_file.plan(target, looked_at, published, _holdings(seen)),
         privacy=secluded,
         services=services.plan(context, target, seen.processes, set_up, privacy.missing(secluded)),
+        ports=port_reservation.plan(seen.ports, port_reservation.deal(seen.ports, wanted_tunnels.values())),
         tunnels=tuple(
             operation
             for name, wanted in wanted_tunnels.items()
             if name in ids
             for operation in tunnels.plan(
-                wanted, context.config, context.supervisor, set_up=set_up, running=running
+                wanted, context.config, context.supervisor, set_up=set_up, running=running, limit=limit
             )
         ),
         refused=(
             *disks.refused,
             *unusable,
             *unreachable,
-            *tunnels.homeless(target),
+            *tunnel_declarations.homeless(target),
             *(
                 refusal
                 for wanted in wanted_tunnels.values()
-                for refusal in (*wanted.refused, *tunnels.held_back(wanted))
+                for refusal in (*wanted.refused, *tunnel_declarations.held_back(wanted))
             ),
         ),
         published=published,
@@ -418,8 +426,8 @@ def _to_look_at(target: Node, done: Plan | None) -> tuple[Partition, ...]:
     """The partitions of whose files another look may say something new, now that a plan is carried out."""
     if done is None:
         return target.partitions
-    # what it did for the whole node may be about anybody's files, but for network and supervisord
-    parts = (part for part in PARTS if part not in ("network", "services"))
+    # what it did for the whole node may be about anybody's files, but for network, ports and supervisord
+    parts = (part for part in PARTS if part not in ("network", "ports", "services"))
     others = [operation for part in parts for operation in getattr(done, part)]
     if any(operation.partition is None for operation in others):
         return target.partitions
@@ -450,11 +458,12 @@ def declared_tunnels(
     looked_at: Iterable[Partition],
 ) -> dict[str, PartitionTunnels]:
     """The tunnels of each partition by its id: of those not ``looked_at`` none."""
-    certificates = {one.fingerprint: one.certificate_pem for one in published.values() if one}
+    certificates = identities.certificates(published.values())
     states = context.store.instances()
-    found = {item.id: tunnels.PartitionTunnels(item) for item in target.partitions}
+    found = {item.id: PartitionTunnels(item) for item in target.partitions}
     found |= {item.id: _tunnels_of(states.get(item.id), target, item, certificates) for item in looked_at}
-    return {one.partition.id: one for one in tunnels.settle(context.config, tuple(found.values()))}
+    settled = tunnel_declarations.settle(context.config, tuple(found.values()), published)
+    return {one.partition.id: one for one in settled}
 
 
 def _tunnels_of(
@@ -464,8 +473,8 @@ def _tunnels_of(
     if state is not None and (
         state.life in ("stopped", "destroying") or (state.life == "failed" and state.wanted == "stopped")
     ):
-        return tunnels.PartitionTunnels(partition)
-    return tunnels.declared(target, partition, certificates)
+        return PartitionTunnels(partition)
+    return tunnel_declarations.declared(target, partition, certificates)
 
 
 def _only(whole: Plan, names: frozenset[str]) -> Plan:

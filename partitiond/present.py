@@ -295,8 +295,27 @@ def tunnels(value: dict[str, Any]) -> str:
             one["connect"],
             len(one["allowed"]),
             one["sessions"],
-            one["reason"],
+            (one["certificate"] or {}).get("not_after", "")[:10],
+            "; ".join(filter(None, (one["reason"], *one["warnings"]))),
         )
         for one in value["tunnels"]
     ]
-    return table(("tunnel", "mode", "state", "listen", "connect", "peers", "sessions", "reason"), rows)
+    heads = ("tunnel", "mode", "state", "listen", "connect", "peers", "sessions", "valid until", "remarks")
+    return table(heads, rows)
+
+
+_OUTCOME_COLOURS = {"ok": "green", "idle": "yellow", "undecided": "yellow"}
+
+
+def tunnel_checks(value: dict[str, Any]) -> str:
+    """``tunnel check``."""
+    checks = value["checks"]
+    lines = []
+    for one in checks:
+        outcome = colour(one["outcome"].replace("_", " "), _OUTCOME_COLOURS.get(one["outcome"], "red"))
+        lines.append(f"{_cell(one['name'])}: {outcome}: {_cell(one['message'])}")
+        if one["hint"]:
+            lines.append(f"    next: {printable(one['hint'])}")
+    fine = sum(1 for one in checks if one["outcome"] == "ok")
+    lines.append(f"{fine} of {len(checks)} tunnels work" if checks else "no tunnel is declared")
+    return "\n".join(lines)

@@ -80,8 +80,11 @@ def content(node: Node, partition: Partition, identity: PublicIdentity | None, h
         else {},
         "external_storage_list": list(holdings.external_storage),
         "block_devices": list(holdings.block_devices),
-        "certificate": identity.certificate_base64 if identity else "",
-        "certificate_fingerprint": identity.fingerprint if identity else "",
+        "certificate": identity.shown.base64 if identity else "",
+        "certificate_fingerprint": identity.shown.fingerprint if identity else "",
+        # before a rotation; peers should accept both
+        "certificate_next": identity.coming.base64 if identity and identity.coming else "",
+        "certificate_next_fingerprint": identity.coming.fingerprint if identity and identity.coming else "",
     }
     if network.routable_ipv4:
         routable = network.routable_ipv4

@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from netplan import holding
 from netplan.legacy_cases import OPEN_CASES as LEGACY_CASES
-from partitiond import converge, identities, last_good, privacy, trial, tunnels
+from partitiond import converge, last_good, port_reservation, privacy, trial, tunnels
 from partitiond.refusal import Refusal
-from stunnel_mgr import sessions
 
 if TYPE_CHECKING:
     from netplan.model import TunSpec
@@ -18,7 +17,6 @@ if TYPE_CHECKING:
     from partitiond.converge import Observation, Plan
     from partitiond.node import Node, Partition
     from partitiond.supervision import Process
-    from stunnel_mgr.model import Refused, Tunnel
 
 # what stays open where the programs at the cgroup (netplan.bpf_programs) are not in force
 _OPEN_WITHOUT_PROGRAMS = (
@@ -57,6 +55,8 @@ def node(context: Context) -> dict[str, Any]:
                 *_open_cases(seen.node),
                 *_without_programs(seen),
                 *privacy.open_cases(config, seen.node.partitions, seen.processes),
+                *_few_sessions(context),
+                *port_reservation.open_cases(port_reservation.deal(seen.ports, todo.declared.values())),
                 *_refused_resources(todo),
             ],
             "drift": [operation.id for operation in todo if operation.partition is None],
@@ -153,6 +153,15 @@ def _is_off(setting: Path) -> bool:
         return True
 
 
+def _few_sessions(context: Context) -> list[str]:
+    limit = tunnels.open_files(context.supervisor)
+    if limit >= tunnels.OPEN_FILES:
+        return []
+    return [
+        f"tunnels take {tunnels.most_sessions(limit)} sessions a partition: supervisord began with {limit} open files at most"
+    ]
+
+
 def _refused_resources(todo: Plan) -> list[str]:
     """What is refused but the tunnels, which have a list of their own."""
     return [
@@ -221,77 +230,3 @@ def _tun(tun: TunSpec) -> dict[str, Any]:
 
 def _process(process: Process) -> dict[str, Any]:
     return {"name": process.name, "state": process.state, "pid": process.pid or None}
-
-
-def tunnel_list(context: Context) -> dict[str, Any]:
-    """The contract's ``tunnel list`` object."""
-    seen = converge.observe(context)
-    published = identities.observe(seen.node.config, seen.node.partitions)
-    wanted = converge.declared_tunnels(context, seen.node, published, seen.node.partitions)
-    sockets = sessions.observe_sockets([tunnel.listen for one in wanted.values() for tunnel in one.tunnels])
-    running = {process.group for process in seen.processes if process.pid}
-    rows = []
-    for item in seen.node.partitions:
-        identity = published[item.id]
-        certificate = (
-            {"fingerprint": identity.fingerprint, "not_after": _not_after(identity)} if identity else None
-        )
-        for tunnel in wanted[item.id].tunnels:
-            blocked = wanted[item.id].blocked.get(tunnel.name)
-            up = (
-                not blocked
-                and item.uid in sockets.owners.get(tunnel.listen, ())
-                and tunnels.group_name(item.id) in running
-            )
-            reason = (
-                blocked or tunnel.idle_reason or "stunnel does not listen there; partitiond apply says why"
-            )
-            sessions_now = sockets.sessions[tunnel.listen] if up else 0
-            rows.append(_tunnel_row(tunnel, None if up else reason, certificate, sessions_now))
-        rows += [_refused_row(refusal, certificate) for refusal in wanted[item.id].refused]
-    rows += [_refused_row(refusal, None) for refusal in tunnels.homeless(seen.node)]
-    return {"tunnels": rows}
-
-
-def _refused_row(refusal: Refused, certificate: dict[str, str] | None) -> dict[str, Any]:
-    # what a bad declaration meant to be is not known
-    place = f"{refusal.file}:{refusal.line}" if refusal.line else refusal.file
-    return {
-        "name": refusal.name,
-        "partition": refusal.partition,
-        "mode": None,
-        "listen": None,
-        "connect": None,
-        "state": "refused",
-        "reason": f"{place}: {refusal.reason}",
-        "allowed": [],
-        "certificate": certificate,
-        "sessions": 0,
-    }
-
-
-def _tunnel_row(
-    tunnel: Tunnel, reason: str | None, certificate: dict[str, str] | None, count: int
-) -> dict[str, Any]:
-    """A valid tunnel: up, or down for a reason."""
-    from stunnel_mgr.model import format_endpoint  # noqa: PLC0415 - keeps this module's head to what all verbs need
-
-    return {
-        "name": tunnel.name,
-        "partition": tunnel.partition,
-        "mode": tunnel.mode,
-        "listen": format_endpoint(tunnel.listen),
-        "connect": format_endpoint(tunnel.connect),
-        "state": "down" if reason else "up",
-        "reason": reason,
-        "allowed": [pin.fingerprint for pin in tunnel.pins],
-        "certificate": certificate,
-        "sessions": count,
-    }
-
-
-def _not_after(identity: identities.PublicIdentity) -> str:
-    from cryptography import x509  # noqa: PLC0415 - slow to import, only for this verb
-
-    found = x509.load_pem_x509_certificate(identity.certificate_pem.encode())
-    return found.not_valid_after_utc.strftime("%Y-%m-%dT%H:%M:%SZ")

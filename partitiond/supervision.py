@@ -11,6 +11,7 @@ import contextlib
 import http.client
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import time
 import xmlrpc.client
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from partitiond import execute, files, keyring
@@ -27,13 +29,13 @@ from partitiond.unix_http import UnixConnection
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from pathlib import Path
 
     from partitiond.config import Config
 
 # of one partition; each takes three descriptors of supervisord, which all partitions share
 MOST_PROGRAMS = 100
 _MOST_DESCRIPTORS = 20000
+_NO_LIMIT = 60000
 _ANSWER_SECONDS = 90
 _REACHABLE_SECONDS = 5
 _MODULE = "supervisor.supervisord"
@@ -57,12 +59,16 @@ class Process:
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """One program of a group: name, command and whether supervisord starts it again when it ends."""
+    """One program of a group: name, command, whether supervisord starts it again when it ends, and the name of its log.
+
+    ``log`` is the program's name unless it is given, without suffix; one of ours begins as no tenant's program may.
+    """
 
     name: str
     process_name: str
     command: str
     restart: bool = False
+    log: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +108,7 @@ class Group:
 
     def _program(self, program: Program) -> str:
         home = f'HOME="{self.directory}",USER="{self.user}",LOGNAME="{self.user}",PATH="{execute.PATH}",LANG="C.UTF-8"'
-        log = self.log_directory / f"{program.name}.log"
+        log = self.log_directory / f"{program.log or program.name}.log"
         lines = {
             "command": " ".join((*self.launcher, program.command)),
             "process_name": program.process_name,
@@ -173,7 +179,9 @@ class Supervisor:
         self.log = root / "var" / "log" / "supervisord.log"
         self.pidfile = root / "var" / "run" / "supervisord.pid"
         # each descriptor up to minfds is closed one by one before every exec: near the need, not far above
-        self._minfds = min(1024 + 100 * config.partition_amount, _MOST_DESCRIPTORS, _hard_limit())
+        self._minfds = min(
+            1024 + 100 * config.partition_amount, _MOST_DESCRIPTORS, max(256, _own_limit() - 8)
+        )
 
     def render(self) -> str:
         """Return the text of supervisord.conf."""
@@ -267,6 +275,18 @@ class Supervisor:
         words = _read_words(f"/proc/{pid}/cmdline")
         return _MODULE.encode() in words and str(self.configuration).encode() in words and _alive(pid)
 
+    def hard_limit(self) -> int:
+        """How many open files it may allow to what it starts: its own hard limit, or the one to come."""
+        try:
+            pid = int(self.pidfile.read_text("ascii"))
+            if self._is_server(pid):
+                text = Path(f"/proc/{pid}/limits").read_text("ascii")
+                found = text.partition("\nMax open files")[2].split()[1]
+                return _NO_LIMIT if found == "unlimited" else int(found)
+        except (OSError, ValueError, IndexError):
+            pass  # there is none, or it ends at this moment
+        return _own_limit()
+
     def shutdown(self) -> None:
         """End it with all its processes and wait until it is gone."""
         if not self.running() and not self._wait_for_another():
@@ -344,9 +364,9 @@ class Supervisor:
         for name in (*changed, *removed):
             self.stop_group(name)
             self._call("supervisor.removeProcessGroup", name)
-        for name in (*changed, *added):
-            self._call("supervisor.addProcessGroup", name)
-        return frozenset((*changed, *added))
+        coming = (*changed, *added)
+        self._call_all([("supervisor.addProcessGroup", name) for name in coming])
+        return frozenset(coming)
 
     def start_group(self, name: str) -> None:
         """Start what is not running in a group."""
@@ -363,6 +383,23 @@ class Supervisor:
     def signal(self, group: str, process: str, name: str) -> None:
         """Send a signal (``HUP``) to one process."""
         self._call("supervisor.signalProcess", f"{group}:{process}", name)
+
+    def _call_all(self, calls: Sequence[tuple[str, ...]]) -> None:
+        """Make several calls at once: each would wait for what supervisord does after the one before, such as 100 forks.
+
+        All are made, whatever it says to one of them; then it is raised for the first that it refused.
+        """
+        asked = [{"methodName": method, "params": list(arguments)} for method, *arguments in calls]
+        answers = self._call("system.multicall", asked) if asked else []
+        for (method, *arguments), answer in zip(calls, answers, strict=True):
+            # as xmlrpclib has it: a fault is a struct among the values
+            if isinstance(answer, dict) and "faultString" in answer:
+                raise PartitiondError(
+                    "supervisor.fault",
+                    f"{method}: {answer['faultString']}",
+                    resource=str(arguments[0]),
+                    hint=f"read {self.log}",
+                )
 
     def _call(self, method: str, *arguments: object) -> Any:
         transport = _UnixTransport(str(self.socket))
@@ -386,11 +423,9 @@ class Supervisor:
             ) from error
 
 
-def _hard_limit() -> int:
-    import resource  # noqa: PLC0415 - only needed here
-
+def _own_limit() -> int:
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    return 60000 if hard == resource.RLIM_INFINITY else max(256, hard - 8)
+    return _NO_LIMIT if hard == resource.RLIM_INFINITY else hard
 
 
 def _alive(pid: int) -> bool:

@@ -10,7 +10,18 @@ from netplan import apply as netplan_apply
 from netplan import observe as netplan_observe
 from netplan import plan as netplan_plan
 from netplan.model import DesiredNetwork
-from partitiond import block_devices, device_access, execute, files, last_good, lock, privacy, storage, users
+from partitiond import (
+    block_devices,
+    device_access,
+    execute,
+    files,
+    last_good,
+    lock,
+    port_reservation,
+    privacy,
+    storage,
+    users,
+)
 from partitiond.converge import Outcome, refuse_other_node
 from partitiond.errors import FAMILY, sentence
 
@@ -35,6 +46,7 @@ def run(context: Context, *, purge: bool) -> Outcome:
             ("namespaces", lambda: privacy.remove_all(context.config)),
             ("block devices", lambda: _devices(context, outcome)),
             ("network", lambda: _network(outcome)),
+            ("reserved ports", lambda: port_reservation.remove(context.config)),
             *((("storage", lambda: storage.purge(context.config)),) if purge else ()),
             ("data", lambda: _purge(context.config)) if purge else ("state", lambda: _state(context)),
             ("users", lambda: _users(context.config)),

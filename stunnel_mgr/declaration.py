@@ -101,7 +101,7 @@ class _Reader:
     line: int
 
     def read(self) -> Tunnel:
-        mode = cast(Mode, self.choice("mode", ("server", "client")))
+        mode = cast("Mode", self.choice("mode", ("server", "client")))
         self.check_keys(mode)
         listen = (self.listen_host(mode), self.listen_port())
         connect = self.server_connect() if mode == "server" else self.client_connect()
@@ -124,7 +124,7 @@ class _Reader:
             source_host=source,
             pins=pins,
             identity=cast(
-                IdentitySource, self.choice("identity", ("partition", "master"), default="partition")
+                "IdentitySource", self.choice("identity", ("partition", "master"), default="partition")
             ),
             file=plain(self.file),
         )
@@ -251,7 +251,7 @@ class _Reader:
         if form == "cert":
             return (pins.pin_from_base64(rest),)
         if form == "sha256":
-            return (pins.pin_from_fingerprint(text, self.context.local_certificates),)
+            return pins.pins_from_fingerprint(text, self.context.local_certificates)
         if form == "file":
             _check_path(rest)
             return pins.pins_from_pem(self.context.read_file(rest))

@@ -9,9 +9,9 @@ class TunnelError(Exception):
 
     ``code`` is stable and dotted: ``tunnel.declaration`` (what was written is wrong), ``tunnel.identity``
     (certificate or key damaged), ``tunnel.render`` (tunnels that cannot stand in one configuration),
-    ``tunnel.observe`` (the kernel's tables or the log cannot be read). ``resource`` names the tunnel or
-    partition, ``hint`` what to do next, ``retryable`` says whether the same call may succeed later, ``line``
-    is the line of the declaration, counted from 1.
+    ``tunnel.observe`` (the kernel's tables or the log cannot be read), ``tunnel.openssl`` (its library cannot
+    be used). ``resource`` names the tunnel or partition, ``hint`` what to do next, ``retryable`` says whether
+    the same call may succeed later, ``line`` is the line of the declaration, counted from 1.
     """
 
     def __init__(

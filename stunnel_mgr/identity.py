@@ -1,7 +1,9 @@
 """Who a partition is to its tunnels: a self-signed certificate, made on the node without any authority.
 
-The other side pins exactly this certificate (``verifyPeer`` of stunnel compares subject and public key with
-the pins, 5.68, measured), so nothing in it has to be believed: neither issuer nor names. P-256 because it is
+The other side pins exactly this certificate (stunnel with ``verifyPeer`` takes a self-signed one only when it is
+itself among the pins, 5.68, measured), so nothing in it has to be believed: neither issuer nor names. The subject
+has a serial number made of the key: stunnel's log tells whose a session is by nothing but the subject, and there
+is a ``slappart3`` on every node. P-256 because it is
 the fastest in stunnel of what is supported everywhere (facts/stunnel.md 1.3).
 """
 
@@ -19,15 +21,12 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from .errors import TunnelError
 from .pins import fingerprint
+from .validity import CLOCK_SKEW
 
-LIFETIME = timedelta(days=3650)
-"""Ten years: a pin is taken back by removing it from the allow list, not by waiting, and as long as nothing
-renews identities an earlier end would only cut bridges that work. The partition's end replaces the identity
-anyway.
+LIFETIME = timedelta(days=1095)
+"""Three years: a pin is taken back by removing it from the allow list, not by waiting, and each renewal asks all
+peers to follow. The partition's end replaces the identity anyway.
 """
-
-CLOCK_SKEW = timedelta(days=1)
-"""How far before now a certificate starts to be valid, for peers whose clock is behind (or in local time)."""
 
 MAX_FILE = 64 * 1024
 """Longest certificate or key file that is looked at, in bytes."""
@@ -54,8 +53,8 @@ class Identity:
 
 
 def make_identity(partition: str, *, now: datetime | None = None, lifetime: timedelta = LIFETIME) -> Identity:
-    """Make a new identity: P-256, subject ``CN=<partition>``, random serial number, valid for ``lifetime``
-    from ``now``.
+    """Make a new identity: P-256, subject ``CN=<partition>`` and a serial number of the key's, random serial
+    number, valid for ``lifetime`` from ``now``.
 
     ``now`` is aware; the clock is asked by default. Raises TunnelError ``tunnel.identity`` for a name that
     cannot be a common name (X.520 allows 64 characters) or a lifetime that is not positive.
@@ -104,7 +103,13 @@ def load_identity(cert_pem: bytes, key_pem: bytes) -> Identity:
 def _template(
     partition: str, public_key: ec.EllipticCurvePublicKey, start: datetime, lifetime: timedelta
 ) -> x509.CertificateBuilder:
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, partition)])
+    identifier = x509.SubjectKeyIdentifier.from_public_key(public_key)
+    name = x509.Name(
+        [
+            x509.NameAttribute(NameOID.COMMON_NAME, partition),
+            x509.NameAttribute(NameOID.SERIAL_NUMBER, identifier.digest.hex()),
+        ]
+    )
     usage = x509.KeyUsage(
         digital_signature=True,
         content_commitment=False,
@@ -133,7 +138,7 @@ def _template(
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .add_extension(usage, critical=True)
         .add_extension(x509.ExtendedKeyUsage(both_sides), critical=False)
-        .add_extension(x509.SubjectKeyIdentifier.from_public_key(public_key), critical=False)
+        .add_extension(identifier, critical=False)
         .add_extension(authority, critical=False)
     )
 

@@ -38,7 +38,8 @@ class TunnelContext:
     """What a declaration is read against: the partition's own addresses, and where pins can be looked up.
 
     ``ipv4`` is the private address. ``ipv4_public`` is the one of ``ipv4_partition_network`` or the VPN.
-    ``local_certificates`` maps the fingerprints of this node's partitions to their certificates (PEM).
+    ``local_certificates`` maps the fingerprints of this node's partitions, also those of before a rotation, to
+    the certificates that the partition shows now or next (PEM, one after the other).
     ``read_file`` takes a path relative to the partition's directory and gives the whole file; it must be
     bounded, must follow no link, and says by OSError (whose text ends up in the reason) why it does not.
     """

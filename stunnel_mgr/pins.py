@@ -64,8 +64,10 @@ def pins_from_pem(data: bytes) -> tuple[Pin, ...]:
     return tuple(pin_from_der(_pem_to_der(block)) for block in blocks)
 
 
-def pin_from_fingerprint(text: str, local_certificates: Mapping[str, str]) -> Pin:
-    """Look a ``sha256:`` pin up among the partitions of this node. Raises ValueError."""
+def pins_from_fingerprint(text: str, local_certificates: Mapping[str, str]) -> tuple[Pin, ...]:
+    """Look a ``sha256:`` pin up among the partitions of this node: all that its partition shows now or next.
+    Raises ValueError.
+    """
     if not _FINGERPRINT.fullmatch(text):
         raise ValueError("allowed after sha256: are 64 lower-case hex digits")
     pem = local_certificates.get(text)
@@ -73,10 +75,7 @@ def pin_from_fingerprint(text: str, local_certificates: Mapping[str, str]) -> Pi
         raise ValueError(
             "no partition of this node has that certificate; give one of another node as cert: or file:"
         )
-    pin = pins_from_pem(pem.encode())[0]
-    if pin.fingerprint != text:
-        raise ValueError(f"this node keeps another certificate, {pin.fingerprint}, under that fingerprint")
-    return pin
+    return pins_from_pem(pem.encode())
 
 
 @lru_cache(maxsize=1024)

@@ -8,14 +8,13 @@ Only lines of the main thread (``LOGn[ui]``, or no thread at all before others e
 peers, which strangers choose, stand in lines of other threads, with their line ends escaped (measured).
 """
 
-import os
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Self
+from typing import Self
 
-from .errors import TunnelError
+from .log_follower import LogFollower
 
 # With a time and the thread once the log is open; a start that fails before writes "[!] …" for errors,
 # without either.
@@ -103,73 +102,14 @@ def read_verdict(log: bytes, services: Collection[str]) -> ReloadVerdict | None:
     return VerdictReader(services).feed(log)
 
 
-class LogTail:
-    """Gives what is added to a log after a mark, also when supervisord rotates the file (renames it and
-    starts another).
-
-    ``path`` may not exist yet. Use as a context manager: it keeps the file open. The file is root's own and
-    trusted.
-    """
+class LogTail(LogFollower):
+    """Gives what is added to a log from now on; ``path`` may not exist yet. Nothing has to be closed."""
 
     def __init__(self, path: Path) -> None:
-        self._path = path
-        self._file = self._open()
-        if self._file is not None:
-            self._file.seek(0, os.SEEK_END)
+        super().__init__(path, LogFollower.at_end(path).place)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Close the file; the tail gives nothing more after that."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
-
-    def read(self, limit: int = 1024 * 1024) -> bytes:
-        """Read what was added since the mark or the last call, up to about ``limit`` bytes.
-
-        Raises TunnelError ``tunnel.observe`` when the log cannot be read.
-        """
-        try:
-            # Looked up before the old file is read to its end: what rotation moved away in between is not
-            # missed.
-            renewed = self._renewed()
-            data = b"" if self._file is None else self._file.read(limit)
-            if renewed and len(data) < limit:
-                self.close()
-                self._file = self._open()
-                data += b"" if self._file is None else self._file.read(limit - len(data))
-        except OSError as error:
-            raise self._unreadable(error) from error
-        return data
-
-    def _renewed(self) -> bool:
-        """Tell whether the path names another file than the open one; one cut in place is read from its
-        start.
-        """
-        try:
-            there = self._path.stat()
-        except FileNotFoundError:
-            return False
-        if self._file is None:
-            return True
-        ours = os.fstat(self._file.fileno())
-        if ours.st_size < self._file.tell():
-            self._file.seek(0)
-        return (there.st_dev, there.st_ino) != (ours.st_dev, ours.st_ino)
-
-    def _open(self) -> BinaryIO | None:
-        try:
-            return self._path.open("rb", buffering=0)
-        except FileNotFoundError:
-            return None
-        except OSError as error:
-            raise self._unreadable(error) from error
-
-    def _unreadable(self, error: OSError) -> TunnelError:
-        message = f"the log {self._path} cannot be read: {error.strerror}"
-        return TunnelError("tunnel.observe", message, resource=str(self._path), retryable=True)
+        pass

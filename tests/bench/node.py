@@ -1,4 +1,4 @@
-"""``make bench``: what partitions cost, beside the floor and beside slapos.core, in one run on this machine.
+"""``make bench-node``: what partitions cost, beside the floor and beside slapos.core, in one run on this machine.
 
 For each number of partitions, with taps in a bridge, IPv6 ranges, packet filter, identities and supervisord:
 
@@ -166,7 +166,7 @@ def program() -> str:
     """The installed program."""
     found = shutil.which("partitiond", path=str(Path(sys.prefix) / "bin"))
     if found is None:
-        sys.exit("partitiond is not installed in this environment: make bench installs it")
+        sys.exit("partitiond is not installed in this environment: make bench-node installs it")
     return found
 
 
@@ -177,10 +177,16 @@ def command(path: Path, *words: str) -> list[str]:
 
 def reboot(count: int) -> None:
     """Take away what a reboot takes: supervisord, taps, addresses, routes, rules and the packet filter."""
-    pid = int((ROOT / "instance" / "var" / "run" / "supervisord.pid").read_text())
-    os.kill(pid, signal.SIGTERM)
+    supervisord = int((ROOT / "instance" / "var" / "run" / "supervisord.pid").read_text())
+    # itself first, which would start the others again
+    pids = [
+        supervisord,
+        *map(int, Path(f"/proc/{supervisord}/task/{supervisord}/children").read_text().split()),
+    ]
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
     end = time.monotonic() + 10
-    while Path(f"/proc/{pid}").exists() and time.monotonic() < end:
+    while any(Path(f"/proc/{pid}").exists() for pid in pids) and time.monotonic() < end:
         time.sleep(0.01)
     subprocess.run(["/usr/sbin/nft", "delete", "table", "inet", "partitiond"], check=True)
     ip_batch(
@@ -355,7 +361,7 @@ def bench(counts: list[int], repetitions: int, peers: list[int], rest: float) ->
 
 if __name__ == "__main__":
     if os.geteuid() != 0 or not sandbox.inside():
-        sys.exit("make bench runs this in private namespaces")
+        sys.exit("make bench-node runs this in private namespaces")
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

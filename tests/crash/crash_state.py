@@ -36,7 +36,10 @@ _ROUTE_OIF, _ROUTE_CLONED, _ROUTE_STATE = 4, 0x200, 0x1 | 0x10  # RTNH_F_DEAD, R
 _ADDRESS_CACHE = 6
 _LINK_LOCAL = (b"\xfe\x80", b"\xff\x00")  # the kernel makes these when a carrier comes
 # settings of the network as a whole, and of each link, that somebody who makes networks may have changed
-_SYSCTLS = ("ipv4/ip_forward", "ipv4/ip_nonlocal_bind", "ipv6/ip_nonlocal_bind", "ipv6/bindv6only")
+_SYSCTLS = (
+    *("ipv4/ip_forward", "ipv4/ip_nonlocal_bind", "ipv4/ip_local_reserved_ports"),
+    *("ipv6/ip_nonlocal_bind", "ipv6/bindv6only"),
+)
 _LINK_SYSCTLS = (
     *(f"ipv4/conf/{{}}/{name}" for name in ("forwarding", "proxy_arp", "rp_filter", "accept_local")),
     *(

@@ -8,7 +8,7 @@ from collections import Counter
 
 from hostile_scene import Canary
 
-from partitiond import buildout, instances, lanes, present, status, verbs
+from partitiond import buildout, instances, lanes, present, status, tunnel_status, verbs
 from partitiond.context import Context
 from slap_client.documents import PartitionDocument
 
@@ -83,7 +83,7 @@ class Scene:
         shown = [present.applied(value), present.plan(verbs.plan(self.context))]
         shown += [
             present.status(status.node(self.context)),
-            present.tunnels(status.tunnel_list(self.context)),
+            present.tunnels(tunnel_status.listing(self.context)),
         ]
         text = "\n".join(shown)
         assert all(one.isprintable() or one == "\n" for one in text), "it steers a terminal"

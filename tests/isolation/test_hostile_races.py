@@ -18,7 +18,7 @@ from hostile_node import URL
 from hostile_scene import Canary, Hostile, HungError, swapping, within
 
 from accounting.disk import DiskMeter
-from partitiond import buildout, directories, files, programs, resource_file, tunnels
+from partitiond import buildout, directories, files, programs, resource_file, tunnel_declarations
 from partitiond.directories import DirectorySpec
 from partitiond.errors import FAMILY
 
@@ -71,7 +71,7 @@ def _declarations(scene):
     os.chown(path, scene.partition.uid, scene.partition.gid)
 
     def read():
-        found = tunnels.declared(scene.context.node, scene.partition, {})
+        found = tunnel_declarations.declared(scene.context.node, scene.partition, {})
         if found.refused:
             assert not scene.canary.leaks(repr(found))
             raise PermissionError("refused")

@@ -341,7 +341,7 @@ def test_a_tenant_that_is_always_drift_does_not_shake_the_node(scene):
 
 def test_what_it_takes_to_bound_the_pins_of_refused_tunnels(scene):
     """Declarations that are refused for their last line cost as much to read as good ones."""
-    from partitiond import tunnels
+    from partitiond import tunnel_declarations
     from stunnel_mgr import pins
     from stunnel_mgr.identity import make_identity
 
@@ -357,7 +357,9 @@ def test_what_it_takes_to_bound_the_pins_of_refused_tunnels(scene):
         )
         os.chown(path, scene.partition.uid, scene.partition.gid)
     pins.pin_from_der.cache_clear()
-    found, error, _ = within(PATIENCE, lambda: tunnels.declared(scene.context.node, scene.partition, {}))
+    found, error, _ = within(
+        PATIENCE, lambda: tunnel_declarations.declared(scene.context.node, scene.partition, {})
+    )
     assert error is None
     assert len(found.refused) == 100
     used = pins.pin_from_der.cache_info()

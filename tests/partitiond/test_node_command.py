@@ -22,6 +22,8 @@ INSTALLED = Path("/opt/partitiond/bin/partitiond")
         ("show",),
         ("tunnel",),
         ("tunnel", "dig"),
+        ("tunnel", "check", "one", "two"),
+        ("tunnel", "check", "--wrong"),
         ("plan", "surplus"),
         ("-c",),
     ],
@@ -51,6 +53,7 @@ VERBS = [
     ("show", "slappart0"),
     ("usage",),
     ("tunnel", "list"),
+    ("tunnel", "check"),
     ("sync", "usage"),
     ("teardown",),
 ]

@@ -90,9 +90,9 @@ def test_what_changes_meanwhile_is_found_by_the_next_look(node, monkeypatch):
     verbs.apply(context, [])
     make = identities.make
 
-    def made_while_somebody_else_is_at_it(config, partition):
+    def made_while_somebody_else_is_at_it(config, partition, slot):
         (node.instance / "slappart0").chmod(0o700)
-        make(config, partition)
+        make(config, partition, slot)
 
     monkeypatch.setattr(identities, "make", made_while_somebody_else_is_at_it)
     outcome = grown(context, node, 4)

@@ -403,7 +403,8 @@ def test_a_table_puts_numbers_to_the_right():
 
 
 @pytest.mark.parametrize(
-    "verb", ["plan", "status", "show", "usage", "tunnel-list", "apply", "teardown", "sync", "error"]
+    "verb",
+    ["plan", "status", "show", "usage", "tunnel-list", "tunnel-check", "apply", "teardown", "sync", "error"],
 )
 def test_the_schemas_are_schemas(verb):
     found = schema(verb)

@@ -17,6 +17,9 @@ from trial_scene import (
     reached_again,
 )
 
+RESERVED_PORTS = Path("/proc/sys/net/ipv4/ip_local_reserved_ports")
+# that nobody may use yet
+TUNNEL = {"partition": "slappart0", "mode": "server", "listen": 40000, "connect": 5000, "allow": ""}
 ROUTABLE = {"slappart1": f"203.0.113.7/32 via {OPERATOR4}"}
 NODES = {
     "in a bridge of ours": {
@@ -68,14 +71,16 @@ def test_nothing_is_left(uplink, node_config, command, settings, purge):
         "link add guests0 type bridge",
         "address add 172.31.0.1/24 dev guests0",
     )
+    RESERVED_PORTS.write_text("8080,9000-9003\n")
     try:
         before, ran = machine(), processes()
-        node = node_config(3, interface="eth0", **settings)
+        node = node_config(3, interface="eth0", **{"tunnel db": TUNNEL}, **settings)
         done = command("apply", "-c", node.path)
         assert done.returncode == 0, done.stdout + done.stderr
         instance_runs(node, 1)
         assert command("plan", "-c", node.path).returncode == 0
         assert pwd.getpwnam("slapuser2")
+        assert RESERVED_PORTS.read_text() == "8080,9000-9003,40000\n"
         if settings.get("partitiond", {}).get("bridge") != "br0":  # which lets nothing through
             reached_again(uplink, NODE4)
         done = command("teardown", "-c", node.path, *purge)
@@ -86,4 +91,5 @@ def test_nothing_is_left(uplink, node_config, command, settings, purge):
         reached_again(uplink, NODE6)
         assert (node.instance / "slappart1" / "etc" / "service" / "sleeper").exists() != bool(purge)
     finally:
+        RESERVED_PORTS.write_text("\n")
         ip("rule delete pref 500", "route flush table 77", "link delete guests0")

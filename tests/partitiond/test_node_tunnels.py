@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from json_schemas import parsed
 
-from partitiond import tunnels, verbs
+from partitiond import tunnel_declarations, tunnels, verbs
 from partitiond.context import Context
 
 PATIENCE = 20.0
@@ -307,7 +307,7 @@ def test_what_a_tenant_makes_us_read_is_bounded(bridge, node_config, monkeypatch
     verbs.apply(context, [])
     user = pwd.getpwnam("slapuser0").pw_uid
     certificate = pem(resource(node, "slappart0")["certificate"])
-    (node.instance / "slappart0" / "many.pem").write_text(certificate * 100)
+    (node.instance / "slappart0" / "many.pem").write_text(certificate * 80)
     os.chown(node.instance / "slappart0" / "many.pem", user, 0)
     again = "\n".join(" file:many.pem" for _ in range(4000))
     for index in range(110):
@@ -318,8 +318,8 @@ def test_what_a_tenant_makes_us_read_is_bounded(bridge, node_config, monkeypatch
             f"mode = server\nlisten = {4000 + index}\nconnect = 1\nallow =\n{again}\n",
         )
     read = []
-    original = tunnels._read_below
-    monkeypatch.setattr(tunnels, "_read_below", lambda *words: read.append(1) or original(*words))
+    original = tunnel_declarations._read_below
+    monkeypatch.setattr(tunnel_declarations, "_read_below", lambda *words: read.append(1) or original(*words))
     outcome = verbs.apply(context, ["slappart1"])
     assert (outcome["failures"], outcome["left"]) == ([], [])
     refused = verbs.plan(context)["refused"]

@@ -11,10 +11,13 @@ from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from tunnel_rendered import IDENTITIES
 
-from stunnel_mgr.identity import make_identity
+from stunnel_mgr.identity import load_identity, make_identity
 from stunnel_mgr.model import TunnelContext
-from stunnel_mgr.render import IDENTITY_FILES
 from stunnel_mgr.verdict import LogTail, VerdictReader
 
 STUNNEL = "/usr/bin/stunnel"
@@ -32,9 +35,20 @@ def client_identity():
 
 
 @pytest.fixture(scope="session")
-def stranger():
-    """The subject of the client, another key."""
-    return make_identity("slappart1")
+def stranger(client_identity):
+    """The subject, the serial number and the dates of the client, another key."""
+    model = x509.load_pem_x509_certificate(client_identity.certificate_pem)
+    key = ec.generate_private_key(ec.SECP256R1())
+    builder = x509.CertificateBuilder().subject_name(model.subject).issuer_name(model.issuer)
+    builder = builder.public_key(key.public_key()).serial_number(model.serial_number)
+    builder = builder.not_valid_before(model.not_valid_before_utc).not_valid_after(model.not_valid_after_utc)
+    # as every tool makes self-signed ones; without it OpenSSL looks at the first pin of a subject alone
+    authority = x509.AuthorityKeyIdentifier.from_issuer_public_key(key.public_key())
+    identifier = x509.SubjectKeyIdentifier.from_public_key(key.public_key())
+    builder = builder.add_extension(identifier, critical=False).add_extension(authority, critical=False)
+    forms = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    pem = builder.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
+    return load_identity(pem, key.private_bytes(*forms))
 
 
 @pytest.fixture(scope="session")
@@ -80,7 +94,7 @@ class Stunnel:
         self.services = config.services
         for name, text in config.files.items():
             (self.directory / name).write_text(text, encoding="utf-8")
-        certificate, key = IDENTITY_FILES["partition"]
+        certificate, key = IDENTITIES["partition"].certificate, IDENTITIES["partition"].key
         (self.directory / certificate).write_bytes(identity.certificate_pem)
         opener = lambda path, flags: os.open(path, flags, 0o600)  # noqa: E731 (a name for one argument)
         with open(self.directory / key, "wb", opener=opener) as file:

@@ -7,13 +7,14 @@ from ipaddress import IPv4Address, IPv6Address
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tunnel_rendered import render
 
 from stunnel_mgr.conflicts import refusal, resolve_conflicts
 from stunnel_mgr.declaration import declare, parse_declaration
 from stunnel_mgr.errors import TunnelError
 from stunnel_mgr.identity import make_identity
 from stunnel_mgr.model import TunnelContext, format_endpoint
-from stunnel_mgr.render import CONFIG_FILE, render
+from stunnel_mgr.render import CONFIG_FILE
 from stunnel_mgr.syntax import Entry, read_sections
 
 ONE = make_identity("slappart1")

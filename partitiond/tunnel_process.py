@@ -1,0 +1,300 @@
+"""Tunnels, carried out: files, trial, reload, verdict, and the end of sessions that are not allowed any more.
+
+All partitions take each step together: a node of a hundred stunnels asks supervisord once and waits once.
+
+Promises: what runs is not told of a configuration before another stunnel has found it good; the configuration on disk is
+whole, and one that was found good where there was something to lose; no failed reload goes unseen; where a port is taken in
+the last moment, the partition's other tunnels are back at once; a change counts as done only when whoever it disallows is cut
+off.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING
+
+from partitiond import files, identities, privacy, tunnel_memory, tunnel_trial, tunnels
+from partitiond.errors import FAMILY, PartitiondError, sentence
+from partitiond.tunnel_memory import Loaded
+from stunnel_mgr import render, verdict
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+    from pathlib import Path
+
+    from partitiond.config import Config
+    from partitiond.node import Partition
+    from partitiond.supervision import Supervisor
+    from partitiond.tunnel_declarations import PartitionTunnels
+    from partitiond.tunnel_memory import Allowed
+    from partitiond.tunnels import TunnelOperation
+    from stunnel_mgr.verdict import LogTail, ReloadVerdict, VerdictReader
+
+logger = logging.getLogger(__name__)
+
+_VERDICT_SECONDS = 10.0
+_FIRST_LOOK, _LOOKS_RARER, _LAST_LOOK = 0.004, 1.2, 0.05
+
+
+@dataclass(slots=True)
+class _Change:
+    """One partition on its way from one configuration to the next; ``pid`` is that of its stunnel, 0 where none runs."""
+
+    id: str
+    wanted: PartitionTunnels
+    directory: Path
+    group: str
+    pid: int
+    before: Loaded
+    now: Mapping[str, Allowed]
+    anew: bool = False
+    reader: VerdictReader = field(default_factory=lambda: verdict.VerdictReader(()))
+
+    @property
+    def partition(self) -> Partition:
+        return self.wanted.partition
+
+
+class Carrier:
+    """Carries out what is planned for the tunnels of a node; ``failures`` are what could not be done, by operation."""
+
+    def __init__(self, config: Config, supervisor: Supervisor) -> None:
+        self._config, self._supervisor = config, supervisor
+        self.failures: list[tuple[str, Exception]] = []
+
+    def run(self, operations: Iterable[TunnelOperation]) -> None:
+        """Do all of it; what fails for one partition holds up no other."""
+        operations = tuple(operations)
+        coming = [one for one in operations if one.wanted.files]
+        self._take_down([one for one in operations if not one.wanted.files])
+        if not coming:
+            return
+        program = tunnels.stunnel_program()
+        if program is None:
+            for one in coming:
+                self._fail(one.id, _no_stunnel(one.wanted.partition))
+            return
+        running = {item.group: item.pid for item in self._supervisor.processes() if item.pid}
+        begun: list[_Change] = []
+        for one in coming:
+            self._try(one.id, partial(self._begin, one, running, begun))
+        with ExitStack() as stack:
+            self._put_into_force(self._tried_out(program, begun), stack)
+
+    def _try(self, name: str, step: Callable[[], object]) -> bool:
+        try:
+            step()
+        except (*FAMILY, OSError) as error:
+            self._fail(name, error)
+            return False
+        return True
+
+    def _fail(self, name: str, error: Exception) -> None:
+        self.failures.append((name, error))
+        logger.warning("%s: %s", name, sentence(error))
+
+    def _each(self, changes: Iterable[_Change], step: Callable[[_Change], object]) -> list[_Change]:
+        """Take a step with each; return those with which it could be taken."""
+        return [one for one in changes if self._try(one.id, partial(step, one))]
+
+    # --- taking down ------------------------------------------------------------------------------------------------------
+
+    def _take_down(self, operations: Sequence[TunnelOperation]) -> None:
+        ended = [one for one in operations if self._try(one.id, partial(self._end, one.wanted.partition))]
+        if not ended or not self._try("tunnels", self._supervisor.update):
+            return
+        for one in ended:
+            self._try(
+                one.id, partial(_forget, identities.directory_of(self._config, one.wanted.partition.id))
+            )
+
+    def _end(self, partition: Partition) -> None:
+        name = tunnels.group_name(partition.id)
+        self._supervisor.stop_group(name)
+        self._supervisor.remove_group(name)
+
+    # --- changing ---------------------------------------------------------------------------------------------------------
+
+    def _begin(self, operation: TunnelOperation, running: Mapping[str, int], begun: list[_Change]) -> None:
+        """Write what the new configuration names; nothing that runs reads any of it."""
+        wanted = operation.wanted
+        directory = identities.directory_of(self._config, wanted.partition.id)
+        group = tunnels.group_name(wanted.partition.id)
+        _write_files(directory, wanted)
+        begun.append(
+            _Change(
+                id=operation.id,
+                wanted=wanted,
+                directory=directory,
+                group=group,
+                pid=running.get(group, 0),
+                before=tunnel_memory.read(directory),
+                now=tunnel_memory.allowed_by(wanted.active),
+            )
+        )
+
+    def _tried_out(self, program: str, changes: Sequence[_Change]) -> list[_Change]:
+        """Those whose configuration is good, or which have nothing to lose: there the verdict of the start is as good."""
+        at_stake = [
+            tunnel_trial.Trial(one.partition, one.directory, one.wanted.rendered.services)
+            for one in changes
+            if one.pid
+        ]
+        failed = tunnel_trial.run(self._config, program, at_stake)
+        for one in changes:
+            if one.partition.id in failed:
+                self._fail(one.id, failed[one.partition.id])
+        return [one for one in changes if one.partition.id not in failed]
+
+    def _put_into_force(self, changes: Sequence[_Change], stack: ExitStack) -> None:
+        tails: dict[str, LogTail] = {}
+        for one in changes:
+            log = tunnels.log_file(self._config, one.partition)
+            self._try(one.id, partial(_follow, one, log, tails, stack))
+        ready = self._each((one for one in changes if one.id in tails), self._write_configuration)
+        started: frozenset[str] = frozenset()
+        if any(one.anew for one in ready):
+            try:
+                started = self._supervisor.update()
+            except PartitiondError as error:
+                for one in ready:
+                    self._fail(one.id, error)
+                return
+        told = self._each(ready, partial(self._tell, started=started))
+        self._each(self._loaded(told, tails), self._finish)
+
+    def _write_configuration(self, change: _Change) -> None:
+        tunnel_memory.write(change.directory, change.before.opened(change.now))
+        _write_configuration(change)
+        stunnel = tunnels.group(self._config, change.partition, tunnels.open_files(self._supervisor))
+        # one that began outside of its namespaces keeps its sessions, and reads its configuration where it is
+        late = privacy.is_late(self._supervisor, stunnel)
+        changed = not late and self._supervisor.write_group(stunnel)
+        # a change that was cut short, or that never began: supervisord may not know what the group's file says
+        change.anew = changed or change.before.configuration is None
+        change.reader = verdict.VerdictReader(change.wanted.rendered.services)
+
+    def _tell(self, change: _Change, *, started: frozenset[str]) -> None:
+        if change.group in started:
+            return
+        if change.pid:
+            self._supervisor.signal(change.group, "stunnel", "HUP")
+        else:
+            self._supervisor.start_group(change.group)
+
+    def _loaded(self, changes: Sequence[_Change], tails: Mapping[str, LogTail]) -> list[_Change]:
+        """Wait until each has said what became of it; return those that have their configuration in force."""
+        deadline, pause = time.monotonic() + _VERDICT_SECONDS, _FIRST_LOOK
+        waiting, loaded = list(changes), []
+        while waiting and time.monotonic() < deadline:
+            still = []
+            for one in waiting:
+                found: list[ReloadVerdict | None] = []
+                if not self._try(one.id, partial(_listen, one, tails[one.id], found)):
+                    continue
+                said = found[0]
+                if said is None or (not said.ok and self._left_out(one, said)):
+                    still.append(one)
+                elif said.ok:
+                    loaded.append(one)
+                else:
+                    self._fail(one.id, _not_taken(one.partition, said.reason))
+            waiting = still
+            if waiting:
+                time.sleep(pause)
+                pause = min(pause * _LOOKS_RARER, _LAST_LOOK)
+        for one in waiting:
+            silence = f"stunnel said nothing within {_VERDICT_SECONDS:.0f} s"
+            self._fail(one.id, _not_taken(one.partition, silence))
+        return loaded
+
+    def _left_out(self, change: _Change, said: ReloadVerdict) -> bool:
+        """Whether another attempt was begun, without the tunnels whose port somebody took in the last moment."""
+        names = frozenset(said.services) & frozenset(change.wanted.rendered.services)
+        fewer = change.wanted.without(names, said.reason, change.directory)
+        if not said.listeners_lost or not names or not fewer.files:
+            return False
+        logger.warning("%s: %s; the other tunnels go on without it", change.partition.id, said.reason)
+        change.wanted = fewer
+        change.reader = verdict.VerdictReader(fewer.rendered.services)
+        return self._try(change.id, partial(self._again, change))
+
+    def _again(self, change: _Change) -> None:
+        _write_configuration(change)
+        if any(item.group == change.group and item.pid for item in self._supervisor.processes()):
+            self._supervisor.signal(change.group, "stunnel", "HUP")
+        else:  # it ends when it cannot listen at its start, and supervisord takes its time
+            self._supervisor.stop_group(change.group)
+            self._supervisor.start_group(change.group)
+
+    def _finish(self, change: _Change) -> None:
+        tunnel_memory.write(change.directory, Loaded(change.wanted.fingerprint, change.now))
+        _tidy(change.directory, tunnels.needed(change.wanted))
+
+
+def _write_files(directory: Path, wanted: PartitionTunnels) -> None:
+    """Write what the configuration names, and the configuration of the trial."""
+    partition = wanted.partition
+    group = (0, partition.gid)
+    with files.directory(directory) as descriptor:
+        for name, text in wanted.files.items():
+            if name != render.CONFIG_FILE:
+                files.write(name, text.encode(), dir_fd=descriptor, mode=0o640, owner=group)
+        if wanted.master:
+            names, user = wanted.master.files, (partition.uid, partition.gid)
+            files.write(names.key, wanted.master.key, dir_fd=descriptor, mode=0o400, owner=user)
+            files.write(
+                names.certificate, wanted.master.certificate, dir_fd=descriptor, mode=0o640, owner=group
+            )
+        trial = wanted.rendered.trial.encode()
+        files.write(render.TRIAL_FILE, trial, dir_fd=descriptor, mode=0o640, owner=group)
+
+
+def _write_configuration(change: _Change) -> None:
+    with files.directory(change.directory) as descriptor:
+        text = change.wanted.rendered.text.encode()
+        owner = (0, change.partition.gid)
+        files.write(render.CONFIG_FILE, text, dir_fd=descriptor, mode=0o640, owner=owner)
+
+
+def _tidy(directory: Path, needed: Container[str]) -> None:
+    """Remove what nothing names any more."""
+    for pattern in ("pins-*.pem", "master-*", render.TRIAL_FILE):
+        for path in directory.glob(pattern):
+            if path.name not in needed:
+                path.unlink(missing_ok=True)
+
+
+def _forget(directory: Path) -> None:
+    _tidy(directory, ())
+    # the configuration last: while it is there, the plan sees that something is left
+    for name in (tunnel_memory.FILE, render.CONFIG_FILE):
+        (directory / name).unlink(missing_ok=True)
+
+
+def _follow(change: _Change, log: Path, tails: dict[str, LogTail], stack: ExitStack) -> None:
+    tails[change.id] = stack.enter_context(verdict.LogTail(log))
+
+
+def _listen(change: _Change, tail: LogTail, found: list[ReloadVerdict | None]) -> None:
+    found.append(change.reader.feed(tail.read()))
+
+
+def _no_stunnel(partition: Partition) -> PartitiondError:
+    return PartitiondError(
+        "tunnel.no_stunnel", "stunnel is not installed", resource=partition.id, hint="apt install stunnel4"
+    )
+
+
+def _not_taken(partition: Partition, said: str) -> PartitiondError:
+    return PartitiondError(
+        "tunnel.reload",
+        f"stunnel did not take its configuration: {said}",
+        resource=partition.id,
+        hint=f"read {tunnels.LOG}.log of the partition below log_dir",
+        retryable=True,
+    )
