@@ -16,9 +16,10 @@ from datetime import UTC, datetime
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from netplan import sock_diag
 from partitiond import converge, errands, identities, tunnel_declarations, tunnel_expiry
 from partitiond.errors import PartitiondError, sentence
-from stunnel_mgr import check, sessions
+from stunnel_mgr import check
 from stunnel_mgr.check import CheckResult, OwnSide
 from stunnel_mgr.errors import TunnelError
 from stunnel_mgr.tls_probe import Pair
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from partitiond.node import Partition
     from partitiond.tunnel_declarations import PartitionTunnels
     from stunnel_mgr.check import Outcome
-    from stunnel_mgr.model import Mode, Refused, Tunnel
+    from stunnel_mgr.model import Endpoint, Mode, Refused, Tunnel
     from stunnel_mgr.render import IdentityFiles
 
 FINE = ("ok", "idle")
@@ -79,7 +80,7 @@ class _Scene:
     partitions: Mapping[str, Partition]
     published: Mapping[str, PublicIdentity | None]
     wanted: Mapping[str, PartitionTunnels]
-    sockets: sessions.TunnelSockets
+    owners: Mapping[Endpoint, frozenset[int]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +115,7 @@ def run(context: Context, name: str | None = None) -> dict[str, Any]:
                 hint="partitiond tunnel list has them all",
             )
         subjects = chosen
-    listening = sessions.observe_sockets([one.tunnel.listen for one in subjects if one.tunnel])
+    listening = sock_diag.listeners([one.tunnel.listen for one in subjects if one.tunnel])
     scene = _Scene(seen.node.config, {item.id: item for item in everybody}, published, wanted, listening)
     return {"checks": _checked(scene, subjects)}
 
@@ -165,7 +166,7 @@ def _own_side(scene: _Scene, tunnel: Tunnel) -> OwnSide | None:
         identity=_pair(scene.config, owner, names),
         fingerprint=names.fingerprint,
         not_after=ends,
-        listeners=scene.sockets.owners.get(tunnel.listen, frozenset()),
+        listeners=scene.owners.get(tunnel.listen, frozenset()),
     )
 
 

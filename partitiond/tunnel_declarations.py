@@ -13,9 +13,10 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
+from netplan import sock_diag
 from partitiond import certificates, files, identities
 from partitiond.errors import PartitiondError
-from stunnel_mgr import conflicts, declaration, render, sessions
+from stunnel_mgr import conflicts, declaration, render
 from stunnel_mgr.errors import TunnelError
 from stunnel_mgr.model import Refused, Tunnel, TunnelContext
 from stunnel_mgr.render import IdentityFiles, RenderedConfig
@@ -29,7 +30,9 @@ if TYPE_CHECKING:
     from partitiond.config import Config
     from partitiond.identities import PublicIdentity
     from partitiond.node import Node, Partition
-    from stunnel_mgr.model import IdentitySource
+    from stunnel_mgr.model import Endpoint, IdentitySource
+
+    Owners = Mapping[Endpoint, frozenset[int]]
 
 _DECLARATION_LIMIT = 64 * 1024
 _PIN_LIMIT = 64 * 1024
@@ -163,16 +166,19 @@ def settle(
     everything: Sequence[PartitionTunnels],
     published: Mapping[str, PublicIdentity | None],
 ) -> tuple[PartitionTunnels, ...]:
-    """Decide which tunnels can run now, and render what each stunnel must be given. Raises TunnelError."""
-    sockets = sessions.observe_sockets([tunnel.listen for one in everything for tunnel in one.active])
+    """Decide which tunnels can run now, and render what each stunnel must be given.
+
+    Raises TunnelError, NetplanError.
+    """
+    owners = sock_diag.listeners([tunnel.listen for one in everything for tunnel in one.active])
     return tuple(
-        _settled(config, one, published.get(one.partition.id), sockets) if one.tunnels else one
+        _settled(config, one, published.get(one.partition.id), owners) if one.tunnels else one
         for one in everything
     )
 
 
 def _settled(
-    config: Config, one: PartitionTunnels, identity: PublicIdentity | None, sockets: sessions.TunnelSockets
+    config: Config, one: PartitionTunnels, identity: PublicIdentity | None, owners: Owners
 ) -> PartitionTunnels:
     directory = identities.directory_of(config, one.partition.id)
     found: dict[IdentitySource, IdentityFiles] = {}
@@ -180,11 +186,11 @@ def _settled(
         found["partition"] = identities.files_of(identity)
     if one.master:
         found["master"] = one.master.files
-    blocked = _blocked(one, directory, sockets)
+    blocked = _blocked(one, directory, owners)
     return replace(one, identities=found, blocked=blocked).settled(directory)
 
 
-def _blocked(one: PartitionTunnels, directory: Path, sockets: sessions.TunnelSockets) -> dict[str, str]:
+def _blocked(one: PartitionTunnels, directory: Path, owners: Owners) -> dict[str, str]:
     """Tunnels whose port somebody else has: one of these closes every listener of a stunnel that is given it.
 
     They are left out until the port is free, which the next plan sees. A port is our own stunnel's when the partition's user
@@ -196,11 +202,11 @@ def _blocked(one: PartitionTunnels, directory: Path, sockets: sessions.TunnelSoc
     loaded = configuration(directory) or ""
     found = {}
     for tunnel in one.active:
-        owners = sockets.owners.get(tunnel.listen, frozenset())
-        own = one.partition.uid in owners and render.listens(loaded, tunnel.listen)
+        users = owners.get(tunnel.listen, frozenset())
+        own = one.partition.uid in users and render.listens(loaded, tunnel.listen)
         if not own and not _port_is_free(tunnel):
-            users = ", ".join(f"uid {uid}" for uid in sorted(owners)) or "somebody"
-            found[tunnel.name] = f"port {tunnel.listen_port} is taken: {users} listens there"
+            who = ", ".join(f"uid {uid}" for uid in sorted(users)) or "somebody"
+            found[tunnel.name] = f"port {tunnel.listen_port} is taken: {who} listens there"
     return found
 
 

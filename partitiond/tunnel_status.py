@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
+from netplan import sock_diag
 from partitiond import converge, identities, tunnel_declarations, tunnel_expiry, tunnels
-from stunnel_mgr import sessions
 from stunnel_mgr.model import format_endpoint
 
 if TYPE_CHECKING:
@@ -42,22 +42,22 @@ def states(
     running: frozenset[str],
     now: datetime,
 ) -> Iterator[TunnelState]:
-    """Look at every valid tunnel; ``running`` are the groups of supervisord that run. Raises TunnelError."""
+    """Look at every valid tunnel; ``running`` are the groups of supervisord that run. Raises NetplanError."""
     everything = [tunnel.listen for one in declared.values() for tunnel in one.tunnels]
-    sockets = sessions.observe_sockets(everything)
+    owners, sessions = sock_diag.listeners(everything), sock_diag.count_sessions(everything)
     replaced = replaced_certificates(published)
     for item in partitions:
         wanted, identity = declared[item.id], published[item.id]
         expiries = tunnel_expiry.near(wanted, identity, replaced, now)
         for tunnel in wanted.tunnels:
-            listens = item.uid in sockets.owners.get(tunnel.listen, ())
+            listens = item.uid in owners.get(tunnel.listen, ())
             blocked = wanted.blocked.get(tunnel.name)
             up = not blocked and listens and tunnels.group_name(item.id) in running
             shown = wanted.identities.get(tunnel.identity)
             yield TunnelState(
                 tunnel,
                 None if up else blocked or tunnel.idle_reason or _SILENT,
-                sockets.sessions[tunnel.listen] if up else 0,
+                sessions[tunnel.listen] if up else 0,
                 shown.fingerprint if shown else None,
                 tunnel_expiry.ends(wanted, tunnel, identity),
                 tuple(one for one in expiries if one.tunnel == tunnel.name),

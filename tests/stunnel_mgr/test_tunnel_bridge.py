@@ -12,9 +12,9 @@ from cryptography import x509
 from cryptography.x509.oid import NameOID
 from tunnel_rendered import render
 
+from netplan.sock_diag import count_sessions, listeners
 from stunnel_mgr.declaration import parse_declaration
 from stunnel_mgr.render import CONFIG_FILE
-from stunnel_mgr.sessions import observe_sockets
 
 MEGABYTE = random.Random(1).randbytes(1 << 20)  # noqa: S311 (a pattern, not a secret)
 
@@ -92,14 +92,14 @@ def test_a_megabyte_passes_byte_for_byte(
     going = declare_client("db", f"[::1]:{serving.listen_port}", server_identity)
     assert server(serving).start().ok
     assert client(client_identity, going).start().ok
-    assert observe_sockets([serving.listen]).listening == {serving.listen}
+    assert listeners([serving.listen]).keys() == {serving.listen}
     received = bytearray()
     with connect(going) as plain:
         for at in range(0, len(MEGABYTE), 32768):
             plain.sendall(MEGABYTE[at : at + 32768])
             while len(received) < min(at + 32768, len(MEGABYTE)):
                 received += plain.recv(65536)
-        assert observe_sockets([serving.listen, going.listen]).sessions == {
+        assert count_sessions([serving.listen, going.listen]) == {
             serving.listen: 1,
             going.listen: 1,
         }
@@ -271,7 +271,7 @@ def test_an_address_that_is_not_there_yet(server, declare_server, client_identit
     """No packet is sent to these documentation addresses: stunnel only listens."""
     tunnel = replace(declare_server("db", 3306, client_identity), listen_host=IPv6Address("2001:db8::3"))
     assert server(tunnel).start().ok
-    assert observe_sockets([tunnel.listen]).listening == {tunnel.listen}
+    assert listeners([tunnel.listen]).keys() == {tunnel.listen}
 
 
 def test_names_and_directories_as_odd_as_allowed(

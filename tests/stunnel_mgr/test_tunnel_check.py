@@ -14,7 +14,8 @@ from ipaddress import IPv4Address, IPv6Address
 import pytest
 from tunnel_rendered import render
 
-from stunnel_mgr import dialled, sessions
+from netplan import sock_diag
+from stunnel_mgr import dialled
 from stunnel_mgr.check import OwnSide, check_client, check_server, check_way_in, with_way_in
 from stunnel_mgr.declaration import parse_declaration
 from stunnel_mgr.errors import TunnelError
@@ -44,7 +45,7 @@ def own(pair):
     """What a node knows of its side of a tunnel."""
 
     def look(tunnel, identity):
-        listeners = sessions.observe_sockets([tunnel.listen]).owners.get(tunnel.listen, frozenset())
+        listeners = sock_diag.listeners([tunnel.listen]).get(tunnel.listen, frozenset())
         return OwnSide(UID, pair(identity), identity.fingerprint, identity.not_after, listeners)
 
     return look
@@ -390,5 +391,5 @@ def test_connections_of_a_user_to_a_place(echo):
         assert len(dialled.connections(place, UID) - before) == 1
         assert not dialled.connections(place, UID + 1)
     with pytest.raises(TunnelError) as caught:
-        dialled.connections(place, UID, proc_net=sessions.PROC_NET / "nowhere")
+        dialled.connections(place, UID, proc_net=dialled.PROC_NET / "nowhere")
     assert caught.value.code == "tunnel.observe"
