@@ -7,13 +7,11 @@ one that was; those who call try some forty times a second.
 import contextlib
 import os
 import signal
-import socket
-import subprocess
 import time
 
 import pytest
 from tunnel_load import STEADY, Load, declare, stunnels
-from tunnel_node import ENVIRONMENT, Node, until
+from tunnel_node import Daemon, Node, until
 
 SESSIONS = 12
 ENTRIES = {entry for *_, entry in STEADY}
@@ -24,34 +22,6 @@ THROUGH = {
 }
 # longer than a process takes to be started anew, and than who calls needs to notice
 A_WHILE = 2.0
-
-
-class Daemon:
-    """``partitiond run``; without a master that answers, as tunnels need none."""
-
-    def __init__(self, node):
-        self._socket = node.configuration.parent / "run" / "control.sock"
-        self._log = (node.configuration.parent / "daemon.log").open("ab")
-        line = [word for word in node.line("run") if word != "--json"]
-        self.process = subprocess.Popen(
-            line, cwd="/", env=ENVIRONMENT, stdin=subprocess.DEVNULL, stdout=self._log, stderr=self._log
-        )
-        until(self._answers, "the daemon to be up")
-
-    def _answers(self):
-        assert self.process.poll() is None, "the daemon ended"
-        with socket.socket(socket.AF_UNIX) as channel:
-            return channel.connect_ex(str(self._socket)) == 0
-
-    def kill(self):
-        self.process.kill()
-        self.process.wait()
-        self._log.close()
-
-    def close(self):
-        self.process.send_signal(signal.SIGTERM)
-        self.process.wait(60)
-        self._log.close()
 
 
 class Watched:
