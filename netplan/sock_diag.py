@@ -13,7 +13,7 @@ Layouts: include/uapi/linux/inet_diag.h, sock_diag.h; sock_diag(7).
 
 import errno
 import struct
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from ipaddress import IPv4Address, IPv6Address
@@ -44,10 +44,11 @@ _ANY_SOCKET = bytes(_SOCKET.size)
 # family, (state,) timer, (retransmissions); the socket; (expires, queues,) uid, inode
 _ANSWER = struct.Struct("=BxBx2s2s16s16sI2I12xII")
 
-# struct inet_diag_bc_op, and the struct inet_diag_hostcond that follows it: family, prefix length, port
+# struct inet_diag_bc_op: code, how far to go when it holds, and when not (or, behind a comparison, the port);
+# struct inet_diag_hostcond: family, prefix length, port
 _STEP = struct.Struct("=BBH")
 _CONDITION = struct.Struct("=BBxxi")
-_JUMP, _SOURCE_IS = 1, 7
+_JUMP, _PORT_AT_MOST, _SOURCE_IS = 1, 3, 7
 # an attribute has 64 KiB at most; what does not fit is asked for by another request
 _MOST_CONDITIONS = 1000
 
@@ -217,20 +218,46 @@ def _place(family: int, host: IPAddress) -> bytes:
     return host.packed + bytes(12) if family == AF_INET else _MAPPED + host.packed
 
 
-def _filter(wanted: Sequence[Endpoint]) -> bytes:
+def _filter(wanted: Iterable[Endpoint]) -> bytes:
     """Write a program that takes the sockets whose own address and port is one of these (inet_diag_bc_run).
 
-    Each step but the last is: when it is this one, jump to the end, which takes the socket; else pass over the jump.
-    To leave by jumping behind the end is to refuse it.  A condition of IPv4 holds for mapped addresses, too.
+    The port is searched for by halves, so that the many sockets of other ports cost the kernel little.
     """
-    program = b""
-    for host, port in reversed(wanted):
+    ports: dict[int, list[IPAddress]] = {}
+    for host, port in wanted:
+        ports.setdefault(port, []).append(host)
+    return _search(sorted(ports.items()), 0)
+
+
+def _search(ports: Sequence[tuple[int, list[IPAddress]]], behind: int) -> bytes:
+    """Write the part for some ports in their order; ``behind`` are so many bytes of the program."""
+    if len(ports) == 1:
+        return _compare(*ports[0], behind)
+    middle = len(ports) // 2
+    above = _search(ports[middle:], behind)
+    below = _search(ports[:middle], behind + len(above))
+    size = 2 * _STEP.size
+    return (
+        _STEP.pack(_PORT_AT_MOST, size, size + len(below))
+        + _STEP.pack(0, 0, ports[middle - 1][0])
+        + below
+        + above
+    )
+
+
+def _compare(port: int, hosts: Sequence[IPAddress], behind: int) -> bytes:
+    """Write the part for one port: jump to the end, which takes the socket, or behind the end, which refuses it.
+
+    A condition of IPv4 holds for mapped addresses, too.
+    """
+    part = _STEP.pack(_JUMP, _STEP.size, behind + 2 * _STEP.size)  # none of them
+    for host in reversed(hosts):
         family, size = (AF_INET, 32) if host.version == 4 else (AF_INET6, 128)
         condition = _CONDITION.pack(family, size, port) + host.packed
         length = _STEP.size + len(condition)
-        jump = _STEP.pack(_JUMP, _STEP.size, _STEP.size + len(program)) if program else b""
-        program = _STEP.pack(_SOURCE_IS, length, length + _STEP.size) + condition + jump + program
-    return program
+        take = _STEP.pack(_JUMP, _STEP.size, _STEP.size + len(part) + behind)
+        part = _STEP.pack(_SOURCE_IS, length, length + len(take)) + condition + take + part
+    return part
 
 
 @lru_cache(maxsize=4096)  # a peer has many sessions

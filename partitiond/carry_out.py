@@ -86,7 +86,7 @@ def run(context: Context, seen: Observation, planned: Plan) -> tuple[list[tuple[
         attempt(failures, "supervisord", supervisord.wait)  # also where something of ours broke off
     bridges = [one for one in todo.tunnels if one.action == "remove" or one.partition not in homeless]
     if bridges:
-        carrier = tunnel_process.Carrier(config, context.supervisor)
+        carrier = tunnel_process.Carrier(context)
         attempt(failures, "tunnels", partial(carrier.run, bridges))
         failures += carrier.failures
     if todo.leavers:

@@ -7,12 +7,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from partitiond.events import EventLog
+from partitiond.events import SESSIONS, EventLog
 from partitiond.master import MasterContact
 from partitiond.metering import Metering, ledger_path
 from partitiond.slapformat import Copies
 from partitiond.state import Store
 from partitiond.supervision import Supervisor
+from partitiond.tunnel_sessions import SessionBook
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -45,12 +46,15 @@ class Settings:
     config: Config
     supervisor: Supervisor
     events: EventLog
+    session_events: EventLog
     formatted: Copies
 
     @classmethod
     def of(cls, config: Config) -> Settings:
         """Make the settings of a configuration."""
-        return cls(config, Supervisor(config), EventLog(config.log_dir), Copies(config))
+        log_dir = config.log_dir
+        sessions = EventLog(log_dir, name=SESSIONS)
+        return cls(config, Supervisor(config), EventLog(log_dir), sessions, Copies(config))
 
 
 @dataclass(slots=True)
@@ -67,6 +71,7 @@ class Context:
     store: Store
     meters: Metering
     master: MasterContact
+    sessions: SessionBook = field(default_factory=SessionBook)
     node: Node | None = None
     choice: Choice | None = None
     looked: Looked | None = None
@@ -123,6 +128,11 @@ class Context:
     def supervisor(self) -> Supervisor:
         """The node's supervisord."""
         return self._settings.supervisor
+
+    @property
+    def session_events(self) -> EventLog:
+        """The log of what peers do at tunnels."""
+        return self._settings.session_events
 
     @property
     def events(self) -> EventLog:

@@ -40,6 +40,7 @@ from partitiond.daemon_trials import Trials
 from partitiond.errors import FAMILY, PartitiondError, sentence
 from partitiond.heal import Healer
 from partitiond.reflexes import Reflexes
+from partitiond.tunnel_lane import SECONDS, TunnelLane
 from partitiond.watch import Watch
 from slap_client.backoff import Backoff
 
@@ -151,6 +152,7 @@ class Daemon:
             "software": self._lane("software", lanes.software, capacity),
             "instances": self._lane("instances", lanes.instance, capacity),
             "report": self._lane("report", self._report),
+            "tunnels": self._lane("tunnels", TunnelLane().run),
         }
         context.wake_report = self._lanes["report"].wake
         context.wake_instances = self._lanes["instances"].wake
@@ -176,6 +178,8 @@ class Daemon:
 
     def _interval(self, lane: str) -> float:
         intervals = self.context.config.intervals
+        if lane == "tunnels":
+            return SECONDS
         return float(getattr(intervals, "meter" if lane == "usage" else lane, _SWEEP_SECONDS))
 
     def run(self) -> int:

@@ -1,9 +1,13 @@
-"""Reading the log of events: what is there, the last of it, and what comes, over rotations and torn lines."""
+"""Reading the log of events: what is there, the last of it, and what comes, over rotations and torn lines.
+
+What is in two files is given as one, by time.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import datetime
+import heapq
 import json
 import os
 import time
@@ -18,6 +22,7 @@ if TYPE_CHECKING:
 
 _PAUSE = 0.2
 _PIECE = 1 << 16
+_NAMES = (events.FILE, events.SESSIONS)
 
 
 def _parsed(line: bytes) -> dict[str, Any] | None:
@@ -55,10 +60,21 @@ def _of(path: Path) -> Iterator[dict[str, Any]]:
         return
 
 
+def _when(event: dict[str, Any]) -> str:
+    """What to order by: times are all in UTC and of one form."""
+    time_text: str = event["time"]
+    return time_text
+
+
 def last(log_dir: Path, count: int, partition: str | None = None) -> list[dict[str, Any]]:
     """The last so many events, the newest at the end."""
+    both = (_last(log_dir, name, count, partition) for name in _NAMES)
+    return list(heapq.merge(*both, key=_when))[-count:]
+
+
+def _last(log_dir: Path, name: str, count: int, partition: str | None) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
-    for path in reversed(events.files(log_dir)):
+    for path in reversed(events.files(log_dir, name)):
         if len(found) >= count:
             break
         room = count - len(found)
@@ -67,17 +83,37 @@ def last(log_dir: Path, count: int, partition: str | None = None) -> list[dict[s
 
 
 class Follower:
-    """Yields what is recorded, from the beginning on; the log need not exist yet.  Close it."""
+    """Yields what is recorded, from the beginning on; the logs need not exist yet.  Close it."""
 
     def __init__(self, log_dir: Path) -> None:
-        self._log_dir, self._path = log_dir, log_dir / events.FILE
+        self._files = [_FileFollower(log_dir, name) for name in _NAMES]
+
+    def past(self) -> Iterator[dict[str, Any]]:
+        """Yield all that is recorded until now, the oldest first; to be called once, before :meth:`new`."""
+        yield from heapq.merge(*(one.past() for one in self._files), key=_when)
+
+    def new(self) -> Iterator[dict[str, Any]]:
+        """Yield what came since the last call; never waits."""
+        yield from heapq.merge(*(list(one.new()) for one in self._files), key=_when)
+
+    def close(self) -> None:
+        """Close the files."""
+        for one in self._files:
+            one.close()
+
+
+class _FileFollower:
+    """The same for the files of one name."""
+
+    def __init__(self, log_dir: Path, name: str) -> None:
+        self._log_dir, self._name, self._path = log_dir, name, log_dir / name
         self._descriptor = -1
         self._rest = b""
         self._open()
 
     def past(self) -> Iterator[dict[str, Any]]:
         """Yield all that is recorded until now, the oldest first; to be called once, before :meth:`new`."""
-        for path in events.files(self._log_dir)[:-1]:
+        for path in events.files(self._log_dir, self._name)[:-1]:
             if not self._is_at(path):  # rotated since we opened it: then it is read as the last one
                 yield from _of(path)
         yield from self.new()
@@ -90,7 +126,7 @@ class Follower:
 
     def _open(self) -> None:
         """Open the file that follows the one read so far; at first the current one, later none but the next."""
-        paths = events.files(self._log_dir)
+        paths = events.files(self._log_dir, self._name)
         place = next((number for number, path in enumerate(paths) if self._is_at(path)), None)
         if self._descriptor < 0:
             following = paths[-1:]

@@ -1,5 +1,8 @@
 """The log of what happened to the node: JSON lines in ``log_dir/events.jsonl``, written by whichever partitiond is at work.
 
+What peers and strangers do at tunnels goes into ``sessions.jsonl``, of the same form and bounds: however often they knock, they
+push nothing of the node's own out of its log. Readers are given both as one.
+
 Promises: one line is one write, so that two programs cannot mix theirs and a crash leaves at most a torn last line, which
 readers skip; the log is bounded (rotated by size, three old files); a log that cannot be written, on a full disk say, holds up
 nothing and is complained of once.
@@ -23,6 +26,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 FILE = "events.jsonl"
+SESSIONS = "sessions.jsonl"
 OLD_FILES = 3
 LIMIT = 10 << 20
 
@@ -32,7 +36,7 @@ NAMES = frozenset(
         " drift.fight drift.found drift.repaired instance.destroyed instance.destroying instance.failed instance.started"
         " instance.stopped node.removed node.started node.stopped software.available software.failed software.removed"
         " storage.refused trial.begun trial.confirmed trial.rolled_back"
-        " tunnel.refused"
+        " tunnel.cut tunnel.expiring tunnel.failed tunnel.refused tunnel.rejected tunnel.session"
     ).split()
 )
 """Every event that there is; names are stable, more may come."""
@@ -46,16 +50,16 @@ def now() -> str:
     return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
-def files(log_dir: Path) -> list[Path]:
-    """The files of the log, the oldest first; not all of them need be there."""
-    return [*(log_dir / f"{FILE}.{number}" for number in range(OLD_FILES, 0, -1)), log_dir / FILE]
+def files(log_dir: Path, name: str = FILE) -> list[Path]:
+    """The files of a log, the oldest first; not all of them need be there."""
+    return [*(log_dir / f"{name}.{number}" for number in range(OLD_FILES, 0, -1)), log_dir / name]
 
 
 class EventLog:
-    """Writes to the log of a ``log_dir``, from whatever thread; ``limit`` is the size in bytes at which it is rotated."""
+    """Writes to a log of a ``log_dir``, from whatever thread; ``limit`` is the size in bytes at which it is rotated."""
 
-    def __init__(self, log_dir: Path, limit: int = LIMIT) -> None:
-        self._log_dir, self._limit = log_dir, limit
+    def __init__(self, log_dir: Path, limit: int = LIMIT, *, name: str = FILE) -> None:
+        self._log_dir, self._limit, self._name = log_dir, limit, name
         self._turn = threading.Lock()
         self._failed = False
 
@@ -84,13 +88,13 @@ class EventLog:
                 self._append(line)
         except OSError as error:
             if not self._failed:
-                logger.warning("%s: events are not recorded: %s", self._log_dir / FILE, error.strerror)
+                logger.warning("%s: events are not recorded: %s", self._log_dir / self._name, error.strerror)
             self._failed = True
         else:
             self._failed = False
 
     def _append(self, line: bytes) -> None:
-        path = self._log_dir / FILE
+        path = self._log_dir / self._name
         descriptor = os.open(path, _MODE, 0o600)
         try:
             size = os.fstat(descriptor).st_size
@@ -111,7 +115,7 @@ class EventLog:
             return
         if not os.path.samestat(os.fstat(descriptor), os.lstat(path)):
             return
-        names = files(self._log_dir)
+        names = files(self._log_dir, self._name)
         for older, newer in itertools.pairwise(names):
             if newer.exists():
                 newer.rename(older)

@@ -363,6 +363,7 @@ def _clean(context: Context, node: Node, partition: Partition) -> None:
             learned.forget(partition.network.tap.name)
     certificates.remove(context, partition)
     identities.remove(context.config, partition)
+    context.sessions.forget(partition.id)
     _remove_directory(partition)
     storage.empty(context.config, partition.id)
     logs = context.config.log_dir / partition.id

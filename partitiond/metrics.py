@@ -6,10 +6,11 @@ import threading
 import time
 from collections import Counter
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from netplan import counters
-from partitiond import metering
+from partitiond import metering, tunnel_status
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -125,6 +126,7 @@ class _Collector:
             }
             partitions.add_metric([item.id], owned)
         yield partitions
+        yield from _tunnels(self._context)
         denied = CounterMetricFamily(
             "partitiond_partition_denied_packets",
             "What was refused to a partition's processes and guest, by the rule that did.",
@@ -137,6 +139,33 @@ class _Collector:
         for (partition, rule), count in sorted(refused.items()):
             denied.add_metric([partition, rule], count)
         yield denied
+
+
+def _tunnels(context: Context) -> Iterator[Metric]:
+    """The tunnels that the last look at the node found declared, as they are now."""
+    from prometheus_client.metrics_core import GaugeMetricFamily  # noqa: PLC0415 - as above
+
+    labels = ["partition", "tunnel", "mode"]
+    up = GaugeMetricFamily("partitiond_tunnel_up", "Whether stunnel listens there.", labels=labels)
+    sessions = GaugeMetricFamily("partitiond_tunnel_sessions", "Sessions at this moment.", labels=labels)
+    ends = GaugeMetricFamily(
+        "partitiond_tunnel_certificate_not_after_timestamp_seconds",
+        "When the certificate that the tunnel shows ends.",
+        labels=labels,
+        unit="seconds",
+    )
+    looked, node = context.looked, context.node
+    if looked and node:
+        running = frozenset(process.group for process in context.supervisor.processes() if process.pid)
+        known = [item for item in node.partitions if item.id in looked.plan.declared]
+        plan, now = looked.plan, datetime.now(UTC)
+        for one in tunnel_status.states(known, plan.declared, plan.published, running, now):
+            which = [one.tunnel.partition, one.tunnel.short_name, one.tunnel.mode]
+            up.add_metric(which, 0.0 if one.reason else 1.0)
+            sessions.add_metric(which, one.sessions)
+            if one.not_after:
+                ends.add_metric(which, one.not_after.timestamp())
+    yield from (up, sessions, ends)
 
 
 def render(context: Context, tally: Tally) -> tuple[str, bytes]:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from partitiond.config import Config
     from partitiond.operation import Action
-    from partitiond.tunnels import PartitionTunnels
+    from partitiond.tunnel_declarations import PartitionTunnels
     from stunnel_mgr.model import Tunnel
 
 logger = logging.getLogger(__name__)

@@ -17,7 +17,17 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
 
-from partitiond import files, identities, privacy, tunnel_memory, tunnel_trial, tunnels
+from netplan.errors import NetplanError
+from partitiond import (
+    files,
+    identities,
+    privacy,
+    tunnel_events,
+    tunnel_memory,
+    tunnel_sessions,
+    tunnel_trial,
+    tunnels,
+)
 from partitiond.errors import FAMILY, PartitiondError, sentence
 from partitiond.tunnel_memory import Loaded
 from stunnel_mgr import render, verdict
@@ -26,9 +36,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Container, Iterable, Mapping, Sequence
     from pathlib import Path
 
-    from partitiond.config import Config
+    from partitiond.context import Context
     from partitiond.node import Partition
-    from partitiond.supervision import Supervisor
     from partitiond.tunnel_declarations import PartitionTunnels
     from partitiond.tunnel_memory import Allowed
     from partitiond.tunnels import TunnelOperation
@@ -62,8 +71,9 @@ class _Change:
 class Carrier:
     """Carries out what is planned for the tunnels of a node; ``failures`` are what could not be done, by operation."""
 
-    def __init__(self, config: Config, supervisor: Supervisor) -> None:
-        self._config, self._supervisor = config, supervisor
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self._config, self._supervisor = context.config, context.supervisor
         self.failures: list[tuple[str, Exception]] = []
 
     def run(self, operations: Iterable[TunnelOperation]) -> None:
@@ -232,8 +242,28 @@ class Carrier:
             self._supervisor.start_group(change.group)
 
     def _finish(self, change: _Change) -> None:
+        self._cut(change)
         tunnel_memory.write(change.directory, Loaded(change.wanted.fingerprint, change.now))
         _tidy(change.directory, tunnels.needed(change.wanted))
+
+    def _cut(self, change: _Change) -> None:
+        """End the sessions of whoever is allowed no longer; where the kernel cannot, all of that stunnel's."""
+        if not change.pid:
+            return  # what ran before has ended with its sessions
+        context, partition = self._context, change.partition
+        try:
+            ended, told = tunnel_sessions.cut(
+                context.sessions, self._config, partition, change.before.services, change.now
+            )
+        except NetplanError as error:
+            if error.code != "sockets.destroy_unsupported":
+                raise
+            logger.warning("%s: %s; its stunnel is started anew", change.id, sentence(error))
+            self._supervisor.stop_group(change.group)
+            self._supervisor.start_group(change.group)
+            return
+        tunnel_events.tell_cut(context.events, partition, ended)
+        tunnel_events.tell(context.session_events, partition, told)
 
 
 def _write_files(directory: Path, wanted: PartitionTunnels) -> None:

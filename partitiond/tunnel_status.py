@@ -11,7 +11,7 @@ from stunnel_mgr import sessions
 from stunnel_mgr.model import format_endpoint
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
     from partitiond.context import Context
     from partitiond.identities import PublicIdentity
@@ -36,7 +36,7 @@ class TunnelState:
 
 
 def states(
-    partitions: tuple[Partition, ...],
+    partitions: Iterable[Partition],
     declared: Mapping[str, PartitionTunnels],
     published: Mapping[str, PublicIdentity | None],
     running: frozenset[str],

@@ -239,6 +239,8 @@ def _closed(session: _Session, how: str, to_tls: int, to_socket: int, at: dateti
     who = session.service, session.remote, session.subject
     if session.not_taken and not to_socket:
         return FailedSession(*who, at, "refused")
+    if session.reason == "other" and session.connected:  # a client: a server connects after its handshake
+        return FailedSession(*who, at, "unreachable")
     if session.reason is not None:
         return RefusedPeer(*who, at, session.reason)
     if session.established or to_tls or to_socket:

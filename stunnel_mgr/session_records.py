@@ -21,8 +21,8 @@ all; it did not finish its handshake in time; stunnel has as many clients as it 
 it hung up, or spoke nonsense.
 """
 FailedReason = Literal["backend", "unreachable", "refused"]
-"""Why nothing came of a session: the service behind a server's tunnel, or the other end of a client's, cannot
-be reached, or the other side does not take our certificate.
+"""Why nothing came of a session: the service behind a server's tunnel cannot be reached (``backend``); the other
+end of a client's cannot, or hangs up, or talks nonsense; the other side does not take our certificate.
 """
 
 

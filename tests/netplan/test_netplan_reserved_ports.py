@@ -207,6 +207,30 @@ def test_more_than_the_kernel_takes_at_once():
         assert read() == some
 
 
+def test_killed_within_a_long_write_others_keep_theirs():
+    class Dying:
+        """The setting; the process is gone after its first write."""
+
+        def open(self, *words, **options):
+            self.file = SETTING.open(*words, **options)
+            return self
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            self.file.close()
+
+        def write(self, piece):
+            assert self.file.write(piece) == len(piece)
+            raise KeyboardInterrupt
+
+    others, ours = frozenset(range(40000, 40400, 2)), frozenset(range(10001, 20000, 2))
+    with pytest.raises(KeyboardInterrupt):
+        reserved_ports._replace(Dying(), others, ours)
+    assert read() == others
+
+
 def test_without_the_setting(tmp_path):
     missing, kept = tmp_path / "missing", Kept(Record(here(), FEW, settled=True))
     assert observe(None, missing) is None

@@ -1,6 +1,7 @@
 """TCP sockets by NETLINK_SOCK_DIAG: real ones on loopback, of IPv4, of IPv6, and of both at once."""
 
 import errno
+import functools
 import os
 import resource
 import socket
@@ -289,18 +290,51 @@ def test_a_session_over_a_link(listen):
             assert destroy(found) is True
 
 
-def test_the_filter_ends_where_it_shall():
-    """A jump that lands elsewhere is refused by the kernel as a whole (inet_diag_bc_audit), or takes all sockets."""
-    for count in (1, 2, 3):
-        wanted = [(ip_address("127.0.0.2"), 1 + number) for number in range(count)]
-        program = sock_diag._filter(wanted)
-        place = 0
-        for number in range(count):
-            code, taken, passed = struct.unpack_from("=BBH", program, place)
-            assert (code, passed) == (sock_diag._SOURCE_IS, taken + 4)
-            place += taken
-            if number < count - 1:
-                code, _, jump = struct.unpack_from("=BBH", program, place)
-                assert (code, place + jump) == (sock_diag._JUMP, len(program))
-                place += 4
-        assert place == len(program)
+@functools.cache
+def starts_of(program):
+    place, starts = 0, set()
+    while place < len(program):
+        starts.add(place)
+        place += program[place + 1]
+    assert place == len(program)
+    return starts
+
+
+def run(program, host, port):
+    """What the kernel does with a filter (inet_diag_bc_run, and the checks of inet_diag_bc_audit)."""
+    place, steps, starts = 0, 0, starts_of(program)
+    while place < len(program):
+        assert place in starts
+        steps += 1
+        code, length, other = struct.unpack_from("=BBH", program, place)
+        if code == sock_diag._JUMP:
+            holds = False
+        elif code == sock_diag._PORT_AT_MOST:
+            holds = port <= struct.unpack_from("=H", program, place + 6)[0]
+        else:
+            holds = (port, host.packed) == (
+                struct.unpack_from("=i", program, place + 8)[0],
+                program[place + 12 : place + length],
+            )
+        place += length if holds else other
+    assert place in (len(program), len(program) + 4)
+    return place == len(program), steps
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7, 300, 1000])
+def test_the_filter_takes_just_these(count):
+    hosts = [ip_address(host) for host in ("10.0.0.1", "2001:db8::1", "2001:db8::2")]
+    wanted = {(hosts[number % 2], 1000 + number * 7 // 3) for number in range(count)}
+    program = sock_diag._filter(wanted)
+    assert len(program) < 1 << 16
+    for host in hosts:
+        for port in (0, *range(990, 1010 + count * 7 // 3), 65535):
+            taken, steps = run(program, host, port)
+            assert taken is ((host, port) in wanted)
+            assert steps < 20
+    # all at one port, as a service that many partitions offer
+    many = [(ip_address(f"2001:db8::{number:x}"), 3306) for number in range(1000)]
+    program = sock_diag._filter(many)
+    assert len(program) < 1 << 16
+    assert all(run(program, *one)[0] for one in many)
+    assert not run(program, ip_address("2001:db8::ffff"), 3306)[0]

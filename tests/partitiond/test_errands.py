@@ -98,11 +98,12 @@ def test_what_a_job_raises_is_told_and_harms_no_other():
     assert "not JSON serializable" in untold.fault
 
 
-def test_who_is_late_is_ended_and_what_was_said_counts(monkeypatch):
+@pytest.mark.parametrize("late", [lambda: time.sleep(1000), lambda: os.kill(os.getpid(), signal.SIGSTOP)])
+def test_who_is_late_is_ended_and_what_was_said_counts(monkeypatch, late):
     monkeypatch.setattr(errands, "_SPARE_SECONDS", 0.0)
     slow, fast = errands.run(
         [
-            Errand(UID, GID, [lambda: "said", lambda: time.sleep(1000)], 0.5),
+            Errand(UID, GID, [lambda: "said", lambda: [time.sleep(0.2), late()]], 0.5),
             Errand(UID, GID, [lambda: "done"], 20.0),
         ]
     )
@@ -169,3 +170,12 @@ def test_who_goes_on_after_it_hung_up_is_ended():
 
     # not waited for: the test would not come to its end
     assert only(job, seconds=1000.0)[0].fault
+
+
+def test_children_that_nobody_may_wait_for():
+    """As under a caller that ignores SIGCHLD: the kernel forgets them at once."""
+    before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    try:
+        assert only(lambda: "done") == [Answer("done")]
+    finally:
+        signal.signal(signal.SIGCHLD, before)

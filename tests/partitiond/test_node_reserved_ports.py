@@ -16,7 +16,7 @@ from partitiond import converge, port_reservation, status, teardown, verbs
 from partitiond.context import Context
 from partitiond.port_reservation import Observed, deal, open_cases
 from partitiond.state import InstanceState
-from partitiond.tunnels import PartitionTunnels
+from partitiond.tunnel_declarations import PartitionTunnels
 from stunnel_mgr.model import Tunnel
 
 SPAN = SETTING.with_name("ip_local_port_range")

@@ -196,7 +196,7 @@ def test_what_the_other_side_may_be(scene):
     scene.client(1, "nobody", 6002, f"[{scene.ipv6(0)}]:4999", scene.certificate(0))
     scene.client(1, "plain", 6003, f"[{scene.ipv6(2)}]:7000", scene.certificate(2))
     scene.client(2, "stranger", 6000, f"[{scene.ipv6(0)}]:4000", scene.certificate(0))
-    # root gets there, from wherever it likes; the partition's user does not: private IPv4 is its owner's
+    # root gets there, the partition's user does not: private IPv4 is its owner's
     socket.create_connection(("10.0.0.2", 5000), timeout=PATIENCE).close()
     scene.client(2, "private", 6001, "10.0.0.2:5000", scene.certificate(0))
     scene.declare(0, "idle", mode="server", listen=4001, connect=5000, allow="")
@@ -247,10 +247,10 @@ def test_what_may_be_down(scene):
     assert scene.outcomes() == {"slappart0/in": "listener_down", "slappart1/out": "unreachable"}
     scene.stop_stunnel(1)
     assert scene.outcomes()["slappart1/out"] == "listener_down"
-    # in its place something of the partition's own that is no tunnel
+    # in its place something of the partition's own that says nothing
     scene.end_service(0)
     scene.serve(0, scene.ipv6(0), 4000)
-    assert scene.outcomes()["slappart0/in"] in ("stunnel_fails", "foreign_listener")
+    assert scene.outcomes()["slappart0/in"] == "stunnel_fails"
 
 
 def test_pins_that_come_and_go(scene):
@@ -371,3 +371,31 @@ def _children(pid, uid):
                 if f"\nUid:\t{uid}\t" in Path("/proc", child, "status").read_text()
             ]
     return found
+
+
+def test_on_a_node_with_ipv4_alone(bridge, node_config, command):
+    subprocess.run(["/usr/sbin/ip", "address", "add", "192.0.2.2/24", "dev", bridge.name], check=True)
+    subprocess.run(
+        ["/usr/sbin/ip", "-6", "address", "flush", "dev", bridge.name, "scope", "global"], check=True
+    )
+    made = Scene(node_config(3, partitiond={"ipv4_partition_network": "10.64.0.0/16"}), command)
+    made.apply()
+    public = next(
+        one["addr"] for one in made.published(0)["address_list"] if one["addr"].startswith("10.64.")
+    )
+    made.server(0, "in", 4000, made.certificate(1))
+    made.client(1, "out", 6000, f"{public}:4000", made.certificate(0))
+    made.client(2, "stranger", 6000, f"{public}:4000", made.certificate(0))
+    made.apply()
+    assert made.outcomes() == {
+        "slappart0/in": "service_down",
+        "slappart1/out": "service_down",
+        "slappart2/stranger": "refused_by_pin",
+    }
+    made.serve(0, "10.0.0.2")
+    try:
+        found = made.check("slappart0", status=0) | made.check("slappart1", status=0)
+    finally:
+        made.end_service(0)
+    assert found["slappart0/in"]["message"] == "slappart1 is let through to the service"
+    assert found["slappart1/out"]["message"] == f"{public}:4000 lets us through"

@@ -16,7 +16,8 @@ UTF8, PRINTABLE, T61, IA5, BMP, UNIVERSAL, BITS = 0x0C, 0x13, 0x14, 0x16, 0x1E, 
 def der(tag, *parts):
     body = b"".join(parts)
     size = len(body)
-    length = bytes([size]) if size < 128 else bytes([0x82]) + size.to_bytes(2, "big")
+    digits = size.to_bytes((size.bit_length() + 7) // 8, "big")
+    length = bytes([size]) if size < 128 else bytes([0x80 + len(digits)]) + digits
     return bytes([tag]) + length + body
 
 

@@ -1,0 +1,158 @@
+"""What is told of tunnels: sessions that are over, peers that were refused, sessions that we cut, certificates that end.
+
+Of sessions and peers stunnel tells, a process of the tenant: informative, never billed. Promises: what strangers and busy
+tunnels do is bounded in what it says, and goes where it can push nothing else out.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from stunnel_mgr.model import format_endpoint
+from stunnel_mgr.session_digest import digest
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from datetime import datetime
+
+    from partitiond.events import EventLog
+    from partitiond.node import Partition
+    from partitiond.tunnel_expiry import Expiry
+    from stunnel_mgr.revocation import Cut
+    from stunnel_mgr.session_digest import ReasonSum, SessionSum
+    from stunnel_mgr.session_records import EndedSession, FailedSession, Record, RefusedPeer
+
+_NAMED = 20  # peers in one event
+
+_REASONS: Mapping[str | None, str] = {
+    "not_allowed": "its certificate is not allowed",
+    "no_certificate": "it showed no certificate",
+    "expired": "its certificate is outside of its dates",
+    "protocol": "it spoke an older TLS than 1.3",
+    "no_tls": "it spoke no TLS",
+    "timeout": "it did not finish its handshake in time",
+    "too_many": "stunnel had as many sessions as it takes",
+    "other": "its handshake failed",
+    "backend": "the service behind the tunnel could not be reached",
+    "unreachable": "the other end could not be reached",
+    "refused": "the other end did not take the partition's certificate",
+    None: "for several reasons",
+}
+
+
+def tell(events: EventLog, partition: Partition, records: Sequence[Record]) -> None:
+    """Record what stunnel's log told since the last time; when that is much, the rest of it summed up."""
+    if not records:
+        return
+    found = digest(records)
+    for one in found.ended:
+        _tell_session(events, partition, one)
+    for total in found.ended_sums:
+        _tell_sessions(events, partition, total)
+    for event, some, sums in (
+        ("tunnel.failed", found.failed, found.failed_sums),
+        ("tunnel.rejected", found.refused, found.refused_sums),
+    ):
+        for other in some:
+            _tell_peer(events, event, partition, other)
+        for more in sums:
+            _tell_peers(events, event, partition, more)
+
+
+def _name(partition: Partition, service: str) -> str:
+    return f"{partition.id}/{service or '*'}"
+
+
+def _tell_session(events: EventLog, partition: Partition, one: EndedSession) -> None:
+    name, peer = _name(partition, one.service), format_endpoint(one.remote)
+    size = (
+        "stunnel itself ended"
+        if one.bytes_to_socket is None
+        else f"{one.bytes_to_socket} bytes in, {one.bytes_to_tls} bytes out"
+    )
+    events.record(
+        "tunnel.session",
+        f"{name}: {peer} ({one.subject or 'no certificate'}): {size}, {one.seconds} s",
+        partition=partition.id,
+        resource=f"tunnel/{name}",
+        peer=peer,
+        certificate=one.subject,
+        bytes_in=one.bytes_to_socket,
+        bytes_out=one.bytes_to_tls,
+        seconds=one.seconds,
+        clean=one.clean,
+    )
+
+
+def _tell_sessions(events: EventLog, partition: Partition, total: SessionSum) -> None:
+    name = _name(partition, total.service)
+    events.record(
+        "tunnel.session",
+        f"{name}: {total.count} more sessions ({total.subject or 'several'}): {total.bytes_to_socket} bytes in,"
+        f" {total.bytes_to_tls} bytes out",
+        partition=partition.id,
+        resource=f"tunnel/{name}",
+        certificate=total.subject,
+        bytes_in=total.bytes_to_socket,
+        bytes_out=total.bytes_to_tls,
+        seconds=total.seconds,
+        count=total.count,
+    )
+
+
+def _tell_peer(events: EventLog, event: str, partition: Partition, one: FailedSession | RefusedPeer) -> None:
+    name = _name(partition, one.service)
+    peer = format_endpoint(one.remote) if one.remote else None
+    events.record(
+        event,
+        f"{name}: {peer or 'somebody'} ({one.subject or 'no certificate'}): {_REASONS[one.reason]}",
+        partition=partition.id,
+        resource=f"tunnel/{name}",
+        peer=peer,
+        certificate=one.subject,
+        reason=one.reason,
+    )
+
+
+def _tell_peers(events: EventLog, event: str, partition: Partition, more: ReasonSum) -> None:
+    name = _name(partition, more.service)
+    events.record(
+        event,
+        f"{name}: {more.count} times: {_REASONS[more.reason]}",
+        partition=partition.id,
+        resource=f"tunnel/{name}",
+        reason=more.reason,
+        count=more.count,
+    )
+
+
+def tell_cut(events: EventLog, partition: Partition, ended: Sequence[Cut]) -> None:
+    """Record whose sessions were ended, one event for each tunnel and reason."""
+    by_reason: dict[tuple[str, str], list[Cut]] = {}
+    for one in ended:
+        by_reason.setdefault((one.service, one.reason), []).append(one)
+    for (service, reason), some in by_reason.items():
+        name = _name(partition, service)
+        events.record(
+            "tunnel.cut",
+            f"{name}: {len(some)} session{'' if len(some) == 1 else 's'} ended: {reason}",
+            partition=partition.id,
+            resource=f"tunnel/{name}",
+            reason=reason,
+            count=len(some),
+            peers=[format_endpoint(one.remote) for one in some[:_NAMED]],
+        )
+
+
+def tell_expiry(events: EventLog, one: Expiry, now: datetime) -> None:
+    """Record a certificate that ends soon."""
+    events.record(
+        "tunnel.expiring",
+        f"{one.tunnel}: {one.sentence(now)}",
+        partition=one.partition,
+        resource=f"tunnel/{one.tunnel}",
+        certificate=one.fingerprint,
+        hint="get the peer's next certificate and allow it, too"
+        if one.whose == "allowed"
+        else "partitiond apply renews the node's own; the pair of an instance comes from the master",
+    )
