@@ -6,12 +6,14 @@ one that was; those who call try some forty times a second.
 
 import contextlib
 import os
+import random
 import signal
+import subprocess
 import time
 
 import pytest
-from tunnel_load import STEADY, Load, declare, stunnels
-from tunnel_node import Daemon, Node, until
+from tunnel_load import SERVICE, STEADY, Load, declare, stunnels
+from tunnel_node import ENVIRONMENT, Daemon, Node, until
 
 SESSIONS = 12
 ENTRIES = {entry for *_, entry in STEADY}
@@ -112,6 +114,42 @@ def test_the_daemons_death_breaks_nothing(watched):
         assert harmless(seen) == ENTRIES
         assert stunnels(watched.node) == before
         watched.same_listeners()
+    finally:
+        daemon.close()
+        watched.end()
+
+
+ROUNDS, SEED = 6, 5
+
+
+def test_a_daemon_that_dies_amid_a_change_breaks_nothing_and_the_next_one_finishes_it(watched):
+    node, dice = watched.node, random.Random(SEED)  # noqa: S311 - to be repeated
+    before, expected = stunnels(node), {}
+    watched.begin()
+    daemon = Daemon(node)
+    try:
+        for port in range(4100, 4100 + ROUNDS):
+            for partition in ("slappart0", "slappart2"):
+                node.serve(partition, f"c{port}", port, SERVICE, [node.pin("slappart1")])
+                expected[f"{partition}/c{port}"] = "up"
+            asked = subprocess.Popen(
+                node.line("apply"),
+                cwd="/",
+                env=ENVIRONMENT,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+            )
+            time.sleep(dice.uniform(0.1, 0.7))
+            daemon.kill()
+            asked.wait(60)
+            daemon = Daemon(node)
+            node.apply()
+            listed = node.tunnels()
+            assert {name: listed[name]["state"] for name in expected} == expected
+        seen = watched.again()
+        watched.tell(f"kill -9 of the daemon amid each of {ROUNDS} changes", seen)
+        assert not [one["broken"] for one in seen.values() if one["broken"]]
+        assert stunnels(node) == before
     finally:
         daemon.close()
         watched.end()
