@@ -63,7 +63,7 @@ def _useless(partition: Partition, reason: str) -> PartitiondError:
         "tunnel.trial",
         f"stunnel would not take the new configuration: {reason}; it goes on with the one that it has",
         resource=partition.id,
-        hint="correct what it names; partitiond tunnel list shows the declarations",
+        hint="correct what it names; of a damaged key remove certificate and key, and partitiond apply makes another pair",
         retryable=True,
     )
 

@@ -1,0 +1,409 @@
+"""Changes of tunnels under live sessions: who is cut, who goes on, what a bad configuration, a lost port or a crash costs."""
+
+import contextlib
+import json
+import os
+import pwd
+import socket
+import subprocess
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from test_node_tunnels import LISTENER, as_user, declare, ipv6, pin, resource, until
+
+from partitiond import event_reader, identities, tunnel_declarations, tunnel_process, tunnel_sessions, verbs
+from partitiond.context import Context
+from stunnel_mgr.identity import make_identity
+
+ECHO = """
+import socket, sys, threading
+def serve(connection):
+    with connection:
+        while piece := connection.recv(65536):
+            connection.sendall(piece)
+with socket.create_server((sys.argv[1], 5000)) as listener:
+    print("listening", flush=True)
+    while True:
+        threading.Thread(target=serve, args=(listener.accept()[0],), daemon=True).start()
+"""
+TALKER = """
+import socket, sys
+with socket.create_connection((sys.argv[1], int(sys.argv[2])), timeout=10) as connection:
+    for line in sys.stdin:
+        try:
+            connection.sendall(line.encode())
+            answer = connection.recv(1000)
+        except OSError as error:
+            answer = repr(error).encode()
+        print("same" if answer == line.encode() else f"other: {answer!r}", flush=True)
+"""
+
+
+class Talk:
+    """A live session of a partition's user through its client's tunnel."""
+
+    def __init__(self, user, address, port):
+        self.process = subprocess.Popen(
+            as_user(user, TALKER, address, port),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def lives(self):
+        """Whether a word comes back."""
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.write("word\n")
+            self.process.stdin.flush()
+        return self.process.stdout.readline() == "same\n"
+
+
+class Scene:
+    """A node: partition 0 serves, the others have clients of it."""
+
+    def __init__(self, node):
+        self.node = node
+        self.context = Context.of(node.load())
+        self.started = []
+        verbs.apply(self.context, [])
+
+    def anew(self):
+        """Go on as another process would."""
+        self.context = Context.of(self.node.load())
+
+    def apply(self):
+        outcome = verbs.apply(self.context, [])
+        return outcome["failures"], outcome["left"], [one["name"] for one in outcome["refused"]]
+
+    def server(self, name, port, *partitions, extra=""):
+        allow = "\n ".join(pin(self.node, f"slappart{one}", "cert", "") for one in partitions)
+        text = f"mode = server\nlisten = {port}\nconnect = 5000\nallow = {allow}\n{extra}"
+        return declare(self.node, "slappart0", name, text)
+
+    def client(self, partition, port=6000, to=4000, *, form="cert", extra=""):
+        peer = pin(self.node, "slappart0", form, f"slappart{partition}")
+        target = f"[{ipv6(self.node, 'slappart0')}]:{to}"
+        text = f"mode = client\nlisten = {port}\nconnect = {target}\npeer = {peer}\n{extra}"
+        return declare(self.node, f"slappart{partition}", f"out{port}", text)
+
+    def serve(self):
+        process = subprocess.Popen(as_user("slapuser0", ECHO, "10.0.0.2"), stdout=subprocess.PIPE, text=True)
+        self.started.append(process)
+        assert process.stdout.readline() == "listening\n"
+
+    def talk(self, partition, port=6000):
+        found = Talk(f"slapuser{partition}", f"10.0.0.{partition + 2}", port)
+        self.started.append(found.process)
+        assert found.lives()
+        return found
+
+    def directory(self, partition):
+        return identities.directory_of(self.context.config, f"slappart{partition}")
+
+    def events(self, name):
+        found = event_reader.last(self.context.config.log_dir, 1000)
+        return [one for one in found if one["event"] == name]
+
+    def listed(self):
+        from partitiond import tunnel_status
+
+        return {one["name"]: one for one in tunnel_status.listing(self.context)["tunnels"]}
+
+    def stunnels(self):
+        """Process ids of the stunnels."""
+        found = self.context.supervisor.processes()
+        return {one.group: one.pid for one in found if one.group.endswith("-tunnel")}
+
+    def end(self):
+        for process in self.started:
+            process.kill()
+            process.wait()
+            for stream in (process.stdin, process.stdout):
+                if stream is not None:
+                    with contextlib.suppress(BrokenPipeError):
+                        stream.close()
+
+
+@pytest.fixture
+def scene(bridge, node_config):
+    made = Scene(node_config(4))
+    made.serve()
+    yield made
+    made.end()
+
+
+def test_a_revoked_peer_is_cut_and_nobody_else(scene):
+    scene.server("db", 4000, 1, 2)
+    scene.server("other", 4001, 2)
+    scene.client(1)
+    scene.client(2)
+    scene.client(2, 6001, 4001)
+    assert scene.apply() == ([], [], [])
+    revoked, kept, elsewhere = scene.talk(1), scene.talk(2), scene.talk(2, 6001)
+    stunnels = scene.stunnels()
+    scene.server("db", 4000, 2)
+    scene.anew()  # what is known of sessions is on the disk
+    assert scene.apply() == ([], [], [])
+    assert [revoked.lives(), kept.lives(), elsewhere.lives()] == [False, True, True]
+    (cut,) = scene.events("tunnel.cut")
+    assert (cut["resource"], cut["count"]) == ("tunnel/slappart0/db", 1)
+    assert "was taken back" in cut["reason"]
+    # and once more: a tunnel that is gone leaves nobody connected
+    scene.server("db", 4000, 2).unlink()
+    assert scene.apply() == ([], [], [])
+    assert [kept.lives(), elsewhere.lives()] == [False, True]
+    assert scene.stunnels() == stunnels
+    assert scene.apply() == ([], [], [])
+
+
+def test_a_client_leaves_a_server_that_it_trusts_no_more(scene):
+    scene.server("db", 4000, 1)
+    scene.server("also", 4001, 1)
+    scene.client(1)
+    scene.client(1, 6001, 4001)
+    assert scene.apply() == ([], [], [])
+    left, kept = scene.talk(1), scene.talk(1, 6001)
+    stranger = make_identity("slappart0").certificate_der_base64
+    path = scene.client(1)
+    published = resource(scene.node, "slappart0")["certificate"]
+    path.write_text(path.read_text().replace(published, stranger))
+    assert scene.apply() == ([], [], [])
+    assert [left.lives(), kept.lives()] == [False, True]
+
+
+@pytest.mark.parametrize("where", ["before the signal", "before the cut"])
+def test_a_crash_loses_no_revocation(scene, monkeypatch, where):
+    scene.server("db", 4000, 1, 2)
+    scene.client(1)
+    scene.client(2)
+    assert scene.apply() == ([], [], [])
+    revoked, kept = scene.talk(1), scene.talk(2)
+    scene.server("db", 4000, 2)
+
+    class Killed(BaseException):
+        pass
+
+    def killed(*_, **__):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        if where == "before the cut":
+            patch.setattr(tunnel_sessions, "cut", killed)
+        else:
+            patch.setattr(tunnel_process.Carrier, "_tell", killed)
+        with pytest.raises(Killed):
+            scene.apply()
+    assert [revoked.lives(), kept.lives()] == [True, True]
+    scene.anew()
+    assert scene.apply() == ([], [], [])
+    assert [revoked.lives(), kept.lives()] == [False, True]
+
+
+def test_what_stunnel_would_not_take_touches_nothing(scene):
+    scene.server("db", 4000, 1)
+    scene.client(1)
+    assert scene.apply() == ([], [], [])
+    talk = scene.talk(1)
+    stunnels = scene.stunnels()
+    key = scene.directory(0) / identities.SLOTS[0][1]
+    good, before = key.read_bytes(), (scene.directory(0) / "stunnel.conf").read_text()
+    key.write_bytes(b"damaged\n")
+    scene.server("more", 4001, 1)
+    failures, left, refused = scene.apply()
+    assert [one["code"] for one in failures] == ["tunnel.trial"]
+    assert "PrivateKey" in failures[0]["message"]
+    assert ([one["id"] for one in left], refused) == (["tunnels/slappart0"], [])
+    assert (scene.directory(0) / "stunnel.conf").read_text() == before
+    assert talk.lives()
+    assert scene.talk(1).lives()
+    key.write_bytes(good)
+    assert scene.apply() == ([], [], [])
+    assert talk.lives()
+    assert scene.stunnels() == stunnels
+    assert scene.listed()["slappart0/more"]["state"] == "up"
+
+
+@pytest.mark.parametrize("runs", [True, False])
+def test_a_port_that_is_taken_in_the_last_moment_costs_that_tunnel_alone(scene, monkeypatch, runs):
+    scene.client(1)
+    if runs:
+        scene.server("db", 4000, 1)
+        assert scene.apply() == ([], [], [])
+        talk = scene.talk(1)
+    squatter = subprocess.Popen(as_user("slapuser3", LISTENER, 4777), stdout=subprocess.PIPE, text=True)
+    scene.started.append(squatter)
+    assert squatter.stdout.readline() == "listening\n"
+    scene.server("db", 4000, 1)
+    scene.server("taken", 4777, 1)
+    looked = tunnel_declarations._port_is_free
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            tunnel_declarations, "_port_is_free", lambda one: True if one.listen_port == 4777 else looked(one)
+        )
+        found = scene.context
+        original = tunnel_process.Carrier.run
+
+        def run(self, operations):
+            original(self, operations)
+            patch.setattr(tunnel_declarations, "_port_is_free", looked)
+
+        patch.setattr(tunnel_process.Carrier, "run", run)
+        failures, left, refused = scene.apply()
+    assert found is scene.context
+    assert (failures, left, refused) == ([], [], ["slappart0/taken"])
+    assert scene.talk(1).lives()
+    if runs:
+        assert talk.lives()
+    squatter.kill()
+    squatter.wait()
+    assert scene.apply() == ([], [], [])
+    assert scene.listed()["slappart0/taken"]["state"] == "up"
+
+
+def short_lived(scene, partition, *, ends_in, lasts=timedelta(days=30)):
+    """Let a partition have a certificate that ends soon, as after years."""
+    now = datetime.now(UTC)
+    identity = make_identity(f"slappart{partition}", now=now + ends_in - lasts, lifetime=lasts)
+    directory, user = scene.directory(partition), pwd.getpwnam(f"slapuser{partition}")
+    for name, content, mode, owner in zip(
+        identities.SLOTS[0], (identity.certificate_pem, identity.key_pem), (0o444, 0o400), (0, user.pw_uid),
+        strict=True,
+    ):  # fmt: skip
+        (directory / name).unlink()
+        (directory / name).write_bytes(content)
+        (directory / name).chmod(mode)
+        os.chown(directory / name, owner, user.pw_gid)
+    return identity
+
+
+def test_an_identity_is_renewed_with_overlap(scene, monkeypatch):
+    for partition in (0, 1):
+        short_lived(scene, partition, ends_in=timedelta(days=5))
+    assert scene.apply() == ([], [], [])
+    old = resource(scene.node, "slappart0")
+    assert old["certificate_next"]
+    assert old["certificate_next_fingerprint"] != old["certificate_fingerprint"]
+    allow = pin(scene.node, "slappart1", "sha256", "")
+    declare(scene.node, "slappart0", "db", f"mode = server\nlisten = 4000\nconnect = 5000\nallow = {allow}\n")
+    scene.client(1, form="sha256")
+    # who does as told and takes both, on whatever node
+    both = f"cert:{old['certificate']}\n cert:{old['certificate_next']}"
+    path = scene.client(2)
+    path.write_text(path.read_text().replace(f"cert:{old['certificate']}", both))
+    allow += f"\n {pin(scene.node, 'slappart2', 'cert', '')}"
+    declare(scene.node, "slappart0", "db", f"mode = server\nlisten = 4000\nconnect = 5000\nallow = {allow}\n")
+    assert scene.apply() == ([], [], [])
+    begun = [scene.talk(1), scene.talk(2)]
+    stunnels = scene.stunnels()
+    later = datetime.now(UTC) + timedelta(days=3)
+
+    class Later(datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return later.astimezone(tz)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(identities, "datetime", Later)
+        assert scene.apply() == ([], [], [])
+        new = resource(scene.node, "slappart0")
+        assert (new["certificate"], new["certificate_next"]) == (old["certificate_next"], "")
+        assert scene.listed()["slappart0/db"]["certificate"]["fingerprint"] == new["certificate_fingerprint"]
+        assert all(talk.lives() for talk in begun)
+        # new ones: by the old name of the partition, and by both certificates
+        assert scene.talk(1).lives()
+        assert scene.talk(2).lives()
+        assert all(talk.lives() for talk in begun)
+        assert scene.stunnels() == stunnels
+        assert scene.apply() == ([], [], [])
+    assert scene.events("tunnel.cut") == []
+
+
+@pytest.fixture
+def with_pairs(bridge, node_config, tmp_path):
+    node = node_config(3)
+    repository = tmp_path / "pairs"
+    repository.mkdir(mode=0o711)
+    node.write(slapos={"certificate_repository_path": repository})
+    made = Scene(node)
+    made.repository = repository
+    made.serve()
+    yield made
+    made.end()
+
+
+def give_pair(scene, partition, identity):
+    user = pwd.getpwnam(f"slapuser{partition}")
+    for name, content in (("key", identity.key_pem), ("crt", identity.certificate_pem)):
+        path = scene.repository / f"slappart{partition}.{name}"
+        path.unlink(missing_ok=True)
+        path.write_bytes(content)
+        path.chmod(0o400)
+        os.chown(path, user.pw_uid, user.pw_gid)
+
+
+def test_the_pair_of_the_master_and_its_renewal(with_pairs):
+    scene = with_pairs
+    scene.server("own", 4001, 1)
+    scene.server("db", 4000, 1, extra="identity = master\n")
+    assert scene.apply() == ([], [], ["slappart0/db"])
+    listed = scene.listed()
+    assert "gave no pair" in listed["slappart0/db"]["reason"]
+    assert listed["slappart0/own"]["state"] == "up"
+    given = make_identity("COMP-1-slappart0", lifetime=timedelta(days=20))
+    give_pair(scene, 0, given)
+    scene.client(1, 6001, 4001)
+    path = scene.client(1)
+    published = resource(scene.node, "slappart0")["certificate"]
+    path.write_text(path.read_text().replace(published, given.certificate_der_base64))
+    assert scene.apply() == ([], [], [])
+    row = scene.listed()["slappart0/db"]
+    assert (row["identity"], row["certificate"]["fingerprint"]) == ("master", given.fingerprint)
+    assert any("its own certificate" in one and "ends on" in one for one in row["warnings"])
+    (key,) = scene.directory(0).glob("master-*.key")
+    assert (key.stat().st_uid, key.stat().st_mode & 0o777) == (5000, 0o400)
+    talk, other = scene.talk(1), scene.talk(1, 6001)
+    # what cannot be used refuses that tunnel and keeps the rest
+    (scene.repository / "slappart0.key").write_bytes(b"damaged")
+    assert scene.apply() == ([], [], ["slappart0/db"])
+    assert "the key is damaged" in scene.listed()["slappart0/db"]["reason"]
+    assert other.lives()
+    renewed = make_identity("COMP-1-slappart0")
+    give_pair(scene, 0, renewed)
+    path.write_text(path.read_text().replace(given.certificate_der_base64, renewed.certificate_der_base64))
+    assert scene.apply() == ([], [], [])
+    assert scene.listed()["slappart0/db"]["certificate"]["fingerprint"] == renewed.fingerprint
+    assert scene.talk(1).lives()
+    assert other.lives()
+    assert [one.name for one in scene.directory(0).glob("master-*.key")] != [key.name]
+    assert len(list(scene.directory(0).glob("master-*"))) == 2
+    talk.process.kill()
+
+
+def test_sessions_are_told_with_who_it_was(scene):
+    scene.server("db", 4000, 1)
+    scene.client(1)
+    assert scene.apply() == ([], [], [])
+    talk = scene.talk(1)
+    talk.process.stdin.close()
+    assert talk.process.wait(10) == 0
+    from partitiond.tunnel_lane import TunnelLane
+
+    lane = TunnelLane()
+    with socket.create_connection((ipv6(scene.node, "slappart0"), 4000), timeout=10) as plain:
+        plain.sendall(b"no TLS at all\r\n\r\n")
+        with contextlib.suppress(ConnectionError):
+            plain.recv(100)
+
+    def told():
+        lane.run(scene.context)
+        return scene.events("tunnel.rejected") and len(scene.events("tunnel.session")) == 2
+
+    until(told)
+    served = next(one for one in scene.events("tunnel.session") if one["partition"] == "slappart0")
+    assert (served["resource"], served["bytes_in"], served["bytes_out"]) == ("tunnel/slappart0/db", 5, 5)
+    assert served["certificate"].startswith("CN=slappart1, serialNumber=")
+    assert served["peer"].startswith(f"[{ipv6(scene.node, 'slappart1')}]:")
+    (rejected,) = scene.events("tunnel.rejected")
+    assert rejected["reason"] == "no_tls"
+    assert json.loads((scene.directory(0) / tunnel_sessions.FILE).read_text())["reader"]["sessions"] == []
