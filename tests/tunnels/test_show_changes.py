@@ -9,7 +9,7 @@ from collections import Counter
 import pytest
 import tunnel_identities
 from tunnel_load import SERVICE, STEADY, Load, declare, stunnels
-from tunnel_node import Node
+from tunnel_node import Daemon, Node
 
 SEED = 5
 FIRST_PORT = 4100
@@ -167,30 +167,40 @@ class Changes:
         assert len(listed) == len(self.states) + len(steady) == len(self.states) + 2 * len(STEADY)
 
 
+def full(*values):
+    return pytest.param(*values, marks=pytest.mark.full)
+
+
 @pytest.mark.parametrize(
-    ("count", "sessions"), [(30, 20), pytest.param(100, 50, marks=pytest.mark.full)], ids=["short", "full"]
+    ("count", "sessions", "daemon"), [(30, 20, False), full(100, 50, False), full(100, 50, True)]
 )
-def test_changes_break_no_session_that_they_are_not_about(bridge, node_config, count, sessions):
+def test_changes_break_no_session_that_they_are_not_about(bridge, node_config, count, sessions, daemon):
     node = Node(node_config(4).path)
     with contextlib.closing(node):
         node.apply()
         declare(node)
-        changes, before = Changes(node, SEED), stunnels(node)
-        assert {name: len(pids) for name, pids in before.items()} == dict.fromkeys(CHANGED, 1)
-        load = Load(node, sessions)
-        longest = exchanged = 0
-        for number in range(1, count + 1):
-            changes.one()
-            if number % 5 == 0:
-                changes.as_told()
-            for seen in load.seen().values():
-                assert not seen["broken"], (changes.done, seen)
-                longest, exchanged = max(longest, seen["longest"]), exchanged + seen["exchanged"]
-        changes.as_told()
-        last = load.for_a_while()
-        assert sum(seen["running"] for seen in last.values()) == sessions
-        assert stunnels(node) == before
-        print(
-            f"{count} changes (seed {SEED}: {dict(changes.done)}), {changes.seconds / count:.2f} s each; {sessions} sessions:"
-            f" 0 broken, {exchanged} exchanges of 4 KiB verified, the longest took {longest * 1000:.0f} ms"
-        )
+        with contextlib.closing(Daemon(node)) if daemon else contextlib.nullcontext():
+            go_through(node, count, sessions)
+
+
+def go_through(node, count, sessions):
+    changes, before = Changes(node, SEED), stunnels(node)
+    assert {name: len(pids) for name, pids in before.items()} == dict.fromkeys(CHANGED, 1)
+    load = Load(node, sessions)
+    longest = exchanged = 0
+    for number in range(1, count + 1):
+        changes.one()
+        if number % 5 == 0:
+            changes.as_told()
+        for seen in load.seen().values():
+            assert not seen["broken"], (changes.done, seen)
+            longest, exchanged = max(longest, seen["longest"]), exchanged + seen["exchanged"]
+    changes.as_told()
+    last = load.for_a_while()
+    assert sum(seen["running"] for seen in last.values()) == sessions
+    assert not any(seen["broken"] for seen in last.values())
+    assert stunnels(node) == before
+    print(
+        f"{count} changes (seed {SEED}: {dict(changes.done)}), {changes.seconds / count:.2f} s each; {sessions} sessions:"
+        f" 0 broken, {exchanged} exchanges of 4 KiB verified, the longest took {longest * 1000:.0f} ms"
+    )

@@ -6,14 +6,14 @@ one that was; those who call try some forty times a second.
 
 import contextlib
 import os
+import random
 import signal
-import socket
 import subprocess
 import time
 
 import pytest
-from tunnel_load import STEADY, Load, declare, stunnels
-from tunnel_node import ENVIRONMENT, Node, until
+from tunnel_load import SERVICE, STEADY, Load, declare, stunnels
+from tunnel_node import ENVIRONMENT, Daemon, Node, until
 
 SESSIONS = 12
 ENTRIES = {entry for *_, entry in STEADY}
@@ -24,34 +24,6 @@ THROUGH = {
 }
 # longer than a process takes to be started anew, and than who calls needs to notice
 A_WHILE = 2.0
-
-
-class Daemon:
-    """``partitiond run``; without a master that answers, as tunnels need none."""
-
-    def __init__(self, node):
-        self._socket = node.configuration.parent / "run" / "control.sock"
-        self._log = (node.configuration.parent / "daemon.log").open("ab")
-        line = [word for word in node.line("run") if word != "--json"]
-        self.process = subprocess.Popen(
-            line, cwd="/", env=ENVIRONMENT, stdin=subprocess.DEVNULL, stdout=self._log, stderr=self._log
-        )
-        until(self._answers, "the daemon to be up")
-
-    def _answers(self):
-        assert self.process.poll() is None, "the daemon ended"
-        with socket.socket(socket.AF_UNIX) as channel:
-            return channel.connect_ex(str(self._socket)) == 0
-
-    def kill(self):
-        self.process.kill()
-        self.process.wait()
-        self._log.close()
-
-    def close(self):
-        self.process.send_signal(signal.SIGTERM)
-        self.process.wait(60)
-        self._log.close()
 
 
 class Watched:
@@ -142,6 +114,42 @@ def test_the_daemons_death_breaks_nothing(watched):
         assert harmless(seen) == ENTRIES
         assert stunnels(watched.node) == before
         watched.same_listeners()
+    finally:
+        daemon.close()
+        watched.end()
+
+
+ROUNDS, SEED = 6, 5
+
+
+def test_a_daemon_that_dies_amid_a_change_breaks_nothing_and_the_next_one_finishes_it(watched):
+    node, dice = watched.node, random.Random(SEED)  # noqa: S311 - to be repeated
+    before, expected = stunnels(node), {}
+    watched.begin()
+    daemon = Daemon(node)
+    try:
+        for port in range(4100, 4100 + ROUNDS):
+            for partition in ("slappart0", "slappart2"):
+                node.serve(partition, f"c{port}", port, SERVICE, [node.pin("slappart1")])
+                expected[f"{partition}/c{port}"] = "up"
+            asked = subprocess.Popen(
+                node.line("apply"),
+                cwd="/",
+                env=ENVIRONMENT,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+            )
+            time.sleep(dice.uniform(0.1, 0.7))
+            daemon.kill()
+            asked.wait(60)
+            daemon = Daemon(node)
+            node.apply()
+            listed = node.tunnels()
+            assert {name: listed[name]["state"] for name in expected} == expected
+        seen = watched.again()
+        watched.tell(f"kill -9 of the daemon amid each of {ROUNDS} changes", seen)
+        assert not [one["broken"] for one in seen.values() if one["broken"]]
+        assert stunnels(node) == before
     finally:
         daemon.close()
         watched.end()

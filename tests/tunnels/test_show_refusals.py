@@ -61,8 +61,9 @@ class Matrix:
             "issued by a pinned one": tunnel_identities.issued_by(self.right, "issued"),
         }
         self.allow(self.right, self.revoked, self.expired)
+        self.namesake = tunnel_identities.same_subject(self.revoked)
         for port, pair in enumerate(self.strangers.values(), OPEN):
-            here.serve("slappart0", f"open-{port}", port, SERVICE, [pair.pin])
+            here.serve("slappart0", f"open-{port}", port, SERVICE, [pair.pin, self.namesake.pin])
         here.reach("slappart1", "db", ENTRY, (here.public("slappart0"), LISTEN), here.pin("slappart0"))
         here.apply()
         self.host = here.public("slappart0")
@@ -156,18 +157,27 @@ class Matrix:
             ip_lines(f"address delete {NODE4}/24 dev eth0", f"address delete {UNOWNED}/32 dev lo")
 
     def revocation(self):
-        """One pin less: whose it was comes in no more, by no handshake and no ticket."""
+        """One pin less: whose it was comes in no more, by no handshake and no ticket, and what it had is cut; that alone."""
         own = question((self.host, LISTEN), self.revoked.pem, session="revoked")
-        others = question((self.host, LISTEN), self.right.pem)
+        kept = {
+            "another peer's": question((self.host, LISTEN), self.right.pem),
+            "a namesake's, of another tunnel": question((self.host, OPEN), self.namesake.pem),
+        }
         resumed = {}
+        self.works(self.tenant, {**self.tenants_own(), "hold": "the tenant's"})
         for vantage, agent in self.vantages.items():
             self.works(agent, own)
             resumed[vantage] = self.works(agent, own)["resumed"]
-            self.works(agent, {**others, "hold": "right"})
+            self.works(agent, {**own, "hold": "revoked"})
+            for name, one in kept.items():
+                self.works(agent, {**one, "hold": name})
         self.allow(self.right, self.expired)
         self.world.here.apply()
+        self.works(self.tenant, {**self.tenants_own(), "held": "the tenant's"})
         for vantage, agent in self.vantages.items():
-            self.works(agent, {**others, "held": "right"})
+            for name, one in kept.items():
+                self.works(agent, {**one, "held": name})
+            self.refused(f"{vantage}: revoked, a session that it had", agent, {**own, "held": "revoked"}, 1)
             self.refused(f"{vantage}: revoked, by resumption", agent, own)
             self.refused(f"{vantage}: revoked", agent, {**own, "session": None})
         print(f"before it was revoked, TLS sessions were resumed: {resumed}")

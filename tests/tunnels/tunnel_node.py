@@ -8,6 +8,8 @@ import contextlib
 import json
 import os
 import select
+import signal
+import socket
 import subprocess
 import sys
 import time
@@ -208,6 +210,34 @@ class Node:
     def close(self):
         while self._agents:
             self._agents.pop().close()
+
+
+class Daemon:
+    """``partitiond run``; without a master that answers, as tunnels need none."""
+
+    def __init__(self, node):
+        self._socket = node.configuration.parent / "run" / "control.sock"
+        self._log = (node.configuration.parent / "daemon.log").open("ab")
+        line = [word for word in node.line("run") if word != "--json"]
+        self.process = subprocess.Popen(
+            line, cwd="/", env=ENVIRONMENT, stdin=subprocess.DEVNULL, stdout=self._log, stderr=self._log
+        )
+        until(self._answers, "the daemon to be up")
+
+    def _answers(self):
+        assert self.process.poll() is None, "the daemon ended"
+        with socket.socket(socket.AF_UNIX) as channel:
+            return channel.connect_ex(str(self._socket)) == 0
+
+    def kill(self):
+        self.process.kill()
+        self.process.wait()
+        self._log.close()
+
+    def close(self):
+        self.process.send_signal(signal.SIGTERM)
+        self.process.wait(60)
+        self._log.close()
 
 
 def program(name, *arguments):
