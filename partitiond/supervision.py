@@ -38,6 +38,7 @@ _MOST_DESCRIPTORS = 20000
 _NO_LIMIT = 60000
 _ANSWER_SECONDS = 90
 _REACHABLE_SECONDS = 5
+_STARTS_WITHIN = 5.0
 _MODULE = "supervisor.supervisord"
 PROGRAM_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,99}")
 _GROUP_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,99}")
@@ -380,9 +381,23 @@ class Supervisor:
             if "BAD_NAME" not in str(error):
                 raise
 
-    def signal(self, group: str, process: str, name: str) -> None:
-        """Send a signal (``HUP``) to one process."""
-        self._call("supervisor.signalProcess", f"{group}:{process}", name)
+    def hang_up(self, group: str, process: str, pid: int) -> bool:
+        """Send SIGHUP to a process when it handles it, as one that is starting does not yet; return whether it was there."""
+        deadline = time.monotonic() + _STARTS_WITHIN
+        while (handles := self.handles_hang_up(pid)) is False and time.monotonic() < deadline:
+            time.sleep(0.005)
+        if handles:
+            self._call("supervisor.signalProcess", f"{group}:{process}", "HUP")
+        return bool(handles)
+
+    @staticmethod
+    def handles_hang_up(pid: int) -> bool | None:
+        """Whether a process has a handler for SIGHUP (SigCgt in proc_pid_status(5)); None when it is gone."""
+        try:
+            status = Path(f"/proc/{pid}/status").read_text("ascii", "replace")
+            return bool(int(status.partition("\nSigCgt:")[2].split()[0], 16) & 1 << (signal.SIGHUP - 1))
+        except (OSError, IndexError):
+            return None
 
     def _call_all(self, calls: Sequence[tuple[str, ...]]) -> None:
         """Make several calls at once: each would wait for what supervisord does after the one before, such as 100 forks.

@@ -189,12 +189,16 @@ class Carrier:
         change.reader = verdict.VerdictReader(change.wanted.rendered.services)
 
     def _tell(self, change: _Change, *, started: frozenset[str]) -> None:
-        if change.group in started:
+        if change.group not in started:
+            self._load_anew(change, change.pid)
+
+    def _load_anew(self, change: _Change, pid: int) -> None:
+        """Let stunnel read its configuration: the one that runs, or another one where that has ended."""
+        if pid and self._supervisor.hang_up(change.group, "stunnel", pid):
             return
-        if change.pid:
-            self._supervisor.signal(change.group, "stunnel", "HUP")
-        else:
-            self._supervisor.start_group(change.group)
+        # supervisord may be about to start it again, in its own time
+        self._supervisor.stop_group(change.group)
+        self._supervisor.start_group(change.group)
 
     def _loaded(self, changes: Sequence[_Change], tails: Mapping[str, LogTail]) -> list[_Change]:
         """Wait until each has said what became of it; return those that have their configuration in force."""
@@ -235,11 +239,8 @@ class Carrier:
 
     def _again(self, change: _Change) -> None:
         _write_configuration(change)
-        if any(item.group == change.group and item.pid for item in self._supervisor.processes()):
-            self._supervisor.signal(change.group, "stunnel", "HUP")
-        else:  # it ends when it cannot listen at its start, and supervisord takes its time
-            self._supervisor.stop_group(change.group)
-            self._supervisor.start_group(change.group)
+        pids = {item.group: item.pid for item in self._supervisor.processes()}
+        self._load_anew(change, pids.get(change.group, 0))
 
     def _finish(self, change: _Change) -> None:
         self._cut(change)
@@ -267,10 +268,15 @@ class Carrier:
 
 
 def _write_files(directory: Path, wanted: PartitionTunnels) -> None:
-    """Write what the configuration names, and the configuration of the trial."""
+    """Write what the configuration names, and the configuration of the trial.
+
+    That one first: while it is there, the plan sees that a change is not complete.
+    """
     partition = wanted.partition
     group = (0, partition.gid)
     with files.directory(directory) as descriptor:
+        trial = wanted.rendered.trial.encode()
+        files.write(render.TRIAL_FILE, trial, dir_fd=descriptor, mode=0o640, owner=group)
         for name, text in wanted.files.items():
             if name != render.CONFIG_FILE:
                 files.write(name, text.encode(), dir_fd=descriptor, mode=0o640, owner=group)
@@ -280,8 +286,6 @@ def _write_files(directory: Path, wanted: PartitionTunnels) -> None:
             files.write(
                 names.certificate, wanted.master.certificate, dir_fd=descriptor, mode=0o640, owner=group
             )
-        trial = wanted.rendered.trial.encode()
-        files.write(render.TRIAL_FILE, trial, dir_fd=descriptor, mode=0o640, owner=group)
 
 
 def _write_configuration(change: _Change) -> None:
@@ -291,19 +295,18 @@ def _write_configuration(change: _Change) -> None:
         files.write(render.CONFIG_FILE, text, dir_fd=descriptor, mode=0o640, owner=owner)
 
 
-def _tidy(directory: Path, needed: Container[str]) -> None:
-    """Remove what nothing names any more."""
-    for pattern in ("pins-*.pem", "master-*", render.TRIAL_FILE):
+def _tidy(directory: Path, needed: Container[str], *more: str) -> None:
+    """Remove what nothing names any more, and ``more``; what the plan sees a change by comes last."""
+    for pattern in ("pins-*.pem", "master-*"):
         for path in directory.glob(pattern):
             if path.name not in needed:
                 path.unlink(missing_ok=True)
+    for name in (*more, render.TRIAL_FILE):
+        (directory / name).unlink(missing_ok=True)
 
 
 def _forget(directory: Path) -> None:
-    _tidy(directory, ())
-    # the configuration last: while it is there, the plan sees that something is left
-    for name in (tunnel_memory.FILE, render.CONFIG_FILE):
-        (directory / name).unlink(missing_ok=True)
+    _tidy(directory, (), tunnel_sessions.FILE, tunnel_memory.FILE, render.CONFIG_FILE)
 
 
 def _follow(change: _Change, log: Path, tails: dict[str, LogTail], stack: ExitStack) -> None:

@@ -107,8 +107,9 @@ def plan(
     if wanted.waits:
         return ()
     if not wanted.files:
-        file = f"{config.state_dir}/tunnels/{partition.id}/{render.CONFIG_FILE}"
-        if name not in set_up and not files.there(file):
+        state = f"{config.state_dir}/tunnels/{partition.id}"
+        left = (f"{state}/{render.CONFIG_FILE}", f"{state}/{render.TRIAL_FILE}")
+        if name not in set_up and not any(map(files.there, left)):
             return ()
         return (_operation(wanted, "remove", "no tunnel is declared any more"),)
     directory = identities.directory_of(config, partition.id)
@@ -120,6 +121,8 @@ def plan(
         directory, wanted
     ):
         return (_operation(wanted, "change", "stunnel runs with another configuration"),)
+    if files.there(f"{directory}/{render.TRIAL_FILE}"):
+        return (_operation(wanted, "change", "a change was cut short"),)
     return ()
 
 

@@ -239,6 +239,8 @@ def _files():
     found = {f"file /etc/{name}": "" for name in _listing("/etc")}
     for directory, below, names in os.walk(BASE):
         for name in (*below, *names):
+            if name == "sessions.json":  # how far a log was read; it is there when somebody was looked for
+                continue
             path = Path(directory, name)
             about = os.lstat(path)
             text = f"{stat.filemode(about.st_mode)} {about.st_uid}:{about.st_gid}"
@@ -260,6 +262,9 @@ def _certificates():
         der = _der(path)
         tokens[b64encode(der)] = f"<certificate of {path.parent.name}>".encode()
         tokens[_fingerprint(path).encode()] = f"<fingerprint of {path.parent.name}>".encode()
+    for path in BASE.glob("state/tunnels/*/stunnel.conf"):
+        digest = hashlib.sha256(path.read_bytes()).hexdigest().encode()
+        tokens[digest] = f"<hash of the configuration of {path.parent.name}>".encode()
     return tokens
 
 
