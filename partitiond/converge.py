@@ -140,12 +140,13 @@ class Plan:
 @dataclass(frozen=True, slots=True)
 class Looked:
     """The last look at the whole node: by which configuration, when (monotonic seconds), and the plan that was made of it, or
-    of the look that followed when that was carried out.
+    of the look that followed when that was carried out; and what supervisord ran.
     """
 
     config: Config
     at: float
     plan: Plan
+    processes: tuple[Process, ...] = ()
 
 
 @dataclass(slots=True)
@@ -500,7 +501,7 @@ def look(context: Context, *, force: bool = False, done: Plan | None = None) -> 
     seen = observe(context, again=done is not None)
     found = plan(context, seen, force=force, done=done)
     at = before.at if before and done else began
-    context.looked = Looked(context.config, at, found)
+    context.looked = Looked(context.config, at, found, seen.processes)
     return seen, found
 
 

@@ -39,6 +39,7 @@ from partitiond.context import Context
 from partitiond.daemon_trials import Trials
 from partitiond.errors import FAMILY, PartitiondError, sentence
 from partitiond.heal import Healer
+from partitiond.process_watch import ProcessWatch
 from partitiond.reflexes import Reflexes
 from partitiond.tunnel_lane import SECONDS, TunnelLane
 from partitiond.watch import Watch
@@ -143,6 +144,7 @@ class Daemon:
         self._requests: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._torn_down = False
         self._healer: Healer | None = None
+        self._processes = ProcessWatch(context, self._supervisor_ended)
         capacity = self._lane("capacity", lanes.capacity)
         # the master answers nothing of use, slapproxy an error, about a node that it does not know yet
         self._lanes = {
@@ -152,7 +154,7 @@ class Daemon:
             "software": self._lane("software", lanes.software, capacity),
             "instances": self._lane("instances", lanes.instance, capacity),
             "report": self._lane("report", self._report),
-            "tunnels": self._lane("tunnels", TunnelLane().run),
+            "tunnels": self._lane("tunnels", TunnelLane(self._processes.attend).run),
         }
         context.wake_report = self._lanes["report"].wake
         context.wake_instances = self._lanes["instances"].wake
@@ -200,7 +202,7 @@ class Daemon:
                 memory.settle()
                 server = control.serve(config.run_dir / "control.sock", self._handle)
                 answering = threading.Thread(target=server.serve_forever, name="control", daemon=True)
-                for thread in (answering, watch, *self._lanes.values()):
+                for thread in (answering, watch, self._processes, *self._lanes.values()):
                     thread.start()
                 notify("READY=1")
                 logger.info("node %s is up with %d partitions", config.computer_id, config.partition_amount)
@@ -214,6 +216,7 @@ class Daemon:
             finally:
                 holding.end()
                 watch.close()
+                self._processes.close()
         if not self._torn_down:
             context.events.record("node.stopped", "the daemon ended; supervisord and what it runs go on")
         logger.info("ended" if self._torn_down else "ended; supervisord and what it runs go on")
@@ -231,6 +234,9 @@ class Daemon:
             f"partitiond {__version__}: node {config.computer_id} with {config.partition_amount} partitions",
         )
         self._tell(outcome)
+
+    def _supervisor_ended(self) -> None:
+        self._lanes["converge"].wake()
 
     def _tell(self, outcome: converge.Outcome) -> None:
         """Say what an apply that nobody waits for has led to."""

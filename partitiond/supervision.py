@@ -276,17 +276,22 @@ class Supervisor:
         words = _read_words(f"/proc/{pid}/cmdline")
         return _MODULE.encode() in words and str(self.configuration).encode() in words and _alive(pid)
 
+    def pid(self) -> int:
+        """Its process id, 0 where it does not run; asks nobody."""
+        try:
+            found = int(self.pidfile.read_text("ascii"))
+        except (OSError, ValueError):
+            return 0
+        return found if self._is_server(found) else 0
+
     def hard_limit(self) -> int:
         """How many open files it may allow to what it starts: its own hard limit, or the one to come."""
         try:
-            pid = int(self.pidfile.read_text("ascii"))
-            if self._is_server(pid):
-                text = Path(f"/proc/{pid}/limits").read_text("ascii")
-                found = text.partition("\nMax open files")[2].split()[1]
-                return _NO_LIMIT if found == "unlimited" else int(found)
-        except (OSError, ValueError, IndexError):
-            pass  # there is none, or it ends at this moment
-        return _own_limit()
+            text = Path(f"/proc/{self.pid() or 'self'}/limits").read_text("ascii")
+            found = text.partition("\nMax open files")[2].split()[1]
+        except (OSError, IndexError):  # it ends at this moment
+            return _own_limit()
+        return _NO_LIMIT if found == "unlimited" else int(found)
 
     def shutdown(self) -> None:
         """End it with all its processes and wait until it is gone."""

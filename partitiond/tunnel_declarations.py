@@ -49,7 +49,8 @@ class PartitionTunnels:
     """All tunnels of a partition: the valid ones, the refused ones, and what stunnel must be given.
 
     ``blocked`` are valid ones that are left out for now, by public name, with the reason. ``identities`` are those that there
-    are; ``master`` is the pair of the instance, where a tunnel asks for it.
+    are; ``master`` is the pair of the instance, where a tunnel asks for it; ``silent`` are those that nobody of the partition
+    listens for, by short name.
     """
 
     partition: Partition
@@ -59,6 +60,7 @@ class PartitionTunnels:
     blocked: Mapping[str, str] = field(default_factory=dict)
     identities: Mapping[IdentitySource, IdentityFiles] = field(default_factory=dict)
     master: MasterPair | None = None
+    silent: tuple[str, ...] = ()
 
     @property
     def files(self) -> Mapping[str, str]:
@@ -187,7 +189,12 @@ def _settled(
     if one.master:
         found["master"] = one.master.files
     blocked = _blocked(one, directory, owners)
-    return replace(one, identities=found, blocked=blocked).settled(directory)
+    silent = tuple(
+        tunnel.short_name
+        for tunnel in one.active
+        if tunnel.name not in blocked and one.partition.uid not in owners.get(tunnel.listen, ())
+    )
+    return replace(one, identities=found, blocked=blocked, silent=silent).settled(directory)
 
 
 def _blocked(one: PartitionTunnels, directory: Path, owners: Owners) -> dict[str, str]:

@@ -6,11 +6,15 @@ import logging
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from partitiond import tunnel_events, tunnel_expiry, tunnel_status
+from partitiond import tunnel_events, tunnel_expiry, tunnel_status, tunnels
 from partitiond.errors import FAMILY, sentence
+from partitiond.process_watch import SUPERVISOR
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
     from partitiond.context import Context
+    from partitiond.converge import Looked
     from partitiond.tunnel_expiry import Expiry
 
 logger = logging.getLogger(__name__)
@@ -21,7 +25,8 @@ SECONDS = 5.0
 class TunnelLane:
     """One pass after the other; what was told is not told again."""
 
-    def __init__(self) -> None:
+    def __init__(self, attend: Callable[[Mapping[str, int]], None]) -> None:
+        self._attend = attend
         self._told: frozenset[Expiry] = frozenset()
         self._unreadable: frozenset[str] = frozenset()
 
@@ -30,6 +35,7 @@ class TunnelLane:
         looked = context.looked
         if looked is None:
             return
+        self._attend(_to_watch(context, looked))
         plan, now = looked.plan, datetime.now(UTC)
         replaced = tunnel_status.replaced_certificates(plan.published)
         near: set[Expiry] = set()
@@ -50,3 +56,11 @@ class TunnelLane:
             logger.warning("%s: %s", expiry.tunnel, expiry.sentence(now))
             tunnel_events.tell_expiry(context.events, expiry, now)
         self._told, self._unreadable = frozenset(near), frozenset(unreadable)
+
+
+def _to_watch(context: Context, looked: Looked) -> dict[str, int]:
+    """supervisord and the stunnels that run, by process id."""
+    groups = {tunnels.group_name(name) for name, one in looked.plan.declared.items() if one.files}
+    found = {item.group: item.pid for item in looked.processes if item.group in groups and item.pid}
+    supervisord = context.supervisor.pid()
+    return {SUPERVISOR: supervisord, **found} if supervisord else found

@@ -17,11 +17,13 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
 
+from netplan import sock_diag
 from netplan.errors import NetplanError
 from partitiond import (
     files,
     identities,
     privacy,
+    tunnel_declarations,
     tunnel_events,
     tunnel_memory,
     tunnel_sessions,
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
 
     from partitiond.context import Context
     from partitiond.node import Partition
+    from partitiond.supervision import Process
     from partitiond.tunnel_declarations import PartitionTunnels
     from partitiond.tunnel_memory import Allowed
     from partitiond.tunnels import TunnelOperation
@@ -51,7 +54,10 @@ _FIRST_LOOK, _LOOKS_RARER, _LAST_LOOK = 0.004, 1.2, 0.05
 
 @dataclass(slots=True)
 class _Change:
-    """One partition on its way from one configuration to the next; ``pid`` is that of its stunnel, 0 where none runs."""
+    """One partition on its way from one configuration to the next; ``pid`` is that of its stunnel, 0 where none runs.
+
+    ``begins``: it is just starting, with the configuration that is wanted. ``anew``: supervisord is to hear of its group.
+    """
 
     id: str
     wanted: PartitionTunnels
@@ -60,6 +66,7 @@ class _Change:
     pid: int
     before: Loaded
     now: Mapping[str, Allowed]
+    begins: bool = False
     anew: bool = False
     reader: VerdictReader = field(default_factory=lambda: verdict.VerdictReader(()))
 
@@ -88,7 +95,7 @@ class Carrier:
             for one in coming:
                 self._fail(one.id, _no_stunnel(one.wanted.partition))
             return
-        running = {item.group: item.pid for item in self._supervisor.processes() if item.pid}
+        running = {item.group: item for item in self._supervisor.processes() if item.pid}
         begun: list[_Change] = []
         for one in coming:
             self._try(one.id, partial(self._begin, one, running, begun))
@@ -129,11 +136,14 @@ class Carrier:
 
     # --- changing ---------------------------------------------------------------------------------------------------------
 
-    def _begin(self, operation: TunnelOperation, running: Mapping[str, int], begun: list[_Change]) -> None:
+    def _begin(
+        self, operation: TunnelOperation, running: Mapping[str, Process], begun: list[_Change]
+    ) -> None:
         """Write what the new configuration names; nothing that runs reads any of it."""
         wanted = operation.wanted
         directory = identities.directory_of(self._config, wanted.partition.id)
         group = tunnels.group_name(wanted.partition.id)
+        process = running.get(group)
         _write_files(directory, wanted)
         begun.append(
             _Change(
@@ -141,7 +151,8 @@ class Carrier:
                 wanted=wanted,
                 directory=directory,
                 group=group,
-                pid=running.get(group, 0),
+                pid=process.pid if process else 0,
+                begins=process is not None and process.state == "STARTING" and _has_it(directory, wanted),
                 before=tunnel_memory.read(directory),
                 now=tunnel_memory.allowed_by(wanted.active),
             )
@@ -152,7 +163,7 @@ class Carrier:
         at_stake = [
             tunnel_trial.Trial(one.partition, one.directory, one.wanted.rendered.services)
             for one in changes
-            if one.pid
+            if one.pid and not one.begins
         ]
         failed = tunnel_trial.run(self._config, program, at_stake)
         for one in changes:
@@ -189,7 +200,7 @@ class Carrier:
         change.reader = verdict.VerdictReader(change.wanted.rendered.services)
 
     def _tell(self, change: _Change, *, started: frozenset[str]) -> None:
-        if change.group not in started:
+        if change.group not in started and not change.begins:
             self._load_anew(change, change.pid)
 
     def _load_anew(self, change: _Change, pid: int) -> None:
@@ -314,7 +325,19 @@ def _follow(change: _Change, log: Path, tails: dict[str, LogTail], stack: ExitSt
 
 
 def _listen(change: _Change, tail: LogTail, found: list[ReloadVerdict | None]) -> None:
-    found.append(change.reader.feed(tail.read()))
+    said = change.reader.feed(tail.read())
+    if said is None and change.begins:  # what it said first was said before we listened
+        wanted = [tunnel.listen for tunnel in change.wanted.served]
+        there = sock_diag.listeners(wanted)
+        if all(change.partition.uid in there.get(one, ()) for one in wanted):
+            said = verdict.ReloadVerdict(ok=True)
+    found.append(said)
+
+
+def _has_it(directory: Path, wanted: PartitionTunnels) -> bool:
+    """Whether what is on the disk is what is wanted, confirmed once."""
+    confirmed = tunnel_memory.read(directory).configuration == wanted.fingerprint
+    return confirmed and tunnel_declarations.configuration(directory) == wanted.rendered.text
 
 
 def _no_stunnel(partition: Partition) -> PartitiondError:

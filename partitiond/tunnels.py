@@ -112,18 +112,25 @@ def plan(
         if name not in set_up and not any(map(files.there, left)):
             return ()
         return (_operation(wanted, "remove", "no tunnel is declared any more"),)
-    directory = identities.directory_of(config, partition.id)
     if not _is_set_up(supervisor.group_text(name), group(config, partition, limit), running):
         return (_operation(wanted, "create", "stunnel is not set up"),)
-    if name not in running:
-        return (_operation(wanted, "change", "stunnel does not run"),)
+    reason = _trouble(wanted, identities.directory_of(config, partition.id), runs=name in running)
+    return (_operation(wanted, "change", reason),) if reason else ()
+
+
+def _trouble(wanted: PartitionTunnels, directory: Path, *, runs: bool) -> str:
+    """What is wrong with a stunnel that is set up; "" when nothing is."""
+    if not runs:
+        return "stunnel does not run"
     if tunnel_memory.read(directory).configuration != wanted.fingerprint or not _is_written(
         directory, wanted
     ):
-        return (_operation(wanted, "change", "stunnel runs with another configuration"),)
+        return "stunnel runs with another configuration"
     if files.there(f"{directory}/{render.TRIAL_FILE}"):
-        return (_operation(wanted, "change", "a change was cut short"),)
-    return ()
+        return "a change was cut short"
+    if wanted.silent:
+        return f"stunnel does not listen for {', '.join(wanted.silent)}"
+    return ""
 
 
 def _is_written(directory: Path, wanted: PartitionTunnels) -> bool:

@@ -21,9 +21,11 @@ from pathlib import Path
 
 from crash_machine import BASE, ip
 
+from partitiond import tunnel_declarations
 from partitiond.errors import PartitiondError
 from partitiond.supervision import Supervisor
 from stunnel_mgr.identity import make_identity
+from stunnel_mgr.render import listens
 
 
 def nothing():
@@ -229,6 +231,8 @@ class StandInSupervisor(Supervisor):
         super().__init__(config)
         self._points = points
         self._file = BASE / "supervisord.json"
+        # the kernel's table of sockets, as it would be with what is "started" here
+        tunnel_declarations.sock_diag = self
 
     @contextmanager
     def _as_another_process(self, label):
@@ -308,6 +312,17 @@ class StandInSupervisor(Supervisor):
     def handles_hang_up(_pid):
         return True
 
+    def listeners(self, endpoints):
+        """Who listens there: the user whose stunnel has read a configuration that says so."""
+        groups = self._load().values() if self._file.exists() else ()
+        read = [Path(_settings(text)["command"].split()[-1]) for text in groups]
+        return {
+            one: frozenset(
+                file.stat().st_gid for file in read if file.exists() and listens(file.read_text(), one)
+            )
+            for one in endpoints
+        }
+
     def _shutdown(self):
         self._file.unlink()
 
@@ -316,7 +331,7 @@ class StandInSupervisor(Supervisor):
         self._stunnel_reads(self.group_text(name))
 
     def _stunnel_reads(self, group):
-        settings = dict(line.split("=", 1) for line in group.splitlines() if "=" in line)
+        settings = _settings(group)
         file = Path(settings["command"].split()[-1])
         said = [f"Reading configuration from file {file}"]
         said += [
@@ -325,3 +340,7 @@ class StandInSupervisor(Supervisor):
         ]
         with open(settings["stdout_logfile"], "a") as log:
             log.writelines(f"2026.01.01 00:00:00 LOG5[ui]: {line}\n" for line in said)
+
+
+def _settings(group):
+    return dict(line.split("=", 1) for line in group.splitlines() if "=" in line)

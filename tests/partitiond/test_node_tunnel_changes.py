@@ -389,7 +389,8 @@ def test_sessions_are_told_with_who_it_was(scene):
     assert talk.process.wait(10) == 0
     from partitiond.tunnel_lane import TunnelLane
 
-    lane = TunnelLane()
+    watched = {}
+    lane = TunnelLane(watched.update)
     with socket.create_connection((ipv6(scene.node, "slappart0"), 4000), timeout=10) as plain:
         plain.sendall(b"no TLS at all\r\n\r\n")
         with contextlib.suppress(ConnectionError):
@@ -406,4 +407,5 @@ def test_sessions_are_told_with_who_it_was(scene):
     assert served["peer"].startswith(f"[{ipv6(scene.node, 'slappart1')}]:")
     (rejected,) = scene.events("tunnel.rejected")
     assert rejected["reason"] == "no_tls"
+    assert set(watched) == {"", "slappart0-tunnel", "slappart1-tunnel"}
     assert json.loads((scene.directory(0) / tunnel_sessions.FILE).read_text())["reader"]["sessions"] == []
