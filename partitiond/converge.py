@@ -471,11 +471,18 @@ def _tunnels_of(
     state: InstanceState | None, target: Node, partition: Partition, certificates: Mapping[str, str]
 ) -> PartitionTunnels:
     """The tunnels of a partition: none while it is stopped or being destroyed."""
-    if state is not None and (
-        state.life in ("stopped", "destroying") or (state.life == "failed" and state.wanted == "stopped")
-    ):
+    if state is not None and halted(state):
         return PartitionTunnels(partition)
     return tunnel_declarations.declared(target, partition, certificates)
+
+
+def halted(state: InstanceState) -> str:
+    """Why an instance has no tunnels for now; "" when it has."""
+    if state.life == "destroying":
+        return "its partition is being destroyed"
+    if state.life == "stopped" or (state.life == "failed" and state.wanted == "stopped"):
+        return "its partition is stopped"
+    return ""
 
 
 def _only(whole: Plan, names: frozenset[str]) -> Plan:

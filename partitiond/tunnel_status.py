@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from partitiond.context import Context
     from partitiond.identities import PublicIdentity
-    from partitiond.node import Partition
+    from partitiond.node import Node, Partition
     from partitiond.tunnel_declarations import PartitionTunnels
     from partitiond.tunnel_expiry import Expiry
     from stunnel_mgr.model import Refused, Tunnel
@@ -77,6 +77,7 @@ def listing(context: Context) -> dict[str, Any]:
     declared = converge.declared_tunnels(context, seen.node, published, partitions)
     running = frozenset(process.group for process in seen.processes if process.pid)
     rows = [_row(one, now) for one in states(partitions, declared, published, running, now)]
+    rows += [_row(one, now) for one in _halted(context, seen.node, published)]
     for item in partitions:
         identity = published[item.id]
         own = (
@@ -87,6 +88,18 @@ def listing(context: Context) -> dict[str, Any]:
     order = {item.id: item.index for item in partitions}
     rows.sort(key=lambda row: order.get(row["partition"], len(order)))
     return {"tunnels": rows}
+
+
+def _halted(
+    context: Context, node: Node, published: Mapping[str, PublicIdentity | None]
+) -> Iterator[TunnelState]:
+    """The tunnels of partitions that are stopped or on their way out, which have none meanwhile."""
+    known, instances = identities.certificates(published.values()), context.store.instances()
+    for item in node.partitions:
+        state = instances.get(item.id)
+        if state is not None and (why := converge.halted(state)):
+            for tunnel in tunnel_declarations.declared(node, item, known).tunnels:
+                yield TunnelState(tunnel, why, 0, None, None, ())
 
 
 def _certificate(fingerprint: str, not_after: datetime) -> dict[str, str]:
@@ -110,7 +123,14 @@ def _row(state: TunnelState, now: datetime) -> dict[str, Any]:
         "certificate": shown,
         "identity": tunnel.identity,
         "sessions": state.sessions,
-        "warnings": [one.sentence(now) for one in state.expiries],
+        "warnings": [
+            *(one.sentence(now) for one in state.expiries),
+            *(
+                f"{pin.fingerprint} may be refused: of self-signed certificates of one subject that name no authority key"
+                " identifier OpenSSL looks at one alone"
+                for pin in tunnel.shadowed_pins
+            ),
+        ],
     }
 
 

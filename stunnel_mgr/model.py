@@ -5,6 +5,7 @@ file as it was written. Times are aware ``datetime`` objects in UTC. Fingerprint
 lower-case hex digits of the DER.
 """
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -59,11 +60,17 @@ class TunnelContext:
 
 @dataclass(frozen=True, slots=True)
 class Pin:
-    """One certificate that the other side may show. ``pem`` was encoded by us, not by the tenant."""
+    """One certificate that the other side may show. ``pem`` was encoded by us, not by the tenant.
+
+    ``subject`` is in the form of RFC 4514. ``marked``: OpenSSL can tell it from another pin of that subject, as it
+    was not signed by itself or names the key that signed it (authority key identifier).
+    """
 
     fingerprint: str
     pem: str
     not_after: datetime
+    subject: str = ""
+    marked: bool = True
 
     def expired(self, now: datetime) -> bool:
         """Whether stunnel refuses it at ``now`` (aware); the configuration loads with it all the same."""
@@ -112,6 +119,16 @@ class Tunnel:
         down.
         """
         return None if self.pins else "no certificate is allowed"
+
+    @property
+    def shadowed_pins(self) -> tuple[Pin, ...]:
+        """The pins by which maybe nobody can connect, though they are allowed.
+
+        Of self-signed certificates of one subject OpenSSL looks at one alone (3.0, X509_STORE_CTX_get1_issuer;
+        measured), unless they say which key signed them.
+        """
+        names = Counter(pin.subject for pin in self.pins)
+        return tuple(pin for pin in self.pins if not pin.marked and names[pin.subject] > 1)
 
     def expired_pins(self, now: datetime) -> tuple[Pin, ...]:
         """The pins that stunnel refuses at ``now`` (aware) because they ran out."""

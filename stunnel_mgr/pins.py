@@ -29,6 +29,7 @@ MAX_PEM_FILE = 256 * 1024
 _FINGERPRINT = re.compile(r"sha256:[0-9a-f]{64}")
 _CURVES = ("secp256r1", "secp384r1", "secp521r1")
 _MIN_RSA_BITS = 2048
+_X509_ERRORS = (x509.DuplicateExtension, x509.UnsupportedGeneralNameType)
 _CERTIFICATE_BLOCK = re.compile(
     rb"-----BEGIN CERTIFICATE-----[\r\n]+[A-Za-z0-9+/=\r\n]+-----END CERTIFICATE-----"
 )
@@ -96,7 +97,21 @@ def pin_from_der(der: bytes) -> Pin:
             f"its key is {reason}; allowed: RSA of 2048 bits or more, P-256, P-384, P-521, Ed25519, Ed448"
         )
     _load_like_stunnel(pem)
-    return Pin(fingerprint(der), pem, not_after)
+    return Pin(fingerprint(der), pem, not_after, *_marks(certificate))
+
+
+def _marks(certificate: x509.Certificate) -> tuple[str, bool]:
+    """Its subject, and whether OpenSSL can tell it from others of that subject. What cannot be read tells nothing."""
+    try:
+        subject = certificate.subject.rfc4514_string()
+        if certificate.subject != certificate.issuer:
+            return subject, True
+        found = certificate.extensions.get_extension_for_class(x509.AuthorityKeyIdentifier)
+    except x509.ExtensionNotFound:
+        return subject, False
+    except (ValueError, *_X509_ERRORS, UnsupportedAlgorithm, Warning):
+        return "", True
+    return subject, found.value.key_identifier is not None
 
 
 def _pem_to_der(block: bytes) -> bytes:

@@ -9,10 +9,20 @@ import subprocess
 from datetime import UTC, datetime, timedelta
 
 import pytest
+from network_scene import ip_lines
 from test_node_tunnels import LISTENER, as_user, declare, ipv6, pin, resource, until
 
-from partitiond import event_reader, identities, tunnel_declarations, tunnel_process, tunnel_sessions, verbs
+from partitiond import (
+    event_reader,
+    identities,
+    instances,
+    tunnel_declarations,
+    tunnel_process,
+    tunnel_sessions,
+    verbs,
+)
 from partitiond.context import Context
+from partitiond.state import InstanceState
 from stunnel_mgr.identity import make_identity
 
 ECHO = """
@@ -92,9 +102,13 @@ class Scene:
         self.started.append(process)
         assert process.stdout.readline() == "listening\n"
 
-    def talk(self, partition, port=6000):
-        found = Talk(f"slapuser{partition}", f"10.0.0.{partition + 2}", port)
+    def begin(self, partition, port=6000, network="10.0.0"):
+        found = Talk(f"slapuser{partition}", f"{network}.{partition + 2}", port)
         self.started.append(found.process)
+        return found
+
+    def talk(self, partition, port=6000):
+        found = self.begin(partition, port)
         assert found.lives()
         return found
 
@@ -116,6 +130,7 @@ class Scene:
         return {one.group: one.pid for one in found if one.group.endswith("-tunnel")}
 
     def end(self):
+        self.context.meters.close()
         for process in self.started:
             process.kill()
             process.wait()
@@ -409,3 +424,73 @@ def test_sessions_are_told_with_who_it_was(scene):
     assert rejected["reason"] == "no_tls"
     assert set(watched) == {"", "slappart0-tunnel", "slappart1-tunnel"}
     assert json.loads((scene.directory(0) / tunnel_sessions.FILE).read_text())["reader"]["sessions"] == []
+
+
+def test_tunnels_are_down_while_their_partition_is_stopped(scene):
+    scene.server("db", 4000, 1)
+    scene.server("other", 4001, 2)
+    scene.client(1)
+    assert scene.apply() == ([], [], [])
+    talk = scene.talk(1)
+    scene.context.store.save_instance(InstanceState("slappart0", "stopped", wanted="stopped"))
+    assert scene.apply() == ([], [], [])
+    assert not talk.lives()
+    found = scene.listed()
+    assert (found["slappart0/db"]["state"], found["slappart0/db"]["reason"]) == (
+        "down",
+        "its partition is stopped",
+    )
+    assert found["slappart1/out6000"]["state"] == "up"
+    assert set(scene.stunnels()) == {"slappart1-tunnel"}
+    left = {path.name for path in scene.directory(0).iterdir()}
+    assert left == {"certificate.pem", "key.pem"}
+    before = resource(scene.node, "slappart0")["certificate"]
+    scene.context.store.save_instance(InstanceState("slappart0", "started", wanted="started"))
+    assert scene.apply() == ([], [], [])
+    assert resource(scene.node, "slappart0")["certificate"] == before
+    assert scene.talk(1).lives()
+
+
+def test_a_destroyed_partition_is_somebody_else_afterwards(scene):
+    scene.server("db", 4000, 1)
+    scene.client(1)
+    assert scene.apply() == ([], [], [])
+    talk = scene.talk(1)
+    before = resource(scene.node, "slappart0")["certificate"]
+    scene.context.store.save_instance(InstanceState("slappart0", "destroying", wanted="destroyed"))
+    instances._clean(scene.context, scene.context.node, scene.context.node.partitions[0])
+    scene.context.store.save_instance(InstanceState("slappart0", "free"))
+    assert not talk.lives()
+    assert list(scene.directory(0).iterdir()) == []
+    assert scene.apply() == ([], [], [])
+    assert resource(scene.node, "slappart0")["certificate"] != before
+    assert "slappart0/db" not in scene.listed()
+    # who trusted the one before does not trust the one that has its place
+    scene.server("db", 4000, 1)
+    scene.serve()
+    assert scene.apply() == ([], [], [])
+    assert not scene.begin(1).lives()
+
+
+def test_tunnels_follow_the_addresses(scene):
+    scene.server("db", 4000, 1)
+    scene.client(1)
+    assert scene.apply() == ([], [], [])
+    before, stunnels = ipv6(scene.node, "slappart0"), scene.stunnels()
+    ip_lines("address add 2001:db8:2::2/64 dev br0 nodad", "address delete 2001:db8:1::2/64 dev br0")
+    scene.node.write(slapformat={"ipv4_local_network": "10.7.0.0/16"})
+    scene.anew()
+    assert scene.apply() == ([], [], [])
+    assert ipv6(scene.node, "slappart0") != before
+    scene.started.append(
+        subprocess.Popen(as_user("slapuser0", ECHO, "10.7.0.2"), stdout=subprocess.PIPE, text=True)
+    )
+    assert scene.started[-1].stdout.readline() == "listening\n"
+    scene.client(1)
+    assert scene.apply() == ([], [], [])
+    assert scene.stunnels() == stunnels
+    found = scene.listed()
+    assert found["slappart0/db"]["listen"] == f"[{ipv6(scene.node, 'slappart0')}]:4000"
+    assert found["slappart1/out6000"]["listen"] == "10.7.0.3:6000"
+    assert {one["state"] for one in found.values()} == {"up"}
+    assert scene.begin(1, network="10.7.0").lives()

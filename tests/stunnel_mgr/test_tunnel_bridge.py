@@ -7,6 +7,7 @@ import ssl
 from dataclasses import replace
 from ipaddress import IPv6Address
 
+import odd_certificates as odd
 import pytest
 from cryptography import x509
 from cryptography.x509.oid import NameOID
@@ -14,6 +15,7 @@ from tunnel_rendered import render
 
 from netplan.sock_diag import count_sessions, listeners
 from stunnel_mgr.declaration import parse_declaration
+from stunnel_mgr.identity import load_identity
 from stunnel_mgr.render import CONFIG_FILE
 
 MEGABYTE = random.Random(1).randbytes(1 << 20)  # noqa: S311 (a pattern, not a secret)
@@ -175,6 +177,20 @@ def test_pins_of_one_subject_are_told_apart(
     assert server(tunnel).start().ok
     for identity in (client_identity, stranger):
         assert ask(tls_client(identity), tunnel.listen_port)[0] == b"x"
+
+
+def test_of_unmarked_pins_of_one_subject_some_are_told_to_be_shadowed(
+    server, declare_server, free_port, tls_client, ask, server_identity
+):
+    """Such as hand-made ones; that stunnel takes one of them alone is what the warning is about."""
+    subject = odd.name(odd.attribute(odd.CN, "db"))
+    made = [load_identity(pem.encode(), key.encode()) for _, pem, key in map(odd.certificate, [subject] * 2)]
+    tunnel = declare_server("db", free_port("::1"), *made, server_identity)
+    assert [pin.fingerprint for pin in tunnel.shadowed_pins] == [one.fingerprint for one in made]
+    assert server(tunnel).start().ok
+    let_in = [not refused(ask, tls_client(one), tunnel.listen_port) for one in (*made, server_identity)]
+    assert sorted(let_in) == [False, True, True]
+    assert declare_server("db", 4000, made[0], server_identity).shadowed_pins == ()
 
 
 def test_tls_1_2_is_refused(server, declare_server, free_port, tls_client, ask, client_identity):
