@@ -41,6 +41,15 @@ class Outcome:
         return self.status == 0 and self.cut_short is None
 
 
+def is_stopped(pid: int) -> bool:
+    """Whether a process is stopped, by a signal or a debugger of its user's: nothing will come from it meanwhile."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as stream:
+            return stream.read().rpartition(b") ")[2][:1] in (b"T", b"t")
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
 def environment(home: str, user: str) -> dict[str, str]:
     """The whole environment of such a program: nothing of the daemon's own."""
     return {

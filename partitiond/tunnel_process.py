@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 from netplan import sock_diag
 from netplan.errors import NetplanError
 from partitiond import (
+    execute,
     files,
     identities,
     privacy,
@@ -222,7 +223,12 @@ class Carrier:
                 if not self._try(one.id, partial(_listen, one, tails[one.id], found)):
                     continue
                 said = found[0]
-                if said is None or (not said.ok and self._left_out(one, said)):
+                if said is None and one.pid and execute.is_stopped(one.pid):
+                    # a tenant that stops it must not keep the node waiting
+                    self._fail(
+                        one.id, _not_taken(one.partition, "somebody has stopped it (SIGSTOP, or a debugger)")
+                    )
+                elif said is None or (not said.ok and self._left_out(one, said)):
                     still.append(one)
                 elif said.ok:
                     loaded.append(one)

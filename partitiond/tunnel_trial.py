@@ -29,6 +29,7 @@ _SECONDS = 10.0
 _AT_ONCE = 8
 _PIECE = 64 * 1024
 _SAID = 2000
+_GLANCE_MILLISECONDS = 250
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,9 +90,11 @@ def _reason(trial: Trial, process: subprocess.Popen[bytes], deadline: float) -> 
     reader, last = verdict.VerdictReader(trial.services), b""
     poll = select.poll()
     poll.register(descriptor, select.POLLIN)
-    while (left := deadline - time.monotonic()) > 0:
-        if not poll.poll(left * 1000):
-            break
+    while time.monotonic() < deadline:
+        if not poll.poll(_GLANCE_MILLISECONDS):
+            if execute.is_stopped(process.pid):
+                return "somebody has stopped the one that tried it"
+            continue
         piece = os.read(descriptor, _PIECE)
         found = reader.feed(piece)
         if found is not None:

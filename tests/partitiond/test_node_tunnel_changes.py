@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import pwd
+import signal
 import socket
 import subprocess
 from datetime import UTC, datetime, timedelta
@@ -237,6 +238,24 @@ def test_what_stunnel_would_not_take_touches_nothing(scene):
     assert talk.lives()
     assert scene.stunnels() == stunnels
     assert scene.listed()["slappart0/more"]["state"] == "up"
+
+
+def test_one_that_is_stopped_keeps_nobody_waiting(scene):
+    scene.server("db", 4000, 1)
+    scene.client(1)
+    assert scene.apply() == ([], [], [])
+    pid = scene.stunnels()["slappart0-tunnel"]
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        scene.server("more", 4001, 1)
+        failures, _, _ = scene.apply()
+        assert [one["code"] for one in failures] == ["tunnel.reload"]
+        assert "somebody has stopped it" in failures[0]["message"]
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    assert scene.apply() == ([], [], [])
+    assert scene.listed()["slappart0/more"]["state"] == "up"
+    assert scene.stunnels()["slappart0-tunnel"] == pid
 
 
 @pytest.mark.parametrize("runs", [True, False])
