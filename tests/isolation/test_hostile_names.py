@@ -123,9 +123,13 @@ CONTEXT = TunnelContext(
     ipv4=ipaddress.IPv4Address("10.0.0.1"),
     ipv6=ipaddress.IPv6Address("2001:db8::1"),
 )
+IDENTITIES = {
+    kind: render.IdentityFiles(f"{kind}.crt", f"{kind}.key", "sha256:" + "0" * 64)
+    for kind in ("partition", "master")
+}
 OPTIONS = frozenset(
     "foreground pid syslog debug socket client accept connect local cert key CAfile verifyPeer sslVersionMin options"
-    " TIMEOUTbusy TIMEOUTconnect".split()
+    " TIMEOUTbusy TIMEOUTconnect sessionResume".split()
 )
 
 
@@ -162,7 +166,9 @@ def test_stunnel(name, mode, listen, connect, far, pin, more):
         assert str(error).isprintable()
         assert sentence(error).isprintable()
         return
-    files = render.render("slappart1", [tunnel], directory="/srv/state/slappart1").files
+    files = render.render(
+        "slappart1", [tunnel], directory="/srv/state/slappart1", identities=IDENTITIES
+    ).files
     if not tunnel.pins:
         assert files == {}
         return
@@ -175,7 +181,7 @@ def test_stunnel(name, mode, listen, connect, far, pin, more):
         sum(key == "accept" for key, _, _ in options) == sum(key == "connect" for key, _, _ in options) == 1
     )
     assert all(one.isascii() and one.isprintable() for one in read)
-    assert set(files) == {"stunnel.conf", f"pins-{tunnel.short_name}.pem"}
+    assert set(files) == {"stunnel.conf", render.pins_file(tunnel.pins)}
     assert all("/" not in one for one in files)
 
 
@@ -366,7 +372,7 @@ def test_what_people_are_shown(name, reason, file):
     }
     tunnel = {
         "name": name, "mode": None, "state": "refused", "listen": reason, "connect": file, "allowed": [], "sessions": 0,
-        "reason": reason,
+        "reason": reason, "certificate": None, "warnings": [reason],
     }  # fmt: skip
     event = {"time": "2026-11-23T00:00:00Z", "event": "tunnel.refused", "partition": name, "message": reason}
     for text in (
