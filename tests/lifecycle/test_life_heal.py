@@ -1,16 +1,20 @@
 """Drift under a running daemon: told, counted and repaired by the kernel's word, long before the sweep comes round."""
 
 import json
+import os
 import shutil
 import signal
 import socket
 import subprocess
 import threading
 import time
+import xmlrpc.client
 
 import pytest
 from life_eyes import events, fetch, metric, passes, settle
 from life_node import BRIDGE, ip
+
+from partitiond.unix_http import UnixConnection
 
 # the sweep comes each minute: what is repaired within this was not found by it (but for one in six, by chance)
 SOON = 10.0
@@ -330,6 +334,43 @@ def test_a_refused_tunnel_is_told_once_and_is_no_drift(node):
         assert len(events(node, "drift.found")) == drift + 2
     finally:
         shutil.rmtree(directory.parent)
+
+
+def test_a_supervisord_that_is_killed_is_started_long_before_the_sweep(node):
+    pidfile = node.base / "instance" / "var" / "run" / "supervisord.pid"
+    lane = "partitiond_lane_duration_seconds_count"
+    settle(node)
+    seen = metric(node, lane, lane="tunnels")
+    node.wait(lambda: metric(node, lane, lane="tunnels") > seen, "it to be watched", 2 * SOON)
+    before = int(pidfile.read_text())
+    os.kill(before, signal.SIGKILL)
+    node.wait(
+        lambda: pidfile.read_text().strip() not in ("", str(before)) and "RUNNING" in supervisord(node),
+        "another supervisord",
+        SOON,
+    )
+    settle(node)
+    node.settled()
+
+
+def supervisord(node):
+    """What it says of itself."""
+    try:
+        connection = UnixConnection(str(node.base / "instance" / "sv.sock"), 5)
+        with xmlrpc.client.ServerProxy("http://localhost", transport=Transport(connection)) as proxy:
+            return proxy.supervisor.getState()["statename"]
+    except OSError as error:
+        return str(error)
+
+
+class Transport(xmlrpc.client.Transport):
+    def __init__(self, connection):
+        super().__init__()
+        self.made = connection
+
+    def make_connection(self, host):
+        self._connection = (host, self.made)
+        return self.made
 
 
 def test_the_interface_made_anew_is_furnished_again(node):

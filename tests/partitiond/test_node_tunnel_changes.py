@@ -11,19 +11,23 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 from network_scene import ip_lines
+from prometheus_client.openmetrics.parser import text_string_to_metric_families
 from test_node_tunnels import LISTENER, as_user, declare, ipv6, pin, resource, until
 
 from partitiond import (
     event_reader,
     identities,
     instances,
+    metrics,
     tunnel_declarations,
     tunnel_process,
     tunnel_sessions,
+    tunnel_status,
     verbs,
 )
 from partitiond.context import Context
 from partitiond.state import InstanceState
+from partitiond.tunnel_lane import TunnelLane
 from stunnel_mgr.identity import make_identity
 
 ECHO = """
@@ -121,8 +125,6 @@ class Scene:
         return [one for one in found if one["event"] == name]
 
     def listed(self):
-        from partitiond import tunnel_status
-
         return {one["name"]: one for one in tunnel_status.listing(self.context)["tunnels"]}
 
     def stunnels(self):
@@ -366,6 +368,16 @@ def with_pairs(bridge, node_config, tmp_path):
     made.end()
 
 
+def measured(scene, name, **labels):
+    """One value of ``/metrics``."""
+    _, text = metrics.render(scene.context, metrics.Tally())
+    for family in text_string_to_metric_families(text.decode()):
+        for sample in family.samples:
+            if sample.name == f"partitiond_tunnel_{name}" and sample.labels.items() >= labels.items():
+                return sample.value
+    raise AssertionError(text.decode())
+
+
 def give_pair(scene, partition, identity):
     user = pwd.getpwnam(f"slapuser{partition}")
     for name, content in (("key", identity.key_pem), ("crt", identity.certificate_pem)):
@@ -394,9 +406,21 @@ def test_the_pair_of_the_master_and_its_renewal(with_pairs):
     row = scene.listed()["slappart0/db"]
     assert (row["identity"], row["certificate"]["fingerprint"]) == ("master", given.fingerprint)
     assert any("its own certificate" in one and "ends on" in one for one in row["warnings"])
+    lane = TunnelLane(lambda _pids: None)
+    for _ in range(2):  # told once
+        lane.run(scene.context)
+    told = {one["resource"]: one["message"] for one in scene.events("tunnel.expiring")}
+    assert len(scene.events("tunnel.expiring")) == 2
+    assert f"its own certificate, {given.fingerprint}, ends on" in told["tunnel/slappart0/db"]
+    assert f"a certificate that it allows, {given.fingerprint}, ends on" in told["tunnel/slappart1/out6000"]
+    assert measured(scene, "up", tunnel="db", mode="server") == 1
+    assert measured(scene, "up", tunnel="own") == 1
+    ends = measured(scene, "certificate_not_after_timestamp_seconds", tunnel="db")
+    assert ends == given.not_after.timestamp()
     (key,) = scene.directory(0).glob("master-*.key")
     assert (key.stat().st_uid, key.stat().st_mode & 0o777) == (5000, 0o400)
     talk, other = scene.talk(1), scene.talk(1, 6001)
+    assert measured(scene, "sessions", partition="slappart0", tunnel="db") == 1
     # what cannot be used refuses that tunnel and keeps the rest
     (scene.repository / "slappart0.key").write_bytes(b"damaged")
     assert scene.apply() == ([], [], ["slappart0/db"])
@@ -421,8 +445,6 @@ def test_sessions_are_told_with_who_it_was(scene):
     talk = scene.talk(1)
     talk.process.stdin.close()
     assert talk.process.wait(10) == 0
-    from partitiond.tunnel_lane import TunnelLane
-
     watched = {}
     lane = TunnelLane(watched.update)
     with socket.create_connection((ipv6(scene.node, "slappart0"), 4000), timeout=10) as plain:
