@@ -35,7 +35,6 @@ FILE = "sessions.json"
 _MOST_BYTES = 32 << 20  # of one reading: more than supervisord keeps
 _DOUBT_SECONDS = 1.0
 _PAUSE = 0.05
-_ROUNDS = 50
 
 
 @dataclass(slots=True)
@@ -148,20 +147,21 @@ def cut(
     told: list[Record] = []
     if not services:
         return done, told
+    # who comes from now on is judged by the new certificates already; a listing is no snapshot, so it is made twice
+    old_ones = {one.cookie for _ in range(2) for one in _alive(services).values()}
     until = time.monotonic() + _DOUBT_SECONDS
-    for _ in range(_ROUNDS):
-        alive = _alive(services)
+    while True:
+        waiting = time.monotonic() < until
+        alive = {key: one for key, one in _alive(services).items() if one.cookie in old_ones}
         sessions, records = book.live(config, partition)
         told += records
         found = sessions_to_cut(allowed_before=old, allowed_now=new, sessions=sessions, alive=alive)
-        waiting = time.monotonic() < until
         going = [one for one in found if not (one.doubtful and waiting)]
         sock_diag.destroy_all([alive[one.service, one.remote] for one in going])
         done += going
-        if not found:
-            break
+        if not waiting or len(going) == len(found):
+            return done, told
         time.sleep(_PAUSE)
-    return done, told
 
 
 def _alive(services: Mapping[Endpoint, str]) -> dict[tuple[str, Endpoint], sock_diag.Session]:
