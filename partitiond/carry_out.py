@@ -68,7 +68,13 @@ def run(context: Context, seen: Observation, planned: Plan) -> tuple[list[tuple[
         # what could not be taken from one is given to no other
         *((one.id, partial(device_access.grant, one)) for one in todo.grants if not kept),
         *((one.id, supervisord.begin) for one in early),
-        *((one.id, partial(identities.make, config, one.owner, one.slot)) for one in todo.identities),
+        *(
+            (
+                one.id,
+                partial(identities.close if one.closes else identities.make, config, one.owner, one.slot),
+            )
+            for one in todo.identities
+        ),
         *((one.id, partial(_write_resource, seen, one.owner)) for one in todo.resources),
         *((one.id, supervisord.wait) for one in early),
         *((one.id, partial(privacy.apply, context, one)) for one in todo.privacy if one.action != "create"),

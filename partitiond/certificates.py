@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field
+import re
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -20,17 +21,22 @@ if TYPE_CHECKING:
     from partitiond.context import Context
     from partitiond.node import Partition
 
-_LIMIT = 64 * 1024
+_LIMIT = 16 * 1024
+_COPY = re.compile(r"^cert = /.*/(master-[0-9a-f]{32})\.crt$", re.MULTILINE)
 
 
 @dataclass(frozen=True, slots=True)
 class MasterPair:
-    """The pair of an instance, checked: the names that copies of it have for stunnel, their content, and when it ends."""
+    """The pair of an instance, checked: the names that copies of it have for stunnel, their content, and when it ends.
+
+    ``stale`` says why it is the copy that stunnel has, and not what lies in the repository now.
+    """
 
     files: IdentityFiles
     certificate: bytes
     key: bytes = field(repr=False)
     not_after: datetime
+    stale: str = ""
 
 
 def paths(config: Config, partition: Partition) -> tuple[Path, Path] | None:
@@ -48,10 +54,12 @@ def fetch(context: Context, partition: Partition) -> None:
         return
     pair = context.client.partition_certificate(partition.id)
     where[0].parent.mkdir(mode=0o711, parents=True, exist_ok=True)
-    for path, text in zip(where, (pair.key, pair.certificate), strict=True):
-        content = text.encode()
-        if not _holds(path, content):
-            files.write_path(path, content, mode=0o400, owner=(partition.uid, partition.gid))
+    # whoever looks at the node sees both or none
+    with context.applying:
+        for path, text in zip(where, (pair.key, pair.certificate), strict=True):
+            content = text.encode()
+            if not _holds(path, content):
+                files.write_path(path, content, mode=0o400, owner=(partition.uid, partition.gid))
 
 
 def read_pair(config: Config, partition: Partition) -> MasterPair:
@@ -74,6 +82,18 @@ def read_pair(config: Config, partition: Partition) -> MasterPair:
     except (PartitiondError, TunnelError, OSError) as error:
         hint = "remove the two files and run partitiond sync instances --force"
         raise _no_pair(partition, f"the pair of the instance is of no use: {error}", hint) from error
+
+
+def read_copy(directory: Path, configuration: str, stale: str) -> MasterPair | None:
+    """The copy that a stunnel runs with, by its configuration; None where it has none of use."""
+    found = _COPY.search(configuration)
+    if found is None:
+        return None
+    try:
+        certificate, key = ((directory / f"{found[1]}.{kind}").read_bytes() for kind in ("crt", "key"))
+        return replace(_checked(certificate, key), stale=stale)
+    except (OSError, TunnelError):
+        return None
 
 
 @lru_cache(maxsize=512)

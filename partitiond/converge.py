@@ -42,7 +42,7 @@ from partitiond.tunnel_declarations import PartitionTunnels
 from partitiond.users import UserOperation, UserSpec
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
     from netplan.model import ObservedNetwork
     from netplan.operations import Operation as NetworkOperation
@@ -498,6 +498,21 @@ def _only(whole: Plan, names: frozenset[str]) -> Plan:
     )
 
 
+def _but(whole: Plan, names: Collection[str]) -> Plan:
+    """A plan without some of its operations, by id."""
+    if not names:
+        return whole
+    parts: dict[str, Any] = {
+        part: tuple(operation for operation in getattr(whole, part) if operation.id not in names)
+        for part in PARTS
+    }
+    return replace(whole, **parts)
+
+
+def _hangs_alone(failure: tuple[str, Exception]) -> bool:
+    return failure[0].startswith(("tunnels/", "ports/"))
+
+
 def look(context: Context, *, force: bool = False, done: Plan | None = None) -> tuple[Observation, Plan]:
     """Look at the whole node; what the kernel told of it until now is answered by that.
 
@@ -540,10 +555,13 @@ def apply(
         for again in range(_ROUNDS + 1):
             todo = _only(whole, only)
             _remember_addresses(context, seen, whole)
-            if not todo or outcome.failures or again == _ROUNDS:
+            # what hangs on nobody else keeps nobody else from the round after it, and is not tried again
+            pending = _but(todo, [name for name, _ in outcome.failures])
+            if not pending or again == _ROUNDS or not all(map(_hangs_alone, outcome.failures)):
                 break
-            outcome.failures, left_out = carry_out.run(context, seen, todo)
-            outcome.done += len(todo) - len(outcome.failures) - left_out
+            failures, left_out = carry_out.run(context, seen, pending)
+            outcome.failures += failures
+            outcome.done += len(pending) - len(failures) - left_out
             seen, whole = _look(context, only, force=force, done=whole)
         carry_out.attempt(
             outcome.failures, "filter/partitiond", partial(netplan_filter.keep, seen.network.filter)

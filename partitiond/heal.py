@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_MOST_REFUSED = 20  # of a partition and pass
 _NAMED = 3  # so many of a kind are named in a message
 
 
@@ -131,8 +132,13 @@ class Healer:
     def tell_refused(self, refused: Iterable[Refused | Refusal]) -> None:
         """Record what is newly refused; it may come and go while the node runs, as disks do."""
         now = {(one.name, one.reason): one for one in refused}
-        for key in now.keys() - self._refused:
-            one = now[key]
+        count: Counter[str] = Counter()
+        for key, one in now.items():
+            if key in self._refused:
+                continue
+            count[one.partition] += 1
+            if count[one.partition] > _MOST_REFUSED:  # a tenant may have a thousand, and others each minute
+                continue
             logger.warning("%s: refused: %s", one.name, one.reason)
             wish = as_json(one)
             kind = wish["resource"]
@@ -145,6 +151,9 @@ class Healer:
                 code=wish["code"],
                 hint=wish["hint"],
             )
+        for partition, all_of_it in count.items():
+            if all_of_it > _MOST_REFUSED:
+                logger.warning("%s: refused: %d more", partition, all_of_it - _MOST_REFUSED)
         self._refused = frozenset(now)
 
     def _tell_failed(self, error: Exception) -> None:

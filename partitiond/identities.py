@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 SLOTS = (("certificate.pem", "key.pem"), ("certificate-2.pem", "key-2.pem"))
 """Names of certificate and key. A successor goes where the one that is shown is not, so that nothing in use is written over."""
 
+_KEY_MODE = 0o400
+
 _read: Settled[tuple[Certificate, ...]] = Settled()
 
 
@@ -49,7 +51,11 @@ def _directory(state_dir: Path, partition: str) -> Path:
 
 @dataclass(frozen=True, slots=True)
 class Certificate:
-    """One certificate that has its key beside it, and the slot that it lies in; ``renewal`` is when a successor is due."""
+    """One certificate that has its key beside it, and the slot that it lies in.
+
+    ``renewal`` is when a successor is due. ``loose``: the key's mode is another than we gave it. It is its owner's, who may
+    change that, and it lies where nobody else comes to.
+    """
 
     slot: int
     pem: str
@@ -57,6 +63,7 @@ class Certificate:
     fingerprint: str
     validity: Validity
     renewal: datetime
+    loose: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,10 +82,11 @@ class PublicIdentity:
 
 @dataclass(frozen=True, slots=True)
 class IdentityOperation(Operation):
-    """Make a partition's identity, or its successor in the other slot."""
+    """Make a partition's identity, or its successor in the other slot; or ``closes`` its key again."""
 
     owner: Partition
     slot: int = 0
+    closes: bool = False
 
 
 def files_of(identity: PublicIdentity) -> IdentityFiles:
@@ -133,13 +141,9 @@ def _pair(directory: Path, slot: int, uid: int) -> Certificate | None:
         key = os.lstat(f"{directory}/{key_name}")
     except (OSError, ValueError, TunnelError):
         return None
-    if (
-        not stat.S_ISREG(key.st_mode)
-        or (key.st_uid, stat.S_IMODE(key.st_mode)) != (uid, 0o400)
-        or not key.st_size
-    ):
+    if not stat.S_ISREG(key.st_mode) or key.st_uid != uid or not key.st_size:
         return None
-    return published
+    return published if stat.S_IMODE(key.st_mode) == _KEY_MODE else replace(published, loose=True)
 
 
 @lru_cache(maxsize=4096)
@@ -183,7 +187,10 @@ def plan(
     for partition in partitions:
         identity = published[partition.id]
         if identity is None:
-            operations.append(_operation(partition, None, "missing, damaged or readable by others"))
+            operations.append(_operation(partition, None, "missing or damaged"))
+        elif loose := next((one for one in identity.known if one.loose), None):
+            reason = "the mode of its key was changed"
+            operations.append(replace(_operation(partition, loose, reason), slot=loose.slot, closes=True))
         elif identity.coming is None and moment >= identity.shown.renewal:
             ends = identity.shown.validity.not_after
             reason = f"ends on {ends:%Y-%m-%d}; its successor is published beside it until halfway there, then shown"
@@ -218,8 +225,15 @@ def make(config: Config, partition: Partition, slot: int = 0) -> None:
     (directory / certificate).unlink(missing_ok=True)
     with files.directory(directory) as descriptor:
         owner = (partition.uid, partition.gid)
-        files.write(key, identity.key_pem, dir_fd=descriptor, mode=0o400, owner=owner, durable=True)
+        files.write(key, identity.key_pem, dir_fd=descriptor, mode=_KEY_MODE, owner=owner, durable=True)
         files.write(certificate, identity.certificate_pem, dir_fd=descriptor, mode=0o444, durable=True)
+
+
+def close(config: Config, partition: Partition, slot: int) -> None:
+    """Let a key be readable by its owner alone again. Raises OSError."""
+    with files.directory(directory_of(config, partition.id)) as descriptor:
+        # root's directory: nothing else can be in its place
+        os.chmod(SLOTS[slot][1], _KEY_MODE, dir_fd=descriptor)
 
 
 def remove(config: Config, partition: Partition) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import Counter
@@ -10,7 +11,9 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from netplan import counters
+from netplan.errors import NetplanError
 from partitiond import metering, tunnel_status
+from partitiond.errors import sentence
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -18,6 +21,8 @@ if TYPE_CHECKING:
     from prometheus_client.metrics_core import Metric
 
     from partitiond.context import Context
+
+logger = logging.getLogger(__name__)
 
 _BOUNDS = (0.01, 0.03, 0.1, 0.3, 1.0, 10.0, 60.0, 600.0)
 
@@ -156,10 +161,15 @@ def _tunnels(context: Context) -> Iterator[Metric]:
     )
     looked, node = context.looked, context.node
     if looked and node:
-        running = frozenset(process.group for process in context.supervisor.processes() if process.pid)
+        running = frozenset(process.group for process in looked.processes if process.pid)
         known = [item for item in node.partitions if item.id in looked.plan.declared]
         plan, now = looked.plan, datetime.now(UTC)
-        for one in tunnel_status.states(known, plan.declared, plan.published, running, now):
+        try:
+            states = tuple(tunnel_status.states(known, plan.declared, plan.published, running, now))
+        except (NetplanError, OSError) as error:  # the rest is told all the same
+            logger.warning("metrics: tunnels are left out: %s", sentence(error))
+            return
+        for one in states:
             which = [one.tunnel.partition, one.tunnel.short_name, one.tunnel.mode]
             up.add_metric(which, 0.0 if one.reason else 1.0)
             sessions.add_metric(which, one.sessions)

@@ -28,6 +28,7 @@ SUPERVISOR = ""
 
 _ASKED = 20
 _PAUSE = 0.02
+_AFTER_ERROR = 5.0
 
 
 class ProcessWatch(threading.Thread):
@@ -44,17 +45,27 @@ class ProcessWatch(threading.Thread):
         self._stopping = False
 
     def attend(self, pids: Mapping[str, int]) -> None:
-        """Watch just these processes from now on."""
+        """Watch just these processes from now on; one that is gone already is passed over.
+
+        Of one that was heard of since the caller looked, it is the newer that is watched on.
+        """
         with self._turn:
-            if {name: pid for name, (pid, _) in self._watched.items()} == dict(pids):
-                return
-            for name in [name for name, (pid, _) in self._watched.items() if pids.get(name) != pid]:
+            for name in self._watched.keys() - pids.keys():
                 os.close(self._watched.pop(name)[1])
             for name, pid in pids.items():
-                if name not in self._watched:
-                    with contextlib.suppress(ProcessLookupError):
-                        self._watched[name] = (pid, os.pidfd_open(pid))
+                self._watch(name, pid)
         self._poke()
+
+    def _watch(self, name: str, pid: int) -> None:
+        before = self._watched.get(name)
+        if before is not None and before[0] == pid:
+            return
+        try:
+            self._watched[name] = (pid, os.pidfd_open(pid))
+        except ProcessLookupError:
+            return
+        if before is not None:
+            os.close(before[1])
 
     def _poke(self) -> None:
         with contextlib.suppress(BlockingIOError):  # it is full: there is something to read
@@ -63,27 +74,34 @@ class ProcessWatch(threading.Thread):
     def run(self) -> None:
         """Wait for the end of a process, until :meth:`close`."""
         while not self._stopping:
-            poll = select.poll()
-            poll.register(self._read, select.POLLIN)
-            with self._turn:
-                names = {descriptor: name for name, (_, descriptor) in self._watched.items()}
-            for descriptor in names:
-                poll.register(descriptor, select.POLLIN)
-            ready = [descriptor for descriptor, _ in poll.poll()]
-            if self._read in ready:
-                with contextlib.suppress(BlockingIOError):
-                    os.read(self._read, 4096)
-            ended = [names[descriptor] for descriptor in ready if descriptor in names]
-            if ended and not self._stopping:
-                self._ended(ended)
+            try:
+                self._round()
+            except Exception:
+                # who watches must not end because of a mistake of ours: nobody would miss it
+                logger.exception("watching processes: unexpected error")
+                time.sleep(_AFTER_ERROR)
 
-    def _ended(self, names: list[str]) -> None:
+    def _round(self) -> None:
+        poll = select.poll()
+        poll.register(self._read, select.POLLIN)
+        with self._turn:
+            names = {descriptor: name for name, (_, descriptor) in self._watched.items()}
+        for descriptor in names:
+            poll.register(descriptor, select.POLLIN)
+        ready = {descriptor for descriptor, what in poll.poll() if what & select.POLLIN}
+        if self._read in ready:
+            with contextlib.suppress(BlockingIOError):
+                os.read(self._read, 4096)
         gone: dict[str, int] = {}
         with self._turn:
-            for name in names:
-                if name in self._watched:
-                    gone[name], descriptor = self._watched.pop(name)
+            for descriptor in ready & names.keys():
+                name = names[descriptor]
+                # who attends may have closed it meanwhile, and its number may be another's by now
+                if self._watched.get(name, (0, -1))[1] == descriptor and _has_ended(descriptor):
+                    gone[name] = self._watched.pop(name)[0]
                     os.close(descriptor)
+        if self._stopping or self._context.stop.is_set():
+            return
         if SUPERVISOR in gone:
             logger.warning("supervisord ended; it is started again")
             self._wake()
@@ -101,6 +119,8 @@ class ProcessWatch(threading.Thread):
                     if pid not in (0, left[name]):
                         logger.info("%s ended and runs again after %.3f s", name, time.monotonic() - began)
                         del left[name]
+                        with self._turn:
+                            self._watch(name, pid)
                 if not left:
                     return
                 time.sleep(_PAUSE)
@@ -116,3 +136,9 @@ class ProcessWatch(threading.Thread):
         self.attend({})
         os.close(self._read)
         os.close(self._write)
+
+
+def _has_ended(descriptor: int) -> bool:
+    poll = select.poll()
+    poll.register(descriptor, select.POLLIN)
+    return any(what & select.POLLIN for _, what in poll.poll(0))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import logging
 import os
 import re
 import resource
@@ -21,6 +22,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from xml.parsers.expat import ExpatError
 
 from partitiond import execute, files, keyring
 from partitiond.errors import PartitiondError
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from partitiond.config import Config
+
+logger = logging.getLogger(__name__)
 
 # of one partition; each takes three descriptors of supervisord, which all partitions share
 MOST_PROGRAMS = 100
@@ -63,6 +67,7 @@ class Program:
     """One program of a group: name, command, whether supervisord starts it again when it ends, and the name of its log.
 
     ``log`` is the program's name unless it is given, without suffix; one of ours begins as no tenant's program may.
+    ``patience`` is how many seconds it has to end before it is killed.
     """
 
     name: str
@@ -70,6 +75,7 @@ class Program:
     command: str
     restart: bool = False
     log: str = ""
+    patience: int = 60
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +128,7 @@ class Group:
             "startretries": "1000" if program.restart else "0",
             "exitcodes": "0",
             "stopsignal": "TERM",
-            "stopwaitsecs": "60",
+            "stopwaitsecs": str(program.patience),
             "stopasgroup": "true",
             "killasgroup": "true",
             "redirect_stderr": "true",
@@ -371,12 +377,24 @@ class Supervisor:
             self.stop_group(name)
             self._call("supervisor.removeProcessGroup", name)
         coming = (*changed, *added)
-        self._call_all([("supervisor.addProcessGroup", name) for name in coming])
-        return frozenset(coming)
+        refused = self._call_all([("supervisor.addProcessGroup", name) for name in coming])
+        return frozenset(coming) - refused.keys()
 
     def start_group(self, name: str) -> None:
         """Start what is not running in a group."""
         self._call("supervisor.startProcessGroup", name, False)
+
+    def stop_groups(self, names: Sequence[str]) -> None:
+        """Stop several groups side by side, and wait; those that do not exist are stopped already."""
+        # in one call that waited, each would be stopped when the one before is gone
+        self._call_all([("supervisor.stopProcessGroup", name, False) for name in names], but="BAD_NAME")
+        deadline = time.monotonic() + _ANSWER_SECONDS
+        while left := {item.group for item in self.processes() if item.pid} & frozenset(names):
+            if time.monotonic() > deadline:
+                raise PartitiondError(
+                    "supervisor.fault", "does not end", resource=min(left), hint=f"read {self.log}"
+                )
+            time.sleep(0.02)
 
     def stop_group(self, name: str) -> None:
         """Stop a group and wait; a group that does not exist is stopped already."""
@@ -404,22 +422,22 @@ class Supervisor:
         except (OSError, IndexError):
             return None
 
-    def _call_all(self, calls: Sequence[tuple[str, ...]]) -> None:
+    def _call_all(self, calls: Sequence[tuple[object, ...]], *, but: str = "\n") -> dict[str, str]:
         """Make several calls at once: each would wait for what supervisord does after the one before, such as 100 forks.
 
-        All are made, whatever it says to one of them; then it is raised for the first that it refused.
+        Return what it refused and why, by the first argument, without what has ``but`` in it; that is in the log, too.
         """
         asked = [{"methodName": method, "params": list(arguments)} for method, *arguments in calls]
         answers = self._call("system.multicall", asked) if asked else []
-        for (method, *arguments), answer in zip(calls, answers, strict=True):
-            # as xmlrpclib has it: a fault is a struct among the values
-            if isinstance(answer, dict) and "faultString" in answer:
-                raise PartitiondError(
-                    "supervisor.fault",
-                    f"{method}: {answer['faultString']}",
-                    resource=str(arguments[0]),
-                    hint=f"read {self.log}",
-                )
+        # as xmlrpclib has it: a fault is a struct among the values
+        refused = {
+            str(words[1]): str(answer["faultString"])
+            for words, answer in zip(calls, answers, strict=True)
+            if isinstance(answer, dict) and "faultString" in answer and but not in str(answer["faultString"])
+        }
+        for name, why in refused.items():
+            logger.warning("%s: supervisord refuses: %s; read %s", name, why, self.log)
+        return refused
 
     def _call(self, method: str, *arguments: object) -> Any:
         transport = _UnixTransport(str(self.socket))
@@ -433,7 +451,7 @@ class Supervisor:
                 resource=str(arguments[0]) if arguments else "",
                 hint=f"read {self.log}",
             ) from error
-        except (OSError, http.client.HTTPException, xmlrpc.client.ProtocolError) as error:
+        except (OSError, http.client.HTTPException, xmlrpc.client.Error, ExpatError) as error:
             raise PartitiondError(
                 "supervisor.down",
                 f"supervisord does not answer: {error}",

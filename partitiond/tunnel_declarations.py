@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import os
 import socket
+import time
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
 from netplan import sock_diag
+from netplan.errors import NetplanError
 from partitiond import certificates, files, identities
 from partitiond.errors import PartitiondError
 from stunnel_mgr import conflicts, declaration, render
@@ -41,6 +44,9 @@ _MOST_PINS = 500  # likewise: a tenant must not make the whole node's plan slow
 # likewise, of what is declared and of the files named there, read again or not: a thousand certificates, half a second's work
 _MOST_BYTES = 512 * 1024
 
+# who writes a file may just have emptied it: a tunnel that runs is not taken down for what stands there for so long
+_YOUNG_SECONDS = 3.0
+
 _NOTHING = RenderedConfig({}, ())
 
 
@@ -50,7 +56,8 @@ class PartitionTunnels:
 
     ``blocked`` are valid ones that are left out for now, by public name, with the reason. ``identities`` are those that there
     are; ``master`` is the pair of the instance, where a tunnel asks for it; ``silent`` are those that nobody of the partition
-    listens for, by short name.
+    listens for, by short name; ``stuck`` says why nothing is known of that; ``unsettled`` are refused ones whose declaration
+    was written a moment ago.
     """
 
     partition: Partition
@@ -61,6 +68,8 @@ class PartitionTunnels:
     identities: Mapping[IdentitySource, IdentityFiles] = field(default_factory=dict)
     master: MasterPair | None = None
     silent: tuple[str, ...] = ()
+    unsettled: frozenset[str] = frozenset()
+    stuck: str = ""
 
     @property
     def files(self) -> Mapping[str, str]:
@@ -140,10 +149,13 @@ def declared(node: Node, partition: Partition, local: Mapping[str, str]) -> Part
             found,
             refused,
         )
-    _read_declarations(partition, context, allowance, found, refused)
+    young = _read_declarations(partition, context, allowance, found, refused)
     master = _master_pair(node.config, partition, found, refused)
     kept, clashing = conflicts.resolve_conflicts(found)
-    return PartitionTunnels(partition, tuple(kept), tuple(refused) + tuple(clashing), master=master)
+    unsettled = frozenset(one.name.partition("/")[2] for one in refused) & young
+    return PartitionTunnels(
+        partition, tuple(kept), tuple(refused) + tuple(clashing), master=master, unsettled=unsettled
+    )
 
 
 def _master_pair(
@@ -157,6 +169,11 @@ def _master_pair(
         return certificates.read_pair(config, partition)
     except PartitiondError as error:
         reason = f"identity: master: {error}"
+    # what runs keeps running
+    directory = identities.directory_of(config, partition.id)
+    copy = certificates.read_copy(directory, configuration(directory) or "", reason)
+    if copy is not None:
+        return copy
     for tunnel in asking:
         found.remove(tunnel)
         refused.append(Refused(tunnel.name, partition.id, tunnel.file, None, reason))
@@ -170,9 +187,13 @@ def settle(
 ) -> tuple[PartitionTunnels, ...]:
     """Decide which tunnels can run now, and render what each stunnel must be given.
 
-    Raises TunnelError, NetplanError.
+    Raises TunnelError.
     """
-    owners = sock_diag.listeners([tunnel.listen for one in everything for tunnel in one.active])
+    try:
+        owners = sock_diag.listeners([tunnel.listen for one in everything for tunnel in one.active])
+    except NetplanError as error:
+        # nothing can be judged, so nothing is changed; the rest of the node must not wait for it
+        return tuple(replace(one, stuck=str(error)) if one.tunnels else one for one in everything)
     return tuple(
         _settled(config, one, published.get(one.partition.id), owners) if one.tunnels else one
         for one in everything
@@ -227,6 +248,11 @@ def configuration(directory: Path) -> str | None:
 
 def held_back(wanted: PartitionTunnels) -> tuple[Refused, ...]:
     """The blocked tunnels, to be told of like the refused ones."""
+    if wanted.stuck:
+        return tuple(
+            Refused(one.name, one.partition, one.file, None, f"left as it is: {wanted.stuck}")
+            for one in wanted.tunnels
+        )
     files_of = {tunnel.name: tunnel.file for tunnel in wanted.tunnels}
     return tuple(
         Refused(name, wanted.partition.id, files_of[name], None, reason)
@@ -269,7 +295,9 @@ def _read_declarations(
     allowance: _Allowance,
     found: list[Tunnel],
     refused: list[Refused],
-) -> None:
+) -> frozenset[str]:
+    """Read what lies in ``etc/tunnel``; return the names of what was written a moment ago."""
+    young: set[str] = set()
     try:
         with files.directory(partition.path, "etc", "tunnel") as descriptor:
             everything = [name for name in files.names(descriptor) if name.endswith(".cfg")]
@@ -283,6 +311,8 @@ def _read_declarations(
                     refused.append(_refusal(partition, name, file, reason))
                     continue
                 try:
+                    if _is_young(name, descriptor):
+                        young.add(name.removesuffix(".cfg"))
                     content = files.read(
                         name, dir_fd=descriptor, limit=_DECLARATION_LIMIT, reader=partition.uid
                     )
@@ -299,13 +329,19 @@ def _read_declarations(
                     refused,
                 )
     except FileNotFoundError:
-        return
+        return frozenset()
     except PartitiondError as error:
         refused.append(_refusal(partition, "*", error.resource, str(error)))
     except OSError as error:
         # a tenant may mount a file system of its own there (fusermount3), which the kernel keeps even root out of
         file = str(partition.path / "etc" / "tunnel")
         refused.append(_refusal(partition, "*", file, f"cannot be read: {error.strerror}"))
+    return frozenset(young)
+
+
+def _is_young(name: str, dir_fd: int) -> bool:
+    written = os.stat(name, dir_fd=dir_fd, follow_symlinks=False).st_mtime
+    return 0 <= time.time() - written < _YOUNG_SECONDS
 
 
 def _refusal(partition: Partition, name: str, file: str, reason: str) -> Refused:

@@ -1,7 +1,7 @@
 """What is told of tunnels: sessions that are over, peers that were refused, sessions that we cut, certificates that end.
 
 Of sessions and peers stunnel tells, a process of the tenant: informative, never billed. Promises: what strangers and busy
-tunnels do is bounded in what it says, and goes where it can push nothing else out.
+tunnels do is bounded in what it says, and goes where it can push nothing of the node's own out.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from stunnel_mgr.model import format_endpoint
-from stunnel_mgr.session_digest import digest
+from stunnel_mgr.session_digest import MOST, digest
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -40,11 +40,11 @@ _REASONS: Mapping[str | None, str] = {
 }
 
 
-def tell(events: EventLog, partition: Partition, records: Sequence[Record]) -> None:
-    """Record what stunnel's log told since the last time; when that is much, the rest of it summed up."""
+def tell(events: EventLog, partition: Partition, records: Sequence[Record], *, most: int = MOST) -> None:
+    """Record what stunnel's log told since the last time: ``most`` of each kind singly, the rest summed up."""
     if not records:
         return
-    found = digest(records)
+    found = digest(records, most=min(most, MOST))
     for one in found.ended:
         _tell_session(events, partition, one)
     for total in found.ended_sums:
@@ -127,12 +127,13 @@ def _tell_peers(events: EventLog, event: str, partition: Partition, more: Reason
 
 
 def tell_cut(events: EventLog, partition: Partition, ended: Sequence[Cut]) -> None:
-    """Record whose sessions were ended, one event for each tunnel and reason."""
-    by_reason: dict[tuple[str, str], list[Cut]] = {}
+    """Record whose sessions were ended, one event for each tunnel: a reason may have a subject in it that a tenant forged."""
+    by_service: dict[str, list[Cut]] = {}
     for one in ended:
-        by_reason.setdefault((one.service, one.reason), []).append(one)
-    for (service, reason), some in by_reason.items():
-        name = _name(partition, service)
+        by_service.setdefault(one.service, []).append(one)
+    for service, some in by_service.items():
+        name, reasons = _name(partition, service), list(dict.fromkeys(one.reason for one in some))
+        reason = reasons[0] if len(reasons) == 1 else f"{reasons[0]}; and {len(reasons) - 1} other reasons"
         events.record(
             "tunnel.cut",
             f"{name}: {len(some)} session{'' if len(some) == 1 else 's'} ended: {reason}",
@@ -153,6 +154,6 @@ def tell_expiry(events: EventLog, one: Expiry, now: datetime) -> None:
         resource=f"tunnel/{one.tunnel}",
         certificate=one.fingerprint,
         hint="get the peer's next certificate and allow it, too"
-        if one.whose == "allowed"
+        if one.whose != "own"
         else "partitiond apply renews the node's own; the pair of an instance comes from the master",
     )

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import logging
+import time
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from partitiond import tunnel_events, tunnel_expiry, tunnel_status, tunnels
+from partitiond import tunnel_events, tunnel_expiry, tunnels
 from partitiond.errors import FAMILY, sentence
 from partitiond.process_watch import SUPERVISOR
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
     from partitiond.context import Context
     from partitiond.converge import Looked
+    from partitiond.node import Partition
     from partitiond.tunnel_expiry import Expiry
 
 logger = logging.getLogger(__name__)
@@ -22,13 +24,39 @@ logger = logging.getLogger(__name__)
 SECONDS = 5.0
 
 
+_DAY = 86400.0
+_HOUR = 3600.0
+_MOST_EXPIRIES = 10  # of a partition and day
+_MOST_SESSIONS = 600  # of a partition and hour; what is above that is summed up
+
+
+class _Allowance:
+    """So much each partition may have told in so long: what tenants and strangers do must not fill the logs."""
+
+    def __init__(self, most: int, seconds: float) -> None:
+        self._most, self._seconds = most, seconds
+        self._used: dict[str, tuple[float, int]] = {}
+
+    def left(self, partition: str) -> int:
+        """How much may still be told."""
+        began, used = self._used.get(partition, (0.0, 0))
+        return self._most - used if time.monotonic() - began < self._seconds else self._most
+
+    def take(self, partition: str, count: int) -> None:
+        """Note what was told."""
+        now = time.monotonic()
+        began, used = self._used.get(partition, (now, 0))
+        self._used[partition] = (began, used + count) if now - began < self._seconds else (now, count)
+
+
 class TunnelLane:
     """One pass after the other; what was told is not told again."""
 
     def __init__(self, attend: Callable[[Mapping[str, int]], None]) -> None:
         self._attend = attend
-        self._told: frozenset[Expiry] = frozenset()
+        self._told: dict[Expiry, float] = {}
         self._unreadable: frozenset[str] = frozenset()
+        self._expiries, self._sessions = _Allowance(_MOST_EXPIRIES, _DAY), _Allowance(_MOST_SESSIONS, _HOUR)
 
     def run(self, context: Context) -> None:
         """Look at the logs and the certificates of what the last look at the node found declared."""
@@ -37,25 +65,38 @@ class TunnelLane:
             return
         self._attend(_to_watch(context, looked))
         plan, now = looked.plan, datetime.now(UTC)
-        replaced = tunnel_status.replaced_certificates(plan.published)
-        near: set[Expiry] = set()
+        following = tunnel_expiry.successors(plan.published.values())
         unreadable = set()
         for one in plan.declared.values():
             if not one.tunnels:
                 continue
-            near.update(tunnel_expiry.near(one, plan.published.get(one.partition.id), replaced, now))
-            try:
-                records = context.sessions.news(context.config, one.partition)
-            except (*FAMILY, OSError) as error:
+            near = tunnel_expiry.near(one, plan.published.get(one.partition.id), following, now)
+            self._warn(context, one.partition.id, near, now)
+            if not self._read(context, one.partition):
                 unreadable.add(one.partition.id)
-                if one.partition.id not in self._unreadable:
-                    logger.warning("%s: sessions are not told: %s", one.partition.id, sentence(error))
+        self._unreadable = frozenset(unreadable)
+
+    def _read(self, context: Context, partition: Partition) -> bool:
+        try:
+            records = context.sessions.news(context.config, partition)
+        except (*FAMILY, OSError) as error:
+            if partition.id not in self._unreadable:
+                logger.warning("%s: sessions are not told: %s", partition.id, sentence(error))
+            return False
+        most = max(0, self._sessions.left(partition.id))
+        tunnel_events.tell(context.session_events, partition, records, most=most)
+        self._sessions.take(partition.id, len(records))
+        return True
+
+    def _warn(self, context: Context, partition: str, near: Iterable[Expiry], now: datetime) -> None:
+        moment = time.monotonic()
+        for one in near:
+            if moment - self._told.get(one, -_DAY) < _DAY or self._expiries.left(partition) <= 0:
                 continue
-            tunnel_events.tell(context.session_events, one.partition, records)
-        for expiry in sorted(near - self._told, key=lambda one: (one.tunnel, one.fingerprint)):
-            logger.warning("%s: %s", expiry.tunnel, expiry.sentence(now))
-            tunnel_events.tell_expiry(context.events, expiry, now)
-        self._told, self._unreadable = frozenset(near), frozenset(unreadable)
+            self._told = {key: at for key, at in self._told.items() if moment - at < _DAY} | {one: moment}
+            self._expiries.take(partition, 1)
+            logger.warning("%s: %s", one.tunnel, one.sentence(now))
+            tunnel_events.tell_expiry(context.events, one, now)
 
 
 def _to_watch(context: Context, looked: Looked) -> dict[str, int]:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
     from pathlib import Path
 
-    from stunnel_mgr.model import Endpoint, Tunnel
+    from stunnel_mgr.model import Endpoint, Refused, Tunnel
 
 FILE = "loaded.json"
 
@@ -41,6 +41,19 @@ class Loaded:
 
     configuration: str | None = None
     services: Mapping[str, Allowed] = field(default_factory=dict)
+
+    def agrees_with(self, active: Iterable[Tunnel], refused: Iterable[Refused]) -> bool:
+        """Whether just those are remembered who are allowed: also of a tunnel that stunnel is not given for now, as its port
+        is taken, and whose sessions go on. Of a refused one nobody knows.
+        """
+        unknown = {one.name.partition("/")[2] for one in refused}
+        wanted = {one.short_name: {pin.fingerprint for pin in one.pins} for one in active}
+        found = {
+            name: set(one.subjects)
+            for name, one in self.services.items()
+            if name in wanted or name not in unknown
+        }
+        return found == wanted
 
     def opened(self, services: Mapping[str, Allowed]) -> Loaded:
         """What is to be remembered while a change to other services is under way."""

@@ -45,11 +45,13 @@ if TYPE_CHECKING:
     from partitiond.tunnel_declarations import PartitionTunnels
     from partitiond.tunnel_memory import Allowed
     from partitiond.tunnels import TunnelOperation
+    from stunnel_mgr.revocation import Cut
     from stunnel_mgr.verdict import LogTail, ReloadVerdict, VerdictReader
 
 logger = logging.getLogger(__name__)
 
 _VERDICT_SECONDS = 10.0
+_MOST_REMEMBERED = 2000  # certificates; a partition's tunnels name 500 at most
 _FIRST_LOOK, _LOOKS_RARER, _LAST_LOOK = 0.004, 1.2, 0.05
 
 
@@ -122,18 +124,27 @@ class Carrier:
     # --- taking down ------------------------------------------------------------------------------------------------------
 
     def _take_down(self, operations: Sequence[TunnelOperation]) -> None:
-        ended = [one for one in operations if self._try(one.id, partial(self._end, one.wanted.partition))]
-        if not ended or not self._try("tunnels", self._supervisor.update):
+        if not operations:
             return
-        for one in ended:
-            self._try(
-                one.id, partial(_forget, identities.directory_of(self._config, one.wanted.partition.id))
-            )
+        ended: dict[str, list[Cut]] = {}
+        for one in operations:
+            self._try(one.id, partial(self._count, one.wanted.partition, ended))
+        names = [tunnels.group_name(one.wanted.partition.id) for one in operations]
+        if not self._try("tunnels", partial(self._supervisor.stop_groups, names)):
+            return
+        for name in names:
+            self._supervisor.remove_group(name)
+        if not self._try("tunnels", self._supervisor.update):
+            return
+        for one in operations:
+            partition = one.wanted.partition
+            tunnel_events.tell_cut(self._context.events, partition, ended.get(partition.id, ()))
+            self._try(one.id, partial(_forget, identities.directory_of(self._config, partition.id)))
 
-    def _end(self, partition: Partition) -> None:
-        name = tunnels.group_name(partition.id)
-        self._supervisor.stop_group(name)
-        self._supervisor.remove_group(name)
+    def _count(self, partition: Partition, ended: dict[str, list[Cut]]) -> None:
+        """Whose sessions end with their stunnel."""
+        before = tunnel_memory.read(identities.directory_of(self._config, partition.id))
+        ended[partition.id] = tunnel_sessions.all_of(before.services)
 
     # --- changing ---------------------------------------------------------------------------------------------------------
 
@@ -144,7 +155,16 @@ class Carrier:
         wanted = operation.wanted
         directory = identities.directory_of(self._config, wanted.partition.id)
         group = tunnels.group_name(wanted.partition.id)
-        process = running.get(group)
+        process, before = running.get(group), tunnel_memory.read(directory)
+        if process and sum(len(one.subjects) for one in before.services.values()) > _MOST_REMEMBERED:
+            # change after change that could not be completed: whose sessions there are is remembered no more, so they end
+            logger.warning("%s: too many changes were cut short; its stunnel is started anew", operation.id)
+            self._supervisor.stop_groups([group])
+            process, before = None, tunnel_memory.Loaded()
+        now = tunnel_memory.allowed_by(wanted.active)
+        # refused is not taken back: who is connected stays so until it is said who may
+        refused = {one.name.partition("/")[2] for one in wanted.refused} - now.keys()
+        now |= {name: allowed for name, allowed in before.services.items() if name in refused}
         _write_files(directory, wanted)
         begun.append(
             _Change(
@@ -154,8 +174,8 @@ class Carrier:
                 group=group,
                 pid=process.pid if process else 0,
                 begins=process is not None and process.state == "STARTING" and _has_it(directory, wanted),
-                before=tunnel_memory.read(directory),
-                now=tunnel_memory.allowed_by(wanted.active),
+                before=before,
+                now=now,
             )
         )
 
@@ -261,7 +281,9 @@ class Carrier:
 
     def _finish(self, change: _Change) -> None:
         self._cut(change)
-        tunnel_memory.write(change.directory, Loaded(change.wanted.fingerprint, change.now))
+        # a session that began before its tunnel moved is still that tunnel's
+        services = tunnel_sessions.still_used(change.before.services, change.now)
+        tunnel_memory.write(change.directory, Loaded(change.wanted.fingerprint, services))
         _tidy(change.directory, tunnels.needed(change.wanted))
 
     def _cut(self, change: _Change) -> None:
@@ -292,6 +314,10 @@ def _write_files(directory: Path, wanted: PartitionTunnels) -> None:
     partition = wanted.partition
     group = (0, partition.gid)
     with files.directory(directory) as descriptor:
+        text = tunnel_declarations.configuration(directory) or ""
+        for name in _droppable(directory):  # of changes that could not be completed
+            if name not in text and name not in tunnels.needed(wanted):
+                (directory / name).unlink(missing_ok=True)
         trial = wanted.rendered.trial.encode()
         files.write(render.TRIAL_FILE, trial, dir_fd=descriptor, mode=0o640, owner=group)
         for name, text in wanted.files.items():
@@ -312,12 +338,15 @@ def _write_configuration(change: _Change) -> None:
         files.write(render.CONFIG_FILE, text, dir_fd=descriptor, mode=0o640, owner=owner)
 
 
+def _droppable(directory: Path) -> list[str]:
+    return [path.name for pattern in ("pins-*.pem", "master-*") for path in directory.glob(pattern)]
+
+
 def _tidy(directory: Path, needed: Container[str], *more: str) -> None:
     """Remove what nothing names any more, and ``more``; what the plan sees a change by comes last."""
-    for pattern in ("pins-*.pem", "master-*"):
-        for path in directory.glob(pattern):
-            if path.name not in needed:
-                path.unlink(missing_ok=True)
+    for name in _droppable(directory):
+        if name not in needed:
+            (directory / name).unlink(missing_ok=True)
     for name in (*more, render.TRIAL_FILE):
         (directory / name).unlink(missing_ok=True)
 

@@ -33,6 +33,7 @@ class TunnelState:
     fingerprint: str | None
     not_after: datetime | None
     expiries: tuple[Expiry, ...]
+    stale: str = ""
 
 
 def states(
@@ -45,10 +46,10 @@ def states(
     """Look at every valid tunnel; ``running`` are the groups of supervisord that run. Raises NetplanError."""
     everything = [tunnel.listen for one in declared.values() for tunnel in one.tunnels]
     owners, sessions = sock_diag.listeners(everything), sock_diag.count_sessions(everything)
-    replaced = replaced_certificates(published)
+    following = tunnel_expiry.successors(published.values())
     for item in partitions:
         wanted, identity = declared[item.id], published[item.id]
-        expiries = tunnel_expiry.near(wanted, identity, replaced, now)
+        expiries = tunnel_expiry.near(wanted, identity, following, now)
         for tunnel in wanted.tunnels:
             listens = item.uid in owners.get(tunnel.listen, ())
             blocked = wanted.blocked.get(tunnel.name)
@@ -61,12 +62,8 @@ def states(
                 shown.fingerprint if shown else None,
                 tunnel_expiry.ends(wanted, tunnel, identity),
                 tuple(one for one in expiries if one.tunnel == tunnel.name),
+                wanted.master.stale if wanted.master and tunnel.identity == "master" else "",
             )
-
-
-def replaced_certificates(published: Mapping[str, PublicIdentity | None]) -> frozenset[str]:
-    """The certificates of this node's partitions that another one has taken the place of."""
-    return frozenset(one.gone.fingerprint for one in published.values() if one and one.gone)
 
 
 def listing(context: Context) -> dict[str, Any]:
@@ -125,6 +122,8 @@ def _row(state: TunnelState, now: datetime) -> dict[str, Any]:
         "sessions": state.sessions,
         "warnings": [
             *(one.sentence(now) for one in state.expiries),
+            *([f"{state.stale}; it goes on with the pair before"] if state.stale else ()),
+            *(f"{name} is of no partition of this node; the others are allowed" for name in tunnel.missing),
             *(
                 f"{pin.fingerprint} may be refused: of self-signed certificates of one subject that name no authority key"
                 " identifier OpenSSL looks at one alone"

@@ -29,7 +29,8 @@ _SECONDS = 10.0
 _AT_ONCE = 8
 _PIECE = 64 * 1024
 _SAID = 2000
-_GLANCE_MILLISECONDS = 250
+_MOST_READ = 1 << 20  # a hundred services say some 100 KiB
+_GLANCE = 0.25
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +54,7 @@ def run(config: Config, program: str, trials: Sequence[Trial]) -> dict[str, Part
             for one, process in zip(some, started, strict=True):
                 if reason := _reason(one, process, deadline):
                     failed[one.partition.id] = _useless(one.partition, reason)
+                process.kill()
         finally:
             for process in started:
                 _end(process)
@@ -87,22 +89,27 @@ def _reason(trial: Trial, process: subprocess.Popen[bytes], deadline: float) -> 
     """Why the configuration is of no use; "" when it is good."""
     assert process.stdout is not None  # noqa: S101 - it was asked for
     descriptor = process.stdout.fileno()
-    reader, last = verdict.VerdictReader(trial.services), b""
+    reader, last, read = verdict.VerdictReader(trial.services), b"", 0
     poll = select.poll()
     poll.register(descriptor, select.POLLIN)
-    while time.monotonic() < deadline:
-        if not poll.poll(_GLANCE_MILLISECONDS):
+    glance = time.monotonic() + _GLANCE
+    while (now := time.monotonic()) < deadline:
+        if now >= glance:
+            glance = now + _GLANCE
             if execute.is_stopped(process.pid):
                 return "somebody has stopped the one that tried it"
+        if not poll.poll(_GLANCE * 1000):
             continue
         piece = os.read(descriptor, _PIECE)
         found = reader.feed(piece)
         if found is not None:
             return "" if found.ok else found.reason
         last = (last + piece)[-_SAID:]
+        read += len(piece)
         if not piece:
-            said = last.decode("utf-8", "replace").strip() or f"it ended with status {process.wait()}"
-            return said.splitlines()[-1]
+            return last.decode("utf-8", "replace").strip().rpartition("\n")[2] or "it ended without a word"
+        if read > _MOST_READ:
+            return "it said too much"
     return f"it said nothing within {_SECONDS:.0f} s"
 
 

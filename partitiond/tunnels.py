@@ -32,6 +32,8 @@ OPEN_FILES = 20544
 """For 10 000 sessions: stunnel takes 125/256 of its limit for clients (src/fd.c; measured, facts/stunnel.md 1.4)."""
 
 _USUAL_PROGRAM = "/usr/bin/stunnel4"
+# it ends within milliseconds, unless its user has stopped it, which must not keep the node waiting
+_PATIENCE = 2
 _PRLIMIT = "/usr/bin/prlimit"
 
 
@@ -76,7 +78,7 @@ def group(config: Config, partition: Partition, limit: int) -> Group:
     configuration = identities.directory_of(config, partition.id) / render.CONFIG_FILE
     # the limits of supervisord's other children are not ours to change
     command = f"{_PRLIMIT} --nofile={limit}:{limit} {stunnel_program() or _USUAL_PROGRAM} {configuration}"
-    program = Program("stunnel", "stunnel", command, restart=True, log=LOG)
+    program = Program("stunnel", "stunnel", command, restart=True, log=LOG, patience=_PATIENCE)
     return Group(
         name=group_name(partition.id),
         user=partition.user,
@@ -104,7 +106,12 @@ def plan(
     """
     partition = wanted.partition
     name = group_name(partition.id)
-    if wanted.waits:
+    directory = identities.directory_of(config, partition.id)
+    if (
+        wanted.stuck
+        or wanted.waits
+        or (wanted.unsettled and wanted.unsettled & tunnel_memory.read(directory).services.keys())
+    ):
         return ()
     if not wanted.files:
         state = f"{config.state_dir}/tunnels/{partition.id}"
@@ -114,7 +121,7 @@ def plan(
         return (_operation(wanted, "remove", "no tunnel is declared any more"),)
     if not _is_set_up(supervisor.group_text(name), group(config, partition, limit), running):
         return (_operation(wanted, "create", "stunnel is not set up"),)
-    reason = _trouble(wanted, identities.directory_of(config, partition.id), runs=name in running)
+    reason = _trouble(wanted, directory, runs=name in running)
     return (_operation(wanted, "change", reason),) if reason else ()
 
 
@@ -128,6 +135,8 @@ def _trouble(wanted: PartitionTunnels, directory: Path, *, runs: bool) -> str:
         return "stunnel runs with another configuration"
     if files.there(f"{directory}/{render.TRIAL_FILE}"):
         return "a change was cut short"
+    if not tunnel_memory.read(directory).agrees_with(wanted.active, wanted.refused):
+        return "sessions may go on of somebody who is not allowed any more"
     if wanted.silent:
         return f"stunnel does not listen for {', '.join(wanted.silent)}"
     return ""

@@ -109,7 +109,7 @@ class _Reader:
             raise self.fault("connect", f"{format_endpoint(connect)} is where this tunnel itself listens")
         source = None if mode == "server" else self.source(connect[0])
         key = "allow" if mode == "server" else "peer"
-        pins = self.pins(key)
+        pins, missing = self.pins(key)
         if mode == "client" and not pins:
             raise self.fault(key, f"no certificate of the server; required, allowed: {_PIN_FORMS}")
         return Tunnel(
@@ -127,6 +127,7 @@ class _Reader:
                 "IdentitySource", self.choice("identity", ("partition", "master"), default="partition")
             ),
             file=plain(self.file),
+            missing=missing,
         )
 
     def fault(self, key: str, reason: str, *, line: int | None = None, hint: str = "") -> FaultError:
@@ -226,23 +227,31 @@ class _Reader:
             )
         return self.context.ipv6
 
-    def pins(self, key: str) -> tuple[Pin, ...]:
+    def pins(self, key: str) -> tuple[tuple[Pin, ...], tuple[str, ...]]:
+        """The certificates, and the fingerprints of no partition: a peer that was destroyed must not cost the others."""
         entry = self.entries.get(key)
         found: dict[str, Pin] = {}
+        missing: dict[str, FaultError] = {}
         read = 0
         for line, text in entry.parts if entry else ():
             try:
                 these = self.pin(text)
             except (OSError, ValueError) as error:
                 reason = " ".join(str(error).split())
-                raise self.fault(key, f"{shown(text)}: {reason}", line=line) from error
+                fault = self.fault(key, f"{shown(text)}: {reason}", line=line)
+                if not _is_unknown(error):
+                    raise fault from error
+                missing[text] = fault
+                continue
             found.update((pin.fingerprint, pin) for pin in these)
             read += len(these)
             if read > MAX_PINS:  # repeated ones as well: they cost as much to read
                 raise self.fault(
                     key, f"more than {MAX_PINS} certificates; allowed: at most that many", line=line
                 )
-        return tuple(found.values())
+        if missing and not found:
+            raise next(iter(missing.values()))
+        return tuple(found.values()), tuple(missing)
 
     def pin(self, text: str) -> tuple[Pin, ...]:
         from . import pins  # noqa: PLC0415 (cryptography takes 50 ms; whoever has no pin to read is spared them)
@@ -256,6 +265,12 @@ class _Reader:
             _check_path(rest)
             return pins.pins_from_pem(self.context.read_file(rest))
         raise ValueError(f"allowed, one a line: {_PIN_FORMS}")
+
+
+def _is_unknown(error: Exception) -> bool:
+    from . import pins  # noqa: PLC0415 (as above)
+
+    return isinstance(error, pins.UnknownCertificateError)
 
 
 def _check_path(path: str) -> None:

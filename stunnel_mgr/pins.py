@@ -35,6 +35,10 @@ _CERTIFICATE_BLOCK = re.compile(
 )
 
 
+class UnknownCertificateError(ValueError):
+    """A fingerprint of no partition of this node."""
+
+
 def fingerprint(der: bytes) -> str:
     """Name a certificate by the SHA-256 of its DER: ``sha256:`` and 64 lower-case hex digits."""
     return "sha256:" + hashlib.sha256(der).hexdigest()
@@ -67,13 +71,13 @@ def pins_from_pem(data: bytes) -> tuple[Pin, ...]:
 
 def pins_from_fingerprint(text: str, local_certificates: Mapping[str, str]) -> tuple[Pin, ...]:
     """Look a ``sha256:`` pin up among the partitions of this node: all that its partition shows now or next.
-    Raises ValueError.
+    Raises ValueError, and UnknownCertificateError, which is one.
     """
     if not _FINGERPRINT.fullmatch(text):
         raise ValueError("allowed after sha256: are 64 lower-case hex digits")
     pem = local_certificates.get(text)
     if pem is None:
-        raise ValueError(
+        raise UnknownCertificateError(
             "no partition of this node has that certificate; give one of another node as cert: or file:"
         )
     return pins_from_pem(pem.encode())

@@ -45,8 +45,10 @@ _EACH_SERVICE = (
     ("TIMEOUTbusy", "10"),
     ("TIMEOUTconnect", "5"),
 )
-_ACCEPT = re.compile(r"^accept = .*$", re.MULTILINE)
-_NOWHERE = "accept = 127.0.0.1:0"
+# A trial is reachable on 127.0.0.1 for whoever finds it, so it must lead to nobody: an ordinary user cannot have
+# port 1, and where root has it, what comes is no tunnel.
+_PLACES = re.compile(r"^(accept|connect|local) = .*\n", re.MULTILINE)
+_NOWHERE = {"accept": "accept = 127.0.0.1:0\n", "connect": "connect = 127.0.0.1:1\n", "local": ""}
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,8 +80,8 @@ class RenderedConfig:
 
     @property
     def trial(self) -> str:
-        """The same, for a stunnel that is to find out whether it can be loaded: it listens nowhere in particular."""
-        return _ACCEPT.sub(_NOWHERE, self.text)
+        """The same, for a stunnel that is to find out whether it can be loaded: it leads from nowhere to nowhere."""
+        return _PLACES.sub(lambda found: _NOWHERE[found[1]], self.text)
 
 
 def listens(text: str, endpoint: Endpoint) -> bool:

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
+from hashlib import blake2b
 from ipaddress import IPv6Address, ip_address
 from typing import Self, cast, get_args
 
@@ -38,6 +39,7 @@ MAX_LINE = 4096
 _ACCEPTED = "Certificate accepted at depth=0: "
 _REJECTED = "Rejected by CERT at depth=0: "
 _MAX_SUBJECT = 1024 - len(_ACCEPTED)
+_REMEMBERED = 160  # bytes
 
 _LINE = re.compile(rb"(\d{4}\.\d\d\.\d\d \d\d:\d\d:\d\d) LOG([0-7])\[(ui|\d{1,20})\]: (.*)")
 _OPENED = re.compile(r"Service \[([A-Za-z0-9][A-Za-z0-9_.-]{0,62})\] accepted connection from (\S{3,80})")
@@ -88,8 +90,16 @@ class _Session:
 
 
 def logged_subject(text: bytes) -> str:
-    """Give a subject as it stands in the log, of what OpenSSL prints: cut, without control characters."""
-    return text[:_MAX_SUBJECT].translate(_SAFE).decode("utf-8", "replace")
+    """Give a subject as it stands in the log, of what OpenSSL prints: cut, without control characters.
+
+    Of a long one the beginning and a digest: as many as there are sessions are remembered, and a tenant may forge them.
+    """
+    safe = text[:_MAX_SUBJECT].translate(_SAFE)
+    if len(safe) > _REMEMBERED:
+        return (
+            f"{safe[:_REMEMBERED].decode('utf-8', 'replace')}... #{blake2b(safe, digest_size=16).hexdigest()}"
+        )
+    return safe.decode("utf-8", "replace")
 
 
 _SAFE = bytes(byte if byte >= 0x20 and byte != 0x7F else ord(".") for byte in range(256))

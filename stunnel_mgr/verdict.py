@@ -28,6 +28,7 @@ _FAILED = ("Configuration failed", "Failed to reload the configuration file")
 _ERROR_LEVEL = 3  # syslog's LOG_ERR; lower is worse
 _MAX_LINE = 16 * 1024
 _MAX_REASON = 1000
+_MOST_REASONS = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,21 +81,28 @@ class VerdictReader:
         elif message in _FAILED:
             self._fail(self._errors or [message])
         elif bound := _BOUND.fullmatch(message):
-            self._bound.add(bound[1])
+            if bound[1] in self._expected:
+                self._bound.add(bound[1])
             if self._expected <= self._bound:
                 self._verdict = ReloadVerdict(ok=True)
         elif taken := _NOT_BOUND.fullmatch(message):
-            self._taken.append(f"{taken[1]} cannot listen on {taken[2]}: {taken[3]}")
+            _note(self._taken, f"{taken[1]} cannot listen on {taken[2]}: {taken[3]}")
         elif failed := _BIND_FAILED.fullmatch(message):
             self._fail(self._taken or [message], services=(failed[1],), listeners_lost=True)
         elif error:
-            self._errors.append(message)
+            _note(self._errors, message)
 
     def _fail(
         self, reasons: list[str], *, services: tuple[str, ...] = (), listeners_lost: bool = False
     ) -> None:
         reason = "; ".join(reasons)[:_MAX_REASON]
         self._verdict = ReloadVerdict(False, reason, services, listeners_lost)
+
+
+def _note(texts: list[str], text: str) -> None:
+    # the log is that of a tenant's process, which may say as much as it likes
+    if len(texts) < _MOST_REASONS:
+        texts.append(text[:_MAX_REASON])
 
 
 def read_verdict(log: bytes, services: Collection[str]) -> ReloadVerdict | None:

@@ -305,6 +305,10 @@ class StandInSupervisor(Supervisor):
     def _stop_process_group(self, name):
         self._known(name)
 
+    def stop_groups(self, names):
+        for name in names:  # each is a point
+            self.stop_group(name)
+
     def _signal_process(self, process, _name):
         self._stunnel_reads(self._known(process.partition(":")[0]))
 

@@ -392,7 +392,13 @@ def test_software_finds_what_slapformat_tells_it(operator, gateway, options):
         private["addr"] = found["address_list"][0]["addr"]  # slapformat rolls dice
         partition["tap"] |= {key: found["tap"][key] for key in ("mac", "bridge")}
         assert {key: found.get(key, "nothing") for key in partition} == partition
-        assert set(found) - set(partition) == {"block_devices", "certificate", "certificate_fingerprint"}
+        assert set(found) - set(partition) == {
+            "block_devices",
+            "certificate",
+            "certificate_fingerprint",
+            "certificate_next",
+            "certificate_next_fingerprint",
+        }
     assert here.plan() == {}
 
 

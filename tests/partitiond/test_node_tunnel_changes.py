@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import pytest
 from network_scene import ip_lines
@@ -23,6 +24,7 @@ from partitiond import (
     tunnel_process,
     tunnel_sessions,
     tunnel_status,
+    tunnel_trial,
     verbs,
 )
 from partitiond.context import Context
@@ -421,11 +423,13 @@ def test_the_pair_of_the_master_and_its_renewal(with_pairs):
     assert (key.stat().st_uid, key.stat().st_mode & 0o777) == (5000, 0o400)
     talk, other = scene.talk(1), scene.talk(1, 6001)
     assert measured(scene, "sessions", partition="slappart0", tunnel="db") == 1
-    # what cannot be used refuses that tunnel and keeps the rest
+    # what cannot be used changes nothing
     (scene.repository / "slappart0.key").write_bytes(b"damaged")
-    assert scene.apply() == ([], [], ["slappart0/db"])
-    assert "the key is damaged" in scene.listed()["slappart0/db"]["reason"]
-    assert other.lives()
+    assert scene.apply() == ([], [], [])
+    row = scene.listed()["slappart0/db"]
+    assert (row["state"], row["certificate"]["fingerprint"]) == ("up", given.fingerprint)
+    assert any("the key is damaged" in one for one in row["warnings"])
+    assert [talk.lives(), other.lives(), scene.talk(1).lives()] == [True, True, True]
     renewed = make_identity("COMP-1-slappart0")
     give_pair(scene, 0, renewed)
     path.write_text(path.read_text().replace(given.certificate_der_base64, renewed.certificate_der_base64))
@@ -535,3 +539,129 @@ def test_tunnels_follow_the_addresses(scene):
     assert found["slappart1/out6000"]["listen"] == "10.7.0.3:6000"
     assert {one["state"] for one in found.values()} == {"up"}
     assert scene.begin(1, network="10.7.0").lives()
+
+
+def test_who_began_before_the_tunnel_moved_is_cut_all_the_same(scene):
+    scene.server("db", 4000, 1, 2)
+    scene.client(1)
+    scene.client(2)
+    assert scene.apply() == ([], [], [])
+    revoked, kept = scene.talk(1), scene.talk(2)
+    scene.server("db", 4001, 1, 2)
+    # who has its place now is not charged with what it left
+    scene.server("after", 4000, 1, 2)
+    assert scene.apply() == ([], [], [])
+    assert [revoked.lives(), kept.lives()] == [True, True]
+    newer = scene.talk(1)  # through "after"
+    scene.server("db", 4001, 2)
+    assert scene.apply() == ([], [], [])
+    assert [revoked.lives(), kept.lives(), newer.lives()] == [False, True, True]
+    scene.server("db", 4001, 2).unlink()
+    assert scene.apply() == ([], [], [])
+    assert [kept.lives(), newer.lives()] == [False, True]
+
+
+def test_of_a_blocked_tunnel_sessions_are_cut_too(scene):
+    scene.server("db", 4000, 1, 2)
+    scene.server("other", 4002, 1)
+    scene.client(1)
+    scene.client(2)
+    assert scene.apply() == ([], [], [])
+    revoked, kept = scene.talk(1), scene.talk(2)
+    squatter = subprocess.Popen(as_user("slapuser3", LISTENER, 4777), stdout=subprocess.PIPE, text=True)
+    scene.started.append(squatter)
+    assert squatter.stdout.readline() == "listening\n"
+    scene.server("db", 4777, 1, 2)
+    assert scene.apply() == ([], [], ["slappart0/db"])
+    assert [revoked.lives(), kept.lives()] == [True, True]
+    scene.server("db", 4777, 2)
+    assert scene.apply() == ([], [], ["slappart0/db"])
+    assert [revoked.lives(), kept.lives()] == [False, True]
+    assert verbs.plan(scene.context)["operations"] == []
+    scene.server("db", 4777, 2).unlink()
+    assert scene.apply() == ([], [], [])
+    assert not kept.lives()
+
+
+def test_a_peer_that_is_gone_costs_nobody_else(scene):
+    names = "\n ".join(pin(scene.node, f"slappart{one}", "sha256", "") for one in (1, 2))
+    declare(scene.node, "slappart0", "db", f"mode = server\nlisten = 4000\nconnect = 5000\nallow = {names}\n")
+    scene.client(1)
+    assert scene.apply() == ([], [], [])
+    talk, old = scene.talk(1), resource(scene.node, "slappart2")["certificate_fingerprint"]
+    # its user may change the mode of its key, which is set back
+    (scene.directory(2) / identities.SLOTS[0][1]).chmod(0o600)
+    assert scene.apply() == ([], [], [])
+    assert resource(scene.node, "slappart2")["certificate_fingerprint"] == old
+    assert (scene.directory(2) / identities.SLOTS[0][1]).stat().st_mode & 0o777 == 0o400
+    for name in identities.SLOTS[0]:
+        (scene.directory(2) / name).unlink()
+    assert scene.apply() == ([], [], [])
+    row = scene.listed()["slappart0/db"]
+    assert row["state"] == "up"
+    assert any(old in one and "no partition of this node" in one for one in row["warnings"])
+    assert [talk.lives(), scene.talk(1).lives()] == [True, True]
+
+
+def test_a_declaration_that_is_being_written_takes_nothing_down(scene):
+    path = scene.server("db", 4000, 1)
+    scene.client(1)
+    assert scene.apply() == ([], [], [])
+    talk = scene.talk(1)
+    good = path.read_text()
+    path.write_text("")
+    assert scene.apply() == ([], [], ["slappart0/db"])
+    assert [talk.lives(), scene.talk(1).lives()] == [True, True]
+    path.write_text(good)
+    assert scene.apply() == ([], [], [])
+    # what stays so is refused, and nobody may come any more; who is there is let be while another tunnel keeps stunnel
+    scene.server("other", 4001, 1)
+    assert scene.apply() == ([], [], [])
+    path.write_text("")
+    os.utime(path, (0, 0))
+    assert scene.apply() == ([], [], ["slappart0/db"])
+    assert [talk.lives(), scene.begin(1).lives()] == [True, False]
+    scene.server("db", 4000, 2)
+    assert scene.apply() == ([], [], [])
+    assert not talk.lives()
+
+
+def test_a_trial_leads_nowhere(scene, monkeypatch):
+    """It can be reached by everybody on 127.0.0.1 while it lasts."""
+    scene.server("db", 4000, 1)
+    scene.client(1)
+    assert scene.apply() == ([], [], [])
+    heard = []
+    original = tunnel_trial._reason
+
+    def reason(trial, process, deadline):
+        found = original(trial, process, deadline)
+        if trial.partition.id == "slappart1":
+            text = (scene.directory(1) / "trial.conf").read_text()
+            assert "accept = 127.0.0.1:0\nconnect = 127.0.0.1:1\n" in text
+            assert "local =" not in text
+            for place in places(process.pid):
+                with socket.create_connection(place, timeout=5) as there:
+                    try:
+                        there.sendall(b"word")
+                        heard.append(there.recv(10))
+                    except ConnectionError:
+                        heard.append(b"")
+        return found
+
+    monkeypatch.setattr(tunnel_trial, "_reason", reason)
+    scene.client(1, 6001)
+    assert scene.apply() == ([], [], [])
+    assert heard
+    assert set(heard) <= {b""}
+
+
+def places(pid):
+    """Where a process listens."""
+    inodes = {str(one.readlink()) for one in Path(f"/proc/{pid}/fd").iterdir()}
+    rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    return [
+        ("127.0.0.1", int(row[1].partition(":")[2], 16))
+        for row in rows
+        if row[3] == "0A" and f"socket:[{row[9]}]" in inodes
+    ]

@@ -340,7 +340,7 @@ def key_readable(node):
 
 
 def certificate_damaged(node):
-    (key_of(node).parent / identities.CERTIFICATE_FILE).write_bytes(b"no certificate")
+    (key_of(node).parent / identities.SLOTS[0][0]).write_bytes(b"no certificate")
 
 
 def supervisord_killed(node):
@@ -370,7 +370,7 @@ def nonlocal_bind_off(node):
 
 
 def key_of(node):
-    return node.state / "tunnels" / "slappart1" / identities.KEY_FILE
+    return node.state / "tunnels" / "slappart1" / identities.SLOTS[0][1]
 
 
 @pytest.mark.parametrize(
@@ -392,7 +392,7 @@ def key_of(node):
         (resource_said_otherwise, {"resource-file/slappart1"}, "says something else"),
         (resource_fifo, {"resource-file/slappart1"}, "is not a regular file"),
         (resource_directory, {"resource-file/slappart1"}, "is not a regular file"),
-        (key_readable, {"identity/slappart1", "resource-file/slappart1"}, "readable by others"),
+        (key_readable, {"identity/slappart1"}, "the mode of its key was changed"),
         (certificate_damaged, {"identity/slappart1", "resource-file/slappart1"}, "damaged"),
         (supervisord_killed, {"supervisord"}, "does not run"),
         (supervisord_configuration, {"supervisord"}, "its configuration"),

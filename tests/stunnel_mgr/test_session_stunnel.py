@@ -14,10 +14,10 @@ from pathlib import Path
 import odd_certificates as odd
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
+from tunnel_rendered import render
 
 from stunnel_mgr.model import Pin, Tunnel
 from stunnel_mgr.pins import pins_from_pem
-from stunnel_mgr.render import render
 from stunnel_mgr.revocation import sessions_to_cut
 from stunnel_mgr.session_log import SessionReader
 from stunnel_mgr.session_records import EndedSession, FailedSession, RefusedPeer
@@ -91,9 +91,6 @@ class Watched:
     def load(self, party, *tunnels):
         config = render("slappart0", tunnels, directory=str(self.stunnel.directory))
         text = config.files["stunnel.conf"].replace("TIMEOUTbusy = 10", f"TIMEOUTbusy = {self.busy}")
-        text = text.replace("\nsessionResume = no", "").replace(
-            "verifyPeer", "sessionResume = no\nverifyPeer"
-        )
         self.stunnel.write(replace(config, files={**config.files, "stunnel.conf": text}), party)
 
     def read(self):
