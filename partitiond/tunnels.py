@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from partitiond.node import Partition
     from partitiond.operation import Action
     from partitiond.tunnel_declarations import PartitionTunnels
+    from partitiond.tunnel_memory import Loaded
 
 LOG = "_stunnel"
 """Name of its log below ``log_dir/<partition>``, without suffix; no program of a tenant may have one of this name."""
@@ -107,11 +108,10 @@ def plan(
     partition = wanted.partition
     name = group_name(partition.id)
     directory = identities.directory_of(config, partition.id)
-    if (
-        wanted.stuck
-        or wanted.waits
-        or (wanted.unsettled and wanted.unsettled & tunnel_memory.read(directory).services.keys())
-    ):
+    if wanted.stuck or wanted.waits:
+        return ()
+    loaded = tunnel_memory.read(directory) if wanted.tunnels or wanted.unsettled else tunnel_memory.Loaded()
+    if wanted.unsettled & loaded.services.keys():
         return ()
     if not wanted.files:
         state = f"{config.state_dir}/tunnels/{partition.id}"
@@ -121,21 +121,19 @@ def plan(
         return (_operation(wanted, "remove", "no tunnel is declared any more"),)
     if not _is_set_up(supervisor.group_text(name), group(config, partition, limit), running):
         return (_operation(wanted, "create", "stunnel is not set up"),)
-    reason = _trouble(wanted, directory, runs=name in running)
+    reason = _trouble(wanted, directory, loaded, runs=name in running)
     return (_operation(wanted, "change", reason),) if reason else ()
 
 
-def _trouble(wanted: PartitionTunnels, directory: Path, *, runs: bool) -> str:
+def _trouble(wanted: PartitionTunnels, directory: Path, loaded: Loaded, *, runs: bool) -> str:
     """What is wrong with a stunnel that is set up; "" when nothing is."""
     if not runs:
         return "stunnel does not run"
-    if tunnel_memory.read(directory).configuration != wanted.fingerprint or not _is_written(
-        directory, wanted
-    ):
+    if loaded.configuration != wanted.fingerprint or not _is_written(directory, wanted):
         return "stunnel runs with another configuration"
     if files.there(f"{directory}/{render.TRIAL_FILE}"):
         return "a change was cut short"
-    if not tunnel_memory.read(directory).agrees_with(wanted.active, wanted.refused):
+    if not loaded.agrees_with(wanted.active, wanted.refused):
         return "sessions may go on of somebody who is not allowed any more"
     if wanted.silent:
         return f"stunnel does not listen for {', '.join(wanted.silent)}"

@@ -7,6 +7,7 @@ refused is named in words that steer no terminal, and the rest of the node works
 import contextlib
 import logging
 import os
+from threading import RLock
 from types import SimpleNamespace
 
 import hostile_node
@@ -236,7 +237,9 @@ def _certificate(scene):
     def fetch():
         pair = CertificatePair("certificate", "key")
         client = SimpleNamespace(partition_certificate=lambda _: pair)
-        certificates.fetch(SimpleNamespace(config=scene.config, client=client), scene.partition)
+        certificates.fetch(
+            SimpleNamespace(config=scene.config, client=client, applying=RLock()), scene.partition
+        )
         assert (scene.certificates / "slappart0.key").read_text() == "key"
         return "fine", ""
 

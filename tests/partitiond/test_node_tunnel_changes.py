@@ -641,12 +641,12 @@ def test_a_trial_leads_nowhere(scene, monkeypatch):
             assert "accept = 127.0.0.1:0\nconnect = 127.0.0.1:1\n" in text
             assert "local =" not in text
             for place in places(process.pid):
-                with socket.create_connection(place, timeout=5) as there:
-                    try:
+                try:
+                    with socket.create_connection(place, timeout=5) as there:
                         there.sendall(b"word")
                         heard.append(there.recv(10))
-                    except ConnectionError:
-                        heard.append(b"")
+                except ConnectionError:
+                    heard.append(b"")
         return found
 
     monkeypatch.setattr(tunnel_trial, "_reason", reason)
