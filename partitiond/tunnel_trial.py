@@ -54,9 +54,9 @@ def run(config: Config, program: str, trials: Sequence[Trial]) -> dict[str, Part
             for one, process in zip(some, started, strict=True):
                 if reason := _reason(one, process, deadline):
                     failed[one.partition.id] = _useless(one.partition, reason)
-                process.kill()
+                _end(process)
         finally:
-            for process in started:
+            for process in started:  # once more does nothing
                 _end(process)
     return failed
 
