@@ -7,9 +7,8 @@ keeps nobody else from getting what is planned for him, and nothing is started w
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from netplan import apply as netplan_apply
 from partitiond import (
@@ -121,13 +120,7 @@ def _without(whole: Plan, names: frozenset[str]) -> Plan:
 
     What the network is to be stays whole: it needs no directory, and what one owns is closed to others by it.
     """
-    if not names:
-        return whole
-    parts: dict[str, Any] = {
-        part: tuple(operation for operation in getattr(whole, part) if operation.partition not in names)
-        for part in IN_DIRECTORIES
-    }
-    return replace(whole, **parts)
+    return whole.keeping(lambda one: one.partition not in names, IN_DIRECTORIES) if names else whole
 
 
 def _make_namespaces(context: Context, todo: Plan, failures: list[tuple[str, Exception]]) -> frozenset[str]:

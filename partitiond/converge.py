@@ -42,7 +42,7 @@ from partitiond.tunnel_declarations import PartitionTunnels
 from partitiond.users import UserOperation, UserSpec
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from netplan.model import ObservedNetwork
     from netplan.operations import Operation as NetworkOperation
@@ -125,6 +125,11 @@ class Plan:
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
+
+    def keeping(self, test: Callable[[AnyOperation], bool], parts: Iterable[str] = PARTS) -> Plan:
+        """The plan with only those operations of some parts that pass a test; the other parts stay whole."""
+        kept: dict[str, Any] = {part: tuple(filter(test, getattr(self, part))) for part in parts}
+        return replace(self, **kept)
 
     @property
     def stands(self) -> bool:
@@ -489,24 +494,13 @@ def _only(whole: Plan, names: frozenset[str]) -> Plan:
     """The part of a plan that concerns some partitions; what belongs to the whole node stays, as they stand on it."""
     if not names:
         return whole
-    parts: dict[str, Any] = {
-        part: tuple(operation for operation in getattr(whole, part) if operation.partition in (None, *names))
-        for part in PARTS
-    }
-    return replace(
-        whole, **parts, refused=tuple(refusal for refusal in whole.refused if refusal.partition in names)
-    )
+    refused = tuple(refusal for refusal in whole.refused if refusal.partition in names)
+    return replace(whole.keeping(lambda one: one.partition in (None, *names)), refused=refused)
 
 
-def _but(whole: Plan, names: Collection[str]) -> Plan:
-    """A plan without some of its operations, by id."""
-    if not names:
-        return whole
-    parts: dict[str, Any] = {
-        part: tuple(operation for operation in getattr(whole, part) if operation.id not in names)
-        for part in PARTS
-    }
-    return replace(whole, **parts)
+def _but(whole: Plan, ids: set[str]) -> Plan:
+    """A plan without some of its operations."""
+    return whole.keeping(lambda one: one.id not in ids) if ids else whole
 
 
 def _hangs_alone(failure: tuple[str, Exception]) -> bool:
@@ -556,7 +550,7 @@ def apply(
             todo = _only(whole, only)
             _remember_addresses(context, seen, whole)
             # what hangs on nobody else keeps nobody else from the round after it, and is not tried again
-            pending = _but(todo, [name for name, _ in outcome.failures])
+            pending = _but(todo, {name for name, _ in outcome.failures})
             if not pending or again == _ROUNDS or not all(map(_hangs_alone, outcome.failures)):
                 break
             failures, left_out = carry_out.run(context, seen, pending)

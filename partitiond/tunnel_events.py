@@ -6,7 +6,7 @@ tunnels do is bounded in what it says, and goes where it can push nothing of the
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from stunnel_mgr.model import format_endpoint
 from stunnel_mgr.session_digest import MOST, digest
@@ -59,22 +59,27 @@ def tell(events: EventLog, partition: Partition, records: Sequence[Record], *, m
             _tell_peers(events, event, partition, more)
 
 
-def _name(partition: Partition, service: str) -> str:
-    return f"{partition.id}/{service or '*'}"
+def _record(
+    events: EventLog, event: str, partition: Partition, service: str, message: str, **details: Any
+) -> None:
+    """Record an event of one tunnel; of several, or of one that the log does not name, ``service`` is empty."""
+    name = f"{partition.id}/{service or '*'}"
+    events.record(event, f"{name}: {message}", partition=partition.id, resource=f"tunnel/{name}", **details)
 
 
 def _tell_session(events: EventLog, partition: Partition, one: EndedSession) -> None:
-    name, peer = _name(partition, one.service), format_endpoint(one.remote)
+    peer = format_endpoint(one.remote)
     size = (
         "stunnel itself ended"
         if one.bytes_to_socket is None
         else f"{one.bytes_to_socket} bytes in, {one.bytes_to_tls} bytes out"
     )
-    events.record(
+    _record(
+        events,
         "tunnel.session",
-        f"{name}: {peer} ({one.subject or 'no certificate'}): {size}, {one.seconds} s",
-        partition=partition.id,
-        resource=f"tunnel/{name}",
+        partition,
+        one.service,
+        f"{peer} ({one.subject or 'no certificate'}): {size}, {one.seconds} s",
         peer=peer,
         certificate=one.subject,
         bytes_in=one.bytes_to_socket,
@@ -85,13 +90,13 @@ def _tell_session(events: EventLog, partition: Partition, one: EndedSession) -> 
 
 
 def _tell_sessions(events: EventLog, partition: Partition, total: SessionSum) -> None:
-    name = _name(partition, total.service)
-    events.record(
+    _record(
+        events,
         "tunnel.session",
-        f"{name}: {total.count} more sessions ({total.subject or 'several'}): {total.bytes_to_socket} bytes in,"
+        partition,
+        total.service,
+        f"{total.count} more sessions ({total.subject or 'several'}): {total.bytes_to_socket} bytes in,"
         f" {total.bytes_to_tls} bytes out",
-        partition=partition.id,
-        resource=f"tunnel/{name}",
         certificate=total.subject,
         bytes_in=total.bytes_to_socket,
         bytes_out=total.bytes_to_tls,
@@ -101,29 +106,15 @@ def _tell_sessions(events: EventLog, partition: Partition, total: SessionSum) ->
 
 
 def _tell_peer(events: EventLog, event: str, partition: Partition, one: FailedSession | RefusedPeer) -> None:
-    name = _name(partition, one.service)
     peer = format_endpoint(one.remote) if one.remote else None
-    events.record(
-        event,
-        f"{name}: {peer or 'somebody'} ({one.subject or 'no certificate'}): {_REASONS[one.reason]}",
-        partition=partition.id,
-        resource=f"tunnel/{name}",
-        peer=peer,
-        certificate=one.subject,
-        reason=one.reason,
-    )
+    message = f"{peer or 'somebody'} ({one.subject or 'no certificate'}): {_REASONS[one.reason]}"
+    details = {"peer": peer, "certificate": one.subject, "reason": one.reason}
+    _record(events, event, partition, one.service, message, **details)
 
 
 def _tell_peers(events: EventLog, event: str, partition: Partition, more: ReasonSum) -> None:
-    name = _name(partition, more.service)
-    events.record(
-        event,
-        f"{name}: {more.count} times: {_REASONS[more.reason]}",
-        partition=partition.id,
-        resource=f"tunnel/{name}",
-        reason=more.reason,
-        count=more.count,
-    )
+    message = f"{more.count} times: {_REASONS[more.reason]}"
+    _record(events, event, partition, more.service, message, reason=more.reason, count=more.count)
 
 
 def tell_cut(events: EventLog, partition: Partition, ended: Sequence[Cut]) -> None:
@@ -132,13 +123,14 @@ def tell_cut(events: EventLog, partition: Partition, ended: Sequence[Cut]) -> No
     for one in ended:
         by_service.setdefault(one.service, []).append(one)
     for service, some in by_service.items():
-        name, reasons = _name(partition, service), list(dict.fromkeys(one.reason for one in some))
+        reasons = list(dict.fromkeys(one.reason for one in some))
         reason = reasons[0] if len(reasons) == 1 else f"{reasons[0]}; and {len(reasons) - 1} other reasons"
-        events.record(
+        _record(
+            events,
             "tunnel.cut",
-            f"{name}: {len(some)} session{'' if len(some) == 1 else 's'} ended: {reason}",
-            partition=partition.id,
-            resource=f"tunnel/{name}",
+            partition,
+            service,
+            f"{len(some)} session{'' if len(some) == 1 else 's'} ended: {reason}",
             reason=reason,
             count=len(some),
             peers=[format_endpoint(one.remote) for one in some[:_NAMED]],

@@ -84,6 +84,7 @@ class Carrier:
     def __init__(self, context: Context) -> None:
         self._context = context
         self._config, self._supervisor = context.config, context.supervisor
+        self._limit = 0
         self.failures: list[tuple[str, Exception]] = []
 
     def run(self, operations: Iterable[TunnelOperation]) -> None:
@@ -99,6 +100,7 @@ class Carrier:
                 self._fail(one.id, _no_stunnel(one.wanted.partition))
             return
         running = {item.group: item for item in self._supervisor.processes() if item.pid}
+        self._limit = tunnels.open_files(self._supervisor)
         begun: list[_Change] = []
         for one in coming:
             self._try(one.id, partial(self._begin, one, running, begun))
@@ -173,7 +175,9 @@ class Carrier:
                 directory=directory,
                 group=group,
                 pid=process.pid if process else 0,
-                begins=process is not None and process.state == "STARTING" and _has_it(directory, wanted),
+                begins=process is not None
+                and process.state == "STARTING"
+                and _has_it(directory, wanted, before),
                 before=before,
                 now=now,
             )
@@ -212,7 +216,7 @@ class Carrier:
     def _write_configuration(self, change: _Change) -> None:
         tunnel_memory.write(change.directory, change.before.opened(change.now))
         _write_configuration(change)
-        stunnel = tunnels.group(self._config, change.partition, tunnels.open_files(self._supervisor))
+        stunnel = tunnels.group(self._config, change.partition, self._limit)
         # one that began outside of its namespaces keeps its sessions, and reads its configuration where it is
         late = privacy.is_late(self._supervisor, stunnel)
         changed = not late and self._supervisor.write_group(stunnel)
@@ -369,9 +373,9 @@ def _listen(change: _Change, tail: LogTail, found: list[ReloadVerdict | None]) -
     found.append(said)
 
 
-def _has_it(directory: Path, wanted: PartitionTunnels) -> bool:
+def _has_it(directory: Path, wanted: PartitionTunnels, before: Loaded) -> bool:
     """Whether what is on the disk is what is wanted, confirmed once."""
-    confirmed = tunnel_memory.read(directory).configuration == wanted.fingerprint
+    confirmed = before.configuration == wanted.fingerprint
     return confirmed and tunnel_declarations.configuration(directory) == wanted.rendered.text
 
 
