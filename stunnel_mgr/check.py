@@ -120,6 +120,10 @@ def check_server(
         return CheckResult("peer_expired", _ran_out("the last certificate that is allowed", last), seen.peer)
     try:
         tls_probe.connect(tunnel.connect, timeout=timeout).close()
+    except (
+        tls_probe.CUT
+    ):  # somebody is there; what it makes of connections that say nothing is its own affair
+        pass
     except OSError as error:
         message = f"the service at {format_endpoint(tunnel.connect)} does not answer: {tls_probe.text(error)}"
         return CheckResult("service_down", message, seen.peer)
@@ -215,6 +219,8 @@ def _through(tunnel: Tunnel, uid: int, patience: float, timeout: float) -> str |
         with tls_probe.connect(tunnel.listen, timeout=timeout) as program:
             program.settimeout(patience)
             return _cut(program) or _not_dialled(tunnel.connect, uid, before)
+    except tls_probe.CUT as error:
+        return _cuts_off(error)
     except OSError as error:
         return f"does not let a program in: {tls_probe.text(error)}"
 
@@ -225,7 +231,11 @@ def _cut(program: socket.socket) -> str | None:
     except TimeoutError:
         return None
     except OSError as error:
-        return f"cuts programs off: {tls_probe.text(error)}"
+        return _cuts_off(error)
+
+
+def _cuts_off(error: OSError) -> str:
+    return f"cuts programs off: {tls_probe.text(error)}"
 
 
 def _not_dialled(endpoint: Endpoint, uid: int, before: frozenset[str]) -> str | None:

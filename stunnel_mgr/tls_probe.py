@@ -23,6 +23,11 @@ judged, and refusals came after 0 to 18 ms (facts/stunnel.md 3).
 _GRACE_PER_HANDSHAKE = 4
 """How often the time of the handshake comes on top of that: for those far away or busy."""
 
+CUT = (ConnectionResetError, BrokenPipeError)
+"""What ``connect`` raises where somebody accepted and cut before it could return (tcp_reset() in the kernel's
+net/ipv4/tcp_input.c; where nobody is there it is ECONNREFUSED).
+"""
+
 How = Literal["unreachable", "no_tls", "refused", "closed", "stands"]
 
 
@@ -75,6 +80,8 @@ def speak(
     begin = time.monotonic()
     try:
         plain = connect(endpoint, source=source, timeout=timeout)
+    except CUT as error:
+        return Contact("no_tls", text(error))
     except OSError as error:
         nobody = isinstance(error, ConnectionRefusedError)
         return Contact("unreachable", text(error), nobody=nobody)

@@ -1,5 +1,6 @@
 """The check of a tunnel, against real stunnels: each outcome comes from what it is meant for."""
 
+import errno
 import os
 import signal
 import socket
@@ -15,7 +16,7 @@ import pytest
 from tunnel_rendered import render
 
 from netplan import sock_diag
-from stunnel_mgr import dialled
+from stunnel_mgr import dialled, tls_probe
 from stunnel_mgr.check import OwnSide, check_client, check_server, check_way_in, with_way_in
 from stunnel_mgr.declaration import parse_declaration
 from stunnel_mgr.errors import TunnelError
@@ -349,6 +350,41 @@ def test_a_client_whose_stunnel_knows_other_pins(going, scene, own, client_ident
     result = check_client(going, own(going, client_identity))
     assert result.outcome == "stunnel_fails"
     assert "cuts programs off" in result.message
+
+
+@pytest.fixture
+def cut_early(monkeypatch):
+    """Let connections to a place be reset before ``connect`` returns: nothing can time that."""
+
+    def cut(place):
+        real = tls_probe.connect
+
+        def connect(endpoint, **how):
+            real(endpoint, **how).close()
+            if endpoint == place:
+                raise ConnectionResetError(errno.ECONNRESET, os.strerror(errno.ECONNRESET))
+            return real(endpoint, **how)
+
+        monkeypatch.setattr(tls_probe, "connect", connect)
+
+    return cut
+
+
+def test_a_client_whose_stunnel_cuts_before_connect_returns(going, own, client_identity, cut_early):
+    cut_early(going.listen)
+    result = check_client(going, own(going, client_identity))
+    assert result.outcome == "stunnel_fails"
+    assert "cuts programs off: Connection reset by peer" in result.message
+
+
+def test_a_service_that_cuts_early_is_there(serving, own, server_identity, cut_early):
+    cut_early(serving.connect)
+    assert check_server(serving, own(serving, server_identity)).outcome == "ok"
+
+
+def test_a_far_end_that_cuts_early_speaks_no_tls(going, own, client_identity, cut_early):
+    cut_early(going.connect)
+    assert check_client(going, own(going, client_identity)).outcome == "no_tls"
 
 
 def test_a_client_with_a_damaged_identity(going, own, client_identity):
