@@ -202,7 +202,7 @@ def load_filter(wanted: Filter, loaded: FilterContents, notes: Sequence[str] = (
                 holding.make_tables(sock, missing)
             holding.wake_tables(sock)
             before = generation(sock)
-            _run_first(wanted.transactions(loaded, notes))
+            _run_first(wanted.transactions(loaded, notes, persist=nftables.knows_persist()))
             if generation(sock) == _after(before) and _note(sock, wanted, _after(before)):
                 _remember(sock, wanted, loaded, notes, _after(_after(before)))
                 return

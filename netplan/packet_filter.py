@@ -95,19 +95,23 @@ class Filter:
             counters=self.counters.intersection(_COUNTER_OF_RULE.findall(self.rules)),
         )
 
-    def transactions(self, loaded: FilterContents, notes: Sequence[str] = ()) -> Iterator[str]:
+    def transactions(
+        self, loaded: FilterContents, notes: Sequence[str] = (), *, persist: bool = False
+    ) -> Iterator[str]:
         """Yield the texts to try in this order, each good for more than the one before.
 
         Changes alone; everything filled again; the table replaced, for what cannot be changed in place (such
-        as the type of a set).  Only with the last do the counters begin anew, which their epoch tells, and
-        nobody can hold such tables.
+        as the type of a set).  Only with the last do the counters begin anew, which their epoch tells.  With
+        ``persist`` such tables can be held (:mod:`netplan.holding`), where the kernel knows that too.
         """
         yield self.transaction(loaded, notes)
         yield self.transaction(replace(loaded, elements={}, intact=False), notes)
         there = {one for one in loaded.counters if one.startswith(NOTES)}
         everything = sorted({*self.families, *loaded.families})
-        opening = removal(everything) + "".join(f"add table {family} {TABLE}\n" for family in self.families)
-        yield opening + self.transaction(FilterContents(), sorted(there.union(notes)))
+        anew = self.transaction(FilterContents(), sorted(there.union(notes)))
+        for flags in (" { flags persist; }", "") if persist else ("",):
+            tables = (f"add table {family} {TABLE}{flags}\n" for family in self.families)
+            yield removal(everything) + "".join(tables) + anew
 
     def small_change(self, loaded: FilterContents, notes: Sequence[str] = ()) -> list[Request] | None:
         """Return what brings the table from ``loaded`` to this state by elements and counters alone; None where

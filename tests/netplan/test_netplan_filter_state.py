@@ -29,6 +29,11 @@ def _handle(chain: str) -> int:
     )
 
 
+def _asleep() -> str:
+    # the kernel changes no other flag of a table than this one
+    return "dormant, persist" if nftables.knows_persist() else "dormant"
+
+
 def _listing() -> str:
     """The table as nft itself lists it, without what may differ: values, handles, our notes, the order."""
     found = []
@@ -83,7 +88,7 @@ def loaded(node):
             "set extra was added",
         ),
         (lambda: f"add map {TABLE} more {{ type ipv4_addr : mark; }}", "map more was added"),
-        (lambda: f"add table {TABLE} {{ flags dormant; }}", "table partitiond is dormant"),
+        (lambda: f"add table {TABLE} {{ flags {_asleep()}; }}", "table partitiond is dormant"),
         (lambda: f"delete table {TABLE}", "missing"),
         (lambda: "flush ruleset", "missing"),
     ],
