@@ -15,7 +15,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from partitiond import files
+from partitiond import files, procfs
 from partitiond.errors import PartitiondError
 
 if TYPE_CHECKING:
@@ -39,15 +39,6 @@ class Outcome:
     def ok(self) -> bool:
         """Whether it ended by itself with status 0."""
         return self.status == 0 and self.cut_short is None
-
-
-def is_stopped(pid: int) -> bool:
-    """Whether a process is stopped, by a signal or a debugger of its user's: nothing will come from it meanwhile."""
-    try:
-        with open(f"/proc/{pid}/stat", "rb") as stream:
-            return stream.read().rpartition(b") ")[2][:1] in (b"T", b"t")
-    except (FileNotFoundError, ProcessLookupError):
-        return False
 
 
 def environment(home: str, user: str) -> dict[str, str]:
@@ -176,39 +167,17 @@ def _end_session(session: int, uid: int | None = None) -> None:
     is not given to another process as long as one of its members lives.
     """
     for _ in range(100):
-        found = [pid for pid in pids() if _session_of(pid) == session and uid in (None, _user_of(pid))]
+        found = [
+            pid
+            for pid in procfs.pids()
+            if procfs.session_of(pid) == session and uid in (None, procfs.user_of(pid))
+        ]
         if not found:
             return
         for pid in found:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         time.sleep(0.01)
-
-
-def pids() -> list[int]:
-    """All processes that can be seen."""
-    return [int(name) for name in os.listdir("/proc") if name.isdigit()]  # noqa: PTH208 - names suffice
-
-
-def _session_of(pid: int) -> int | None:
-    """The session of a process that is not a zombie."""
-    try:
-        with open(f"/proc/{pid}/stat", "rb") as stream:
-            # state ppid pgrp session (proc_pid_stat(5)); the name before may hold anything, parentheses too
-            fields = stream.read().rpartition(b")")[2].split()
-    except OSError:
-        return None
-    return None if fields[0] in (b"Z", b"X") else int(fields[3])
-
-
-def _user_of(pid: int) -> int | None:
-    """The real user of a process that is not a zombie."""
-    try:
-        with open(f"/proc/{pid}/status", "rb") as stream:
-            text = stream.read()
-    except OSError:
-        return None  # it ended meanwhile
-    return None if b"\nState:\tZ" in text else int(text.partition(b"\nUid:")[2].split(maxsplit=1)[0])
 
 
 def end_processes_of(uid: int, gid: int) -> None:
@@ -252,4 +221,4 @@ def end_processes_of(uid: int, gid: int) -> None:
 
 def _has_processes(uid: int) -> bool:
     """Whether the user has a process that is not a zombie."""
-    return any(_user_of(pid) == uid for pid in pids())
+    return any(procfs.user_of(pid) == uid for pid in procfs.pids())

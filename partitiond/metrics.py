@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from netplan import counters
 from netplan.errors import NetplanError
-from partitiond import metering, tunnel_status
+from partitiond import metering, supervision, tunnel_status
 from partitiond.errors import sentence
 
 if TYPE_CHECKING:
@@ -161,7 +161,7 @@ def _tunnels(context: Context) -> Iterator[Metric]:
     )
     looked, node = context.looked, context.node
     if looked and node:
-        running = frozenset(process.group for process in looked.processes if process.pid)
+        running = supervision.running_groups(looked.processes)
         known = [item for item in node.partitions if item.id in looked.plan.declared]
         plan, now = looked.plan, datetime.now(UTC)
         try:

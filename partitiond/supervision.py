@@ -24,13 +24,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from xml.parsers.expat import ExpatError
 
-from partitiond import execute, files, keyring
+from partitiond import execute, files, keyring, procfs
 from partitiond.errors import PartitiondError
 from partitiond.namespaces import NSENTER
 from partitiond.unix_http import UnixConnection
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from partitiond.config import Config
 
@@ -268,7 +268,7 @@ class Supervisor:
         One that cannot be reached for some seconds is ended: it would start everything a second time beside ours.
         """
         deadline = time.monotonic() + _REACHABLE_SECONDS
-        while there := [pid for pid in execute.pids() if self._is_server(pid)]:
+        while there := [pid for pid in procfs.pids() if self._is_server(pid)]:
             if self.running():
                 return True
             if time.monotonic() > deadline:
@@ -279,8 +279,9 @@ class Supervisor:
         return False
 
     def _is_server(self, pid: int) -> bool:
-        words = _read_words(f"/proc/{pid}/cmdline")
-        return _MODULE.encode() in words and str(self.configuration).encode() in words and _alive(pid)
+        words = procfs.words(pid, "cmdline")
+        ours = _MODULE.encode() in words and str(self.configuration).encode() in words
+        return ours and procfs.is_alive(pid)
 
     def pid(self) -> int:
         """Its process id, 0 where it does not run; asks nobody."""
@@ -308,7 +309,7 @@ class Supervisor:
         self._call("supervisor.shutdown")
         deadline = time.monotonic() + 90
         while time.monotonic() < deadline:
-            if not _alive(pid):
+            if not procfs.is_alive(pid):
                 return
             time.sleep(0.05)
         raise PartitiondError(
@@ -389,7 +390,7 @@ class Supervisor:
         # in one call that waited, each would be stopped when the one before is gone
         self._call_all([("supervisor.stopProcessGroup", name, False) for name in names], but="BAD_NAME")
         deadline = time.monotonic() + _ANSWER_SECONDS
-        while left := {item.group for item in self.processes() if item.pid} & frozenset(names):
+        while left := running_groups(self.processes()) & frozenset(names):
             if time.monotonic() > deadline:
                 raise PartitiondError(
                     "supervisor.fault", "does not end", resource=min(left), hint=f"read {self.log}"
@@ -415,12 +416,8 @@ class Supervisor:
 
     @staticmethod
     def handles_hang_up(pid: int) -> bool | None:
-        """Whether a process has a handler for SIGHUP (SigCgt in proc_pid_status(5)); None when it is gone."""
-        try:
-            status = Path(f"/proc/{pid}/status").read_text("ascii", "replace")
-            return bool(int(status.partition("\nSigCgt:")[2].split()[0], 16) & 1 << (signal.SIGHUP - 1))
-        except (OSError, IndexError):
-            return None
+        """Whether a process has a handler for SIGHUP; None when it is gone."""
+        return procfs.handles(pid, signal.SIGHUP)
 
     def _call_all(self, calls: Sequence[tuple[object, ...]], *, but: str = "\n") -> dict[str, str]:
         """Make several calls at once: each would wait for what supervisord does after the one before, such as 100 forks.
@@ -461,17 +458,14 @@ class Supervisor:
             ) from error
 
 
+def running_groups(processes: Iterable[Process]) -> frozenset[str]:
+    """The groups of which a process runs."""
+    return frozenset(process.group for process in processes if process.pid)
+
+
 def _own_limit() -> int:
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     return _NO_LIMIT if hard == resource.RLIM_INFINITY else hard
-
-
-def _alive(pid: int) -> bool:
-    try:
-        with open(f"/proc/{pid}/stat", "rb") as stream:
-            return stream.read().rpartition(b")")[2].split()[0] != b"Z"
-    except OSError:
-        return False
 
 
 def end_orphans(server_socket: Path) -> None:
@@ -482,7 +476,7 @@ def end_orphans(server_socket: Path) -> None:
     mark = f"SUPERVISOR_SERVER_URL=unix://{server_socket}".encode()
     for number in (signal.SIGTERM, signal.SIGKILL):
         deadline = time.monotonic() + 5
-        while found := [pid for pid in execute.pids() if pid != os.getpid() and mark in _environ(pid)]:
+        while found := [pid for pid in procfs.pids() if pid != os.getpid() and mark in _environ(pid)]:
             for pid in found:
                 try:
                     os.kill(pid, number)
@@ -494,12 +488,4 @@ def end_orphans(server_socket: Path) -> None:
 
 
 def _environ(pid: int) -> list[bytes]:
-    return _read_words(f"/proc/{pid}/environ") if _alive(pid) else []
-
-
-def _read_words(path: str) -> list[bytes]:
-    try:
-        with open(path, "rb") as stream:
-            return stream.read().split(b"\0")
-    except OSError:
-        return []
+    return procfs.words(pid, "environ") if procfs.is_alive(pid) else []

@@ -152,7 +152,7 @@ def declared(node: Node, partition: Partition, local: Mapping[str, str]) -> Part
     young = _read_declarations(partition, context, allowance, found, refused)
     master = _master_pair(node.config, partition, found, refused)
     kept, clashing = conflicts.resolve_conflicts(found)
-    unsettled = frozenset(one.name.partition("/")[2] for one in refused) & young
+    unsettled = frozenset(one.short_name for one in refused) & young
     return PartitionTunnels(
         partition, tuple(kept), tuple(refused) + tuple(clashing), master=master, unsettled=unsettled
     )

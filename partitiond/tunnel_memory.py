@@ -46,7 +46,7 @@ class Loaded:
         """Whether just those are remembered who are allowed: also of a tunnel that stunnel is not given for now, as its port
         is taken, and whose sessions go on. Of a refused one nobody knows.
         """
-        unknown = {one.name.partition("/")[2] for one in refused}
+        unknown = {one.short_name for one in refused}
         wanted = {one.short_name: {pin.fingerprint for pin in one.pins} for one in active}
         found = {
             name: set(one.subjects)

@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING
 from netplan import sock_diag
 from netplan.errors import NetplanError
 from partitiond import (
-    execute,
     files,
     identities,
     privacy,
+    procfs,
     tunnel_declarations,
     tunnel_events,
     tunnel_memory,
@@ -165,7 +165,7 @@ class Carrier:
             process, before = None, tunnel_memory.Loaded()
         now = tunnel_memory.allowed_by(wanted.active)
         # refused is not taken back: who is connected stays so until it is said who may
-        refused = {one.name.partition("/")[2] for one in wanted.refused} - now.keys()
+        refused = {one.short_name for one in wanted.refused} - now.keys()
         now |= {name: allowed for name, allowed in before.services.items() if name in refused}
         _write_files(directory, wanted)
         begun.append(
@@ -247,7 +247,7 @@ class Carrier:
                 if not self._try(one.id, partial(_listen, one, tails[one.id], found)):
                     continue
                 said = found[0]
-                if said is None and one.pid and execute.is_stopped(one.pid):
+                if said is None and one.pid and procfs.is_stopped(one.pid):
                     # a tenant that stops it must not keep the node waiting
                     self._fail(
                         one.id, _not_taken(one.partition, "somebody has stopped it (SIGSTOP, or a debugger)")

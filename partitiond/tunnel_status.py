@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from netplan import sock_diag
-from partitiond import converge, identities, tunnel_declarations, tunnel_expiry, tunnels
+from partitiond import converge, identities, supervision, tunnel_declarations, tunnel_expiry, tunnels
 from stunnel_mgr.model import format_endpoint
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def listing(context: Context) -> dict[str, Any]:
     partitions = seen.node.partitions
     published = identities.observe(seen.node.config, partitions)
     declared = converge.declared_tunnels(context, seen.node, published, partitions)
-    running = frozenset(process.group for process in seen.processes if process.pid)
+    running = supervision.running_groups(seen.processes)
     rows = [_row(one, now) for one in states(partitions, declared, published, running, now)]
     rows += [_row(one, now) for one in _halted(context, seen.node, published)]
     for item in partitions:

@@ -14,7 +14,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from partitiond import execute, privacy
+from partitiond import execute, privacy, procfs
 from partitiond.errors import PartitiondError
 from stunnel_mgr import render, verdict
 
@@ -96,7 +96,7 @@ def _reason(trial: Trial, process: subprocess.Popen[bytes], deadline: float) -> 
     while (now := time.monotonic()) < deadline:
         if now >= glance:
             glance = now + _GLANCE
-            if execute.is_stopped(process.pid):
+            if procfs.is_stopped(process.pid):
                 return "somebody has stopped the one that tried it"
         if not poll.poll(_GLANCE * 1000):
             continue

@@ -120,10 +120,8 @@ def check_server(
         return CheckResult("peer_expired", _ran_out("the last certificate that is allowed", last), seen.peer)
     try:
         tls_probe.connect(tunnel.connect, timeout=timeout).close()
-    except (
-        tls_probe.CUT
-    ):  # somebody is there; what it makes of connections that say nothing is its own affair
-        pass
+    except tls_probe.CUT:
+        pass  # somebody is there; what it makes of connections that say nothing is its own affair
     except OSError as error:
         message = f"the service at {format_endpoint(tunnel.connect)} does not answer: {tls_probe.text(error)}"
         return CheckResult("service_down", message, seen.peer)

@@ -148,3 +148,8 @@ class Refused:
     file: str
     line: int | None
     reason: str
+
+    @property
+    def short_name(self) -> str:
+        """The last part of its public name, as of a ``Tunnel``."""
+        return self.name.partition("/")[2]

@@ -1,0 +1,75 @@
+"""What ``/proc`` says of single processes (proc(5)): which there are, whether they live, whose they are, what they handle.
+
+A process may end at any moment, also between two readings: each of these says so in its own way and raises for no such
+reason.
+"""
+
+from __future__ import annotations
+
+import os
+
+
+def pids() -> list[int]:
+    """All processes that can be seen."""
+    return [int(name) for name in os.listdir("/proc") if name.isdigit()]  # noqa: PTH208 - names suffice
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process is there and no zombie."""
+    try:
+        return _stat(pid)[0] != b"Z"
+    except OSError:
+        return False
+
+
+def is_stopped(pid: int) -> bool:
+    """Whether a process is stopped, by a signal or a debugger of its user's: nothing will come from it meanwhile."""
+    try:
+        return _stat(pid)[:1] in ([b"T"], [b"t"])
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def session_of(pid: int) -> int | None:
+    """The session of a process that is not a zombie."""
+    try:
+        fields = _stat(pid)
+    except OSError:
+        return None
+    return None if fields[0] in (b"Z", b"X") else int(fields[3])
+
+
+def user_of(pid: int) -> int | None:
+    """The real user of a process that is not a zombie."""
+    try:
+        text = _read(pid, "status")
+    except OSError:
+        return None
+    return None if b"\nState:\tZ" in text else int(text.partition(b"\nUid:")[2].split(maxsplit=1)[0])
+
+
+def handles(pid: int, number: int) -> bool | None:
+    """Whether a process has a handler for a signal (SigCgt in proc_pid_status(5)); None when it is gone."""
+    try:
+        text = _read(pid, "status")
+        return bool(int(text.partition(b"\nSigCgt:")[2].split()[0], 16) & 1 << (number - 1))
+    except (OSError, IndexError):
+        return None
+
+
+def words(pid: int, name: str) -> list[bytes]:
+    """What a process was started with: its ``cmdline`` or ``environ``; empty where that cannot be read."""
+    try:
+        return _read(pid, name).split(b"\0")
+    except OSError:
+        return []
+
+
+def _stat(pid: int) -> list[bytes]:
+    """State, ppid, pgrp, session and so on (proc_pid_stat(5)); the name before may hold anything, parentheses too."""
+    return _read(pid, "stat").rpartition(b")")[2].split()
+
+
+def _read(pid: int, name: str) -> bytes:
+    with open(f"/proc/{pid}/{name}", "rb") as stream:
+        return stream.read()
