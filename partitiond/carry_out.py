@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from partitiond.context import Context
-    from partitiond.converge import Observation, Plan
     from partitiond.node import Partition
+    from partitiond.node_plan import Observation, Plan
     from partitiond.users import UserOperation
 
 logger = logging.getLogger(__name__)

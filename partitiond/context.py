@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from netplan.model import Link
     from partitiond.choices import Choice
     from partitiond.config import Config
-    from partitiond.converge import Looked
     from partitiond.node import Node
+    from partitiond.node_plan import Looked
     from slap_client.client import SlapClient
 
 

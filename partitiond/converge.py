@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from netplan import filter_state as netplan_filter
 from netplan import observe as netplan_observe
@@ -29,6 +29,7 @@ from partitiond import (
     resource_file,
     services,
     storage,
+    supervision,
     trial,
     tun_device,
     tunnel_declarations,
@@ -37,132 +38,27 @@ from partitiond import (
 )
 from partitiond.directories import DirectoryOperation, DirectorySpec
 from partitiond.errors import PartitiondError
+from partitiond.node_plan import PARTS, Looked, Observation, Outcome, Plan
 from partitiond.refusal import Refusal
 from partitiond.tunnel_declarations import PartitionTunnels
-from partitiond.users import UserOperation, UserSpec
+from partitiond.users import UserSpec
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from netplan.model import ObservedNetwork
     from netplan.operations import Operation as NetworkOperation
-    from partitiond.choices import Choice
     from partitiond.config import Config
     from partitiond.context import Context
     from partitiond.identities import PublicIdentity
     from partitiond.node import Node, Partition
-    from partitiond.operation import AnyOperation
     from partitiond.state import InstanceState
-    from partitiond.supervision import Process
     from partitiond.users import User
-    from stunnel_mgr.model import Refused
 
 logger = logging.getLogger(__name__)
 
 _ROUNDS = 3
 _RECENT_SECONDS = 120.0  # two sweeps
-PARTS = (
-    "withdrawals",
-    "users",
-    "directories",
-    "storage",
-    "network",
-    "devices",
-    "grants",
-    "identities",
-    "resources",
-    "privacy",
-    "services",
-    "ports",
-    "tunnels",
-    "leavers",
-)
-
-
-@dataclass(frozen=True, slots=True)
-class Observation:
-    """What was seen in one look at the node, and the node as it should be in view of it."""
-
-    users: users.UserDatabase
-    network: ObservedNetwork
-    processes: tuple[Process, ...]
-    node: Node
-    block_devices: block_devices.Observed
-    storage: storage.Observed
-    choice: Choice
-    ports: port_reservation.Observed
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """The operations by part, in the order in which they are applied.
-
-    What they come from, by partition: ``published`` are the identities that are there, ``declared`` the tunnels.
-    """
-
-    withdrawals: tuple[block_devices.WithdrawOperation, ...] = ()
-    users: tuple[UserOperation, ...] = ()
-    directories: tuple[DirectoryOperation, ...] = ()
-    storage: tuple[DirectoryOperation, ...] = ()
-    network: tuple[NetworkOperation, ...] = ()
-    devices: tuple[tun_device.DeviceOperation, ...] = ()
-    grants: tuple[block_devices.GrantOperation, ...] = ()
-    identities: tuple[identities.IdentityOperation, ...] = ()
-    resources: tuple[resource_file.ResourceOperation, ...] = ()
-    privacy: tuple[privacy.PrivacyOperation, ...] = ()
-    services: tuple[services.ServiceOperation, ...] = ()
-    ports: tuple[port_reservation.ReservationOperation, ...] = ()
-    tunnels: tuple[tunnels.TunnelOperation, ...] = ()
-    leavers: tuple[UserOperation, ...] = ()
-    refused: tuple[Refused | Refusal, ...] = ()
-    published: Mapping[str, PublicIdentity | None] = field(default_factory=dict)
-    declared: Mapping[str, PartitionTunnels] = field(default_factory=dict)
-
-    def __iter__(self) -> Iterator[AnyOperation]:
-        """All operations in order."""
-        for part in PARTS:
-            yield from getattr(self, part)
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self)
-
-    def keeping(self, test: Callable[[AnyOperation], bool], parts: Iterable[str] = PARTS) -> Plan:
-        """The plan with only those operations of some parts that pass a test; the other parts stay whole."""
-        kept: dict[str, Any] = {part: tuple(filter(test, getattr(self, part))) for part in parts}
-        return replace(self, **kept)
-
-    @property
-    def stands(self) -> bool:
-        """Whether what everything stands on is as it should be; what single tenants run or own may be in trouble."""
-        return not (self.users or self.own_directories or self.network or self.leavers)
-
-    @property
-    def own_directories(self) -> tuple[DirectoryOperation, ...]:
-        """What the node's own directories need; those of partitions are in the hands of tenants."""
-        return tuple(operation for operation in self.directories if operation.partition is None)
-
-
-@dataclass(frozen=True, slots=True)
-class Looked:
-    """The last look at the whole node: by which configuration, when (monotonic seconds), and the plan that was made of it, or
-    of the look that followed when that was carried out; and what supervisord ran.
-    """
-
-    config: Config
-    at: float
-    plan: Plan
-    processes: tuple[Process, ...] = ()
-
-
-@dataclass(slots=True)
-class Outcome:
-    """What an apply did and what is left; ``stands``: nothing of what everything stands on."""
-
-    done: int = 0
-    failures: list[tuple[str, Exception]] = field(default_factory=list)
-    left: tuple[AnyOperation, ...] = ()
-    refused: tuple[Refused | Refusal, ...] = ()
-    stands: bool = False
 
 
 def observe(context: Context, *, again: bool = False) -> Observation:
@@ -326,7 +222,7 @@ def plan(
     if done is not None:
         published |= {item.id: done.published[item.id] for item in target.partitions if item.id not in ids}
     wanted_tunnels = declared_tunnels(context, target, published, looked_at)
-    running = frozenset(process.group for process in seen.processes if process.pid)
+    running = supervision.running_groups(seen.processes)
     limit = tunnels.open_files(context.supervisor) if any(one.files for one in wanted_tunnels.values()) else 0
     set_up = frozenset(context.supervisor.group_names())
     people = _plan_users(desired_users(target), seen.users)

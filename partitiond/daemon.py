@@ -50,6 +50,7 @@ if TYPE_CHECKING:
 
     from partitiond.config import Config
     from partitiond.metrics import Tally
+    from partitiond.node_plan import Outcome
     from partitiond.passes import Result
 
 logger = logging.getLogger(__name__)
@@ -238,7 +239,7 @@ class Daemon:
     def _supervisor_ended(self) -> None:
         self._lanes["converge"].wake()
 
-    def _tell(self, outcome: converge.Outcome) -> None:
+    def _tell(self, outcome: Outcome) -> None:
         """Say what an apply that nobody waits for has led to."""
         verbs.record(self.context, outcome)
         for name, error in outcome.failures:

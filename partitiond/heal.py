@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     from partitiond.context import Context
-    from partitiond.converge import Outcome
     from partitiond.metrics import Tally
+    from partitiond.node_plan import Observation, Outcome, Plan
     from partitiond.operation import AnyOperation
     from partitiond.refusal import Refusal
     from partitiond.watch import Watch
@@ -74,8 +74,8 @@ class Healer:
 
     def _repair(
         self,
-        seen: converge.Observation,
-        todo: converge.Plan,
+        seen: Observation,
+        todo: Plan,
         found: Sequence[AnyOperation],
         causes: Mapping[str, float],
     ) -> Outcome:

@@ -17,7 +17,7 @@ from partitiond.errors import FAMILY, PartitiondError, sentence
 if TYPE_CHECKING:
     from partitiond.config import Config
     from partitiond.context import Context
-    from partitiond.converge import Observation, Plan
+    from partitiond.node_plan import Observation, Plan
 
 logger = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from partitiond.errors import FAMILY, PartitiondError, sentence
 if TYPE_CHECKING:
     from partitiond.config import Config
     from partitiond.context import Context
-    from partitiond.converge import Outcome
+    from partitiond.node_plan import Outcome
     from partitiond.trial import Trial
 
 logger = logging.getLogger(__name__)

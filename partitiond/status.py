@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from netplan.model import TunSpec
     from partitiond.config import Config
     from partitiond.context import Context
-    from partitiond.converge import Observation, Plan
     from partitiond.node import Node, Partition
+    from partitiond.node_plan import Observation, Plan
     from partitiond.supervision import Process
 
 # what stays open where the programs at the cgroup (netplan.bpf_programs) are not in force

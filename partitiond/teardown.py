@@ -22,8 +22,9 @@ from partitiond import (
     storage,
     users,
 )
-from partitiond.converge import Outcome, refuse_other_node
+from partitiond.converge import refuse_other_node
 from partitiond.errors import FAMILY, sentence
+from partitiond.node_plan import Outcome
 
 if TYPE_CHECKING:
     from collections.abc import Callable

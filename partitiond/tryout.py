@@ -10,13 +10,13 @@ import logging
 from typing import TYPE_CHECKING
 
 from partitiond import converge, guardian, last_good, rollback, trial, users
-from partitiond.converge import Outcome
 from partitiond.errors import FAMILY, PartitiondError, sentence
+from partitiond.node_plan import Outcome
 
 if TYPE_CHECKING:
     from partitiond.config import Config
     from partitiond.context import Context
-    from partitiond.converge import Observation, Plan
+    from partitiond.node_plan import Observation, Plan
     from partitiond.trial import Trial
 
 logger = logging.getLogger(__name__)

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
     from partitiond.context import Context
-    from partitiond.converge import Looked
     from partitiond.node import Partition
+    from partitiond.node_plan import Looked
     from partitiond.tunnel_expiry import Expiry
 
 logger = logging.getLogger(__name__)

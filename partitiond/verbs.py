@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from partitiond.config import Config
     from partitiond.context import Context
-    from partitiond.converge import Observation, Outcome, Plan
+    from partitiond.node_plan import Observation, Outcome, Plan
 
 
 def plan(context: Context) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from test_node_tunnels import declare
 from netplan.reserved_ports import NONE, SETTING, Reserved
 from partitiond import converge, port_reservation, status, teardown, verbs
 from partitiond.context import Context
+from partitiond.node_plan import Plan
 from partitiond.port_reservation import Observed, deal, open_cases
 from partitiond.state import InstanceState
 from partitiond.tunnel_declarations import PartitionTunnels
@@ -231,7 +232,7 @@ def test_reserving_lets_the_next_look_pass_over_what_stays(bridge, node_config):
     context = Context.of(node.load())
     seen, whole = converge.look(context)
     assert [one.id for one in whole.ports] == ["ports/reserved"]
-    done = converge.Plan(ports=whole.ports, declared=whole.declared, published=whole.published)
+    done = Plan(ports=whole.ports, declared=whole.declared, published=whole.published)
     assert [one.id for one in converge._to_look_at(seen.node, done)] == ["slappart0"]
 
 
