@@ -222,8 +222,6 @@ def plan(
     if done is not None:
         published |= {item.id: done.published[item.id] for item in target.partitions if item.id not in ids}
     wanted_tunnels = declared_tunnels(context, target, published, looked_at)
-    running = supervision.running_groups(seen.processes)
-    limit = tunnels.open_files(context.supervisor) if any(one.files for one in wanted_tunnels.values()) else 0
     set_up = frozenset(context.supervisor.group_names())
     people = _plan_users(desired_users(target), seen.users)
     secluded = privacy.plan(
@@ -252,13 +250,8 @@ def plan(
         privacy=secluded,
         services=services.plan(context, target, seen.processes, set_up, privacy.missing(secluded)),
         ports=port_reservation.plan(seen.ports, port_reservation.deal(seen.ports, wanted_tunnels.values())),
-        tunnels=tuple(
-            operation
-            for name, wanted in wanted_tunnels.items()
-            if name in ids
-            for operation in tunnels.plan(
-                wanted, context.config, context.supervisor, set_up=set_up, running=running, limit=limit
-            )
+        tunnels=_plan_tunnels(
+            context, seen, [one for name, one in wanted_tunnels.items() if name in ids], set_up
         ),
         refused=(
             *disks.refused,
@@ -273,6 +266,21 @@ def plan(
         ),
         published=published,
         declared=wanted_tunnels,
+    )
+
+
+def _plan_tunnels(
+    context: Context, seen: Observation, wanted: Sequence[PartitionTunnels], set_up: frozenset[str]
+) -> tuple[tunnels.TunnelOperation, ...]:
+    running = supervision.running_groups(seen.processes)
+    # asked only where some stunnel is to run
+    limit = tunnels.open_files(context.supervisor) if any(one.files for one in wanted) else 0
+    return tuple(
+        operation
+        for one in wanted
+        for operation in tunnels.plan(
+            one, context.config, context.supervisor, set_up=set_up, running=running, limit=limit
+        )
     )
 
 
