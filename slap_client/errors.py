@@ -23,10 +23,20 @@ class SlapError(Exception):
 
     ``message`` is one sentence, ``resource`` says what it is about (master URL and endpoint, never with
     credentials), ``hint`` is the next step, ``retryable`` says whether the same call may succeed later.
+    ``status`` is the HTTP status that was answered, None where none was; ``unsent``: the request never left, so that
+    the master has certainly not acted on it.
     """
 
     def __init__(
-        self, code: str, message: str, *, resource: str = "", hint: str = "", retryable: bool = False
+        self,
+        code: str,
+        message: str,
+        *,
+        resource: str = "",
+        hint: str = "",
+        retryable: bool = False,
+        status: int | None = None,
+        unsent: bool = False,
     ) -> None:
         super().__init__(code, message)
         self.code = code
@@ -34,6 +44,8 @@ class SlapError(Exception):
         self.resource = resource
         self.hint = hint
         self.retryable = retryable
+        self.status = status
+        self.unsent = unsent
 
     def __str__(self) -> str:
         return self.message

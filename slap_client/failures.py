@@ -28,29 +28,29 @@ def sentence(body: bytes) -> str:
 def from_status(status: int, reason: str, resource: str) -> SlapError:
     """Return the error for an HTTP status that is no success; ``reason`` is what the server said."""
     said = f"the master answered {status}" + (f": {reason}" if reason else "")
+    code, retryable = "slap.refused", False
     if status == 404:
+        code = "slap.not_found"
         hint = "check that the master knows it; a fault of the master looks the same, so nothing is removed"
-        return SlapError("slap.not_found", said, resource=resource, hint=hint)
-    if status == 408:
+    elif status == 408:
+        code, retryable = "slap.not_ready", True
         hint = "the master is still preparing it; ask again later"
-        return SlapError("slap.not_ready", said, resource=resource, hint=hint, retryable=True)
-    if status >= 500:
+    elif status >= 500:
+        code, retryable = "slap.unavailable", True
         hint = "wait: the master may be starting, filling its cache, or broken; what runs keeps running"
-        return SlapError("slap.unavailable", said, resource=resource, hint=hint, retryable=True)
-    if status in {401, 403}:
+    elif status in {401, 403}:
         hint = "check computer_id, and that cert_file and key_file are this computer's and not revoked"
     else:
         hint = "check master_url and computer_id"
-    return SlapError("slap.refused", said, resource=resource, hint=hint)
+    return SlapError(code, said, resource=resource, hint=hint, retryable=retryable, status=status)
 
 
 def from_redirect(status: int, location: str, resource: str) -> SlapError:
     """Return the error for a redirect: following one would hand our identity to a host nobody configured."""
     target = sentence(location.partition("?")[0].encode("utf-8", "replace"))
     hint = f"set master_url to the final address{f', perhaps that of {target}' if target else ''}"
-    return SlapError(
-        "slap.refused", f"the master answered with a redirect ({status})", resource=resource, hint=hint
-    )
+    said = f"the master answered with a redirect ({status})"
+    return SlapError("slap.refused", said, resource=resource, hint=hint, status=status)
 
 
 def too_large(limit: int, resource: str) -> SlapError:
@@ -63,32 +63,51 @@ def from_exception(error: Exception, resource: str) -> SlapError:
     """Return the error for what requests, urllib3, ssl or the system raised during a call."""
     causes = list(_causes(error))
     detail = _detail(causes)
+    unsent = any(isinstance(cause, _BEFORE) for cause in causes)
     if any(isinstance(cause, _TIMEOUTS) for cause in causes):
         hint = "check the network to the master and its load; what runs keeps running"
-        return SlapError("slap.timeout", "no answer in time", resource=resource, hint=hint, retryable=True)
+        return SlapError(
+            "slap.timeout", "no answer in time", resource=resource, hint=hint, retryable=True, unsent=unsent
+        )
     if any(isinstance(cause, ssl.SSLError) and not isinstance(cause, ssl.SSLEOFError) for cause in causes):
         hint = (
             "check master_ca_file (or the system's authorities), the host name in master_url, and the clock"
         )
-        return SlapError("slap.tls", f"no trusted TLS connection: {detail}", resource=resource, hint=hint)
+        return SlapError(
+            "slap.tls", f"no trusted TLS connection: {detail}", resource=resource, hint=hint, unsent=unsent
+        )
     if isinstance(error, requests.exceptions.ContentDecodingError):
         hint = "ask the operator of the master"
         return SlapError("slap.garbage", "a broken compressed answer", resource=resource, hint=hint)
     if isinstance(error, ValueError):
         hint = "check master_url and the proxy variables of the environment"
-        return SlapError("slap.value", f"no request can be made: {detail}", resource=resource, hint=hint)
+        return SlapError(
+            "slap.value", f"no request can be made: {detail}", resource=resource, hint=hint, unsent=unsent
+        )
     if isinstance(error, _CONNECTION):
         proxy = isinstance(error, requests.exceptions.ProxyError)
         hint = "check the proxy variables of the environment" if proxy else "check master_url and the network"
         message = f"no connection, or it was lost: {detail}"
-        return SlapError("slap.unreachable", message, resource=resource, hint=hint, retryable=True)
+        return SlapError(
+            "slap.unreachable", message, resource=resource, hint=hint, retryable=True, unsent=unsent
+        )
     # What is left are files: requests looks for the certificates before it connects, and raises a plain
     # OSError.
     hint = "check cert_file, key_file and master_ca_file"
-    return SlapError("slap.tls", f"our own certificates: {detail}", resource=resource, hint=hint)
+    return SlapError("slap.tls", f"our own certificates: {detail}", resource=resource, hint=hint, unsent=True)
 
 
 _TIMEOUTS = (requests.exceptions.Timeout, urllib3.exceptions.ReadTimeoutError, TimeoutError)
+# What is raised before there is a connection.  A certificate is refused by us before we send; one of ours that the master
+# refuses may be told of after the request (TLS 1.3, RFC 8446 section 4.4.2.4).
+_BEFORE = (
+    requests.exceptions.ConnectTimeout,
+    requests.exceptions.InvalidURL,
+    urllib3.exceptions.LocationValueError,
+    urllib3.exceptions.NewConnectionError,
+    urllib3.exceptions.ConnectTimeoutError,
+    ssl.SSLCertVerificationError,
+)
 _CONNECTION = (
     requests.exceptions.RequestException,
     urllib3.exceptions.HTTPError,

@@ -48,6 +48,7 @@ def test_each_status_has_its_code(client, master, status, code, retryable):
     for call in (client.computer, lambda: client.instance_started("slappart0")):
         error = failure(call)
         assert (error.code, error.retryable) == (code, retryable)
+        assert (error.status, error.unsent) == (status, False)
         assert error.message == f"the master answered {status}: No The reason."
     assert error.resource == f"{master.url}startedComputerPartition"
     assert str(error) == error.message
@@ -118,6 +119,7 @@ def test_a_connection_that_ends_early_is_unreachable(client, master, wire):
     error = failure(client.computer)
     assert error.code == "slap.unreachable"
     assert error.retryable
+    assert not error.unsent
 
 
 def drip(master, head):
@@ -167,6 +169,7 @@ def test_no_answer_at_all_ends_at_the_timeout(master):
         error = failure(client.computer)
         assert time.monotonic() - start < 3
     assert (error.code, error.retryable) == ("slap.timeout", True)
+    assert not error.unsent
 
 
 def chunks_without_end(master):
@@ -210,12 +213,14 @@ def test_nobody_listens():
     assert (error.code, error.retryable) == ("slap.unreachable", True)
     assert "Connection refused" in error.message
     assert error.resource == f"{url}getFullComputerInformation"
+    assert error.unsent
 
 
 def test_a_name_that_does_not_resolve():
     with SlapClient("http://master.invalid/", "COMP-7", timeout=5) as client:
         error = failure(client.computer)
     assert (error.code, error.retryable) == ("slap.unreachable", True)
+    assert error.unsent
 
 
 # --- proxies and credentials
@@ -248,6 +253,7 @@ def test_a_proxy_that_is_down_is_named(monkeypatch):
         error = failure(client.computer)
     assert error.code == "slap.unreachable"
     assert "proxy" in error.hint
+    assert error.unsent
 
 
 def test_the_loopback_is_never_asked_of_a_proxy(client, master, monkeypatch):
@@ -330,6 +336,7 @@ def test_an_unknown_master_is_not_trusted_and_gets_nothing(tls_master):
         error = failure(client.computer)
     assert (error.code, error.retryable) == ("slap.tls", False)
     assert "certificate verify failed" in error.message
+    assert error.unsent
     assert tls_master.seen == []
 
 
