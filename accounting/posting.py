@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from accounting.model import Gap
@@ -34,9 +35,11 @@ _ADD_TO_ACCOUNT = (
     " packets_out = packets_out + ?, quantity = quantity + ? WHERE id = ?"
 )
 _UPSERT_PROCESS = (
-    "INSERT INTO process VALUES (?, ?, ?, ?, ?)"
+    "INSERT INTO process (pid, started, boot, partition, cpu) VALUES (?, ?, ?, ?, ?)"
     " ON CONFLICT DO UPDATE SET partition = excluded.partition, cpu = excluded.cpu"
 )
+
+_SLACK = 3600 * 10**6  # microseconds; NTP steps a clock by less, an operator who mends one by more
 
 
 def read_books(connection: sqlite3.Connection) -> Books:
@@ -51,7 +54,9 @@ def read_books(connection: sqlite3.Connection) -> Books:
     }
     processes = {
         ProcessKey(pid, started, boot): ProcessLevel(partition, cpu)
-        for pid, started, boot, partition, cpu in connection.execute("SELECT * FROM process")
+        for pid, started, boot, partition, cpu in connection.execute(
+            "SELECT pid, started, boot, partition, cpu FROM process"
+        )
     }
     pending = {what for (what,) in connection.execute("SELECT what FROM pending")}
     return Books(levels, processes, READINGS in pending, PROCESSES in pending)
@@ -62,7 +67,26 @@ def begin_pass(connection: sqlite3.Connection, at: int) -> tuple[int, int | None
     row = connection.execute("SELECT at FROM pass ORDER BY seq DESC LIMIT 1").fetchone()
     previous = None if row is None else int(row[0])
     cursor = connection.execute("INSERT INTO pass (at, previous_at) VALUES (?, ?)", (at, previous))
-    return int(cursor.lastrowid or 0), previous
+    seq = int(cursor.lastrowid or 0)
+    _keep_period(connection, seq, at)
+    return seq, previous
+
+
+def _keep_period(connection: sqlite3.Connection, seq: int, at: int) -> None:
+    """Close the day under way when the pass is of a later one, or the clock went back by more than it is ever corrected."""
+    day = day_of(at)
+    row = connection.execute("SELECT id, day, began FROM period WHERE until_seq IS NULL").fetchone()
+    if row is not None:
+        number, under_way, began = row
+        if day <= under_way and at >= began - _SLACK:
+            return
+        connection.execute("UPDATE period SET until_seq = ? WHERE id = ?", (seq - 1, number))
+    connection.execute("INSERT INTO period (day, began, first_seq) VALUES (?, ?, ?)", (day, at, seq))
+
+
+def day_of(at: int) -> str:
+    """The day in UTC of a time in microseconds, as ``2026-11-22``."""
+    return datetime.fromtimestamp(at / 1e6, UTC).date().isoformat()
 
 
 def present_owners(

@@ -7,13 +7,13 @@ bytes and packets.
 
 from __future__ import annotations
 
-VERSION = 1
+VERSION = 2
 APPLICATION_ID = 0x50444C47  # "PDLG": tells our file from anybody else's database
 
 AMOUNT_COLUMNS = ("bytes_in", "bytes_out", "packets_in", "packets_out", "quantity")
 _AMOUNTS = ", ".join(f"{column} INTEGER NOT NULL" for column in AMOUNT_COLUMNS)
 
-_TABLES = f"""
+_FIRST = f"""
 -- One row per pass. seq is the order in which passes happened and never goes back; at is the wall clock
 -- then, which may. Thinning will join old passes: their samples move to the last of them, whose previous_at
 -- becomes the first's.
@@ -67,11 +67,60 @@ CREATE TABLE gap (
 CREATE TABLE pending (what TEXT PRIMARY KEY, gap INTEGER NOT NULL) STRICT;
 
 PRAGMA application_id = {APPLICATION_ID};
-PRAGMA user_version = {VERSION};
+PRAGMA user_version = 1;
 """
 
+_SECOND = """
+-- What each process had read from disks and written to them when it was last seen.
+ALTER TABLE process ADD COLUMN io_read INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE process ADD COLUMN io_written INTEGER NOT NULL DEFAULT 0;
 
-def statements() -> list[str]:
-    """Give what makes an empty ledger, one statement each (``executescript`` would commit first)."""
-    text = "\n".join(line for line in _TABLES.splitlines() if not line.startswith("--"))
+-- Up to which pass an owner's samples are in documents: each is in one, whatever the clock does.
+ALTER TABLE owner ADD COLUMN reported_seq INTEGER NOT NULL DEFAULT 0;
+
+-- The passes of each day (UTC, 2026-11-22), first_seq to until_seq (NULL: under way). Closed by the first pass of another day,
+-- and not opened again: a clock that goes back far makes another period of the same day. documented: its documents are made.
+CREATE TABLE period (
+    id INTEGER PRIMARY KEY, day TEXT NOT NULL, began INTEGER NOT NULL, first_seq INTEGER NOT NULL,
+    until_seq INTEGER, documented INTEGER NOT NULL DEFAULT 0
+) STRICT;
+
+-- How far old passes are joined into buckets of so many seconds.
+CREATE TABLE thinned (seconds INTEGER PRIMARY KEY, until_seq INTEGER NOT NULL) STRICT;
+
+-- What the master is to be told, or was: id is the order in which it is sent. changed: since when it is in its state, and why.
+CREATE TABLE document (
+    id INTEGER PRIMARY KEY, reference TEXT NOT NULL UNIQUE, day TEXT NOT NULL, kind TEXT NOT NULL,
+    partition TEXT NOT NULL, guid TEXT NOT NULL, content TEXT NOT NULL, state TEXT NOT NULL,
+    made INTEGER NOT NULL, changed INTEGER NOT NULL, tries INTEGER NOT NULL DEFAULT 0, reason TEXT NOT NULL DEFAULT ''
+) STRICT;
+CREATE INDEX document_state ON document (state);
+
+-- What a partition's own usage files said (movements: JSON, each [resource, title, quantity]). source tells the file from every
+-- other; it may still be there until removed is 1. document: in which the movements are.
+CREATE TABLE intake (
+    id INTEGER PRIMARY KEY, partition TEXT NOT NULL, guid TEXT NOT NULL, source TEXT NOT NULL, at INTEGER NOT NULL,
+    movements TEXT NOT NULL, removed INTEGER NOT NULL DEFAULT 0, document INTEGER REFERENCES document
+) STRICT;
+
+-- What was wrong with an instance, from begun to ended (NULL: still is); seen: when it was last found so. reported: the
+-- microseconds of it that are in documents.
+CREATE TABLE incident (
+    id INTEGER PRIMARY KEY, partition TEXT NOT NULL, guid TEXT NOT NULL, kind TEXT NOT NULL, name TEXT NOT NULL,
+    begun INTEGER NOT NULL, seen INTEGER NOT NULL, ended INTEGER, reported INTEGER NOT NULL DEFAULT 0, reason TEXT NOT NULL
+) STRICT;
+CREATE UNIQUE INDEX incident_open ON incident (partition, kind, name) WHERE ended IS NULL;
+
+PRAGMA user_version = 2;
+"""
+
+_STEPS = (_FIRST, _SECOND)
+
+
+def statements(version: int) -> list[str]:
+    """Give what makes a ledger of ``version`` (0: an empty file) one of ``VERSION``, one statement each (``executescript``
+    would commit first).
+    """
+    lines = "\n".join(_STEPS[version:]).splitlines()
+    text = "\n".join(line for line in lines if not line.startswith("--"))
     return [statement for statement in text.split(";") if statement.strip()]

@@ -68,7 +68,7 @@ def open_reader(path: Path) -> sqlite3.Connection:
     with ledger_errors(path):
         if not path.exists():
             connection = _connect(":memory:")
-            _create(connection)
+            _upgrade(connection, 0)
             return connection
         uri = path.absolute().as_uri() + "?mode=ro"
         try:
@@ -196,8 +196,8 @@ def _prepare(connection: sqlite3.Connection, path: Path) -> None:
     connection.execute("PRAGMA synchronous = FULL")
     connection.execute("PRAGMA journal_size_limit = 16777216")
     with transaction(connection):
-        if _version(connection, path) == 0:  # asked again: another process may have been first
-            _create(connection)
+        # asked again: another process may have been first
+        _upgrade(connection, _version(connection, path))
     answer = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
     if answer != "ok":
         raise AccountingError(
@@ -208,8 +208,9 @@ def _prepare(connection: sqlite3.Connection, path: Path) -> None:
         )
 
 
-def _create(connection: sqlite3.Connection) -> None:
-    for statement in statements():
+def _upgrade(connection: sqlite3.Connection, version: int) -> None:
+    """Bring tables of an older version to ours, those of version 0 from nothing."""
+    for statement in statements(version):
         connection.execute(statement)
 
 
@@ -219,7 +220,7 @@ def _open_to_read(uri: str, path: Path) -> sqlite3.Connection:
         if _version(connection, path) == 0:  # the daemon is just making it
             connection.close()
             connection = _connect(":memory:")
-            _create(connection)
+            _upgrade(connection, 0)
     except BaseException:
         connection.close()
         raise
@@ -227,13 +228,13 @@ def _open_to_read(uri: str, path: Path) -> sqlite3.Connection:
 
 
 def _version(connection: sqlite3.Connection, path: Path) -> int:
-    """Give the schema's version, 0 if there is none; raises ``accounting.ledger_version`` if not ours."""
+    """Give the schema's version, 0 if there is none; raises ``accounting.ledger_version`` if not ours or newer."""
     version = int(connection.execute("PRAGMA user_version").fetchone()[0])
     application = int(connection.execute("PRAGMA application_id").fetchone()[0])
     objects = int(connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()[0])
     if (version, application, objects) == (0, 0, 0):
         return 0
-    if application == APPLICATION_ID and version == VERSION:
+    if application == APPLICATION_ID and 0 < version <= VERSION:
         return version
     what = "is of version" if application == APPLICATION_ID else "is another program's database, version"
     raise AccountingError(

@@ -45,7 +45,7 @@ def test_it_syncs_each_pass_and_can_shrink_later(ledger):
         name: ledger._connection.execute(f"PRAGMA {name}").fetchone()[0]
         for name in ("journal_mode", "synchronous", "auto_vacuum", "user_version")
     }
-    assert pragmas == {"journal_mode": "wal", "synchronous": 2, "auto_vacuum": 2, "user_version": 1}
+    assert pragmas == {"journal_mode": "wal", "synchronous": 2, "auto_vacuum": 2, "user_version": 2}
 
 
 def test_nothing_recorded_is_an_empty_report(ledger):
