@@ -16,7 +16,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from partitiond import config_guard, config_network, config_reader, device_config, privacy_config
+from partitiond import (
+    accounting_config,
+    config_guard,
+    config_network,
+    config_reader,
+    device_config,
+    privacy_config,
+    tunnel_config,
+)
+from partitiond.accounting_config import AccountingKeys
 from partitiond.config_reader import Reader
 from partitiond.errors import PartitiondError
 
@@ -27,6 +36,7 @@ if TYPE_CHECKING:
     from partitiond.config_guard import GuardKeys
     from partitiond.config_network import NetworkKeys
     from partitiond.device_config import OperatorDevice
+    from partitiond.tunnel_config import OperatorTunnel
 
 # the control socket lies below it, and struct sockaddr_un holds 108 bytes
 _RUN_DIR_LENGTH = 90
@@ -79,7 +89,7 @@ _OPEN_SECTIONS = (
     "slapconsole",
     "networkcache",
     "tinc",
-    "accounting",
+    accounting_config.SECTION,
     "firewall",
     "routable_ipv4",
     device_config.SECTION,
@@ -100,17 +110,6 @@ _NAME = re.compile(r"[a-z_][a-z0-9_-]{0,24}")
 _TAP_NAME = re.compile(r"[a-z][a-z0-9_-]{0,10}")
 _INTERFACE = re.compile(r"[A-Za-z0-9_.-]{1,15}")
 _COMPUTER = re.compile(r"[A-Za-z0-9_.-]{1,64}")
-
-
-@dataclass(frozen=True, slots=True)
-class OperatorTunnel:
-    """A ``[tunnel NAME]`` section: its settings but ``partition``, and where it stands."""
-
-    name: str
-    partition: str
-    values: Mapping[str, str]
-    file: str
-    line: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,6 +166,7 @@ class Config:
     instance_storage_home: Path | None = None
     block_devices: tuple[OperatorDevice, ...] = ()
     shared_namespaces: frozenset[str] = frozenset()
+    accounting: AccountingKeys = field(default_factory=AccountingKeys)
     warnings: tuple[str, ...] = field(default=(), compare=False)
     # file and drop-ins as one text, which reads back as the same configuration
     text: str = field(default="", compare=False, repr=False)
@@ -267,7 +267,6 @@ _ADDRESS_AND_PORT = re.compile(
 _SHAPES = {
     "metrics_listen": (_ADDRESS_AND_PORT, "an address and a port such as 127.0.0.1:9816, or empty"),
     "master_fingerprint": (re.compile(r"sha256:[0-9a-f]{64}"), "sha256: and 64 lower-case hex digits"),
-    "report_ambiguous": (re.compile(r"hold|resend"), "hold or resend"),
     "buildout_version": (re.compile(r"[0-9]+(?:\.[0-9]+)*"), "a version such as 4.2.0"),
 }
 # a node that was told to be left alone must not be changed
@@ -462,31 +461,11 @@ def _build(path: Path, reader: Reader) -> Config:
         offline_builds=reader.truth("partitiond", "offline_builds", False),
         computer_xml=reader.optional_path("slapformat", "computer_xml"),
         computer_json=reader.optional_path("slapformat", "computer_json"),
-        tunnels=tuple(_tunnels(reader)),
+        tunnels=tuple(tunnel_config.operator_tunnels(reader)),
         instance_storage_home=reader.optional_path(_storage_section(reader), "instance_storage_home"),
         block_devices=device_config.block_devices(reader, partition_base, amount),
         shared_namespaces=privacy_config.shared_namespaces(reader, partition_base, amount),
+        accounting=accounting_config.accounting_keys(reader),
         warnings=tuple(reader.warnings),
         text=config_reader.merged(reader.parser),
     )
-
-
-def _tunnels(reader: Reader) -> list[OperatorTunnel]:
-    found = []
-    for section in reader.parser.sections():
-        if not section.startswith("tunnel "):
-            continue
-        name = section.removeprefix("tunnel ").strip()
-        values = dict(reader.parser[section])
-        place = reader.place(section, "")
-        file, _, line = place.rpartition(":")
-        found.append(
-            OperatorTunnel(
-                name=name,
-                partition=values.get("partition", "").strip(),
-                values={key: value for key, value in values.items() if key != "partition"},
-                file=file or place,
-                line=int(line) if line.isdigit() else 0,
-            )
-        )
-    return found
