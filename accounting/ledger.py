@@ -65,7 +65,7 @@ class LedgerReader:
                 f"the interval ends ({end}) before it starts ({start})",
                 hint="give the earlier time first",
             )
-        with self._transaction("DEFERRED") as connection:
+        with self.transaction("DEFERRED") as connection:
             return report.usage(connection, start, end, partition)
 
     def totals(self) -> tuple[PartitionUsage, ...]:
@@ -74,11 +74,12 @@ class LedgerReader:
         They are sums over all owners that the partition had, so they never fall; memory, disk and
         ``instance_guid`` are those of the present owner. Raises AccountingError ``accounting.ledger_…``.
         """
-        with self._transaction("DEFERRED") as connection:
+        with self.transaction("DEFERRED") as connection:
             return report.totals(connection)
 
     @contextmanager
-    def _transaction(self, kind: str) -> Iterator[sqlite3.Connection]:
+    def transaction(self, kind: str = "DEFERRED") -> Iterator[sqlite3.Connection]:
+        """Let the block ask several questions of one state; ``IMMEDIATE`` to write. Raises AccountingError ``…ledger_…``."""
         with (
             self._lock,
             store.ledger_errors(self.path),
@@ -130,7 +131,7 @@ class Ledger(LedgerReader):
         ``…_unavailable`` (all retryable: the next pass makes up for this one), ``…_damaged`` (call
         ``recover``).
         """
-        with self._transaction("IMMEDIATE") as connection:
+        with self.transaction("IMMEDIATE") as connection:
             books = posting.read_books(connection)
             settled = settle(reading, books)
             at = store.microseconds(reading.at)

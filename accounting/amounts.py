@@ -1,0 +1,173 @@
+"""What the ledger holds of each meter that can be reported, between two passes. Reads only, in the caller's transaction."""
+
+from __future__ import annotations
+
+from decimal import Decimal
+from typing import TYPE_CHECKING, NamedTuple
+
+from accounting.schema import AMOUNT_COLUMNS
+from accounting.settle import CPU, MICROSECONDS, TRAFFIC
+
+if TYPE_CHECKING:
+    import sqlite3
+    from collections.abc import Iterator, Mapping
+
+LEVELS: Mapping[str, str] = {"memory_bytes": "memory", "disk_bytes": "disk"}
+"""Meters that are levels, by the name of their gauge."""
+
+_SUMS = ", ".join(f"sum({column})" for column in AMOUNT_COLUMNS)
+_COUNTS = {"io_read_bytes": "io_read", "io_write_bytes": "io_write"}
+_SPAN = 300  # seconds; a level is looked up at the end of each of these
+_HOUR = 3600
+
+
+class Ways(NamedTuple):
+    """The meters of one kind of address: bytes in and out, packets in and out."""
+
+    bytes_in: str
+    bytes_out: str
+    packets_in: str = ""
+    packets_out: str = ""
+
+
+_REMOTE = Ways("network_in", "network_out", "packets_in", "packets_out")
+_LOCAL = Ways("local_in", "local_out")
+_TAP = Ways("tap_in", "tap_out")
+
+
+class OwnIncident(NamedTuple):
+    """An incident and how much of it, in microseconds, no document tells yet."""
+
+    id: int
+    partition: str
+    guid: str
+    kind: str
+    microseconds: int
+
+
+def of_samples(
+    connection: sqlite3.Connection, first: int, until: int, told: Mapping[int, int]
+) -> Iterator[tuple[int, str, Decimal]]:
+    """Give owner, meter and amount (bytes, packets, seconds) of the passes ``first`` to ``until``; a meter may come more than
+    once. ``told``: up to which pass each owner's samples are told already.
+    """
+    meters = {
+        number: (owner, name, family, scope)
+        for number, owner, name, family, scope in connection.execute(
+            "SELECT id, owner, name, family, scope FROM account"
+        )
+    }
+    late = {owner: seq for owner, seq in told.items() if seq >= first}
+    whole = f"SELECT account, {_SUMS} FROM sample WHERE seq BETWEEN ? AND ? GROUP BY account"  # noqa: S608 - our own names
+    one = f"SELECT account, {_SUMS} FROM sample WHERE seq BETWEEN ? AND ? AND account = ? GROUP BY account"  # noqa: S608
+    for account, *values in connection.execute(whole, (first, until)):
+        owner, name, family, scope = meters[account]
+        if owner not in late:
+            yield from _named(owner, name, family, scope, values)
+            continue
+        # this owner has been told of up to some pass of the range
+        for _, *rest in connection.execute(one, (late[owner] + 1, until, account)):
+            yield from _named(owner, name, family, scope, rest)
+
+
+def _named(
+    owner: int, name: str, family: str, scope: str, values: list[int]
+) -> Iterator[tuple[int, str, Decimal]]:
+    if name == TRAFFIC:
+        ways = _TAP if family == "tap" else _LOCAL if scope == "local" else _REMOTE
+        for meter, value in zip(ways, values, strict=False):
+            if meter and value:
+                yield owner, meter, Decimal(value)
+    elif name == CPU and values[4]:
+        yield owner, "cpu", Decimal(values[4]) / MICROSECONDS
+    elif name in _COUNTS and values[4]:
+        yield owner, _COUNTS[name], Decimal(values[4])
+
+
+def of_levels(
+    connection: sqlite3.Connection, first: int, until: int, told: Mapping[int, int]
+) -> Iterator[tuple[int, str, Decimal]]:
+    """Give owner, meter and byte-hours of the passes ``first`` to ``until``.
+
+    A level counts for each span of five minutes in which there was a pass, with its value after the last pass of the span:
+    times in which nobody looked count nothing.
+    """
+    spans = _spans(connection, first, until)
+    gauges = {
+        number: (owner, LEVELS[name], since, seq, value)
+        for number, owner, name, since, seq, value in connection.execute(
+            "SELECT id, owner, name, first_seq, seq, value FROM gauge"
+        )
+        if name in LEVELS
+    }
+    ends = _ends(connection)
+    now = _values_before(connection, first, gauges)
+    changes = _changes(connection, first, until)
+    sums = dict.fromkeys(gauges, 0)
+    for last in spans:
+        while changes and changes[-1][0] <= last:
+            _, gauge, value = changes.pop()
+            now[gauge] = value
+        for gauge, value in now.items():
+            if gauge in gauges and told[gauges[gauge][0]] < last < ends.get(gauges[gauge][0], last + 1):
+                sums[gauge] += value
+    for gauge, total in sums.items():
+        if total:
+            yield gauges[gauge][0], gauges[gauge][1], Decimal(total) * _SPAN / _HOUR
+
+
+def _spans(connection: sqlite3.Connection, first: int, until: int) -> list[int]:
+    """The last pass of each span of time in which there was one, in order."""
+    rows = connection.execute(
+        f"SELECT max(seq) FROM pass WHERE seq BETWEEN ? AND ? GROUP BY at / {_SPAN * MICROSECONDS}",  # noqa: S608 - a number
+        (first, until),
+    )
+    return sorted(seq for (seq,) in rows)
+
+
+def _ends(connection: sqlite3.Connection) -> dict[int, int]:
+    """From which pass on an owner did not hold its partition any more."""
+    return dict(connection.execute("SELECT id, until_seq FROM owner WHERE until_seq IS NOT NULL").fetchall())
+
+
+def _changes(connection: sqlite3.Connection, first: int, until: int) -> list[tuple[int, int, int]]:
+    """The last value of each gauge in each span in which it changed, the latest first."""
+    rows = connection.execute(
+        "SELECT max(gauge_sample.seq), gauge, value FROM pass CROSS JOIN gauge_sample ON gauge_sample.seq = pass.seq"  # noqa: S608 - a number
+        f" WHERE pass.seq BETWEEN ? AND ? GROUP BY gauge, at / {_SPAN * MICROSECONDS}",
+        (first, until),
+    )
+    return sorted(rows, reverse=True)
+
+
+def _values_before(
+    connection: sqlite3.Connection, first: int, gauges: Mapping[int, tuple[int, str, int, int, int]]
+) -> dict[int, int]:
+    """The values with which the range begins."""
+    found: dict[int, int] = {}
+    wanted: set[int] = set()
+    for gauge, (_, _, since, seq, value) in gauges.items():
+        if seq < first:
+            found[gauge] = value
+        elif since < first:
+            wanted.add(gauge)
+    if wanted:
+        for gauge, value in connection.execute(
+            "SELECT gauge, value FROM gauge_sample WHERE seq < ? ORDER BY seq DESC", (first,)
+        ):
+            if gauge in wanted:
+                found[gauge] = value
+                wanted.remove(gauge)
+                if not wanted:
+                    break
+    return found
+
+
+def of_incidents(connection: sqlite3.Connection, until: int) -> tuple[OwnIncident, ...]:
+    """Give the incidents of which a part up to ``until`` (microseconds of Unix time) is in no document yet."""
+    rows = connection.execute(
+        "SELECT id, partition, guid, kind, min(coalesce(ended, seen), ?1) - begun - reported AS amount FROM incident"
+        " WHERE min(coalesce(ended, seen), ?1) - begun - reported > 0",
+        (until,),
+    )
+    return tuple(OwnIncident(*row) for row in rows)
