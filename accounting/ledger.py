@@ -142,6 +142,10 @@ class Ledger(LedgerReader):
             posting.end_damage(connection, reading, books, at)
             return posting.post_gaps(connection, settled, previous, at)
 
+    def reader(self) -> LedgerReader:
+        """Open the same file for reading only: what takes long then holds up no pass. Raises AccountingError."""
+        return Ledger.open_readonly(self.path)
+
     def recover(self, reason: str) -> str:
         """Set the file aside and begin a new ledger, as opening does, after ``accounting.ledger_damaged``.
 

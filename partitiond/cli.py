@@ -108,6 +108,18 @@ def parser() -> argparse.ArgumentParser:
     tunnel_verbs.add_parser("list", help="tunnels with state, peers, expiry, sessions", parents=[common])
     check = tunnel_verbs.add_parser("check", help="try them with real TLS connections", parents=[common])
     check.add_argument("name", metavar="NAME", nargs="?", help="a tunnel, or a partition; without it: all")
+    report = verb("report", "the usage documents for the master")
+    report_verbs = report.add_subparsers(dest="report_verb", metavar="VERB", parser_class=_Parser)
+    listed = report_verbs.add_parser("list", help="where each is", parents=[common])
+    listed.add_argument("--all", action="store_true", help="also all that the master has taken")
+    shown = report_verbs.add_parser("show", help="one, as it is sent", parents=[common])
+    shown.add_argument("reference", metavar="REFERENCE")
+    for name, text in (
+        ("resend", "send again what is held or was refused: the master may then have it twice"),
+        ("drop", "do not send it (again); it is kept"),
+    ):
+        changing = report_verbs.add_parser(name, help=text, description=text, parents=[common])
+        changing.add_argument("references", metavar="REFERENCE", nargs="+")
     teardown = verb("teardown", "remove all that partitiond made from the system")
     teardown.add_argument("--purge", action="store_true", help="data, too")
     demo = verb("demo", "the whole way through, in private namespaces")
@@ -445,6 +457,33 @@ def _tunnel_check(options: argparse.Namespace) -> int:
     return OK if tunnel_check.healthy(value) else DEGRADED
 
 
+def _report(options: argparse.Namespace) -> int:
+    from partitiond import present, report_verbs  # noqa: PLC0415 - as above
+
+    name = options.report_verb
+    if name is None:
+        sys.stderr.write("partitiond report: name a verb: list, show, resend, drop\n")
+        return WRONG_USE
+    if name == "list":
+        _print(
+            options,
+            "report-list",
+            report_verbs.listing(_config(options), everything=options.all),
+            present.reports,
+        )
+    elif name == "show":
+        value = report_verbs.show(_config(options), options.reference)
+        _print(options, "report-show", value, lambda found: str(found["content"]))
+    else:
+        references = list(options.references)
+        body = {"action": name, "references": references}
+        value = _changing(
+            options, "/1/report", body, lambda context: report_verbs.change(context, name, references)
+        )
+        _print(options, "report-change", value, present.reports_changed)
+    return OK
+
+
 def _demo(options: argparse.Namespace) -> int:
     from partitiond.demo import run  # noqa: PLC0415 - as above
 
@@ -465,6 +504,7 @@ _VERBS: dict[str, Callable[[argparse.Namespace], int]] = {
     "usage": _usage,
     "events": _events,
     "tunnel": _tunnel,
+    "report": _report,
     "teardown": _teardown,
     "demo": _demo,
 }

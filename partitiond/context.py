@@ -79,6 +79,7 @@ class Context:
     applying: threading.RLock = field(default_factory=threading.RLock)
     wake_report: Callable[[], None] = _nobody
     wake_instances: Callable[[], None] = _nobody
+    day_ended: Callable[[], None] = _nobody
     looking: Callable[[], None] = _nobody
     links: Callable[[], Mapping[str, Link] | None] = _unknown
     _local: threading.local = field(default_factory=threading.local)
@@ -107,6 +108,10 @@ class Context:
             yield
         finally:
             self._local.settings = before
+
+    def clock(self) -> float:
+        """The time in Unix seconds, as the meters have it."""
+        return self.meters.clock()
 
     @property
     def node_in_force(self) -> Node | None:

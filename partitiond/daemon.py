@@ -32,6 +32,7 @@ from partitiond import (
     metrics,
     recovery,
     reload,
+    report_verbs,
     status,
     verbs,
 )
@@ -61,6 +62,7 @@ _LONGEST_PAUSE = 300.0
 # a build is given 5 s to end by itself, and as much after a SIGKILL
 _LAST_WORDS = 12.0
 _MOST_EVENTS = 10_000
+_REPORTS_WITHIN = 3600.0  # after midnight UTC
 # whoever answers somebody lets go of the interpreter at each read and write, and would wait 5 ms each time for a lane at work
 _SWITCH_SECONDS = 0.0005
 
@@ -145,6 +147,7 @@ class Daemon:
         self._requests: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._torn_down = False
         self._healer: Healer | None = None
+        self._reporting: threading.Timer | None = None
         self._processes = ProcessWatch(context, self._supervisor_ended)
         capacity = self._lane("capacity", lanes.capacity)
         # the master answers nothing of use, slapproxy an error, about a node that it does not know yet
@@ -159,6 +162,7 @@ class Daemon:
         }
         context.wake_report = self._lanes["report"].wake
         context.wake_instances = self._lanes["instances"].wake
+        context.day_ended = self._day_ended
         self._trials = Trials(context, self._lanes["converge"].wake, self._reloaded, self._give_up)
         self._routes: dict[tuple[str, str], Callable[[dict[str, str], dict[str, Any]], control.Answer]] = {
             ("GET", "/1/status"): self._status,
@@ -169,6 +173,7 @@ class Daemon:
             ("POST", "/1/confirmed"): lambda _query, _body: self._trials.confirmed(),
             ("POST", "/1/rollback"): lambda _query, body: self._trials.roll_back(body),
             ("POST", "/1/sync"): self._sync,
+            ("POST", "/1/report"): self._change_reports,
             ("POST", "/1/teardown"): lambda _query, body: self._tear_down(purge=bool(body.get("purge"))),
         }
 
@@ -302,6 +307,15 @@ class Daemon:
             again.start()
         return result
 
+    def _day_ended(self) -> None:
+        """Have the day reported, not by all nodes of a master at the same time."""
+        timer = self._reporting
+        if timer is None or not timer.is_alive():
+            most = min(self._interval("report"), _REPORTS_WITHIN)
+            self._reporting = timer = threading.Timer(random.uniform(0, most), self._lanes["report"].wake)  # noqa: S311 - jitter
+            timer.daemon = True
+            timer.start()
+
     def _handle(self, method: str, path: str, body: dict[str, Any]) -> control.Answer:
         """Answer the control socket; control.Unknown for what is not there."""
         where, _, rest = path.partition("?")
@@ -354,6 +368,17 @@ class Daemon:
                 return verbs.sync(self.context, name, force=force)
 
         answer: dict[str, Any] = self._lanes[name].once(once)
+        return answer
+
+    def _change_reports(self, _query: dict[str, str], body: dict[str, Any]) -> dict[str, Any]:
+        """Send documents again, or drop them, between two reports."""
+        action, references = body.get("action"), body.get("references")
+        if action not in report_verbs.ACTIONS or not isinstance(references, list):
+            raise control.Unknown
+        names = [str(name) for name in references]
+        answer: dict[str, Any] = self._lanes["report"].once(
+            lambda: report_verbs.change(self.context, action, names)
+        )
         return answer
 
     def _tear_down(self, *, purge: bool) -> dict[str, Any]:

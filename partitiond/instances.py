@@ -324,8 +324,10 @@ def _look(context: Context, partition: Partition) -> None:
         )
 
 
-def finish_destroyed(context: Context, node: Node) -> Result:
-    """Remove the instances that are to be destroyed, and tell the master so."""
+def finish_destroyed(context: Context, node: Node, *, untold: frozenset[str] = frozenset()) -> Result:
+    """Remove the instances that are to be destroyed, and tell the master so; not yet of those whose last usage is ``untold``:
+    it would not take that any more.
+    """
     result = Result([], [])
     for partition in node.partitions:
         state = context.store.instance(partition.id)
@@ -335,6 +337,8 @@ def finish_destroyed(context: Context, node: Node) -> Result:
             if not state.cleaned:
                 _clean(context, node, partition)
                 context.store.save_instance(replace(state, cleaned=True))
+            if partition.id in untold:
+                continue
             context.client.instance_destroyed(partition.id)
         except (*FAMILY, OSError) as error:
             result.failures.append((partition.id, error))

@@ -11,7 +11,7 @@ from ipaddress import IPv4Interface
 from typing import TYPE_CHECKING
 
 from netplan.once import once, same
-from partitiond import __version__, converge, instances, softwares, storage, trial
+from partitiond import __version__, converge, instances, reports, softwares, storage, trial
 from partitiond.errors import PartitiondError
 from partitiond.passes import Result
 from slap_client.capacity import (
@@ -176,9 +176,10 @@ def instance(context: Context, *, force: bool = False, only: frozenset[str] = fr
     return instances.run_pass(context, target, wishes, known=known, force=force, only=only)
 
 
-def report(context: Context) -> Result:
-    """Finish the destroyed partitions."""
-    return instances.finish_destroyed(context, converge.observe(context).node)
+def report(context: Context, *, force: bool = False) -> Result:
+    """Tell the master what was used, and finish the destroyed partitions."""
+    node = converge.observe(context).node
+    return reports.run_pass(context, node, ask=lambda: ask(context), force=force)
 
 
 def usage(context: Context) -> Result:
@@ -188,6 +189,8 @@ def usage(context: Context) -> Result:
     gaps = context.meters.record(context, target)
     for gap in gaps:
         logger.warning("usage: gap: %s", gap.reason)
+    if context.meters.has_due():
+        context.day_ended()
     return Result([f"usage of {len(target.partitions)} partitions recorded"], [])
 
 
@@ -197,7 +200,7 @@ def run(context: Context, lane: str, *, force: bool = False) -> Result:
         "capacity": lambda: capacity(context),
         "software": lambda: software(context, force=force),
         "instances": lambda: instance(context, force=force),
-        "report": lambda: report(context),
+        "report": lambda: report(context, force=force),
         "usage": lambda: usage(context),
     }
     return passes[lane]()

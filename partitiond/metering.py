@@ -7,6 +7,7 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from accounting import documents
 from accounting.disk import DiskMeter
 from accounting.ledger import Ledger
 from accounting.model import CountReading, GaugeReading, Pass, TrafficReading
@@ -17,7 +18,7 @@ from netplan.once import once_each
 from partitiond import storage
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from accounting.model import Gap
@@ -36,6 +37,7 @@ class Metering:
     """The meters and the open ledger of a node; one pass at a time, from whatever thread."""
 
     path: Path
+    clock: Callable[[], float] = time.time
     _turn: threading.Lock = field(default_factory=threading.Lock)
     _ledger: Ledger | None = None
     _processes: ProcessMeter = field(default_factory=ProcessMeter)
@@ -48,9 +50,22 @@ class Metering:
     def record(self, context: Context, node: Node) -> tuple[Gap, ...]:
         """Read all meters and post them. Raises AccountingError, NetplanError; the next pass makes up for a failed one."""
         with self._turn:
-            if self._ledger is None:
-                self._ledger = Ledger(self.path)
-            return self._ledger.record(self._read(context, node))
+            return self._opened().record(self._read(context, node))
+
+    def ledger(self) -> Ledger:
+        """The ledger, for whoever makes documents of it. Raises AccountingError."""
+        with self._turn:
+            return self._opened()
+
+    def has_due(self) -> bool:
+        """Whether a day has ended of which no documents are made yet. Raises AccountingError."""
+        with self.ledger().transaction() as connection:
+            return bool(documents.due(connection))
+
+    def _opened(self) -> Ledger:
+        if self._ledger is None:
+            self._ledger = Ledger(self.path)
+        return self._ledger
 
     def forget(self, partition: str) -> None:
         """Let go of a partition's directories before they are emptied."""
@@ -78,7 +93,7 @@ class Metering:
         reading = counters.read_counters(node.config.packet_filter)
         scan = self._processes.scan({item.uid: item.id for item in node.partitions})
         return Pass(
-            at=time.time(),
+            at=self.clock(),
             owners=owners,
             traffic=(*_addresses(reading, known), *_shared(reading, node), *_taps(known)),
             counts=(*_denied(reading, node), *_denied_calls(node)),

@@ -119,6 +119,23 @@ def synced(value: dict[str, Any]) -> str:
     return "\n".join(lines) if lines else f"{value['lane']}: nothing to do"
 
 
+def reports(value: dict[str, Any]) -> str:
+    """``report list``."""
+    rows = [
+        (one["reference"], one["state"], one["changed"][:19], one["tries"], one["reason"])
+        for one in value["documents"]
+    ]
+    counts = ", ".join(f"{count} {state}" for state, count in value["counts"].items() if count)
+    shown = [table(("document", "state", "since (UTC)", "tries", "why"), rows), ""] if rows else []
+    return "\n".join([*shown, counts or "no documents yet: they are made when a day (UTC) has ended"])
+
+
+def reports_changed(value: dict[str, Any]) -> str:
+    """``report resend`` and ``report drop``."""
+    what = {"resend": "sent again with the next report", "drop": "dropped"}[value["action"]]
+    return "\n".join(f"{reference}: {what}" for reference in value["documents"])
+
+
 def status(value: dict[str, Any]) -> str:
     """``status``."""
     node = value["node"]

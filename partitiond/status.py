@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from netplan import holding
 from netplan.legacy_cases import OPEN_CASES as LEGACY_CASES
-from partitiond import converge, last_good, port_reservation, privacy, trial, tunnels
+from partitiond import converge, last_good, port_reservation, privacy, report_verbs, trial, tunnels
 from partitiond.refusal import Refusal
 
 if TYPE_CHECKING:
@@ -58,6 +58,7 @@ def node(context: Context) -> dict[str, Any]:
                 *_few_sessions(context),
                 *port_reservation.open_cases(port_reservation.deal(seen.ports, todo.declared.values())),
                 *_refused_resources(todo),
+                *report_verbs.open_cases(config),
             ],
             "drift": [operation.id for operation in todo if operation.partition is None],
         },

@@ -313,7 +313,7 @@ class World:
         return {guid: amount for guid, amount in sums.items() if amount}
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.lists(STEP, max_size=30))
 def test_each_byte_is_in_one_document(tmp_path_factory, steps):
     """Whatever passes, clocks, owners, documents and last documents do: at the end the documents say what the totals say."""
