@@ -23,6 +23,7 @@ _COLUMNS = "id, reference, day, kind, partition, guid, state, made, changed, tri
 _AGAIN: tuple[State, ...] = ("ambiguous", "refused", "dropped")
 _DROPPABLE: tuple[State, ...] = ("ambiguous", "refused", "waiting")
 _KEPT_DAYS = 400
+_SINCE = 2  # of the schema's versions
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +45,8 @@ class Entry:
 
 def entries(connection: sqlite3.Connection, *states: State, newest: int | None = None) -> list[Entry]:
     """Give the documents in some states, in the order in which they are sent; with ``newest`` at most so many, the latest."""
+    if not _there(connection):
+        return []
     marks = ", ".join("?" * len(states))
     rows = connection.execute(
         f"SELECT {_COLUMNS} FROM document WHERE state IN ({marks}) ORDER BY id DESC LIMIT ?",  # noqa: S608 - our own names
@@ -59,11 +62,15 @@ def entries(connection: sqlite3.Connection, *states: State, newest: int | None =
 
 def count(connection: sqlite3.Connection) -> dict[str, int]:
     """Give how many documents are in each state."""
+    if not _there(connection):
+        return {}
     return dict(connection.execute("SELECT state, count(*) FROM document GROUP BY state").fetchall())
 
 
 def content(connection: sqlite3.Connection, reference: str) -> str | None:
     """Give the TioXML of a document; None when there is none of that reference, empty when it is no longer kept."""
+    if not _there(connection):
+        return None
     row = connection.execute("SELECT content FROM document WHERE reference = ?", (reference,)).fetchone()
     return None if row is None else str(row[0])
 
@@ -109,6 +116,11 @@ def forget_old(connection: sqlite3.Connection, now: float) -> None:
         "UPDATE document SET content = '' WHERE state = 'accepted' AND changed < ? AND content != ''",
         (before,),
     )
+
+
+def _there(connection: sqlite3.Connection) -> bool:
+    """Whether the ledger has documents: readers also meet one that no daemon of this version has opened yet."""
+    return int(connection.execute("PRAGMA user_version").fetchone()[0]) >= _SINCE
 
 
 def _change(

@@ -67,8 +67,14 @@ def open_cases(config: Config) -> list[str]:
     tariff = config.accounting.tariff
     if not tariff.resources:
         found.append("usage is metered and not reported: [accounting] names no resource of the master's")
-    with Ledger.open_readonly(ledger_path(config.state_dir)) as ledger, ledger.transaction() as connection:
-        counts = outbox.count(connection)
+    try:
+        with (
+            Ledger.open_readonly(ledger_path(config.state_dir)) as ledger,
+            ledger.transaction() as connection,
+        ):
+            counts = outbox.count(connection)
+    except AccountingError as error:
+        return [*found, f"{error} ({error.hint})"]
     for state, why in (
         ("ambiguous", "wait for a decision: nobody knows whether the master has them"),
         ("refused", "were refused by the master"),

@@ -1,0 +1,376 @@
+"""The report lane against the strict master: every day arrives, in order, and none twice but what the operator sent again."""
+
+import dataclasses
+import json
+import os
+import signal
+import socket
+import sys
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import strict_master
+from accounting_world import a_pass, traffic
+
+from accounting import documents, outbox
+from partitiond import cli, config, report_verbs, reports
+from partitiond.context import Context
+from partitiond.state import InstanceState
+from slap_client.client import SlapClient
+from slap_client.errors import SlapError
+
+sys.path.append(str(Path(__file__).resolve().parent.parent / "partitiond"))
+from json_schemas import validate
+
+HOUR, DAY = 3600.0, 86400.0
+BEGIN = datetime(2026, 11, 10, 12, tzinfo=UTC).timestamp()
+GUIDS = {"slappart0": "SOFTINST-0", "slappart1": "SOFTINST-1"}
+TEXT = """\
+[slapos]
+computer_id = COMP-1
+master_url = {url}
+software_root = {top}/software
+instance_root = {top}/instance
+
+[slapformat]
+interface_name = br0
+partition_amount = 2
+
+[partitiond]
+state_dir = {top}/state
+log_dir = {top}/log
+run_dir = {top}/run
+report_ambiguous = {ambiguous}
+
+[accounting]
+network_in = in per kB
+network_out = out per kB
+partition_resources = users
+"""
+
+
+class Days:
+    """A node whose days go by: its ledger, its lane and its clock."""
+
+    def __init__(self, master, top, ambiguous="hold"):
+        self.master, self.file = master, top / "slapos.cfg"
+        for name in ("state", "log", "run"):
+            (top / name).mkdir(exist_ok=True)
+        self.file.write_text(TEXT.format(url=master.url, top=top, ambiguous=ambiguous))
+        self.now, self.sent, self.owners = BEGIN, 0, dict(GUIDS)
+        self.context = Context.of(config.load(self.file))
+        self.context.meters.clock = master.clock = lambda: self.now
+        self.node = SimpleNamespace(partitions=())
+        self.asked = 0
+
+    def close(self):
+        self.client.close()
+        self.context.meters.close()
+
+    @property
+    def client(self):
+        """The daemon's client with less patience."""
+        settings = self.context.config
+        held = getattr(self.context._local, "client", None)
+        if held is None or held[0] is not settings:
+            if held is not None:
+                held[1].close()
+            client = SlapClient(settings.master_url, settings.computer_id, timeout=0.3)
+            self.context._local.client = held = (settings, client)
+        return held[1]
+
+    def use(self, more=1000):
+        """One pass of the meters, after some traffic of the first partition."""
+        self.sent += more
+        self.context.meters.ledger().record(
+            a_pass(self.now, traffic(value=self.sent), traffic("slappart1", 5), owners=self.owners)
+        )
+
+    def ask(self):
+        self.asked += 1
+        self.client.computer()
+
+    def report(self, *, force=False):
+        """One pass of the lane; the failures' codes, or that of the master's error."""
+        assert self.client
+        try:
+            result = reports.run_pass(self.context, self.node, ask=self.ask, force=force)
+        except SlapError as error:
+            return [error.code]
+        return [error.code for _, error in result.failures]
+
+    def states(self):
+        found = report_verbs.listing(self.context.config, everything=True)["documents"]
+        return {one["reference"]: one["state"] for one in found}
+
+    def change(self, action, *references):
+        return report_verbs.change(self.context, action, references)
+
+    def unreachable(self):
+        """Let nobody listen where the master was."""
+        with socket.socket() as taken:
+            taken.bind(("127.0.0.1", 0))
+            url = f"http://127.0.0.1:{taken.getsockname()[1]}/"
+        self.context.adopt(dataclasses.replace(self.context.config, master_url=url))
+
+    def reachable(self):
+        self.context.adopt(dataclasses.replace(self.context.config, master_url=self.master.url))
+
+    def arrived(self):
+        return [one.reference for one in self.master.kept]
+
+
+@pytest.fixture
+def master():
+    with strict_master.running(guids=GUIDS.values(), resources=["in", "out", "users"]) as made:
+        yield made
+
+
+@pytest.fixture
+def days(master, tmp_path):
+    made = Days(master, tmp_path)
+    yield made
+    made.close()
+
+
+def references(first, last):
+    return [f"2026-11-{day}-node" for day in range(first, last + 1)]
+
+
+def test_each_day_is_told_soon_after_it_has_ended(days):
+    for _ in range(3):
+        days.use()
+        days.report()
+        days.now += DAY
+    days.use()
+    assert days.report() == []
+    assert days.arrived() == references(10, 12)
+    assert days.master.violations == []
+    asked = days.asked
+    assert days.report() == []
+    assert days.asked == asked  # nothing waits: nobody is bothered
+    assert days.master.total("in", "SOFTINST-0") == 3.0
+
+
+def test_seven_days_of_outage(days):
+    """A day each: 503, nobody there, 500, 502, an answer that got lost, 503, nobody there; each tried several times."""
+    outages = [503, "gone", 500, 502, "lost", 503, "gone"]
+    days.use()
+    for kind in outages:
+        days.now += DAY
+        days.use()
+        days.master.outage = kind if isinstance(kind, int) else None
+        if kind == "gone":
+            days.unreachable()
+        if kind == "lost":
+            days.master.script("timeout_after_commit")
+            assert days.report() == ["report.held"]  # the oldest of five, which did arrive
+            assert days.states()["2026-11-10-node"] == "ambiguous"
+            assert days.report() == ["report.paused"]
+            days.master.outage = 503
+        for _ in range(4):
+            days.now += HOUR
+            days.report()
+        days.now -= 4 * HOUR
+        days.reachable()
+    assert days.states() == {"2026-11-10-node": "ambiguous"} | dict.fromkeys(references(11, 16), "waiting")
+    days.master.outage = None
+    days.now += 6 * HOUR
+    assert days.report() == []
+    assert days.arrived() == references(10, 16)
+    # the operator looks at the master, and first decides wrongly
+    days.change("resend", "2026-11-10-node")
+    assert days.report() == []
+    assert days.arrived() == [*references(10, 16), "2026-11-10-node"]
+    assert days.master.duplicates == {"2026-11-10-node": 2}
+    assert days.master.violations == []
+    assert set(days.states().values()) == {"accepted"}
+    assert days.master.total("in", "SOFTINST-0") == 7.0 + 1.0
+    print("\nreports: 7 days of outage; all arrived in order, sent twice: 1, by the operator's word")
+
+
+@pytest.mark.parametrize("how", ["reset_after_commit", "timeout_after_commit", "reset_before", "500", "502"])
+def test_what_may_have_arrived_is_held(days, how):
+    for _ in range(2):
+        days.use()
+        days.now += DAY
+    days.use()
+    days.master.script(how)
+    assert days.report() == ["report.held"]
+    assert days.states() == {"2026-11-10-node": "ambiguous", "2026-11-11-node": "waiting"}
+    assert days.report() == ["report.paused"]
+    assert days.report(force=True) == []  # the operator does not want to wait: with the next one
+    assert days.states() == {"2026-11-10-node": "ambiguous", "2026-11-11-node": "accepted"}
+    stored = how.endswith("after_commit")
+    assert days.arrived() == [*(["2026-11-10-node"] if stored else []), "2026-11-11-node"]
+    for _ in range(3):
+        days.now += DAY
+        days.report()
+    assert days.states()["2026-11-10-node"] == "ambiguous"
+    (case,) = [one for one in report_verbs.open_cases(days.context.config) if "decision" in one]
+    assert case.startswith("1 usage document")
+    days.change("drop" if stored else "resend", "2026-11-10-node")
+    days.report()
+    assert sorted(set(days.arrived())) == references(10, 11)
+    assert days.master.duplicates == {}
+
+
+@pytest.mark.parametrize("how", ["503", "outage", "gone"])
+def test_what_certainly_did_not_arrive_is_sent_again(days, how):
+    days.use()
+    days.now += DAY
+    days.use()
+    if how == "503":
+        days.master.script("503")
+    elif how == "outage":
+        days.master.outage = 500
+    else:
+        days.unreachable()
+    assert days.report() in (["slap.unavailable"], ["slap.unreachable"])
+    assert days.states() == {"2026-11-10-node": "waiting"}
+    days.master.outage = None
+    days.reachable()
+    assert days.report() == []
+    assert days.arrived() == ["2026-11-10-node"]
+
+
+def test_one_that_is_refused_holds_up_no_other(days):
+    for _ in range(3):
+        days.use()
+        days.now += DAY
+    days.use()
+    days.master.script("ok", "400")
+    assert days.report() == ["report.refused"]
+    assert days.states() == {
+        "2026-11-10-node": "accepted",
+        "2026-11-11-node": "refused",
+        "2026-11-12-node": "accepted",
+    }
+    assert any("refused by the master" in one for one in report_verbs.open_cases(days.context.config))
+    days.change("resend", "2026-11-11-node")
+    assert days.report() == []
+    assert days.arrived() == ["2026-11-10-node", "2026-11-12-node", "2026-11-11-node"]
+
+
+def test_resend_in_the_configuration(master, tmp_path):
+    days = Days(master, tmp_path, "resend")
+    try:
+        days.use()
+        days.now += DAY
+        days.use()
+        master.script("timeout_after_commit")
+        assert days.report() == ["report.held"]
+        assert days.report() == ["report.paused"]
+        days.now += HOUR
+        assert days.report() == []
+        assert master.duplicates == {"2026-11-10-node": 2}
+    finally:
+        days.close()
+
+
+def test_killed_while_it_sends(days):
+    """kill -9 between the request and the answer: what was being sent is held, by whoever comes next."""
+    days.use()
+    days.now += DAY
+    days.use()
+    days.master.slow_seconds = 30
+    days.master.script("slow")
+    days.client.close()
+    days.context.meters.close()
+    child = os.fork()
+    if not child:
+        try:
+            days.context._local.client = None
+            days.context = Context.of(days.context.config)
+            days.context.meters.clock = lambda: days.now
+            reports.run_pass(days.context, days.node, ask=lambda: None)
+        finally:
+            os._exit(1)
+    deadline = time.monotonic() + 30
+    while days.states().get("2026-11-10-node") != "sending":
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert days.report() == []
+    assert days.states() == {"2026-11-10-node": "ambiguous"}
+
+
+def test_the_last_usage_goes_out_before_the_destroy_is_told(days, monkeypatch):
+    days.use()
+    partition = SimpleNamespace(id="slappart0")
+    days.node = SimpleNamespace(partitions=(partition,))
+    context = days.context
+    state = InstanceState("slappart0", life="destroying", instance_guid="SOFTINST-0", wanted="destroyed")
+    context.store.save_instance(state)
+    told, order = [], days.master.others
+    settled = []
+    monkeypatch.setattr(reports, "_settle", lambda *_: days.use(0 if settled else 500) or settled.append(1))
+    monkeypatch.setattr(
+        reports.instances,
+        "finish_destroyed",
+        lambda *_, untold: told.append(untold) or SimpleNamespace(done=[], failures=[]),
+    )
+    days.master.script("503")
+    assert days.report() == ["slap.unavailable"]
+    assert told == [{"slappart0"}]
+    assert days.report() == []
+    assert told[1] == frozenset()
+    assert days.arrived() == ["2026-11-10-slappart0-last"]
+    assert days.master.total("in", "SOFTINST-0") == 1.5
+    assert days.master.violations == []
+    assert order
+
+
+def command(days, *words):
+    return cli.main([*words, "--json", "-c", str(days.file)])
+
+
+def test_the_operator_reads_and_decides(days, capsys):
+    assert command(days, "report", "list") == 0
+    value = json.loads(capsys.readouterr().out)
+    validate(value)
+    assert value["documents"] == []
+    days.use()
+    days.now += DAY
+    days.use()
+    days.master.script("502")
+    days.report()
+    assert command(days, "report", "list") == 0
+    value = json.loads(capsys.readouterr().out)
+    validate(value)
+    (held,) = value["documents"]
+    assert (held["reference"], held["state"], held["kind"]) == ("2026-11-10-node", "ambiguous", "node")
+    assert "502" in held["reason"]
+    assert command(days, "report", "show", "2026-11-10-node") == 0
+    value = json.loads(capsys.readouterr().out)
+    validate(value)
+    assert value["content"].startswith("<?xml")
+    assert cli.main(["report", "list", "-c", str(days.file)]) == 0
+    assert "ambiguous" in capsys.readouterr().out
+    for wrong in (["report", "show", "x"], ["report", "resend", "2026-11-10-node", "x"]):
+        assert command(days, *wrong) == 1
+        error = json.loads(capsys.readouterr().out)["error"]
+        assert (error["code"], error["resource"]) == ("accounting.document", "x")
+        assert "report list" in error["hint"]
+    assert days.states() == {"2026-11-10-node": "ambiguous"}  # all of them or none
+    assert command(days, "report", "drop", "2026-11-10-node") == 0
+    validate(json.loads(capsys.readouterr().out))
+    assert days.states() == {"2026-11-10-node": "dropped"}
+    assert command(days, "report") == 64
+    with pytest.raises(SystemExit) as left:
+        command(days, "report", "resend")
+    assert left.value.code == 64
+
+
+def test_meters_that_nobody_named_are_an_open_case(days):
+    bare = dataclasses.replace(days.context.config, accounting=type(days.context.config.accounting)())
+    (case,) = report_verbs.open_cases(bare)
+    assert "names no resource" in case
+    assert report_verbs.open_cases(days.context.config) == []
+    with days.context.meters.ledger().transaction() as connection:
+        assert documents.due(connection) == ()
+        assert outbox.count(connection) == {}
