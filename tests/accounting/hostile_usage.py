@@ -19,6 +19,8 @@ _DECLARATION = '<?xml version="1.0" encoding="utf-8"?>'
 
 @dataclass(frozen=True)
 class Tenant:
+    """Whose files they are; its resources begin with these, more may follow."""
+
     guid: str = "SOFTINST-7"
     partition: str = "slappart7"
     foreign: str = "SOFTINST-8"
@@ -187,9 +189,9 @@ def _references(tenant):
         f"{guid} {foreign}",
         f"{guid}/../{foreign}",
         f"{guid}\xa0",
-        guid.replace("S", "\u0405", 1),
+        f"\u0405{guid[1:]}",
         guid.replace("-", "\u2010"),
-        guid.replace("7", "\uff17"),
+        f"{guid[:-1]}\uff17",
         "slappart8",
         "slappart",
         tenant.partition.upper(),
@@ -202,6 +204,8 @@ def _references(tenant):
         "x" * 201,
         "x" * 100_000,
     ):
+        if name in (guid, tenant.partition):
+            continue
         text = usage(movement(reference=name))
         yield True, text, f"reference {name[:40]!a}"
         text = usage(movement(), movement(reference=name))

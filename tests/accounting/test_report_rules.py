@@ -4,7 +4,7 @@ from decimal import Decimal
 
 import pytest
 import strict_master
-from hostile_usage import COUNT, TENANT, good_files, hostile_files
+from hostile_usage import COUNT, TENANT, Tenant, good_files, hostile_files
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -171,10 +171,11 @@ def test_sums_are_bounded():
 # --- the files
 
 
-def taken_of(content):
+def taken_of(content, tenant=TENANT):
     """Give the movements of a file, or the error."""
+    own, allowed = frozenset({tenant.partition}), frozenset(tenant.resources)
     try:
-        return accepted(read_consumption(content))
+        return accept(read_consumption(content), guid=tenant.guid, own_names=own, resources=allowed)
     except AccountingError as error:
         return error
 
@@ -229,6 +230,15 @@ def test_a_thousand_hostile_files(schemas):
             assert books.judge(text, NOW)[-1] == (), (name, why)
     assert len(names) == COUNT == 1000
     assert taken > 20  # else nothing was tried of what is taken
+
+
+def test_the_files_fit_any_tenant():
+    tenant = Tenant(guid="comp\xe9-7-slappart8", partition="slappart8", foreign="comp-7-slappart9")
+    for name, content, why in hostile_files(tenant):
+        taken = taken_of(content, tenant)
+        assert isinstance(taken, AccountingError) or name.startswith("any-"), (name, why)
+    for name, content, _ in good_files(tenant):
+        assert not isinstance(taken_of(content, tenant), AccountingError), name
 
 
 def test_the_files_are_always_the_same():

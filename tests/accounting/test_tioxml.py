@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from accounting.elements import parse
 from accounting.errors import AccountingError
 from accounting.tioxml import (
     MOST_BYTES,
@@ -251,6 +252,17 @@ def test_movements_are_bounded():
     assert len(read_consumption(consumption(*[movement()] * MOST_MOVEMENTS))) == MOST_MOVEMENTS
     assert "movements" in refused(consumption(*[movement()] * (MOST_MOVEMENTS + 1)))
     assert "movements" in refused(consumption())
+
+
+def test_depth_is_bounded_before_memory_is_spent():
+    content = consumption(movement(title="<b>" * 60_000))
+    assert "nested deeper than 3" in refused(content)
+
+
+def test_elements_are_bounded():
+    assert parse(b"<a><b/><b/></a>", most_bytes=99, most_elements=3, depth=2).tag == "a"
+    with pytest.raises(AccountingError, match="line 1: more elements"):
+        parse(b"<a><b/><b/><b/>", most_bytes=99, most_elements=3, depth=2)
 
 
 def test_bytes_are_bounded():
