@@ -7,7 +7,7 @@ RUN := $(ENV)/bin/python3 -I -m partitiond.sandbox --bind $(CURDIR):$(CURDIR) --
 ARGS ?=
 EXTRAS ?=
 
-.PHONY: help demo test test-full lint bench bench-node bench-packets bench-tunnels install clean
+.PHONY: help demo test test-full lint bench bench-node bench-packets bench-tunnels bench-accounting install clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -25,10 +25,11 @@ lint: $(B)/test.stamp ## ruff, mypy --strict, import-linter
 	$(RUN) sh -ec 'cd $(CURDIR); PATH=$(PREFIX)/bin:$$PATH; ruff check .; ruff format --check .; mypy; lint-imports'
 
 bench: $(B)/bench.stamp ## all that follows, one after the other; ARGS are given to one alone
-	$(if $(ARGS),$(error ARGS are for one of them: make bench-node, bench-packets or bench-tunnels))
+	$(if $(ARGS),$(error ARGS are for one of them: make bench-node, bench-packets, bench-tunnels or bench-accounting))
 	$(MAKE) bench-node
 	$(MAKE) bench-packets
 	$(MAKE) bench-tunnels
+	$(MAKE) bench-accounting
 
 bench-node: $(B)/bench.stamp ## what partitions cost, beside the floor and slapos.core, in private namespaces
 	$(RUN) $(PREFIX)/bin/python3 -P $(CURDIR)/tests/bench/node.py $(ARGS)
@@ -38,6 +39,9 @@ bench-packets: $(B)/bench.stamp ## what isolation costs a packet, beside no rule
 
 bench-tunnels: $(B)/bench.stamp ## what a tunnel costs, beside stunnel's defaults and haproxy, in private namespaces
 	$(RUN) $(PREFIX)/bin/python3 -P $(CURDIR)/tests/bench/tunnels.py $(ARGS)
+
+bench-accounting: $(B)/bench.stamp ## what metering costs, beside nft and psutil, and how its ledger grows, in private namespaces
+	$(RUN) $(PREFIX)/bin/python3 -P $(CURDIR)/tests/bench/meters.py $(ARGS)
 
 install: ## an environment at PREFIX that partition users can execute, with all that builds need offline (EXTRAS=iptables)
 	tools/environment --prefix $(PREFIX) --python $(PYTHON) --with master $(addprefix --with ,$(EXTRAS))

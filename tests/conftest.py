@@ -331,6 +331,15 @@ def node_config():
 
 
 @pytest.fixture(scope="module")
+def make_node_files():
+    """The same for all tests of a file."""
+    with contextlib.ExitStack() as stack:
+        yield lambda partitions=3, **settings: stack.enter_context(
+            standing_files(partitions=partitions, **settings)
+        )
+
+
+@pytest.fixture(scope="module")
 def module_node_config(module_bridge):
     """One for all tests of a file."""
     with standing_files(interface=module_bridge.name) as made:
