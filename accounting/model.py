@@ -1,14 +1,15 @@
 """What meters say and what a usage report says: plain frozen data, no I/O.
 
 Readings are absolute: what the kernel has counted so far, never what was added since. So a reading that got
-lost, or that is recorded twice, changes no sum. The ledger alone makes differences of them.
+lost, or that is recorded twice, changes no sum. The ledger alone makes differences of them. They are tuples,
+because a pass makes thousands of them.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Literal, TypedDict
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypedDict
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -25,8 +26,7 @@ counted elsewhere in the kernel, so each has an epoch of its own.  A report has 
 GaugeName = Literal["memory_bytes", "disk_bytes", "processes"]
 
 
-@dataclass(frozen=True, slots=True)
-class TrafficReading:
+class TrafficReading(NamedTuple):
     """The four kernel counters of one address (or tap, named by its interface) of one partition.
 
     ``in`` is towards the partition. ``scope`` is ``local`` for what never left the node. ``epoch`` names
@@ -47,8 +47,7 @@ class TrafficReading:
     packets_out: int
 
 
-@dataclass(frozen=True, slots=True)
-class CountReading:
+class CountReading(NamedTuple):
     """Any other number that only grows within ``epoch``: packets, or seconds (kept to the microsecond)."""
 
     partition: str
@@ -57,8 +56,7 @@ class CountReading:
     value: float
 
 
-@dataclass(frozen=True, slots=True)
-class ProcessReading:
+class ProcessReading(NamedTuple):
     """What one process has used since it started: processor time in microseconds, bytes read and written.
 
     ``boot`` is the kernel's boot id and ``started`` the start in clock ticks since that boot (field 22 of
@@ -79,8 +77,7 @@ class ProcessReading:
     parent: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class GaugeReading:
+class GaugeReading(NamedTuple):
     """A level that goes up and down: bytes, or a number of processes."""
 
     partition: str
