@@ -1,30 +1,32 @@
 """What meters say and what a usage report says: plain frozen data, no I/O.
 
 Readings are absolute: what the kernel has counted so far, never what was added since. So a reading that got
-lost, or that is recorded twice, changes no sum. The ledger alone makes differences of them.
+lost, or that is recorded twice, changes no sum. The ledger alone makes differences of them. They are tuples,
+because a pass makes thousands of them.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Literal, TypedDict
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypedDict
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
 Family = Literal["ipv4", "ipv6", "tap"]
 Scope = Literal["remote", "local"]
-CountName = Literal["denied_packets", "denied_frames", "denied_calls", "cpu_seconds"]
+CountName = Literal[
+    "denied_packets", "denied_frames", "denied_calls", "cpu_seconds", "io_read_bytes", "io_write_bytes"
+]
 DENIED: tuple[CountName, ...] = ("denied_packets", "denied_frames", "denied_calls")
 """What was refused to a partition's processes on output, to its guest, and when it bound or received; each is
 counted elsewhere in the kernel, so each has an epoch of its own.  A report has their sum.
 """
-GaugeName = Literal["memory_bytes", "disk_bytes"]
+GaugeName = Literal["memory_bytes", "disk_bytes", "processes"]
 
 
-@dataclass(frozen=True, slots=True)
-class TrafficReading:
+class TrafficReading(NamedTuple):
     """The four kernel counters of one address (or tap, named by its interface) of one partition.
 
     ``in`` is towards the partition. ``scope`` is ``local`` for what never left the node. ``epoch`` names
@@ -45,8 +47,7 @@ class TrafficReading:
     packets_out: int
 
 
-@dataclass(frozen=True, slots=True)
-class CountReading:
+class CountReading(NamedTuple):
     """Any other number that only grows within ``epoch``: packets, or seconds (kept to the microsecond)."""
 
     partition: str
@@ -55,12 +56,15 @@ class CountReading:
     value: float
 
 
-@dataclass(frozen=True, slots=True)
-class ProcessReading:
-    """The processor time that one process has used since it started, in microseconds.
+class ProcessReading(NamedTuple):
+    """What one process has used since it started: processor time in microseconds, bytes read and written.
 
     ``boot`` is the kernel's boot id and ``started`` the start in clock ticks since that boot (field 22 of
     proc_pid_stat(5)): with ``pid`` they name a process for ever, also when the wall clock is set.
+
+    ``io_read_bytes`` and ``io_write_bytes`` are ``None`` where that can not be read. Once a process has
+    waited for a child, they hold the child's as well (kernel/exit.c, wait_task_zombie), which processor
+    time does not; ``parent`` is the pid of the parent, 0 if unknown.
     """
 
     partition: str
@@ -68,11 +72,13 @@ class ProcessReading:
     pid: int
     started: int
     cpu_microseconds: int
+    io_read_bytes: int | None = None
+    io_write_bytes: int | None = None
+    parent: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class GaugeReading:
-    """A level in bytes that goes up and down."""
+class GaugeReading(NamedTuple):
+    """A level that goes up and down: bytes, or a number of processes."""
 
     partition: str
     name: GaugeName
@@ -119,6 +125,9 @@ class PartitionJson(TypedDict):
     cpu_seconds: float
     memory_bytes: int
     disk_bytes: int
+    io_read_bytes: int
+    io_write_bytes: int
+    processes: int
 
 
 # ``from`` is a keyword, so the functional form is the only one.
@@ -158,7 +167,7 @@ class AddressUsage:
 class PartitionUsage:
     """What one instance used in one partition.
 
-    ``memory_bytes`` and ``disk_bytes`` are the latest values that were measured for this owner up to the
+    ``memory_bytes``, ``disk_bytes`` and ``processes`` are the latest values that were measured for this owner up to the
     end of the interval (also before its start, where nothing changed within), 0 where none ever was. All
     else is a sum.
     """
@@ -170,6 +179,9 @@ class PartitionUsage:
     cpu_seconds: float = 0.0
     memory_bytes: int = 0
     disk_bytes: int = 0
+    io_read_bytes: int = 0
+    io_write_bytes: int = 0
+    processes: int = 0
 
     def as_json(self) -> PartitionJson:
         """Give the contract's object."""
@@ -181,6 +193,9 @@ class PartitionUsage:
             "cpu_seconds": self.cpu_seconds,
             "memory_bytes": self.memory_bytes,
             "disk_bytes": self.disk_bytes,
+            "io_read_bytes": self.io_read_bytes,
+            "io_write_bytes": self.io_write_bytes,
+            "processes": self.processes,
         }
 
 

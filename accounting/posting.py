@@ -35,8 +35,10 @@ _ADD_TO_ACCOUNT = (
     " packets_out = packets_out + ?, quantity = quantity + ? WHERE id = ?"
 )
 _UPSERT_PROCESS = (
-    "INSERT INTO process (pid, started, boot, partition, cpu) VALUES (?, ?, ?, ?, ?)"
-    " ON CONFLICT DO UPDATE SET partition = excluded.partition, cpu = excluded.cpu"
+    "INSERT INTO process (pid, started, boot, partition, cpu, io_read, io_written, parent)"
+    " VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
+    " ON CONFLICT DO UPDATE SET partition = excluded.partition, cpu = excluded.cpu,"
+    " io_read = excluded.io_read, io_written = excluded.io_written, parent = excluded.parent"
 )
 
 _SLACK = 3600 * 10**6  # microseconds; NTP steps a clock by less, an operator who mends one by more
@@ -53,9 +55,9 @@ def read_books(connection: sqlite3.Connection) -> Books:
         for p, n, a, f, s, epoch, v, w, x, y, z in connection.execute("SELECT * FROM level")
     }
     processes = {
-        ProcessKey(pid, started, boot): ProcessLevel(partition, cpu)
-        for pid, started, boot, partition, cpu in connection.execute(
-            "SELECT pid, started, boot, partition, cpu FROM process"
+        ProcessKey(pid, started, boot): ProcessLevel(*level)
+        for pid, started, boot, *level in connection.execute(
+            "SELECT pid, started, boot, partition, cpu, io_read, io_written, parent FROM process"
         )
     }
     pending = {what for (what,) in connection.execute("SELECT what FROM pending")}

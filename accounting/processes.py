@@ -1,18 +1,20 @@
-"""Meters processor time and memory of all partitions in one scan of /proc.
+"""Meters processor time, memory, input and output of all partitions in one scan of /proc.
 
 /proc is read directly and not by psutil, for two reasons. A process must be known again in the next pass,
 or its whole time is charged twice: psutil names it by pid and a start in wall-clock time, which changes
-when the clock is set, while the kernel's own start is in ticks since boot and never does. And it takes half
-the time (500 processes on two shared cores: 22 ms against 47 ms with psutil 7.2).
+when the clock is set, while the kernel's own start is in ticks since boot and never does. And it takes a
+third of the time (1000 processes on a shared core: 20 ms, against 68 ms with psutil 7.2).
 
 What is not seen: a process that started and ended between two passes, and what a process used after the
-last pass that saw it. Exact sums need a control group per partition.
+last pass that saw it, but for the input and output of those that a process of the partition waited for.
+Exact sums need a control group per partition.
 """
 
 from __future__ import annotations
 
 import os
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -21,10 +23,13 @@ from accounting.errors import AccountingError
 from accounting.model import GaugeReading, ProcessReading
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterator, Mapping
 
 _READ = 8192  # bytes; stat is one line, and in status Uid stands before what may be long (Groups)
 _ZOMBIES = (b"Z", b"X")
+_OPEN = os.O_RDONLY | os.O_CLOEXEC
+_IO = [b"read_bytes:", b"write_bytes:"]  # the fifth and the sixth line
+_ALWAYS_DUMPABLE = b"1"
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,14 +46,16 @@ class ProcessScan:
     unreadable: int = 0
 
     def gauges(self) -> tuple[GaugeReading, ...]:
-        """Give the memory of each partition as readings for a pass."""
-        return tuple(
-            GaugeReading(partition, "memory_bytes", value) for partition, value in self.memory_bytes.items()
+        """Give memory and number of processes of each partition as readings for a pass."""
+        return (
+            *(GaugeReading(one, "memory_bytes", value) for one, value in self.memory_bytes.items()),
+            *(GaugeReading(one, "processes", value) for one, value in self.counts.items()),
         )
 
 
 class _Stat(NamedTuple):
     state: bytes
+    parent: int
     ticks: int
     started: int
     resident_pages: int
@@ -86,56 +93,116 @@ class ProcessMeter:
         memory = dict.fromkeys(users.values(), 0)
         counts: Counter[str] = Counter(memory)
         unreadable = 0
-        for pid in self._pids():
-            try:
-                partition = users.get(self._real_uid(pid))
-                if partition is None:
-                    continue
-                stat = self._stat(pid)
-            except (FileNotFoundError, ProcessLookupError):  # it ended between the listing and the reading
-                continue
-            except (OSError, ValueError, IndexError):
+        for pid, partition, stat, (read, written) in self._found(users):
+            if stat is None:
                 unreadable += 1
                 continue
             cpu = stat.ticks * self._microseconds_per_tick
-            readings.append(ProcessReading(partition, self._boot, int(pid), stat.started, cpu))
+            readings.append(
+                ProcessReading(partition, self._boot, pid, stat.started, cpu, read, written, stat.parent)
+            )
             memory[partition] += stat.resident_pages * self._page
             counts[partition] += stat.state not in _ZOMBIES
         return ProcessScan(tuple(readings), memory, dict(counts), unreadable)
 
-    def _pids(self) -> Iterable[str]:
+    def _found(
+        self, users: Mapping[int, str]
+    ) -> Iterator[tuple[int, str, _Stat | None, tuple[int | None, int | None]]]:
+        """Yield pid, partition, stat, and bytes read and written; no stat where a process could not be read."""
         try:
-            names = os.listdir(self._proc)  # noqa: PTH208 (thousands of Path objects would be made for their names)
+            proc = os.open(self._proc, _OPEN | os.O_DIRECTORY)
         except OSError as error:
             raise _no_procfs(self._proc, error) from error
-        return (name for name in names if name.isdigit())
-
-    def _real_uid(self, pid: str) -> int:
-        # The owner of /proc/PID is the effective user, and root for what is not dumpable: proc(5). So
-        # status it is.
-        status = _read(f"{self._proc}/{pid}/status")
-        start = status.index(b"\nUid:") + len(b"\nUid:")
-        return int(status[start : status.index(b"\n", start)].split()[0])
-
-    def _stat(self, pid: str) -> _Stat:
-        """Parse proc_pid_stat(5): state (3), utime and stime (14, 15), starttime (22), rss (24).
-
-        utime and stime are of all threads, ended ones included. The name (2) is the tenant's to choose and
-        may hold spaces and parentheses, so what follows is found from the last parenthesis.
-        """
-        text = _read(f"{self._proc}/{pid}/stat")
-        fields = text[text.rindex(b")") + 2 :].split()
-        return _Stat(fields[0], int(fields[11]) + int(fields[12]), int(fields[19]), int(fields[21]))
+        try:
+            owners = users if _owner_tells(proc) else {}
+            for pid in [name for name in os.listdir(proc) if name.isdigit()]:  # noqa: PTH208 (of a descriptor)
+                try:
+                    partition, text = _charged(proc, pid, users, owners)
+                    if partition is None:
+                        continue
+                    yield int(pid), partition, _stat(text), _io(proc, pid)
+                except (FileNotFoundError, ProcessLookupError):  # it ended meanwhile
+                    continue
+                except (OSError, ValueError, IndexError):
+                    yield int(pid), "", None, (None, None)
+        finally:
+            os.close(proc)
 
 
-def _read(path: str) -> bytes:
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+def _owner_tells(proc: int) -> bool:
+    """Say whether the owner of a process's files tells its real user; see ``_charged``."""
+    with suppress(OSError):
+        return _read(proc, "sys/fs/suid_dumpable").strip() != _ALWAYS_DUMPABLE
+    return False
+
+
+def _charged(
+    proc: int, pid: str, users: Mapping[int, str], owners: Mapping[int, str]
+) -> tuple[str | None, bytes]:
+    """Give the partition that pays for a process, if any does, and its stat.
+
+    The files in /proc/PID belong to the effective user, and to root where the process is not dumpable
+    (fs/proc/base.c, task_dump_owner). The kernel makes a process so that is executed while its real and
+    effective users differ (fs/exec.c, begin_new_exec) or that changes its effective one (kernel/cred.c,
+    commit_creds); so another owner than root is the real user too. Making it dumpable again takes a setuid
+    program that says so itself, whose owner then pays. Of root's the status tells, which takes longer
+    than everything else together. fs.suid_dumpable = 1 switches this off: then status is always asked.
+    """
+    descriptor = os.open(f"{pid}/stat", _OPEN, dir_fd=proc)
     try:
-        text = os.read(descriptor, _READ)
+        owner = os.fstat(descriptor).st_uid
+        partition = owners.get(owner) if owner and owners else users.get(_real_uid(proc, pid))
+        return partition, b"" if partition is None else _whole(descriptor, pid)
     finally:
         os.close(descriptor)
+
+
+def _real_uid(proc: int, pid: str) -> int:
+    status = _read(proc, f"{pid}/status")
+    start = status.index(b"\nUid:") + len(b"\nUid:")
+    return int(status[start : status.index(b"\n", start)].split()[0])
+
+
+def _stat(text: bytes) -> _Stat:
+    """Parse proc_pid_stat(5): state (3), parent (4), utime and stime (14, 15), starttime (22), rss (24).
+
+    utime and stime are of all threads, ended ones included. The name (2) is the tenant's to choose and
+    may hold spaces and parentheses, so what follows is found from the last parenthesis.
+    """
+    fields = text[text.rindex(b")") + 2 :].split(None, 22)
+    return _Stat(
+        fields[0], int(fields[1]), int(fields[11]) + int(fields[12]), int(fields[19]), int(fields[21])
+    )
+
+
+def _io(proc: int, pid: str) -> tuple[int | None, int | None]:
+    """Give ``read_bytes`` and ``write_bytes`` of proc_pid_io(5), where the kernel counts and shows them.
+
+    What it had fetched from disks, and what it made dirty in the page cache or wrote past it: of all its
+    threads, and of the children that it waited for. What was dirtied and removed before it was written
+    counts; ``cancelled_write_bytes`` would tell, but of whoever removed it, not of whoever had written it.
+    """
+    try:
+        words = _read(proc, f"{pid}/io").split(None, 12)
+    except OSError:  # no CONFIG_TASK_IO_ACCOUNTING, or it may not be asked; the rest of the process counts
+        return None, None
+    if words[8::2][:2] != _IO:
+        raise ValueError(f"no io: {words}")
+    return int(words[9]), int(words[11])
+
+
+def _read(proc: int, name: str) -> bytes:
+    descriptor = os.open(name, _OPEN, dir_fd=proc)
+    try:
+        return _whole(descriptor, name)
+    finally:
+        os.close(descriptor)
+
+
+def _whole(descriptor: int, name: str) -> bytes:
+    text = os.read(descriptor, _READ)
     if not text:  # some files of a process that was just reaped read as empty
-        raise ProcessLookupError(path)
+        raise ProcessLookupError(name)
     return text
 
 

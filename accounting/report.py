@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from accounting.model import DENIED, AddressUsage, Gap, PartitionUsage, UsageReport
 from accounting.schema import AMOUNT_COLUMNS
-from accounting.settle import CPU, NOTHING, TRAFFIC, Amounts
+from accounting.settle import CPU, IO_READ, IO_WRITE, NOTHING, TRAFFIC, Amounts
 from accounting.store import microseconds
 
 if TYPE_CHECKING:
@@ -187,6 +187,9 @@ def _partition(owner: _Owner, sums: _Sums, gauges: dict[tuple[int, str], int]) -
         cpu_seconds=sums.counts.get(CPU, 0) / 1e6,
         memory_bytes=gauges.get((owner.id, "memory_bytes"), 0),
         disk_bytes=gauges.get((owner.id, "disk_bytes"), 0),
+        io_read_bytes=sums.counts.get(IO_READ, 0),
+        io_write_bytes=sums.counts.get(IO_WRITE, 0),
+        processes=gauges.get((owner.id, "processes"), 0),
     )
 
 
@@ -233,4 +236,6 @@ def _merge(before: PartitionUsage, entry: PartitionUsage) -> PartitionUsage:
         denied_packets=before.denied_packets + entry.denied_packets,
         # Of whole microseconds, so that a total never falls by a rounding error.
         cpu_seconds=round((before.cpu_seconds + entry.cpu_seconds) * 1e6) / 1e6,
+        io_read_bytes=before.io_read_bytes + entry.io_read_bytes,
+        io_write_bytes=before.io_write_bytes + entry.io_write_bytes,
     )

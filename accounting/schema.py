@@ -71,9 +71,10 @@ PRAGMA user_version = 1;
 """
 
 _SECOND = """
--- What each process had read from disks and written to them when it was last seen.
+-- What each process had read from disks and written to them when it was last seen, and the pid of its parent.
 ALTER TABLE process ADD COLUMN io_read INTEGER NOT NULL DEFAULT 0;
 ALTER TABLE process ADD COLUMN io_written INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE process ADD COLUMN parent INTEGER NOT NULL DEFAULT 0;
 
 -- Up to which pass an owner's samples are in documents: each is in one, whatever the clock does.
 ALTER TABLE owner ADD COLUMN reported_seq INTEGER NOT NULL DEFAULT 0;

@@ -32,6 +32,8 @@ LARGEST = 2**63 - 1  # of an SQLite integer; the kernel's 64th bit is some 9 exa
 MICROSECONDS = 1_000_000
 TRAFFIC = "traffic"
 CPU = "cpu_seconds"
+IO_READ = "io_read_bytes"
+IO_WRITE = "io_write_bytes"
 
 
 class Meter(NamedTuple):
@@ -60,10 +62,13 @@ class ProcessKey(NamedTuple):
 
 
 class ProcessLevel(NamedTuple):
-    """Whom a process was charged to last, and how much it had used, in microseconds."""
+    """Whom a process was charged to last, how much it had used (microseconds, bytes), and its parent's pid."""
 
     partition: str
     cpu: int
+    io_read: int = 0
+    io_written: int = 0
+    parent: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,9 +174,10 @@ def _traffic_and_counts(reading: Pass) -> Iterator[tuple[Meter, Level]]:
         meter = Meter(t.partition, TRAFFIC, t.address, t.family, t.scope)
         yield meter, Level(t.epoch, (t.bytes_in, t.bytes_out, t.packets_in, t.packets_out, 0))
     for count in reading.counts:
-        if count.name == CPU and reading.processes is not None:
+        if count.name in (CPU, IO_READ, IO_WRITE) and reading.processes is not None:
             raise _refuse(
-                f"{count.partition}/{CPU}", "is given as a count and by processes: it would count twice"
+                f"{count.partition}/{count.name}",
+                "is given as a count and by processes: it would count twice",
             )
         yield Meter(count.partition, count.name), Level(count.epoch, (0, 0, 0, 0, _quantity(count)))
 
@@ -188,25 +194,77 @@ def _quantity(count: CountReading) -> int:
 
 def _settle_processes(processes: Iterable[ProcessReading], books: Books, settlement: Settlement) -> None:
     """Charge each process with what it used since the last pass; one that is new, with all it used so far."""
-    used: dict[str, int] = {}
-    seen: set[ProcessKey] = set()
+    present: dict[ProcessKey, ProcessReading] = {}
     for process in processes:
         key = ProcessKey(process.pid, process.started, process.boot)
-        if key in seen:
-            raise _refuse(f"{process.partition}/process {process.pid}", "is given twice in one pass")
-        _check(f"{process.partition}/process {process.pid}", process.cpu_microseconds)
-        seen.add(key)
+        where = f"{process.partition}/process {process.pid}"
+        if key in present:
+            raise _refuse(where, "is given twice in one pass")
+        for value in (process.cpu_microseconds, process.io_read_bytes or 0, process.io_write_bytes or 0):
+            _check(where, value)
+        present[key] = process
+    settlement.ended.extend(key for key in books.processes if key not in present)
+    waited_for = _waited_for(present, settlement.ended, books.processes)
+    used: dict[tuple[str, str], int] = {}
+    for key, process in present.items():
         last = books.processes.get(key)
-        # Never below the last level: an amount that was taken back would be counted again.
-        level = ProcessLevel(process.partition, max(process.cpu_microseconds, last.cpu if last else 0))
+        level = _process_level(process, last)
         # A process whose partition differs has changed its user: the level is still its own.
-        before = last.cpu if last else level.cpu if books.skip_new_processes else 0
-        used[level.partition] = used.get(level.partition, 0) + level.cpu - before
+        before = last or (level if books.skip_new_processes else ProcessLevel("", 0))
+        read, written = waited_for.get(key, (0, 0))
+        amounts = [(CPU, level.cpu - before.cpu)]
+        if process.io_read_bytes is not None:
+            amounts.append((IO_READ, max(0, level.io_read - before.io_read - read)))
+        if process.io_write_bytes is not None:
+            amounts.append((IO_WRITE, max(0, level.io_written - before.io_written - written)))
+        for name, amount in amounts:
+            account = (level.partition, name)
+            used[account] = used.get(account, 0) + amount
         if level != last:
             settlement.processes[key] = level
-    settlement.ended.extend(key for key in books.processes if key not in seen)
-    for partition, microseconds in used.items():
-        settlement.amounts[Meter(partition, CPU)] = (0, 0, 0, 0, microseconds)
+    for (partition, name), amount in used.items():
+        settlement.amounts[Meter(partition, name)] = (0, 0, 0, 0, amount)
+
+
+def _process_level(process: ProcessReading, last: ProcessLevel | None) -> ProcessLevel:
+    """Give the new level: never below the last one, since an amount that was taken back would be counted again."""
+    cpu, read, written = last[1:4] if last else (0, 0, 0)
+    return ProcessLevel(
+        process.partition,
+        max(process.cpu_microseconds, cpu),
+        max(process.io_read_bytes or 0, read),
+        max(process.io_write_bytes or 0, written),
+        process.parent,
+    )
+
+
+def _waited_for(
+    present: Iterable[ProcessKey], ended: Iterable[ProcessKey], levels: Mapping[ProcessKey, ProcessLevel]
+) -> dict[ProcessKey, tuple[int, int]]:
+    """Give for each process the bytes, read and written, of ended children that were charged to themselves.
+
+    The kernel adds them to the parent that waits for the child: of what the parent has now, they were counted.
+    Where the parent ended too, it is its parent that has both. (A parent that ignores SIGCHLD gets nothing
+    added, and a child that outlived its parent goes to init; such a parent, or the one above, pays up to as
+    much too little in this pass. Which of them it was, no reading tells.)
+    """
+    found: dict[ProcessKey, tuple[int, int]] = {}
+    running = {key.pid: key for key in present}
+    gone = {key.pid: key for key in ended}
+    for key in gone.values():
+        level = levels[key]
+        if not (level.io_read or level.io_written):
+            continue
+        child, above, seen = key, level.parent, {key.pid}
+        while above not in running and above in gone and above not in seen:
+            seen.add(above)
+            child, above = gone[above], levels[gone[above]].parent
+        parent = running.get(above)
+        # a pid that was taken anew is no parent: it started later
+        if parent is not None and parent.boot == child.boot and parent.started <= child.started:
+            read, written = found.get(parent, (0, 0))
+            found[parent] = (read + level.io_read, written + level.io_written)
+    return found
 
 
 def _check(where: str, value: int) -> None:

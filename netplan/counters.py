@@ -8,7 +8,6 @@ segmentation offload counts one header.
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -97,7 +96,7 @@ def read_counters(backend: Backend = "nftables") -> CounterReading:
             before = _handles(sock)
             if "inet" not in before:
                 return CounterReading("")
-            values = nfnetlink.counters_of(sock)
+            names, values = nfnetlink.counter_values(sock)
             sets = {
                 nfnetlink.full_name(family, name): nfnetlink.counted(sock, family, name)
                 for family in before
@@ -108,7 +107,7 @@ def read_counters(backend: Backend = "nftables") -> CounterReading:
                 boot = _boot_id()
                 return CounterReading(
                     f"{boot}/{before['inet']}",
-                    _traffic(values),
+                    _traffic_of(names, values),
                     tuple(_refused(sets)),
                     tuple(_shared(sets)),
                     # where one table of several is made again, frames refused before count once more
@@ -148,18 +147,44 @@ def _handles(sock: NetlinkSocket) -> dict[str, int]:
 
 
 def _traffic(values: Iterable[nfnetlink.CounterValue]) -> tuple[Traffic, ...]:
-    bytes_of: dict[tuple[str, str, str], dict[str, tuple[int, int]]] = {}
-    for name, packets, octets in values:
-        what, *rest = _words(name)
-        if what == "traffic" and len(rest) == 4:
-            partition, family, scope, direction = rest
-            bytes_of.setdefault((partition, family, scope), {})[direction] = (octets, packets)
-    traffic = []
-    for key, directions in bytes_of.items():
-        bytes_in, packets_in = directions.get("in", (0, 0))
-        bytes_out, packets_out = directions.get("out", (0, 0))
-        traffic.append(Traffic(*key, bytes_in, bytes_out, packets_in, packets_out))
-    return tuple(traffic)
+    found = tuple(values)
+    return _traffic_of(
+        tuple(one.name for one in found),
+        tuple(number for one in found for number in (one.bytes, one.packets)),
+    )
+
+
+def _traffic_of(names: tuple[str, ...], values: tuple[int, ...]) -> tuple[Traffic, ...]:
+    """Put together what counts for one address; ``values`` has bytes and packets for each of the names."""
+    both = (*values, 0, 0)  # a direction without a counter has none
+    return tuple(
+        Traffic(partition, family, scope, both[in_], both[out], both[in_ + 1], both[out + 1])
+        for partition, family, scope, in_, out in _places(names)
+    )
+
+
+# the names of the last reading, which are the same object as long as they are the same, and what follows from them
+_placed: tuple[tuple[str, ...], tuple[tuple[str, str, str, int, int], ...]] = ((), ())
+
+
+def _places(names: tuple[str, ...]) -> tuple[tuple[str, str, str, int, int], ...]:
+    """Say for each address where among the values its two are, in and out."""
+    global _placed  # noqa: PLW0603 - the last answer; a tuple, replaced whole
+    of, places = _placed
+    if of is not names:
+        found: dict[tuple[str, str, str], dict[str, int]] = {}
+        for number, name in enumerate(names):
+            what, *rest = name.split("/")
+            if what == "traffic" and len(rest) == 4:
+                partition, family, scope, direction = rest
+                found.setdefault((partition, family, scope), {})[direction] = 2 * number
+        none = 2 * len(names)
+        places = tuple(
+            (*key, directions.get("in", none), directions.get("out", none))
+            for key, directions in found.items()
+        )
+        _placed = (names, places)
+    return places
 
 
 def _refused(sets: Mapping[str, Iterable[nfnetlink.Counted]]) -> Iterator[Refused]:
@@ -186,11 +211,6 @@ def _shared(sets: Mapping[str, Iterable[nfnetlink.Counted]]) -> Iterator[Shared]
     for (uid, family), ways in sorted(found.items()):
         came, went = (ways.get(direction, nothing) for direction in DIRECTIONS)
         yield Shared(uid, family, came.bytes, went.bytes, came.packets, went.packets)
-
-
-@lru_cache(maxsize=1 << 13)
-def _words(name: str) -> tuple[str, ...]:
-    return tuple(name.split("/"))
 
 
 def read_taps() -> tuple[TapTraffic, ...]:

@@ -10,6 +10,7 @@ Layouts: include/uapi/linux/netlink.h; netlink(7).
 import contextlib
 import errno
 import os
+import select
 import socket
 import struct
 import sys
@@ -49,6 +50,7 @@ _NLMSGERR_ATTR_MSG = 1
 _HEADER = struct.Struct("=IHHII")
 _ATTRIBUTE = struct.Struct("=HH")
 _INT = struct.Struct("=i")
+_DONE = _HEADER.size + _INT.size
 
 # The kernel gives a dump in pieces of at most 32 KiB (net/netlink/af_netlink.c, netlink_dump).
 _BUFFER = 1 << 16
@@ -181,6 +183,30 @@ class NetlinkSocket:
             "network.netlink", "the network keeps changing while it is being read", retryable=True
         )
 
+    def stream(self, kind: int, payload: bytes) -> bytes:
+        """Return a dump as it came, one message behind the other, its end (NLMSG_DONE) included.
+
+        For those who know where in it is what they want. Nothing is said of a change that the dump ran into.
+        """
+        sequence = self._send([Request(kind, NLM_F_DUMP, payload)], acknowledge=False)
+        parts: list[bytes] = []
+        while True:
+            data = self._datagram()
+            length, first, _, number, _ = _HEADER.unpack_from(data)
+            if number != sequence:
+                continue
+            if first in _ENDS and (first != _NLMSG_DONE or _INT.unpack_from(data, 16)[0]):
+                refusal = _refusal(Message(first, data, 16, length))
+                raise NetplanError(
+                    "network.netlink", f"the kernel refused to list: {refusal.text()}", retryable=True
+                )
+            parts.append(data)
+            # the end may bear words of the kernel, and then only taking all apart finds it
+            if _is_end(data, sequence) or (
+                not self._waiting() and any(one.kind == _NLMSG_DONE for one in messages(data))
+            ):
+                return b"".join(parts)
+
     def get(self, kind: int, payload: bytes) -> Message | Refusal:
         """Return the single answer to a request, or why there is none."""
         sequence = self._send([Request(kind, 0, payload)], acknowledge=False)
@@ -273,6 +299,12 @@ class NetlinkSocket:
             raise NetplanError("network.netlink", "an answer of netlink was cut off")
         return data
 
+    def _waiting(self) -> bool:
+        """Say whether there is more to read. The kernel writes the next piece of a dump while one is read."""
+        asked = select.poll()  # select(2) takes no descriptor above 1023
+        asked.register(self._socket, select.POLLIN)
+        return bool(asked.poll(0))
+
     def _collect(self, sequence: int, found: list[Message], fine: int) -> bool:
         """Read a dump to its end; False when it must be taken again.
 
@@ -302,6 +334,14 @@ class NetlinkSocket:
                         "network.netlink", f"the kernel refused to list: {refusal.text()}", retryable=True
                     )
                 return consistent
+
+
+def _is_end(data: bytes, sequence: int) -> bool:
+    """Say whether a datagram closes a dump: its last message is an NLMSG_DONE, a header and an int."""
+    if len(data) < _DONE:
+        return False
+    length, kind, _, number, _ = _HEADER.unpack_from(data, len(data) - _DONE)
+    return (length, kind, number) == (_DONE, _NLMSG_DONE, sequence)
 
 
 def messages(data: bytes) -> Iterator[Message]:

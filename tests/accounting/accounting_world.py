@@ -20,8 +20,8 @@ def gauge(name, value, *, partition="slappart0"):
     return GaugeReading(partition, name, value)
 
 
-def process(pid, cpu, *, partition="slappart0", started=1, boot="b1"):
-    return ProcessReading(partition, boot, pid, started, cpu)
+def process(pid, cpu, *, partition="slappart0", started=1, boot="b1", io=(None, None), parent=0):
+    return ProcessReading(partition, boot, pid, started, cpu, *io, parent)
 
 
 def a_pass(at, *readings, owners=None, processes=None):

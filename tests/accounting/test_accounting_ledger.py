@@ -62,8 +62,9 @@ def test_the_contracts_object(ledger):
             count("denied_packets", 4),
             gauge("memory_bytes", 4096),
             gauge("disk_bytes", 512),
+            gauge("processes", 1),
             owners=A,
-            processes=[process(1, 1_500_000)],
+            processes=[process(1, 1_500_000, io=(8192, 4096))],
         )
     )
     report = json.loads(json.dumps(ledger.usage(1_600_000_000, 1_700_000_001).as_json()))
@@ -94,6 +95,9 @@ def test_the_contracts_object(ledger):
                 "cpu_seconds": 1.5,
                 "memory_bytes": 4096,
                 "disk_bytes": 512,
+                "io_read_bytes": 8192,
+                "io_write_bytes": 4096,
+                "processes": 1,
             }
         ],
         "gaps": [],

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from accounting_disks import mounted
 from accounting_world import a_pass
 
 from accounting import AccountingError, GaugeReading, Ledger, ProcessMeter
@@ -94,6 +95,30 @@ def test_a_setuid_program_is_paid_by_who_started_it(run):
 
 
 @needs_root
+@pytest.mark.parametrize("dumpable", [False, True])
+def test_who_may_be_looked_into_does_not_tell_who_pays(run, dumpable):
+    """A program with file capabilities, or one that says so, is not dumpable: root owns its files in /proc."""
+    text = f"import ctypes\nassert ctypes.CDLL(None).prctl(4, {int(dumpable)}, 0, 0, 0) == 0\n"
+    child = run("/usr/bin/python3", "-c", text + "print('done', flush=True)\ninput()", stdin=subprocess.PIPE)
+    child.stdout.readline()
+    assert Path(f"/proc/{child.pid}/stat").stat().st_uid == (UID if dumpable else 0)
+    assert [p.pid for p in ProcessMeter().scan(USERS).processes] == [child.pid]
+
+
+@needs_root
+def test_every_process_is_charged_as_psutil_would():
+    """Whatever runs on this machine, of the users that there are."""
+    before = {p.pid: p.info["uids"].real for p in psutil.process_iter(["uids"])}
+    found = {
+        p.pid: p.partition for p in ProcessMeter().scan({uid: str(uid) for uid in before.values()}).processes
+    }
+    after = {p.pid: p.info["uids"].real for p in psutil.process_iter(["uids"])}
+    steady = {pid: str(uid) for pid, uid in before.items() if after.get(pid) == uid}
+    assert len(steady) > 1
+    assert {pid: found.get(pid) for pid in steady} == steady
+
+
+@needs_root
 def test_a_zombie_keeps_its_time_and_is_no_process_any_more(run):
     child = burn(run, 0.1)
     child.send_signal(signal.SIGKILL)
@@ -110,6 +135,70 @@ def test_processes_that_come_and_go_during_the_scan_break_nothing(run):
     scans = [meter.scan(USERS) for _ in range(100)]
     assert sum(scan.unreadable for scan in scans) == 0
     assert all(scan.processes for scan in scans)
+
+
+@pytest.fixture(scope="module")
+def disk(tmp_path_factory):
+    """A directory on a disk, which the user may write; tmpfs would count nothing."""
+    with mounted("ext4", tmp_path_factory.mktemp("io")) as top:
+        os.chown(top, UID, UID)
+        yield top
+
+
+@needs_root
+def test_what_a_process_writes_and_reads_counts_beside_psutil(run, disk):
+    text = (
+        "import os\nf = open('x', 'wb', 0)\nf.write(bytes(3 << 20))\nos.fsync(f)\n"
+        "os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)\n"
+        "assert len(open('x', 'rb').read()) == 3 << 20\nprint('done', flush=True)\ninput()"
+    )
+    child = run("/usr/bin/python3", "-c", text, stdin=subprocess.PIPE, cwd=disk)
+    child.stdout.readline()
+    (reading,) = ProcessMeter().scan(USERS).processes
+    truth = psutil.Process(child.pid).io_counters()
+    assert (reading.io_read_bytes, reading.io_write_bytes) == (truth.read_bytes, truth.write_bytes)
+    assert 3 << 20 <= reading.io_write_bytes < 4 << 20  # and a little of metadata
+    assert reading.io_read_bytes >= 3 << 20
+    assert reading.parent == os.getpid()
+
+
+@needs_root
+def test_what_children_write_counts_once_whether_a_pass_saw_them_or_not(run, disk, tmp_path):
+    """The kernel adds a child's bytes to the parent that waits for it."""
+    text = (
+        "import os\n"
+        "def write(name):\n open(name, 'wb').write(bytes(2 << 20))\n print('done', flush=True)\n"
+        "def child(name):\n pid = os.fork()\n"
+        " if not pid:\n  write(name)\n  os.read(0, 1)\n  os._exit(0)\n return pid\n"
+        "print('done', flush=True)\n"
+        "os.read(0, 1)\nseen = child('seen')\nos.waitpid(seen, 0)\nprint('done', flush=True)\n"
+        "os.read(0, 1)\nunseen = child('unseen')\nos.waitpid(unseen, 0)\nprint('done', flush=True)\n"
+        "os.read(0, 1)"
+    )
+    parent = run("/usr/bin/python3", "-c", text, stdin=subprocess.PIPE, bufsize=0, cwd=disk)
+
+    def go_on(times=1):
+        for _ in range(times):
+            parent.stdin.write(b"x")
+            assert parent.stdout.readline() == b"done\n"
+
+    with Ledger(tmp_path / "ledger.sqlite") as ledger:
+
+        def written(at):
+            scan = ProcessMeter().scan(USERS)
+            ledger.record(a_pass(at, *scan.gauges(), processes=scan.processes))
+            (entry,) = (one for one in ledger.usage(None, None).partitions if one.id == "slappart0")
+            own = [one.io_write_bytes >> 20 for one in scan.processes if one.pid == parent.pid]
+            return entry.io_write_bytes >> 20, own, entry.processes
+
+        assert parent.stdout.readline() == b"done\n"
+        assert written(1) == (0, [0], 1)
+        go_on()
+        assert written(2) == (2, [0], 2)
+        go_on()
+        assert written(3) == (2, [2], 1)
+        go_on(2)
+        assert written(4) == (4, [4], 1)
 
 
 @needs_root
@@ -150,6 +239,7 @@ def test_half_a_procfs_is_counted_as_unreadable_and_none_is_an_error(tmp_path):
     (reading,) = scan.processes
     ticks = os.sysconf("SC_CLK_TCK")
     assert (reading.boot, reading.pid, reading.started) == ("b1", 4, 22)
+    assert (reading.io_read_bytes, reading.io_write_bytes) == (None, None)
     assert reading.cpu_microseconds == (14 + 15) * 1_000_000 // ticks
     assert scan.memory_bytes["slappart0"] == 24 * os.sysconf("SC_PAGE_SIZE")
 

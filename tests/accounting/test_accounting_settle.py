@@ -74,6 +74,62 @@ def test_processor_time_that_went_back_is_not_counted_again_later():
     assert settled.processes == {}
 
 
+def io_of(known, *processes):
+    amounts = settle(a_pass(1, processes=processes), Books({}, known)).amounts
+    return tuple(
+        amounts[Meter("slappart0", name)][4] if Meter("slappart0", name) in amounts else None
+        for name in ("io_read_bytes", "io_write_bytes")
+    )
+
+
+def level(read, written, parent=1, partition="slappart0"):
+    return ProcessLevel(partition, 0, read, written, parent)
+
+
+def key(pid, started=1, boot="b1"):
+    return ProcessKey(pid, started, boot)
+
+
+def test_bytes_read_and_written_are_kept_by_process_and_missing_ones_miss_nothing_else():
+    known = {key(7): level(10, 20)}
+    assert io_of(known, process(7, 0, io=(15, 50)), process(8, 0, io=(1, 2))) == (6, 32)
+    assert io_of(known, process(7, 5)) == (None, None)
+    settled = settle(a_pass(1, processes=[process(7, 5)]), Books({}, known))
+    assert settled.amounts == {CPU: (0, 0, 0, 0, 5)}
+    assert settled.processes == {key(7): ProcessLevel("slappart0", 5, 10, 20, 0)}
+    assert io_of(known, process(7, 0, io=(1, 2))) == (0, 0)
+    # the first pass after a damaged ledger takes levels alone
+    settled = settle(a_pass(1, processes=[process(7, 5, io=(1, 2))]), Books({}, {}, skip_new_processes=True))
+    assert set(settled.amounts.values()) == {(0, 0, 0, 0, 0)}
+
+
+@pytest.mark.parametrize(
+    ("known", "present", "counted"),
+    [
+        # 8 was counted up to 100 and 200; its parent 7 waited for it, and did 1 and 2 of its own
+        ({key(7): level(5, 5), key(8): level(100, 200, 7)}, process(7, 0, io=(106, 207)), (1, 2)),
+        # what 8 did since, nobody has counted
+        ({key(7): level(5, 5), key(8): level(100, 200, 7)}, process(7, 0, io=(156, 207)), (51, 2)),
+        # 8 and its parent 7 ended, and 6 waited for 7
+        (
+            {key(6): level(0, 0), key(7): level(5, 5, 6), key(8): level(100, 200, 7)},
+            process(6, 0, io=(110, 210)),
+            (5, 5),
+        ),
+        # of another's child
+        ({key(7): level(5, 5), key(8): level(100, 200, 9)}, process(7, 0, io=(10, 10)), (5, 5)),
+        # 7 was a child itself when 8 had such a parent: the pid was taken anew
+        ({key(8, 2): level(100, 200, 7)}, process(7, 0, started=3, io=(10, 10)), (10, 10)),
+        # whoever never waits has less than would be taken off
+        ({key(7): level(5, 5), key(8): level(100, 200, 7)}, process(7, 0, io=(6, 6)), (0, 0)),
+        # parents of each other, which pids that were taken anew can look like
+        ({key(8): level(1, 1, 9), key(9): level(1, 1, 8)}, process(7, 0, io=(6, 6)), (6, 6)),
+    ],
+)
+def test_what_an_ended_child_was_charged_is_not_charged_to_its_parent_too(known, present, counted):
+    assert io_of(known, present) == counted
+
+
 def test_no_scan_ends_no_process_an_empty_scan_ends_all():
     known = {ProcessKey(7, 1, "b1"): ProcessLevel("slappart0", 400)}
     assert settle(a_pass(1), Books({}, known)).ended == []

@@ -1,6 +1,7 @@
 """The codec against pyroute2, which decodes the same kernel independently; both ways."""
 
 import socket
+import subprocess
 
 import pytest
 from netplan_scene import BASE
@@ -39,6 +40,36 @@ def _decoded_links(ipr: IPRoute):
             owner,
         )
     return found
+
+
+def test_counters_of_links_are_those_that_pyroute2_reads_also_when_the_links_change(node, sock):
+    assert not make_taps([("tap0", 1234), ("tap1", 0)])
+
+    def check():
+        found = {
+            one.name: (one.ifindex, one.alias, one.rx_packets, one.tx_packets, one.rx_bytes, one.tx_bytes)
+            for one in rtnetlink.link_counters(sock)
+        }
+        told = {}
+        for message in node.ipr.get_links():
+            stats = message.get_attr("IFLA_STATS64")
+            numbers = (stats[name] for name in ("rx_packets", "tx_packets", "rx_bytes", "tx_bytes"))
+            alias = message.get_attr("IFLA_IFALIAS") or ""
+            told[message.get_attr("IFLA_IFNAME")] = (message["index"], alias, *numbers)
+        assert found == told
+        return found
+
+    before = check()
+    for name, *change in (("tap0", "alias", "ours"), ("tap0", "name", "tap9"), ("tap9", "alias", "x")):
+        subprocess.run(["/usr/sbin/ip", "link", "set", name, *change], check=True)
+        before = check()
+    assert before["tap9"][1] == "x"
+    node.ipr.link("set", index=node.link("lo"), state="up")
+    first = check()["lo"]
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as one:
+        one.sendto(b"x" * 100, ("127.0.0.1", 9))
+    second = check()["lo"]
+    assert second[2] > first[2]
 
 
 def test_links_are_read_as_pyroute2_reads_them(node, sock):
