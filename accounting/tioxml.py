@@ -81,7 +81,7 @@ class Claim:
 
 def clean(text: str) -> str:
     """Give text as a document can carry it: on one line, and what XML 1.0 has no place for is U+FFFD."""
-    return "".join(map(_carried, text))
+    return text if text.isprintable() else "".join(map(_carried, text))
 
 
 def _carried(char: str) -> str:
