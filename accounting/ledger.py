@@ -12,16 +12,18 @@ import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Self
 
-from accounting import posting, report, store
+from accounting import incidents, intake, posting, report, store
 from accounting.errors import AccountingError
 from accounting.settle import settle
 
 if TYPE_CHECKING:
     import sqlite3
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Mapping
     from pathlib import Path
     from types import TracebackType
 
+    from accounting.incidents import Changes, Incident, Look
+    from accounting.intake import Sayable, Taken
     from accounting.model import Gap, PartitionUsage, Pass, UsageReport
 
 
@@ -76,6 +78,21 @@ class LedgerReader:
         """
         with self.transaction("DEFERRED") as connection:
             return report.totals(connection)
+
+    def incidents(self) -> tuple[Incident, ...]:
+        """Give the incidents that are not over, the oldest first. Raises AccountingError ``accounting.ledger_…``."""
+        with self.transaction("DEFERRED") as connection:
+            return incidents.open_ones(connection)
+
+    def intake_waiting(self) -> tuple[Taken, ...]:
+        """Give what usage files said that is in no document yet. Raises AccountingError ``accounting.ledger_…``."""
+        with self.transaction("DEFERRED") as connection:
+            return intake.waiting(connection)
+
+    def intake_left(self) -> dict[str, frozenset[str]]:
+        """Give the sources of usage files that may still be there, by partition. Raises AccountingError."""
+        with self.transaction("DEFERRED") as connection:
+            return intake.left(connection)
 
     @contextmanager
     def transaction(self, kind: str = "DEFERRED") -> Iterator[sqlite3.Connection]:
@@ -145,6 +162,34 @@ class Ledger(LedgerReader):
     def reader(self) -> LedgerReader:
         """Open the same file for reading only: what takes long then holds up no pass. Raises AccountingError."""
         return Ledger.open_readonly(self.path)
+
+    def take_in(
+        self, partition: str, guid: str, source: str, movements: Iterable[Sayable], at: float
+    ) -> bool:
+        """Keep what a usage file said, durably; False where it was taken before and may still be there.
+
+        ``source`` tells the file from every other. Raises AccountingError ``accounting.ledger_…``.
+        """
+        with self.transaction("IMMEDIATE") as connection:
+            return intake.take_in(connection, partition, guid, source, movements, at)
+
+    def removed(self, partition: str, sources: Iterable[str]) -> None:
+        """Say that usage files are not there any more. Raises AccountingError ``accounting.ledger_…``."""
+        with self.transaction("IMMEDIATE") as connection:
+            intake.removed(connection, partition, sources)
+
+    def observe_incidents(
+        self,
+        kind: str,
+        at: float,
+        looked: Mapping[str, Look],
+        *,
+        whole: bool = True,
+        jumped: bool = False,
+    ) -> Changes:
+        """Post what was found wrong at a time; see ``incidents.observe``. Raises AccountingError ``accounting.ledger_…``."""
+        with self.transaction("IMMEDIATE") as connection:
+            return incidents.observe(connection, kind, at, looked, whole=whole, jumped=jumped)
 
     def recover(self, reason: str) -> str:
         """Set the file aside and begin a new ledger, as opening does, after ``accounting.ledger_damaged``.

@@ -103,6 +103,7 @@ CREATE TABLE intake (
     id INTEGER PRIMARY KEY, partition TEXT NOT NULL, guid TEXT NOT NULL, source TEXT NOT NULL, at INTEGER NOT NULL,
     movements TEXT NOT NULL, removed INTEGER NOT NULL DEFAULT 0, document INTEGER REFERENCES document
 ) STRICT;
+CREATE INDEX intake_left ON intake (source) WHERE removed = 0;
 
 -- What was wrong with an instance, from begun to ended (NULL: still is); seen: when it was last found so. reported: the
 -- microseconds of it that are in documents.
