@@ -15,7 +15,7 @@ from accounting.errors import AccountingError
 from partitiond.errors import WrongUseError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from accounting.ledger import LedgerReader
     from accounting.periods import Kind, Period
@@ -26,6 +26,10 @@ TIMES = "2026-11-22T15:00:00Z, 2026-11-22 or 2026-11 (their beginning, UTC), tod
 
 _USUAL: Mapping[Kind, int] = {"day": 7, "week": 5, "month": 12}
 """How many periods there are without ``last``: a week, a month and a bit, a year."""
+
+
+def _any(_guid: str | None) -> bool:
+    return True
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,12 +114,29 @@ def time(text: str, now: float) -> float:
         raise WrongUseError("usage.query", f"{text!r} is no time", hint=f"allowed: {TIMES}") from error
 
 
-def answer(ledger: LedgerReader, query: Query) -> dict[str, Any]:
-    """Return the contract's ``usage``, or one for each of the periods.  Raises AccountingError."""
+def answer(
+    ledger: LedgerReader, query: Query, *, only: Callable[[str | None], bool] = _any
+) -> dict[str, Any]:
+    """Return the contract's ``usage``, or one for each of the periods; ``only`` of instances (by guid) that pass a test.
+
+    Raises AccountingError.
+    """
     if query.period is None:
-        return dict(ledger.usage(query.start, query.end, query.partition).as_json())
-    found = [dict(ledger.usage(*span, query.partition).as_json()) for span in query.spans]
+        return _told(ledger, query.start, query.end, query.partition, only)
+    found = [_told(ledger, *span, query.partition, only) for span in query.spans]
     return {"period": query.period, "periods": found}
+
+
+def _told(
+    ledger: LedgerReader,
+    start: float | None,
+    end: float | None,
+    partition: str | None,
+    only: Callable[[str | None], bool],
+) -> dict[str, Any]:
+    value: dict[str, Any] = dict(ledger.usage(start, end, partition).as_json())
+    kept = [item for item in value["partitions"] if only(item["instance_guid"])]
+    return {**value, "partitions": kept}
 
 
 def mentions(value: dict[str, Any]) -> bool:
