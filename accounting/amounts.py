@@ -35,16 +35,6 @@ _LOCAL = Ways("local_in", "local_out")
 _TAP = Ways("tap_in", "tap_out")
 
 
-class OwnIncident(NamedTuple):
-    """An incident and how much of it, in microseconds, no document tells yet."""
-
-    id: int
-    partition: str
-    guid: str
-    kind: str
-    microseconds: int
-
-
 def of_samples(
     connection: sqlite3.Connection, first: int, until: int, told: Mapping[int, int]
 ) -> Iterator[tuple[int, str, Decimal]]:
@@ -161,13 +151,3 @@ def _values_before(
                 if not wanted:
                     break
     return found
-
-
-def of_incidents(connection: sqlite3.Connection, until: int) -> tuple[OwnIncident, ...]:
-    """Give the incidents of which a part up to ``until`` (microseconds of Unix time) is in no document yet."""
-    rows = connection.execute(
-        "SELECT id, partition, guid, kind, min(coalesce(ended, seen), ?1) - begun - reported AS amount FROM incident"
-        " WHERE min(coalesce(ended, seen), ?1) - begun - reported > 0",
-        (until,),
-    )
-    return tuple(OwnIncident(*row) for row in rows)

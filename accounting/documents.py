@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from decimal import ROUND_HALF_EVEN, Context, Decimal
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from accounting import amounts, rules, tioxml
+from accounting import amounts, incidents, rules, tioxml
 from accounting.tariff import METERS
 from accounting.tioxml import Document, Movement
 
@@ -30,6 +30,7 @@ _DAY = 86400
 # 12 places of a TiB are 1 byte
 _PLACES = Decimal(10) ** -12
 _EXACT = Context(prec=60, rounding=ROUND_HALF_EVEN)
+_METERS_OF_INCIDENTS = {incidents.SERVICE: "outage", incidents.PROMISE: "promise"}
 _TITLES: Mapping[Kind, str] = {
     "node": "Usage of {computer}",
     "instance": "Last usage of {guid} on {computer}",
@@ -109,7 +110,7 @@ def gather(
 ) -> Drafts:
     """Give the documents of a period that has ended; with ``last`` also what partitions have said so far."""
     owners = _owners(connection)
-    parts = _parts(connection, period, owners, tariff, until=_end_of(period.day) * 10**6)
+    parts = _parts(connection, period, owners, tariff, until=_end_of(period.day))
     present = [owner for owner in owners if owner.present]
     drafts = [_of_node(present, parts, tariff, computer)]
     drafts += [
@@ -132,7 +133,7 @@ def gather_last(
         return None
     # days that have ended and have no documents yet will find this owner told of
     period = period._replace(first_seq=min(one.first_seq for one in (*due(connection), period)))
-    parts = _parts(connection, period, owners, tariff, until=round(now * 10**6))
+    parts = _parts(connection, period, owners, tariff, until=now)
     own = _of_instance(owners[0], parts[owners[0].id], tariff, computer)
     said = [
         one for one in _of_partitions(connection, tariff) if (one.partition, one.guid) == (partition, guid)
@@ -173,10 +174,8 @@ def store(
         "UPDATE owner SET reported_seq = max(reported_seq, ?) WHERE id = ?",
         [(period.until_seq, owner) for owner in drafts.owners],
     )
-    connection.executemany(
-        "UPDATE incident SET reported = reported + ? WHERE id = ?",
-        [(more, number) for number, more in drafts.incidents],
-    )
+    for number, more in drafts.incidents:
+        incidents.mark_reported(connection, number, more)
     if drafts.closes:
         connection.execute("UPDATE period SET documented = 1 WHERE id = ?", (period.id,))
     return made
@@ -235,13 +234,14 @@ def _parts(
             if owner in parts and meter in tariff.rates:
                 _add(parts[owner], meter, amount)
     by_guid = {(owner.partition, owner.guid): owner.id for owner in owners}
-    for incident in amounts.of_incidents(connection, round(until)):
+    for incident in incidents.waiting(connection, until):
         number = by_guid.get((incident.partition, incident.guid))
         if number is not None:
             # also where it is reported to nobody: it must not be when the operator names a resource some day
             parts[number].incidents.append((incident.id, incident.microseconds))
-            if incident.kind in tariff.rates:
-                _add(parts[number], incident.kind, Decimal(incident.microseconds) / 10**6)
+            meter = _METERS_OF_INCIDENTS[incident.kind]
+            if meter in tariff.rates:
+                _add(parts[number], meter, Decimal(incident.microseconds) / 10**6)
     return parts
 
 

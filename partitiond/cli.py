@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import datetime
 import json
 import logging
 import os
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from partitiond import __version__
-from partitiond.errors import FAMILY, PartitiondError, printable
+from partitiond.errors import FAMILY, PartitiondError, WrongUseError, printable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -32,10 +31,7 @@ _BEFORE = 10
 DEFAULT_FILE = "/etc/opt/slapos/slapos.cfg"
 _FORCE = "take busy partitions away, too: what runs in them is ended, their data stays"
 _LONGEST_TRIAL = 86400.0
-
-
-class _WrongUseError(Exception):
-    """An argument that only the verb itself can judge."""
+_TIME = "ISO 8601 time, date or month, today, yesterday"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -62,6 +58,17 @@ def _timeout(text: str) -> float:
     if not 1 <= seconds <= _LONGEST_TRIAL:
         raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds from 1 to {_LONGEST_TRIAL:.0f}")
     return seconds
+
+
+def _add_usage(usage: argparse.ArgumentParser) -> None:
+    usage.add_argument("--from", metavar="T", help=f"{_TIME}; without it: since the beginning")
+    usage.add_argument("--to", metavar="T", help="likewise; without it: until now")
+    usage.add_argument("--partition", metavar="ID", help="only this partition")
+    usage.add_argument("--period", metavar="day|week|month", help="by calendar periods, UTC, from Monday on")
+    usage.add_argument(
+        "--last", metavar="N", help="so many periods, the present one included [7 days, 5 weeks, 12 months]"
+    )
+    usage.add_argument("--csv", action="store_true", help="comma-separated values")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -92,17 +99,11 @@ def parser() -> argparse.ArgumentParser:
     show = verb("show", "one partition")
     show.add_argument("partition", metavar="PARTITION")
     usage = verb("usage", "metered usage per partition and address")
-    usage.add_argument(
-        "--from", dest="start", metavar="T", help="ISO 8601 time; without it: since the beginning"
-    )
-    usage.add_argument("--to", dest="end", metavar="T", help="ISO 8601 time")
-    usage.add_argument("--partition", metavar="ID", help="only this partition")
+    _add_usage(usage)
     events = verb("events", "what happened, as text or JSON lines")
     events.add_argument("-f", "--follow", action="store_true", help="go on with what happens from now on")
     events.add_argument("--partition", metavar="ID", help="only what concerns this partition")
-    events.add_argument(
-        "--from", dest="start", metavar="T", help="ISO 8601 time; without it: since the beginning"
-    )
+    events.add_argument("--from", dest="start", metavar="T", help=f"{_TIME}; without it: since the beginning")
     tunnel = verb("tunnel", "the encrypted tunnels")
     tunnel_verbs = tunnel.add_subparsers(dest="tunnel_verb", metavar="VERB", parser_class=_Parser)
     tunnel_verbs.add_parser("list", help="tunnels with state, peers, expiry, sessions", parents=[common])
@@ -149,8 +150,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # whoever read our output has seen enough; what is still in the buffer must not be tried again at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return OK
-    except _WrongUseError as error:
-        _complain(options, "cli.usage", str(error), "", f"partitiond {options.verb} --help", error)
+    except WrongUseError as error:
+        _complain(options, error.code, str(error), error.resource, error.hint, error)
         return WRONG_USE
     except FAMILY as error:
         return _complain(options, error.code, str(error), error.resource, error.hint, error)
@@ -376,41 +377,35 @@ def _show(options: argparse.Namespace) -> int:
 
 def _usage(options: argparse.Namespace) -> int:
     from accounting.ledger import Ledger  # noqa: PLC0415 - as above
-    from partitiond import present  # noqa: PLC0415 - as above
+    from partitiond import usage_query, usage_text  # noqa: PLC0415 - as above
     from partitiond.metering import ledger_path  # noqa: PLC0415 - as above
 
-    start, end = (_time(text) for text in (options.start, options.end))
+    if options.csv and options.json:
+        raise WrongUseError("cli.usage", "--csv and --json exclude each other", hint="give one of them")
+    query = usage_query.parse({name: getattr(options, name) for name in usage_query.WORDS}, time.time())
     found = _config(options)
     with Ledger.open_readonly(ledger_path(found.state_dir)) as ledger:
-        value = ledger.usage(start, end, options.partition).as_json()
+        value = usage_query.answer(ledger, query)
     known = [f"{found.partition_base}{index}" for index in range(found.partition_amount)]
-    if options.partition and options.partition not in known and not value["partitions"]:
+    if query.partition and query.partition not in known and not usage_query.mentions(value):
         raise PartitiondError(
             "usage.unknown_partition",
             "there is no such partition, and never was",
-            resource=options.partition,
+            resource=query.partition,
             hint="partitiond status lists them",
         )
-    _print(options, "usage", dict(value), present.usage)
+    name = "usage-periods" if query.period else "usage"
+    _print(options, name, value, usage_text.table if options.csv else usage_text.usage)
     return OK
-
-
-def _time(text: str | None) -> float | None:
-    if text is None:
-        return None
-    try:
-        found = datetime.datetime.fromisoformat(text)
-    except ValueError as error:
-        raise _WrongUseError(f"{text!r} is no ISO 8601 time; write it as 2026-11-22T15:00:00Z") from error
-    return (found if found.tzinfo else found.replace(tzinfo=datetime.UTC)).timestamp()
 
 
 def _events(options: argparse.Namespace) -> int:
     from collections import deque  # noqa: PLC0415 - as above
 
-    from partitiond import event_reader, present  # noqa: PLC0415
+    from partitiond import event_reader, present, usage_query  # noqa: PLC0415
 
-    start, found, name = _time(options.start), _config(options), options.partition
+    start = None if options.start is None else usage_query.time(options.start, time.time())
+    found, name = _config(options), options.partition
 
     def wanted(event: dict[str, Any]) -> bool:
         return event_reader.concerns(event, name) and event_reader.at(event) >= (start or 0.0)

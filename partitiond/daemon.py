@@ -15,7 +15,6 @@ import socket
 import sys
 import threading
 import time
-import urllib.parse
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +23,6 @@ from partitiond import (
     __version__,
     control,
     converge,
-    event_reader,
     execute,
     keyring,
     lanes,
@@ -33,13 +31,15 @@ from partitiond import (
     recovery,
     reload,
     report_verbs,
-    status,
     verbs,
 )
+from partitiond.api import Api
+from partitiond.bounded_http import Unknown
 from partitiond.context import Context
 from partitiond.daemon_trials import Trials
-from partitiond.errors import FAMILY, PartitiondError, sentence
+from partitiond.errors import FAMILY, sentence
 from partitiond.heal import Healer
+from partitiond.peers import Judge
 from partitiond.process_watch import ProcessWatch
 from partitiond.reflexes import Reflexes
 from partitiond.tunnel_lane import SECONDS, TunnelLane
@@ -61,7 +61,6 @@ _SOON = 5.0
 _LONGEST_PAUSE = 300.0
 # a build is given 5 s to end by itself, and as much after a SIGKILL
 _LAST_WORDS = 12.0
-_MOST_EVENTS = 10_000
 _REPORTS_WITHIN = 3600.0  # after midnight UTC
 # whoever answers somebody lets go of the interpreter at each read and write, and would wait 5 ms each time for a lane at work
 _SWITCH_SECONDS = 0.0005
@@ -164,18 +163,16 @@ class Daemon:
         context.wake_instances = self._lanes["instances"].wake
         context.day_ended = self._day_ended
         self._trials = Trials(context, self._lanes["converge"].wake, self._reloaded, self._give_up)
-        self._routes: dict[tuple[str, str], Callable[[dict[str, str], dict[str, Any]], control.Answer]] = {
-            ("GET", "/1/status"): self._status,
-            ("GET", "/1/events"): self._events,
-            ("GET", "/metrics"): lambda _query, _body: control.Text(*metrics.render(context, self._tally)),
-            ("POST", "/1/apply"): self._apply,
-            ("POST", "/1/try"): lambda _query, body: self._trials.try_out(body),
-            ("POST", "/1/confirmed"): lambda _query, _body: self._trials.confirmed(),
-            ("POST", "/1/rollback"): lambda _query, body: self._trials.roll_back(body),
-            ("POST", "/1/sync"): self._sync,
-            ("POST", "/1/report"): self._change_reports,
-            ("POST", "/1/teardown"): lambda _query, body: self._tear_down(purge=bool(body.get("purge"))),
+        verbs_of_post: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+            "/1/apply": self._apply,
+            "/1/try": self._trials.try_out,
+            "/1/confirmed": lambda _: self._trials.confirmed(),
+            "/1/rollback": self._trials.roll_back,
+            "/1/sync": self._sync,
+            "/1/report": self._change_reports,
+            "/1/teardown": lambda body: self._tear_down(purge=bool(body.get("purge"))),
         }
+        self._api = Api(context, self._tally, verbs_of_post)
 
     def _lane(self, name: str, work: Callable[[Context], object], after: Lane | None = None) -> Lane:
         def body() -> object:
@@ -206,7 +203,9 @@ class Daemon:
                 self._healer = Healer(context, watch, self._tally)
                 self._start_up()
                 memory.settle()
-                server = control.serve(config.run_dir / "control.sock", self._handle)
+                server = control.serve(
+                    config.run_dir / "control.sock", self._api.answer, Judge(lambda: context.node)
+                )
                 answering = threading.Thread(target=server.serve_forever, name="control", daemon=True)
                 for thread in (answering, watch, self._processes, *self._lanes.values()):
                     thread.start()
@@ -316,36 +315,7 @@ class Daemon:
             timer.daemon = True
             timer.start()
 
-    def _handle(self, method: str, path: str, body: dict[str, Any]) -> control.Answer:
-        """Answer the control socket; control.Unknown for what is not there."""
-        where, _, rest = path.partition("?")
-        route = self._routes.get((method, where))
-        if route is not None:
-            return route(dict(urllib.parse.parse_qsl(rest)), body)
-        if method == "GET" and where.startswith("/1/partitions/"):
-            with self.context.steady():
-                found = status.partition(self.context, where.removeprefix("/1/partitions/"))
-            if found is not None:
-                return found
-        raise control.Unknown
-
-    def _status(self, _query: dict[str, str], _body: dict[str, Any]) -> dict[str, Any]:
-        with self.context.steady():
-            return status.node(self.context)
-
-    def _events(self, query: dict[str, str], _body: dict[str, Any]) -> dict[str, Any]:
-        """The last events, the newest at the end."""
-        limit = query.get("limit", "100")
-        if not limit.isdecimal() or not 0 < int(limit) <= _MOST_EVENTS:
-            raise PartitiondError(
-                "control.query",
-                f"limit is {limit!r}",
-                hint=f"allowed: a whole number from 1 to {_MOST_EVENTS}",
-            )
-        found = event_reader.last(self.context.config.log_dir, int(limit), query.get("partition"))
-        return {"events": found}
-
-    def _apply(self, _query: dict[str, str], body: dict[str, Any]) -> dict[str, Any]:
+    def _apply(self, body: dict[str, Any]) -> dict[str, Any]:
         """Apply, by the file as it is now."""
         # held throughout: to the sweep, what the new configuration wants would be drift
         force = bool(body.get("force"))
@@ -357,10 +327,10 @@ class Daemon:
             names = [str(name) for name in body.get("partitions", [])]
             return verbs.apply(self.context, names, force=force, first=first)
 
-    def _sync(self, _query: dict[str, str], body: dict[str, Any]) -> dict[str, Any]:
+    def _sync(self, body: dict[str, Any]) -> dict[str, Any]:
         name = str(body.get("lane"))
         if name not in lanes.LANES:
-            raise control.Unknown
+            raise Unknown
         force = bool(body.get("force"))
 
         def once() -> dict[str, Any]:
@@ -370,11 +340,11 @@ class Daemon:
         answer: dict[str, Any] = self._lanes[name].once(once)
         return answer
 
-    def _change_reports(self, _query: dict[str, str], body: dict[str, Any]) -> dict[str, Any]:
+    def _change_reports(self, body: dict[str, Any]) -> dict[str, Any]:
         """Send documents again, or drop them, between two reports."""
         action, references = body.get("action"), body.get("references")
         if action not in report_verbs.ACTIONS or not isinstance(references, list):
-            raise control.Unknown
+            raise Unknown
         names = [str(name) for name in references]
         answer: dict[str, Any] = self._lanes["report"].once(
             lambda: report_verbs.change(self.context, action, names)

@@ -27,6 +27,10 @@ class PartitiondError(Exception):
         self.retryable = retryable
 
 
+class WrongUseError(PartitiondError):
+    """A question that cannot be asked so: exit status 64, HTTP status 400.  ``hint`` says what is allowed."""
+
+
 @runtime_checkable
 class FamilyError(Protocol):
     """What every error of ours has, whichever package raised it."""

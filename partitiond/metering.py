@@ -16,12 +16,13 @@ from netplan import counters
 from netplan.bpf_state import read_refusals
 from netplan.once import once_each
 from partitiond import storage
+from partitiond.rising_counts import RisingCounts
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
     from pathlib import Path
 
-    from accounting.model import Gap
+    from accounting.model import Gap, PartitionUsage
     from partitiond.context import Context
     from partitiond.node import Node, Partition
 
@@ -30,6 +31,14 @@ _OF_TAP = "tap-"
 
 _SHARED_ADDRESSES = {"ipv6": "::", "ipv4": "0.0.0.0"}  # noqa: S104 - nothing listens there
 """What stands for the node's own addresses in what is metered: they may change, and belong to all."""
+
+
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """What the passes until now recorded: totals by partition, and refusals by partition and rule since the daemon began."""
+
+    totals: tuple[PartitionUsage, ...] = ()
+    denied: Mapping[tuple[str, str], int] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -46,11 +55,17 @@ class Metering:
     # a partition may have several trees; the sizes are of those that were walked to their end
     _disk_trees: frozenset[str] = frozenset()
     _disk_bytes: dict[str, int] = field(default_factory=dict)
+    _denied: RisingCounts = field(default_factory=RisingCounts)
+    _passes: int = 0
+    _told: tuple[int, Recorded] = (0, Recorded())  # as of so many passes
+    _telling: threading.Lock = field(default_factory=threading.Lock)
 
     def record(self, context: Context, node: Node) -> tuple[Gap, ...]:
         """Read all meters and post them. Raises AccountingError, NetplanError; the next pass makes up for a failed one."""
         with self._turn:
-            return self._opened().record(self._read(context, node))
+            gaps = self._opened().record(self._read(context, node))
+            self._passes += 1
+            return gaps
 
     def ledger(self) -> Ledger:
         """The ledger, for whoever makes documents of it. Raises AccountingError."""
@@ -66,6 +81,20 @@ class Metering:
         if self._ledger is None:
             self._ledger = Ledger(self.path)
         return self._ledger
+
+    def recorded(self) -> Recorded:
+        """Return what was recorded, the same object until the next pass; read when first asked for after a pass, and not
+        while one goes on.  Raises AccountingError.
+        """
+        with self._telling:
+            passes = self._passes
+            if self._told[0] != passes:
+                with Ledger.open_readonly(self.path) as ledger:
+                    totals = ledger.totals()
+                present = {entry.id for entry in totals}
+                denied = {key: count for key, count in self._denied.now().items() if key[0] in present}
+                self._told = (passes, Recorded(totals, denied))
+            return self._told[1]
 
     def forget(self, partition: str) -> None:
         """Let go of a partition's directories before they are emptied."""
@@ -91,6 +120,7 @@ class Metering:
         }
         known = {item.id: item for item in node.partitions}
         reading = counters.read_counters(node.config.packet_filter)
+        self._denied.take(refusals(reading, node) | refused_calls(node)[1])
         scan = self._processes.scan({item.uid: item.id for item in node.partitions})
         return Pass(
             at=self.clock(),

@@ -1,4 +1,7 @@
-"""What the daemon counts of itself, and ``/metrics``: plain numbers here, OpenMetrics only when somebody asks."""
+"""What the daemon counts of itself, and ``/metrics``: plain numbers here, OpenMetrics only when somebody asks.
+
+Promises: whoever sees one partition is told nothing of others; what cannot be read is left out, and the rest is told.
+"""
 
 from __future__ import annotations
 
@@ -10,20 +13,23 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from netplan import counters
+from accounting.errors import AccountingError
 from netplan.errors import NetplanError
-from partitiond import metering, supervision, tunnel_status
+from partitiond import metrics_text, node_metrics, supervision, tunnel_status, usage_metrics
 from partitiond.errors import sentence
+from partitiond.metering import Recorded
+from partitiond.metrics_text import Family, family, labels
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from prometheus_client.metrics_core import Metric
-
     from partitiond.context import Context
+    from partitiond.node import Partition
 
 logger = logging.getLogger(__name__)
 
+CONTENT_TYPE = metrics_text.CONTENT_TYPE
+_DURATION = "partitiond_lane_duration_seconds"
 _BOUNDS = (0.01, 0.03, 0.1, 0.3, 1.0, 10.0, 60.0, 600.0)
 
 
@@ -41,6 +47,7 @@ class Tally:
     """The daemon's own counts; from any thread."""
 
     def __init__(self) -> None:
+        self.usage = usage_metrics.UsageText()
         self._turn = threading.Lock()
         self._drift: Counter[str] = Counter()
         self._lanes: dict[str, _Lane] = {}
@@ -61,129 +68,163 @@ class Tally:
             if good:
                 lane.succeeded_at = time.time()
 
-    def families(self) -> Iterator[Metric]:
+    def families(self) -> Iterator[Family]:
         """The counts as families of metrics."""
-        from prometheus_client.metrics_core import (  # noqa: PLC0415 - 13 MB and 60 ms, only for who asks
-            CounterMetricFamily,
-            GaugeMetricFamily,
-            HistogramMetricFamily,
-        )
-
-        drift = CounterMetricFamily(
-            "partitiond_drift", "Resources found other than they should be.", labels=["resource"]
-        )
-        lanes = HistogramMetricFamily(
-            "partitiond_lane_duration_seconds",
-            "How long the passes of each lane took.",
-            labels=["lane"],
-            unit="seconds",
-        )
-        good = GaugeMetricFamily(
-            "partitiond_lane_last_success_timestamp_seconds",
-            "When a pass of each lane last ended without an error.",
-            labels=["lane"],
-            unit="seconds",
-        )
         with self._turn:
-            for resource, count in sorted(self._drift.items()):
-                drift.add_metric([resource], count)
-            for name, lane in sorted(self._lanes.items()):
-                buckets = [*map(str, _BOUNDS), "+Inf"]
-                counts = [*lane.within, lane.passes]
-                lanes.add_metric([name], list(zip(buckets, counts, strict=True)), sum_value=lane.seconds)
-                if lane.succeeded_at is not None:
-                    good.add_metric([name], lane.succeeded_at)
-        yield from (drift, lanes, good)
-
-
-class _Collector:
-    """What one scrape reads."""
-
-    def __init__(self, context: Context, tally: Tally) -> None:
-        self._context, self._tally = context, tally
-
-    def collect(self) -> Iterator[Metric]:
-        """All families."""
-        from prometheus_client.metrics_core import (  # noqa: PLC0415 - as above
-            CounterMetricFamily,
-            GaugeMetricFamily,
-            InfoMetricFamily,
+            drift = [(labels(("resource", name)), count) for name, count in sorted(self._drift.items())]
+            lanes = sorted(self._lanes.items())
+            passes = "".join(_histogram(name, lane) for name, lane in lanes)
+            good = [
+                (labels(("lane", name)), lane.succeeded_at)
+                for name, lane in lanes
+                if lane.succeeded_at is not None
+            ]
+        yield family("partitiond_drift", "counter", "Resources found other than they should be.", drift)
+        yield Family(_DURATION, "histogram", "How long the passes of each lane took.", passes, "seconds")
+        yield family(
+            "partitiond_lane_last_success_timestamp_seconds",
+            "gauge",
+            "When a pass of each lane last ended without an error.",
+            good,
+            unit="seconds",
         )
 
-        yield from self._tally.families()
-        reachable = self._context.master.as_json()["reachable"]
-        master = GaugeMetricFamily("partitiond_master_up", "Whether the master's last answer was of use.")
-        if reachable is not None:
-            master.add_metric([], float(bool(reachable)))
-        yield master
-        partitions = InfoMetricFamily(
-            "partitiond_partition", "The partitions of the node and what they own.", labels=["partition"]
+
+def _histogram(name: str, lane: _Lane) -> str:
+    buckets = zip((*map(str, _BOUNDS), "+Inf"), (*lane.within, lane.passes), strict=True)
+    which = labels(("lane", name))
+    return "".join(
+        (
+            *(f"{_DURATION}_bucket{labels(('lane', name), ('le', le))} {count}\n" for le, count in buckets),
+            f"{_DURATION}_count{which} {lane.passes}\n",
+            f"{_DURATION}_sum{which} {lane.seconds}\n",
         )
-        node = self._context.node
-        for item in node.partitions if node else ():
-            tap = item.network.tap
-            owned = {
-                "user": item.user,
-                "ipv4": str(item.ipv4),
-                "ipv6": str(item.ipv6 or ""),
-                "ipv6_range": str(item.network.ipv6_range or ""),
-                "tap": tap.name if tap else "",
-            }
-            partitions.add_metric([item.id], owned)
-        yield partitions
-        yield from _tunnels(self._context)
-        denied = CounterMetricFamily(
-            "partitiond_partition_denied_packets",
-            "What was refused to a partition's processes and guest, by the rule that did.",
-            labels=["partition", "rule"],
-        )
-        refused: dict[tuple[str, str], int] = {}
-        if node:
-            reading = counters.read_counters(node.config.packet_filter)
-            refused = metering.refusals(reading, node) | metering.refused_calls(node)[1]
-        for (partition, rule), count in sorted(refused.items()):
-            denied.add_metric([partition, rule], count)
-        yield denied
+    )
 
 
-def _tunnels(context: Context) -> Iterator[Metric]:
+def everything(context: Context, tally: Tally) -> bytes:
+    """Return the text of ``/metrics`` for those who may see all."""
+    return metrics_text.openmetrics(_everything(context, tally))
+
+
+def textfile(context: Context, tally: Tally) -> str:
+    """Return the same as node_exporter reads it from a file, without the node's hardware, which it knows better."""
+    return metrics_text.prometheus(_daemon(context, tally))
+
+
+def of_partition(context: Context, partition: str | None) -> bytes:
+    """Return the text of ``/metrics`` for the user of a partition; None: for those who have none."""
+    found = list(node_metrics.families(context.config))
+    if partition is not None:
+        found += _partitions(context, partition)
+        recorded = _recorded(context)
+        totals = [entry for entry in recorded.totals if entry.id == partition]
+        denied = {key: count for key, count in recorded.denied.items() if key[0] == partition}
+        found += usage_metrics.families(totals, denied)
+    return metrics_text.openmetrics(found)
+
+
+def _everything(context: Context, tally: Tally) -> Iterator[Family]:
+    yield from _daemon(context, tally)
+    yield from node_metrics.families(context.config)
+
+
+def _daemon(context: Context, tally: Tally) -> Iterator[Family]:
+    yield from tally.families()
+    reachable = context.master.as_json()["reachable"]
+    yield family(
+        "partitiond_master_up",
+        "gauge",
+        "Whether the master's last answer was of use.",
+        [] if reachable is None else [("", int(bool(reachable)))],
+    )
+    yield from _partitions(context)
+    yield from tally.usage.families(_recorded(context))
+
+
+def _recorded(context: Context) -> Recorded:
+    try:
+        return context.meters.recorded()
+    except AccountingError as error:
+        logger.warning("metrics: usage is left out: %s", sentence(error))
+        return Recorded()
+
+
+def _partitions(context: Context, only: str | None = None) -> Iterator[Family]:
+    """What partitions are, and how they and their tunnels are; of all, or of one."""
+    node = context.node
+    known = [item for item in (node.partitions if node else ()) if only in (None, item.id)]
+    yield family(
+        "partitiond_partition",
+        "info",
+        "The partitions of the node and what they own.",
+        ((_owned(item), 1) for item in known),
+    )
+    yield from _up(context, known)
+    yield from _tunnels(context, known)
+
+
+def _owned(item: Partition) -> str:
+    tap = item.network.tap
+    return labels(
+        ("partition", item.id),
+        ("user", item.user),
+        ("ipv4", str(item.ipv4)),
+        ("ipv6", str(item.ipv6 or "")),
+        ("ipv6_range", str(item.network.ipv6_range or "")),
+        ("tap", tap.name if tap else ""),
+    )
+
+
+def _up(context: Context, known: list[Partition]) -> Iterator[Family]:
+    """Of partitions that shall run: whether they do, by what supervisord said in the last look at the whole node."""
+    looked = context.looked
+    if looked is None:
+        return
+    trouble = {one.group for one in looked.processes if one.state != "RUNNING"}
+    states = context.store.instances()
+    wanted = [item.id for item in known if item.id in states and states[item.id].wanted == "started"]
+    yield family(
+        "partitiond_partition_up",
+        "gauge",
+        "Whether an instance that shall be started is, and each of its processes runs.",
+        (
+            (labels(("partition", name)), int(states[name].life == "started" and name not in trouble))
+            for name in wanted
+        ),
+    )
+
+
+def _tunnels(context: Context, partitions: list[Partition]) -> Iterator[Family]:
     """The tunnels that the last look at the node found declared, as they are now."""
-    from prometheus_client.metrics_core import GaugeMetricFamily  # noqa: PLC0415 - as above
-
-    labels = ["partition", "tunnel", "mode"]
-    up = GaugeMetricFamily("partitiond_tunnel_up", "Whether stunnel listens there.", labels=labels)
-    sessions = GaugeMetricFamily("partitiond_tunnel_sessions", "Sessions at this moment.", labels=labels)
-    ends = GaugeMetricFamily(
+    looked = context.looked
+    if looked is None:
+        return
+    running = supervision.running_groups(looked.processes)
+    known = [item for item in partitions if item.id in looked.plan.declared]
+    plan, now = looked.plan, datetime.now(UTC)
+    try:
+        states = tuple(tunnel_status.states(known, plan.declared, plan.published, running, now))
+    except (NetplanError, OSError) as error:  # the rest is told all the same
+        logger.warning("metrics: tunnels are left out: %s", sentence(error))
+        return
+    names = [
+        labels(
+            ("partition", one.tunnel.partition),
+            ("tunnel", one.tunnel.short_name),
+            ("mode", one.tunnel.mode),
+        )
+        for one in states
+    ]
+    told = list(zip(names, states, strict=True))
+    up = [(where, 0 if one.reason else 1) for where, one in told]
+    yield family("partitiond_tunnel_up", "gauge", "Whether stunnel listens there.", up)
+    sessions = [(where, one.sessions) for where, one in told]
+    yield family("partitiond_tunnel_sessions", "gauge", "Sessions at this moment.", sessions)
+    yield family(
         "partitiond_tunnel_certificate_not_after_timestamp_seconds",
+        "gauge",
         "When the certificate that the tunnel shows ends.",
-        labels=labels,
+        [(where, one.not_after.timestamp()) for where, one in told if one.not_after],
         unit="seconds",
     )
-    looked, node = context.looked, context.node
-    if looked and node:
-        running = supervision.running_groups(looked.processes)
-        known = [item for item in node.partitions if item.id in looked.plan.declared]
-        plan, now = looked.plan, datetime.now(UTC)
-        try:
-            states = tuple(tunnel_status.states(known, plan.declared, plan.published, running, now))
-        except (NetplanError, OSError) as error:  # the rest is told all the same
-            logger.warning("metrics: tunnels are left out: %s", sentence(error))
-            return
-        for one in states:
-            which = [one.tunnel.partition, one.tunnel.short_name, one.tunnel.mode]
-            up.add_metric(which, 0.0 if one.reason else 1.0)
-            sessions.add_metric(which, one.sessions)
-            if one.not_after:
-                ends.add_metric(which, one.not_after.timestamp())
-    yield from (up, sessions, ends)
-
-
-def render(context: Context, tally: Tally) -> tuple[str, bytes]:
-    """Return the content type and the text of ``/metrics``."""
-    from prometheus_client import CollectorRegistry  # noqa: PLC0415 - as above
-    from prometheus_client.openmetrics import exposition  # noqa: PLC0415
-
-    registry = CollectorRegistry(auto_describe=False)
-    registry.register(_Collector(context, tally))
-    text: bytes = exposition.generate_latest(registry)  # type: ignore[no-untyped-call]
-    return exposition.CONTENT_TYPE_LATEST, text

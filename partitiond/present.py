@@ -243,55 +243,6 @@ def _optional(item: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "tun", ", ".join([tun["name"], *ends])
 
 
-def usage(value: dict[str, Any]) -> str:
-    """``usage``: one row per address, then one per partition for the rest."""
-    traffic = [
-        (
-            item["id"],
-            item["instance_guid"],
-            one["address"],
-            one["scope"],
-            one["bytes_in"],
-            one["bytes_out"],
-            one["packets_in"],
-            one["packets_out"],
-        )
-        for item in value["partitions"]
-        for one in item["addresses"]
-        if one["packets_in"] or one["packets_out"]
-    ]
-    heads = (
-        "partition",
-        "instance",
-        "address",
-        "scope",
-        "bytes in",
-        "bytes out",
-        "packets in",
-        "packets out",
-    )
-    rest = [
-        (
-            item["id"],
-            item["instance_guid"],
-            item["cpu_seconds"],
-            item["memory_bytes"],
-            item["disk_bytes"],
-            item["denied_packets"],
-        )
-        for item in value["partitions"]
-    ]
-    lines = [
-        f"from {value['from'] or 'the beginning'} to {value['to'] or 'now'}",
-        "",
-        table(heads, traffic) if traffic else "no traffic",
-        "",
-        table(("partition", "instance", "CPU s", "memory B", "disk B", "denied packets"), rest),
-    ]
-    lines += [f"gap: {one['from']} to {one['to']}: {one['reason']}" for one in value["gaps"]]
-    return "\n".join(lines)
-
-
 def event(value: dict[str, Any]) -> str:
     """One line of ``events``."""
     name = value["event"]

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from netplan import counters
-from partitiond import control, execute, present, sandbox
+from partitiond import control, execute, present, sandbox, usage_text
 from partitiond.demo import scene
 from partitiond.errors import FAMILY, PartitiondError, sentence
 
@@ -141,7 +141,7 @@ class Demo:
         _say("")
         _say(present.tunnels(partitiond("tunnel", "list")))
         _say("")
-        _say(present.usage(self._usage()))
+        _say(usage_text.usage(self._usage()))
 
     def _bring_up(self) -> None:
         self.step("partitiond plan, then partitiond run: five partitions")

@@ -217,8 +217,8 @@ def incident(ledger, partition, kind, begun, seen, ended=None):
 
 def test_incidents_are_told_by_their_seconds(ledger):
     record(ledger, BEGIN)
-    incident(ledger, "slappart0", "outage", BEGIN + 10, BEGIN + 70, BEGIN + 70)
-    incident(ledger, "slappart0", "outage", BEGIN + DAY - 100, BEGIN + DAY + 50)  # over midnight
+    incident(ledger, "slappart0", "service", BEGIN + 10, BEGIN + 70, BEGIN + 70)
+    incident(ledger, "slappart0", "service", BEGIN + DAY - 100, BEGIN + DAY + 50)  # over midnight
     incident(ledger, "slappart1", "promise", BEGIN, BEGIN + 9)  # no resource is named for it
     record(ledger, BEGIN + DAY + 60)
     assert amounts(make(ledger, BEGIN + DAY + 60)["2026-11-20-node"]) == {("SOFTINST-0", "outage"): 60 + 99}
