@@ -78,7 +78,7 @@ class Days:
         if held is None or held[0] is not settings:
             if held is not None:
                 held[1].close()
-            client = SlapClient(settings.master_url, settings.computer_id, timeout=0.3)
+            client = SlapClient(settings.master_url, settings.computer_id, timeout=3)
             self.context._local.client = held = (settings, client)
         return held[1]
 
