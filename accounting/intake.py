@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from decimal import Decimal
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple
 
 from accounting.store import microseconds
 
@@ -20,22 +20,11 @@ if TYPE_CHECKING:
     import sqlite3
     from collections.abc import Iterable
 
-
-class Sayable(Protocol):
-    """What is kept of a movement; its reference is the guid, always."""
-
-    @property
-    def resource(self) -> str: ...  # noqa: D102 - as in TioXML
-
-    @property
-    def title(self) -> str: ...  # noqa: D102 - likewise
-
-    @property
-    def quantity(self) -> Decimal: ...  # noqa: D102 - likewise
+    from accounting.tioxml import Movement
 
 
 class Said(NamedTuple):
-    """One movement of a usage file, as it was accepted."""
+    """One movement of a usage file, as it was accepted; its reference is the guid."""
 
     resource: str
     title: str
@@ -58,7 +47,7 @@ def take_in(
     partition: str,
     guid: str,
     source: str,
-    movements: Iterable[Sayable],
+    movements: Iterable[Movement],
     at: float,
 ) -> bool:
     """Keep what a file said; return False, and keep nothing, where it was taken already and may still be there."""

@@ -23,8 +23,9 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from accounting.incidents import Changes, Incident, Look
-    from accounting.intake import Sayable, Taken
+    from accounting.intake import Taken
     from accounting.model import Gap, PartitionUsage, Pass, UsageReport
+    from accounting.tioxml import Movement
 
 
 class LedgerReader:
@@ -164,7 +165,7 @@ class Ledger(LedgerReader):
         return Ledger.open_readonly(self.path)
 
     def take_in(
-        self, partition: str, guid: str, source: str, movements: Iterable[Sayable], at: float
+        self, partition: str, guid: str, source: str, movements: Iterable[Movement], at: float
     ) -> bool:
         """Keep what a usage file said, durably; False where it was taken before and may still be there.
 

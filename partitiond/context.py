@@ -14,6 +14,7 @@ from partitiond.slapformat import Copies
 from partitiond.state import Store
 from partitiond.supervision import Supervisor
 from partitiond.tunnel_sessions import SessionBook
+from partitiond.usage_scripts import Turns
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -72,6 +73,7 @@ class Context:
     meters: Metering
     master: MasterContact
     sessions: SessionBook = field(default_factory=SessionBook)
+    turns: Turns = field(default_factory=Turns)
     node: Node | None = None
     choice: Choice | None = None
     looked: Looked | None = None

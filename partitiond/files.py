@@ -74,36 +74,53 @@ def read(
 
     ``owners``: the uids that may own it. ``reader``: the user in whose directory it lies; it must be that user's own or for
     everybody to read, else it may be a hard link to somebody's secret (the kernel lets users make these where
-    ``fs.protected_hardlinks`` is 0, proc_sys_fs(5)). Raises FileNotFoundError, or PartitiondError ``files.refused`` with the
-    reason: also for a file on which a tenant holds a lease, which would keep an opening that waits for 45 s, fcntl(2).
+    ``fs.protected_hardlinks`` is 0, proc_sys_fs(5)). Raises as :func:`plain` does.
+    """
+    with plain(name, dir_fd=dir_fd) as descriptor:
+        found = os.fstat(descriptor)
+        if owners is not None and found.st_uid not in owners:
+            raise refused(name, f"belongs to uid {found.st_uid}")
+        if reader is not None and found.st_uid != reader and not found.st_mode & stat.S_IROTH:
+            raise refused(name, f"belongs to uid {found.st_uid} and is not for everybody")
+        if found.st_size > limit:
+            raise refused(name, f"has {found.st_size} bytes, more than {limit}")
+        content = content_of(descriptor, limit + 1)
+        if len(content) > limit:
+            raise refused(name, f"has more than {limit} bytes")
+        return content
+
+
+@contextmanager
+def plain(name: str, *, dir_fd: int) -> Iterator[int]:
+    """Open a regular file below a directory descriptor, whatever it may be, without waiting for anybody.
+
+    Raises FileNotFoundError, or PartitiondError ``files.refused`` with the reason: also for a file on which a tenant holds a
+    lease, which would keep an opening that waits for 45 s, fcntl(2).
     """
     try:
         descriptor = os.open(name, _READ, dir_fd=dir_fd)
     except OSError as error:
         if error.errno == errno.ENOENT:
             raise
-        raise _refused(name, f"cannot be opened as a plain file: {error.strerror}") from error
+        raise refused(name, f"cannot be opened as a plain file: {error.strerror}") from error
     try:
-        found = os.fstat(descriptor)
-        if not stat.S_ISREG(found.st_mode):
-            raise _refused(name, "is not a regular file")
-        if owners is not None and found.st_uid not in owners:
-            raise _refused(name, f"belongs to uid {found.st_uid}")
-        if reader is not None and found.st_uid != reader and not found.st_mode & stat.S_IROTH:
-            raise _refused(name, f"belongs to uid {found.st_uid} and is not for everybody")
-        if found.st_size > limit:
-            raise _refused(name, f"has {found.st_size} bytes, more than {limit}")
-        content = b""
-        while len(content) <= limit and (piece := os.read(descriptor, limit + 1 - len(content))):
-            content += piece
-        if len(content) > limit:
-            raise _refused(name, f"has more than {limit} bytes")
-        return content
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise refused(name, "is not a regular file")
+        yield descriptor
     finally:
         os.close(descriptor)
 
 
-def _refused(name: str, reason: str) -> PartitiondError:
+def content_of(descriptor: int, most: int) -> bytes:
+    """Read an open file to its end, or as many bytes. Raises OSError."""
+    content = b""
+    while len(content) < most and (piece := os.read(descriptor, most - len(content))):
+        content += piece
+    return content
+
+
+def refused(name: str, reason: str) -> PartitiondError:
+    """The error for a file that is not read."""
     return PartitiondError(
         "files.refused",
         reason,

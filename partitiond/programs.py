@@ -37,7 +37,7 @@ def group(context: Context, partition: Partition) -> Group:
     """
     programs = []
     for kind, suffix in (("run", ""), ("service", "-on-watch")):
-        for name in _executables(context, partition, "etc", kind):
+        for name in executables(context, partition, "etc", kind):
             command = str(partition.path / "etc" / kind / name)
             programs.append(Program(name=name, process_name=name + suffix, command=command))
     return Group(
@@ -79,8 +79,8 @@ def _too_many(partition: str, count: int) -> PartitiondError:
     )
 
 
-def _executables(context: Context, partition: Partition, *below: str) -> list[str]:
-    """Names of the executable plain files, or links to such, in a directory of the partition."""
+def executables(context: Context, partition: Partition, *below: str) -> list[str]:
+    """Names of the executable plain files, or links to such, in a directory of the partition. Raises as :func:`group` does."""
     found, links, strange = [], [], []
     try:
         with files.directory(partition.path, *below) as descriptor:
@@ -105,7 +105,7 @@ def _executables(context: Context, partition: Partition, *below: str) -> list[st
         )
     if len(links) > MOST_PROGRAMS:
         raise _too_many(partition.id, len(found) + len(links))
-    return sorted([*found, *_leading_to_executables(context, partition, below, links)])
+    return sorted([*found, *_leading_toexecutables(context, partition, below, links)])
 
 
 def _mode_of(name: str, descriptor: int) -> int:
@@ -116,7 +116,7 @@ def _mode_of(name: str, descriptor: int) -> int:
         return 0
 
 
-def _leading_to_executables(
+def _leading_toexecutables(
     context: Context, partition: Partition, below: Sequence[str], links: Sequence[str]
 ) -> frozenset[str]:
     """Which of the links lead to a file that the partition's user may execute. Raises PartitiondError ``instance.links``."""
