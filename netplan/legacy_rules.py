@@ -18,8 +18,9 @@ from ipaddress import ip_network
 from socket import AF_INET, AF_INET6, AddressFamily
 from typing import Literal, NamedTuple
 
+from netplan.closed_port import RULE as CLOSED
 from netplan.metering import counter_name
-from netplan.model import DesiredNetwork, PartitionNetwork
+from netplan.model import ClosedPort, DesiredNetwork, PartitionNetwork
 from netplan.once import once, once_each
 from netplan.ownership import RULES
 from netplan.xtables import ANY_USER, Chains, Entry, Rule, entry
@@ -117,6 +118,8 @@ def render_legacy(desired: DesiredNetwork) -> LegacyFilter:
     for family in (AF_INET6, AF_INET):
         draft = _Draft()
         owned = [one for share in shares for one in share[family]]
+        if desired.closed and (family == AF_INET) == (desired.closed.address.version == 4):
+            _closed_port(draft, desired.partitions, desired.closed)
         if desired.ownership:
             _ownership(draft, desired.partitions, owned)
         _metering(draft, desired, owned, family)
@@ -153,17 +156,34 @@ def _owned(one: PartitionNetwork, kind: str, text: str) -> _Owned:
     return _Owned(one.id, one.uid, kind, text, network.prefixlen, neighbours)
 
 
-def _by_user(draft: _Draft, name: str, partitions: Sequence[PartitionNetwork], counted: str) -> str:
-    """Write a chain that counts packets by the partition's user who sent them, and return its name."""
+def _by_user(
+    draft: _Draft, name: str, partitions: Sequence[PartitionNetwork], counted: str, then: str = "RETURN"
+) -> str:
+    """Write a chain that counts packets by the partition's user who sent them, and return its name; with ``then`` they
+    go on to that chain.
+    """
     blocks: dict[int, list[int]] = {}
     for one in partitions:
         blocks.setdefault(one.uid >> _BITS, []).append(one.uid)
     for block, users in blocks.items():
-        each = (Rule("RETURN", users=(uid, uid), comment=f"{counted}/{uid}") for uid in users)
+        goto = then != "RETURN"
+        each = (Rule(then, goto=goto, users=(uid, uid), comment=f"{counted}/{uid}") for uid in users)
         place = draft.chain(f"{name}-{block}", each)
         of_these = (block << _BITS, (block + 1 << _BITS) - 1)
         draft.chain(name, [Rule(place, goto=True, users=of_these)])
     return draft.chain(name, ())
+
+
+def _closed_port(draft: _Draft, partitions: Sequence[PartitionNetwork], closed: ClosedPort) -> None:
+    """Write the rules of :mod:`netplan.closed_port`."""
+    deny = draft.chain(f"DENY-{CLOSED.upper()}", (Rule("RESET", tcp=True), Rule("DROP")))
+    kept_out = _by_user(draft, CLOSED.upper(), partitions, f"{REFUSED}/{CLOSED}", deny)
+    everywhere = closed.address.is_unspecified
+    address = "" if everywhere else str(closed.address)
+    draft.chain(
+        "OUT",
+        [Rule(kept_out, destination=address, port=closed.port, to_local=everywhere, users=ANY_USER)],
+    )
 
 
 def _ownership(draft: _Draft, partitions: Sequence[PartitionNetwork], owned: Sequence[_Owned]) -> None:

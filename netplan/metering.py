@@ -42,9 +42,11 @@ def counter_name(partition: str, family: str, scope: str, direction: str) -> str
     return f"traffic/{partition}/{family}/{scope}/{direction}"
 
 
-def metering(partitions: Sequence[PartitionNetwork], *, alone: bool = True) -> Part:
+def metering(
+    partitions: Sequence[PartitionNetwork], first: Sequence[str] = (), *, alone: bool = True
+) -> Part:
     """Return the counters of every address of every partition, and the maps and chains that lead there; not
-    ``alone``: no hooks of their own.
+    ``alone``: no hooks of their own.  On output, rules ``first`` come before them.
     """
     owned: dict[str, list[tuple[tuple[str, ...], tuple[str, ...]]]] = {}
     for one in partitions:
@@ -66,7 +68,9 @@ def metering(partitions: Sequence[PartitionNetwork], *, alone: bool = True) -> P
     }
     hooks = _HOOKS if alone else {}
     elements["metered"] = [str(one.uid) for one in partitions]
-    return Part(sets, maps, elements, counters, _chains([one for one in _TYPE if one in owned]), hooks)
+    chains = _chains([one for one in _TYPE if one in owned])
+    chains["meter_out"] = [*first, *chains["meter_out"]]
+    return Part(sets, maps, elements, counters, chains, hooks)
 
 
 @once_each

@@ -213,6 +213,20 @@ class PartitionNetwork:
 
 
 @dataclass(frozen=True, slots=True)
+class ClosedPort:
+    """A TCP port of this host that no partition's user may reach, at one address or (``::``, ``0.0.0.0``) at all of a
+    family.
+    """
+
+    address: IPv4Address | IPv6Address
+    port: int
+
+    def __post_init__(self) -> None:
+        if not 0 < self.port < 65536:
+            raise _invalid(f"port/{self.port}", "a port is from 1 to 65535")
+
+
+@dataclass(frozen=True, slots=True)
 class DesiredNetwork:
     """What the node's network should have.  Without partitions and interface: nothing that is ours.
 
@@ -222,7 +236,8 @@ class DesiredNetwork:
     ``packet_filter`` False leaves no packet filter at all; ``backend`` says what it is made of;
     ``local_source_table`` gives unbound clients of a partition on the same host the host's source address,
     ``host_ipv6`` or ``host_ipv4``, where nothing does better; ``cgroup_bpf``: programs at the cgroup shall, if
-    this kernel and our rights allow it; ``protected`` is what no guest behind a tap may claim.
+    this kernel and our rights allow it; ``protected`` is what no guest behind a tap may claim;
+    ``closed`` is a port that partitions' users cannot reach.
     """
 
     interface: str | None = None
@@ -237,6 +252,7 @@ class DesiredNetwork:
     ipv4_interface: str | None = None
     protected: Protected = Protected()
     backend: Backend = "nftables"
+    closed: ClosedPort | None = None
 
     def __post_init__(self) -> None:
         partitions = self.partitions

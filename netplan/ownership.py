@@ -34,8 +34,10 @@ _HOOKS = {
 }
 
 
-def ownership(partitions: Sequence[PartitionNetwork]) -> Part:
-    """Return the sets and chains that hold each address to its partition's user."""
+def ownership(partitions: Sequence[PartitionNetwork], first: Sequence[str] = ()) -> Part:
+    """Return the sets and chains that hold each address to its partition's user; on output, rules ``first`` come
+    before them.
+    """
     texts = [_texts(one) for one in partitions]
     six = [pair for one in texts for pair in one.six]
     four = [pair for one in texts for pair in one.four]
@@ -69,7 +71,9 @@ def ownership(partitions: Sequence[PartitionNetwork]) -> Part:
         elements["address4"] = [address for _, address in world4]
         elements["self4"] = [f"{address} . {address}" for _, address in world4]
     counters = ["spoofed_in", "private_in"]
-    return Part(sets, {}, elements, counters, _chains(ranges=bool(ranges), world4=bool(world4)), _HOOKS)
+    chains = _chains(ranges=bool(ranges), world4=bool(world4))
+    chains["out"] = (*first, *chains["out"])
+    return Part(sets, {}, elements, counters, chains, _HOOKS)
 
 
 def _count(rule: str) -> str:

@@ -19,7 +19,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from netplan import nfbatch
+from netplan import closed_port, nfbatch
 from netplan.metering import metering
 from netplan.model import DesiredNetwork, FilterContents
 from netplan.netlink import Request
@@ -198,9 +198,12 @@ def _place(full: str) -> str:
 @once
 def render(desired: DesiredNetwork) -> Filter:
     """Return the packet filter of a desired state."""
-    parts = [metering(desired.partitions, alone=not desired.ownership)]
+    first = (closed_port.way(desired.closed),) if desired.closed else ()
+    parts = [closed_port.closed_port(desired.partitions)] if desired.closed else []
     if desired.ownership:
-        parts.append(ownership(desired.partitions))
+        parts += [metering(desired.partitions, alone=False), ownership(desired.partitions, first)]
+    else:
+        parts.append(metering(desired.partitions, first))
     parts += tap_guard(desired.partitions, desired.protected)
     parts += tun_guard(desired.partitions)
     declarations = "".join(line for part in parts for line in _declarations(part))

@@ -78,7 +78,7 @@ class Rule:
     chains, to come back from unless it is a ``goto``.
 
     ``users`` are the first and last number of the users whose sockets match; ``unlike_local`` wants a source
-    that the host does not have.
+    that the host does not have, ``to_local`` a destination that it has; ``port`` is a destination of TCP.
     """
 
     target: str
@@ -89,9 +89,11 @@ class Rule:
     to_lo: bool = False
     tcp: bool = False
     rst: bool = False
+    port: int = 0
     echo_request: bool = False
     users: tuple[int, int] | None = None
     unlike_local: bool = False
+    to_local: bool = False
     comment: str = ""
 
 
@@ -122,7 +124,9 @@ def entry(rule: Rule, family: AddressFamily) -> Entry:
     """Return the rule as the kernel has it."""
     layout = _LAYOUTS[family]
     matches = b"".join(_matches(rule, layout))
-    protocol = IPPROTO_TCP if rule.tcp or rule.rst else layout.echo[1] if rule.echo_request else 0
+    protocol = (
+        IPPROTO_TCP if rule.tcp or rule.rst or rule.port else layout.echo[1] if rule.echo_request else 0
+    )
     flags = (layout.says_protocol if protocol else 0) | (layout.goto if rule.goto else 0)
     source, source_mask = _network(rule.source, layout.address)
     destination, destination_mask = _network(rule.destination, layout.address)
@@ -144,6 +148,8 @@ def _matches(rule: Rule, layout: _Layout) -> Iterator[bytes]:
     """Yield the matches, the cheapest first."""
     if rule.rst:
         yield _module("tcp", 0, _TCP.pack(0, 0xFFFF, 0, 0xFFFF, 0, _RST, _RST, 0))
+    if rule.port:
+        yield _module("tcp", 0, _TCP.pack(0, 0xFFFF, rule.port, rule.port, 0, 0, 0, 0))
     if rule.echo_request:
         name, _, kind = layout.echo
         yield _module(name, 0, _ICMP.pack(kind, 0, 0xFF, 0))
@@ -151,6 +157,8 @@ def _matches(rule: Rule, layout: _Layout) -> Iterator[bytes]:
         yield _module("owner", 1, _OWNER.pack(*rule.users, 0, 0, _OWNER_UID, 0))
     if rule.unlike_local:
         yield _module("addrtype", 1, _ADDRTYPE.pack(_ADDRTYPE_LOCAL, 0, _INVERT_SOURCE))
+    if rule.to_local:
+        yield _module("addrtype", 1, _ADDRTYPE.pack(0, _ADDRTYPE_LOCAL, 0))
     if rule.comment:
         yield _module("comment", 0, rule.comment.encode().ljust(_COMMENT_SIZE, b"\0"))
 

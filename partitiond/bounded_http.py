@@ -119,9 +119,9 @@ class BoundedServer(socketserver.ThreadingMixIn, socketserver.TCPServer, Generic
         self._judge = judge
         self._doors = Doors()
         self._known: dict[int, tuple[Peer, Pool]] = {}
-        super().__init__(address, BoundedHandler)
         self._wake, self._poke = os.pipe2(os.O_CLOEXEC)
         self._ended = threading.Event()
+        super().__init__(address, BoundedHandler)  # calls server_close() where it cannot bind
 
     def serve_forever(self, poll_interval: float = 0.5) -> None:  # noqa: ARG002 - signature of the base class
         """Answer until ``shutdown``; waits without looking at the clock: an idle daemon sleeps."""
@@ -134,9 +134,13 @@ class BoundedServer(socketserver.ThreadingMixIn, socketserver.TCPServer, Generic
         finally:
             self._ended.set()
 
+    def stop(self) -> None:
+        """End ``serve_forever`` soon, which may not have begun yet."""
+        os.write(self._poke, b"x")
+
     def shutdown(self) -> None:
         """End ``serve_forever``, which runs in another thread, and wait for that."""
-        os.write(self._poke, b"x")
+        self.stop()
         self._ended.wait()
 
     def server_close(self) -> None:

@@ -22,6 +22,7 @@ from partitiond import (
     config_network,
     config_reader,
     device_config,
+    metrics_config,
     privacy_config,
     tunnel_config,
 )
@@ -32,7 +33,7 @@ from partitiond.errors import PartitiondError
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from netplan.model import Backend
+    from netplan.model import Backend, ClosedPort
     from partitiond.config_guard import GuardKeys
     from partitiond.config_network import NetworkKeys
     from partitiond.device_config import OperatorDevice
@@ -75,7 +76,6 @@ _NOT_YET = {
     "promise_timeout": "promises",
     "software_min_free_space": "a check of free space",
     "instance_min_free_space": "a check of free space",
-    "metrics_listen": "the metrics listener",
     "master_fingerprint": "pinning the master's certificate",
 }
 _KNOWN: Mapping[str, frozenset[str]] = {
@@ -162,6 +162,7 @@ class Config:
     offline_builds: bool
     computer_xml: Path | None
     computer_json: Path | None
+    metrics_listen: ClosedPort | None
     tunnels: tuple[OperatorTunnel, ...] = ()
     instance_storage_home: Path | None = None
     block_devices: tuple[OperatorDevice, ...] = ()
@@ -260,12 +261,7 @@ def _check_networks(config: Config, reader: Reader) -> None:
 
 
 # keys that are read to refuse nonsense already, although nothing acts on them yet
-_ADDRESS_AND_PORT = re.compile(
-    r"(?:[0-9.]+|\[[0-9a-fA-F:.]+\]):"
-    r"(?:[1-9][0-9]{0,3}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5])"
-)
 _SHAPES = {
-    "metrics_listen": (_ADDRESS_AND_PORT, "an address and a port such as 127.0.0.1:9816, or empty"),
     "master_fingerprint": (re.compile(r"sha256:[0-9a-f]{64}"), "sha256: and 64 lower-case hex digits"),
     "buildout_version": (re.compile(r"[0-9]+(?:\.[0-9]+)*"), "a version such as 4.2.0"),
 }
@@ -461,6 +457,7 @@ def _build(path: Path, reader: Reader) -> Config:
         offline_builds=reader.truth("partitiond", "offline_builds", False),
         computer_xml=reader.optional_path("slapformat", "computer_xml"),
         computer_json=reader.optional_path("slapformat", "computer_json"),
+        metrics_listen=metrics_config.read(reader),
         tunnels=tuple(tunnel_config.operator_tunnels(reader)),
         instance_storage_home=reader.optional_path(_storage_section(reader), "instance_storage_home"),
         block_devices=device_config.block_devices(reader, partition_base, amount),

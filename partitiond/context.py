@@ -84,6 +84,8 @@ class Context:
     day_ended: Callable[[], None] = _nobody
     looking: Callable[[], None] = _nobody
     links: Callable[[], Mapping[str, Link] | None] = _unknown
+    # what only a daemon knows to be open; each may be empty
+    troubles: dict[str, Callable[[], str]] = field(default_factory=dict)
     _local: threading.local = field(default_factory=threading.local)
 
     @classmethod

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import pwd
 import queue
 import random
 import signal
@@ -28,6 +29,7 @@ from partitiond import (
     lanes,
     memory,
     metrics,
+    metrics_listener,
     recovery,
     reload,
     report_verbs,
@@ -39,6 +41,7 @@ from partitiond.context import Context
 from partitiond.daemon_trials import Trials
 from partitiond.errors import FAMILY, sentence
 from partitiond.heal import Healer
+from partitiond.metrics_listener import MetricsListener
 from partitiond.peers import Judge
 from partitiond.process_watch import ProcessWatch
 from partitiond.reflexes import Reflexes
@@ -173,6 +176,11 @@ class Daemon:
             "/1/teardown": lambda body: self._tear_down(purge=bool(body.get("purge"))),
         }
         self._api = Api(context, self._tally, verbs_of_post)
+        self._listener = MetricsListener(
+            lambda: metrics.everything(context, self._tally),
+            metrics_listener.Judge(lambda: context.node, self._software_uid),
+        )
+        context.troubles["metrics_listen"] = lambda: self._listener.trouble
 
     def _lane(self, name: str, work: Callable[[Context], object], after: Lane | None = None) -> Lane:
         def body() -> object:
@@ -180,6 +188,12 @@ class Daemon:
                 return work(self.context)
 
         return Lane(name, self._interval(name), body, self.context.stop, self._tally, after)
+
+    def _software_uid(self) -> int | None:
+        try:
+            return pwd.getpwnam(self.context.config.software_user).pw_uid
+        except KeyError:
+            return None
 
     def _interval(self, lane: str) -> float:
         intervals = self.context.config.intervals
@@ -206,8 +220,9 @@ class Daemon:
                 server = control.serve(
                     config.run_dir / "control.sock", self._api.answer, Judge(lambda: context.node)
                 )
+                self._listener.attend(config.metrics_listen)
                 answering = threading.Thread(target=server.serve_forever, name="control", daemon=True)
-                for thread in (answering, watch, self._processes, *self._lanes.values()):
+                for thread in (answering, watch, self._processes, self._listener, *self._lanes.values()):
                     thread.start()
                 notify("READY=1")
                 logger.info("node %s is up with %d partitions", config.computer_id, config.partition_amount)
@@ -222,6 +237,7 @@ class Daemon:
                 holding.end()
                 watch.close()
                 self._processes.close()
+                self._listener.close()
         if not self._torn_down:
             context.events.record("node.stopped", "the daemon ended; supervisord and what it runs go on")
         logger.info("ended" if self._torn_down else "ended; supervisord and what it runs go on")
@@ -279,6 +295,7 @@ class Daemon:
             if interval != lane.interval:
                 lane.interval = interval
                 lane.wake()
+        self._listener.attend(self.context.config.metrics_listen)
         self._lanes["capacity"].wake()  # the master has to know what is offered now
         self._lanes["converge"].wake()  # what the new configuration leaves as it is was not looked at
         if self._healer is not None:

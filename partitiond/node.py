@@ -113,6 +113,7 @@ class Node:
             # which the ownership rules refuse
             local_source_table=bool(host or host4) and config.address_ownership,
             cgroup_bpf=config.address_ownership,
+            closed=config.metrics_listen,
         )
 
 

@@ -59,6 +59,7 @@ def node(context: Context) -> dict[str, Any]:
                 *port_reservation.open_cases(port_reservation.deal(seen.ports, todo.declared.values())),
                 *_refused_resources(todo),
                 *report_verbs.open_cases(config),
+                *filter(None, (tell() for tell in context.troubles.values())),
             ],
             "drift": [operation.id for operation in todo if operation.partition is None],
         },
@@ -79,6 +80,12 @@ def _open_cases(target: Node) -> list[str]:
     if rejected is not None:
         found.insert(0, rejected.sentence())
     found += _forwarding(target)
+    listen = config.metrics_listen
+    if listen is not None and not listen.address.is_loopback:
+        found.append(
+            f"metrics_listen is {listen.address}: whoever reaches that address reads the metrics of all partitions, but for"
+            " partitions' users and guests with addresses of their own"
+        )
     interface = config.network.interface
     if config.network.partition_network:
         if target.host_ipv4 is None:

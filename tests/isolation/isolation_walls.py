@@ -204,7 +204,8 @@ def kept(scene):
 
 def _kept_attempts(place, path, what, attacker, *, mine):
     if what == "socket":
-        yield "connect", path
+        if place != "run":  # the control socket is open to all: what it answers is tried by sockets()
+            yield "connect", path
         return
     if what == "pin":
         yield "open pin", path
@@ -226,7 +227,7 @@ def sockets(scene):
     """The control socket: the verbs, and what it says of others."""
     control = str(scene.control)
     for attacker, victim in _pairs(scene):
-        for target in (f"/1/partitions/{victim.id}", "/1/status", "/1/events"):
+        for target in (f"/1/partitions/{victim.id}", "/1/status", "/1/events", "/1/usage", "/metrics"):
             words = ("ask", control, "GET", target, "", victim.id)
             yield _job(
                 scene, "control socket", attacker, victim, f"GET {target.replace(victim.id, 'ID')}", *words

@@ -204,8 +204,29 @@ def test_the_bridge_of_old_configurations_is_pointed_to_the_new_key(load):
 
 
 def test_what_is_known_but_does_nothing_yet_is_said(load):
-    text, _ = with_setting("partitiond", "metrics_listen", "127.0.0.1:9816")
-    assert "the metrics listener is not acted on yet" in load(text).warnings[0]
+    text, _ = with_setting("partitiond", "master_fingerprint", f"sha256:{'0' * 64}")
+    assert "pinning the master's certificate is not acted on yet" in load(text).warnings[0]
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("", None),
+        ("127.0.0.1:9816", "127.0.0.1 9816"),
+        ("[::1]:80", "::1 80"),
+        ("0.0.0.0:65535", "0.0.0.0 65535"),
+    ],
+)
+def test_where_metrics_are_served(load, value, expected):
+    text, _ = with_setting("partitiond", "metrics_listen", value)
+    found = load(text).metrics_listen
+    assert expected == (found and f"{found.address} {found.port}")
+    assert load(text).warnings == ()
+
+
+def test_where_metrics_are_served_unless_told(load):
+    found = load(GOOD).metrics_listen
+    assert f"{found.address}:{found.port}" == "127.0.0.1:9816"
 
 
 def test_sections_of_other_programs_are_no_ones_business(load):
@@ -285,6 +306,13 @@ def test_the_amount_may_stand_in_slapos(load):
         ("slapos", "master_url = http://master:99999/"),
         ("partitiond", "tap_guard = bogus"),
         ("partitiond", "metrics_listen = 127.0.0.1:99999"),
+        ("partitiond", "metrics_listen = 127.0.0.1:0"),
+        ("partitiond", "metrics_listen = 127.0.0.1"),
+        ("partitiond", "metrics_listen = 127.1:9816"),
+        ("partitiond", "metrics_listen = ::1:9816"),
+        ("partitiond", "metrics_listen = localhost:9816"),
+        ("partitiond", "metrics_listen = [::ffff:127.0.0.1]:9816"),
+        ("partitiond", "metrics_listen = off"),
         ("partitiond", "master_fingerprint = bogus"),
         ("partitiond", "report_ambiguous = bogus"),
         ("partitiond", "buildout_version = newest"),

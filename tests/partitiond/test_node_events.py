@@ -201,7 +201,7 @@ def test_the_verb_refuses_what_it_cannot_answer(node, command):
     unknown = command("events", "--partition", "slappart7", "--json", "-c", node.path)
     assert unknown.returncode == 1
     assert validate(json.loads(unknown.stdout))["error"]["code"] == "events.unknown_partition"
-    assert command("events", "--from", "yesterday", "-c", node.path).returncode == 64
+    assert command("events", "--from", "some day", "-c", node.path).returncode == 64
     empty = command("events", "--partition", "slappart0", "-c", node.path)
     assert (empty.returncode, empty.stdout, empty.stderr) == (0, "", "")
 
