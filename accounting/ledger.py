@@ -12,7 +12,8 @@ import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Self
 
-from accounting import incidents, intake, posting, report, store
+from accounting import incidents, intake, posting, report, store, thinning
+from accounting.clock import keep_clock
 from accounting.errors import AccountingError
 from accounting.settle import settle
 
@@ -158,7 +159,17 @@ class Ledger(LedgerReader):
             posting.post(connection, seq, settled, owners)
             posting.post_gauges(connection, seq, reading.gauges, owners)
             posting.end_damage(connection, reading, books, at)
-            return posting.post_gaps(connection, settled, previous, at)
+            jumps = keep_clock(connection, reading, previous, at)
+            return (*jumps, *posting.post_gaps(connection, settled, previous, at))
+
+    def thin(self, now: float, limit: float) -> bool:
+        """Join old passes for about ``limit`` seconds, in one transaction; say whether there is more to do.
+
+        Recent days stay as they are, totals for ever; see ``accounting.thinning``. To be called between
+        passes, never instead of one. Raises AccountingError ``accounting.ledger_…``; nothing is changed then.
+        """
+        with self.transaction("IMMEDIATE") as connection:
+            return thinning.thin(connection, store.microseconds(now), limit)
 
     def reader(self) -> LedgerReader:
         """Open the same file for reading only: what takes long then holds up no pass. Raises AccountingError."""

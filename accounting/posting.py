@@ -5,6 +5,8 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
+from accounting import balances
+from accounting.clock import SLACK
 from accounting.model import Gap
 from accounting.settle import (
     NOTHING,
@@ -41,8 +43,6 @@ _UPSERT_PROCESS = (
     " io_read = excluded.io_read, io_written = excluded.io_written, parent = excluded.parent"
 )
 
-_SLACK = 3600 * 10**6  # microseconds; NTP steps a clock by less, an operator who mends one by more
-
 
 def read_books(connection: sqlite3.Connection) -> Books:
     """Give the levels of every counter and process.
@@ -66,8 +66,9 @@ def read_books(connection: sqlite3.Connection) -> Books:
 
 def begin_pass(connection: sqlite3.Connection, at: int) -> tuple[int, int | None]:
     """Number a pass at ``at`` (microseconds); give its ``seq`` and when the one before was."""
-    row = connection.execute("SELECT at FROM pass ORDER BY seq DESC LIMIT 1").fetchone()
-    previous = None if row is None else int(row[0])
+    previous = None
+    for last, previous in connection.execute("SELECT seq, at FROM pass ORDER BY seq DESC LIMIT 1").fetchall():
+        balances.strike(connection, last, previous, at)
     cursor = connection.execute("INSERT INTO pass (at, previous_at) VALUES (?, ?)", (at, previous))
     seq = int(cursor.lastrowid or 0)
     _keep_period(connection, seq, at)
@@ -80,7 +81,7 @@ def _keep_period(connection: sqlite3.Connection, seq: int, at: int) -> None:
     row = connection.execute("SELECT id, day, began FROM period WHERE until_seq IS NULL").fetchone()
     if row is not None:
         number, under_way, began = row
-        if day <= under_way and at >= began - _SLACK:
+        if day <= under_way and at >= began - SLACK:
             return
         connection.execute("UPDATE period SET until_seq = ? WHERE id = ?", (seq - 1, number))
     connection.execute("INSERT INTO period (day, began, first_seq) VALUES (?, ?, ?)", (day, at, seq))

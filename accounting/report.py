@@ -11,18 +11,15 @@ import re
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, NamedTuple
 
+from accounting import balances
 from accounting.model import DENIED, AddressUsage, Gap, PartitionUsage, UsageReport
-from accounting.schema import AMOUNT_COLUMNS
 from accounting.settle import CPU, IO_READ, IO_WRITE, NOTHING, TRAFFIC, Amounts
 from accounting.store import microseconds
 
 if TYPE_CHECKING:
     import sqlite3
-    from collections.abc import Iterable, Sequence
 
 _TIMELESS = 2**62  # later than any clock, in microseconds
-_COLUMNS = ", ".join(AMOUNT_COLUMNS)
-_SUMS = ", ".join(f"sum(sample.{column})" for column in AMOUNT_COLUMNS)
 
 
 class _Owner(NamedTuple):
@@ -49,7 +46,7 @@ def usage(
     after = -_TIMELESS if start is None else microseconds(start)
     until = _TIMELESS if end is None else microseconds(end)
     owners = _owners(connection, partition)
-    sums = _sums(connection, owners, _amounts(connection, start, end))
+    sums = _sums(connection, owners, balances.used(connection, after, until))
     first, last = _last_pass(connection, after), _last_pass(connection, until)
     gauges = _gauges(connection, last)
     partitions = [
@@ -88,39 +85,6 @@ def _owners(connection: sqlite3.Connection, partition: str | None) -> list[_Owne
 def _natural(name: str) -> tuple[str, int, str]:
     digits = re.search(r"[0-9]{1,18}$", name)
     return (name[: digits.start()], int(digits.group()), name) if digits else (name, -1, name)
-
-
-def _amounts(connection: sqlite3.Connection, start: float | None, end: float | None) -> dict[int, Amounts]:
-    """Give what each account got in the interval; accounts that got nothing may be missing."""
-    if start is None:
-        rows = connection.execute(f"SELECT id, {_COLUMNS} FROM account")  # noqa: S608 (our own column names)
-        found = _by_account(rows)
-        # From the totals, not from the samples: right also where old samples were dropped.
-        later = _sampled(connection, microseconds(end), _TIMELESS) if end is not None else {}
-        for account, amounts in later.items():
-            found[account] = _subtract(found[account], amounts)
-        return found
-    return _sampled(connection, microseconds(start), _TIMELESS if end is None else microseconds(end))
-
-
-def _sampled(connection: sqlite3.Connection, after: int, until: int) -> dict[int, Amounts]:
-    # CROSS JOIN fixes the order: passes by time, then their samples; without statistics SQLite may scan
-    # samples.
-    rows = connection.execute(
-        f"SELECT account, {_SUMS} FROM pass CROSS JOIN sample ON sample.seq = pass.seq"  # noqa: S608 (likewise)
-        " WHERE pass.at > ? AND pass.at <= ? GROUP BY account",
-        (after, until),
-    )
-    return _by_account(rows)
-
-
-def _by_account(rows: Iterable[Sequence[int]]) -> dict[int, Amounts]:
-    return {account: (a, b, c, d, e) for account, a, b, c, d, e in rows}
-
-
-def _subtract(whole: Amounts, part: Amounts) -> Amounts:
-    a, b, c, d, e = (x - y for x, y in zip(whole, part, strict=True))
-    return (a, b, c, d, e)
 
 
 def _sums(

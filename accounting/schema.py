@@ -15,7 +15,7 @@ _AMOUNTS = ", ".join(f"{column} INTEGER NOT NULL" for column in AMOUNT_COLUMNS)
 
 _FIRST = f"""
 -- One row per pass. seq is the order in which passes happened and never goes back; at is the wall clock
--- then, which may. Thinning will join old passes: their samples move to the last of them, whose previous_at
+-- then, which may. Thinning joins old passes: their samples move to the last of them, whose previous_at
 -- becomes the first's.
 CREATE TABLE pass (seq INTEGER PRIMARY KEY, at INTEGER NOT NULL, previous_at INTEGER) STRICT;
 CREATE INDEX pass_at ON pass (at);
@@ -70,7 +70,7 @@ PRAGMA application_id = {APPLICATION_ID};
 PRAGMA user_version = 1;
 """
 
-_SECOND = """
+_SECOND = f"""
 -- What each process had read from disks and written to them when it was last seen, and the pid of its parent.
 ALTER TABLE process ADD COLUMN io_read INTEGER NOT NULL DEFAULT 0;
 ALTER TABLE process ADD COLUMN io_written INTEGER NOT NULL DEFAULT 0;
@@ -112,6 +112,19 @@ CREATE TABLE incident (
     begun INTEGER NOT NULL, seen INTEGER NOT NULL, ended INTEGER, reported INTEGER NOT NULL DEFAULT 0, reason TEXT NOT NULL
 ) STRICT;
 CREATE UNIQUE INDEX incident_open ON incident (partition, kind, name) WHERE ended IS NULL;
+
+-- What every account had after some passes (nothing: it had nothing), so that usage of a long interval is a difference and few
+-- samples. ends: the seconds of the longest stretch of the clock that ended with the pass, an hour, a day or a week.
+CREATE TABLE balanced (seq INTEGER PRIMARY KEY, ends INTEGER NOT NULL) STRICT;
+CREATE TABLE balance (
+    seq INTEGER NOT NULL, account INTEGER NOT NULL, {_AMOUNTS}, PRIMARY KEY (seq, account)
+) STRICT, WITHOUT ROWID;
+
+-- One row: how long the kernel boot had been up at a pass (microseconds), which no clock that is set changes, and what the
+-- clock said then; jumped: the pass at which it was last found to have been set, by the clock (NULL: never).
+CREATE TABLE clock (
+    id INTEGER PRIMARY KEY CHECK (id = 1), boot TEXT NOT NULL, uptime INTEGER NOT NULL, at INTEGER NOT NULL, jumped INTEGER
+) STRICT;
 
 PRAGMA user_version = 2;
 """

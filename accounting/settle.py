@@ -30,6 +30,8 @@ NOTHING: Amounts = (0, 0, 0, 0, 0)
 
 LARGEST = 2**63 - 1  # of an SQLite integer; the kernel's 64th bit is some 9 exabytes away
 MICROSECONDS = 1_000_000
+# what datetime can say: the years 1 to 9999
+_FIRST_TIME, _LAST_TIME = -62_135_596_800, 253_402_300_800
 TRAFFIC = "traffic"
 CPU = "cpu_seconds"
 IO_READ = "io_read_bytes"
@@ -104,8 +106,10 @@ class Settlement:
 
 def settle(reading: Pass, books: Books) -> Settlement:
     """Compare a pass with the books. Raises AccountingError ``accounting.reading``; changes nothing."""
-    if not math.isfinite(reading.at):
+    if not (math.isfinite(reading.at) and _FIRST_TIME <= reading.at < _LAST_TIME):
         raise _refuse("the clock", f"is no time: {reading.at}")
+    if reading.uptime is not None and not 0 <= reading.uptime < _LAST_TIME:
+        raise _refuse("the uptime", f"is no time: {reading.uptime}")
     settlement = Settlement()
     for meter, level in _levels(reading).items():
         last = books.levels.get(meter)

@@ -24,7 +24,7 @@ def process(pid, cpu, *, partition="slappart0", started=1, boot="b1", io=(None, 
     return ProcessReading(partition, boot, pid, started, cpu, *io, parent)
 
 
-def a_pass(at, *readings, owners=None, processes=None):
+def a_pass(at, *readings, owners=None, processes=None, boot="", uptime=None):
     """A pass of readings of any kind; partitions are free unless owners are given."""
     kinds = {TrafficReading: [], CountReading: [], GaugeReading: []}
     for reading in readings:
@@ -36,6 +36,8 @@ def a_pass(at, *readings, owners=None, processes=None):
         tuple(kinds[CountReading]),
         tuple(kinds[GaugeReading]),
         None if processes is None else tuple(processes),
+        boot,
+        uptime,
     )
 
 
