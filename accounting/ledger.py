@@ -12,7 +12,7 @@ import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Self
 
-from accounting import incidents, intake, posting, report, store, thinning
+from accounting import incidents, intake, memory, posting, report, store, thinning
 from accounting.clock import keep_clock
 from accounting.errors import AccountingError
 from accounting.settle import settle
@@ -121,6 +121,7 @@ class Ledger(LedgerReader):
 
     def __init__(self, path: Path, *, clock: Callable[[], float] = time.time) -> None:
         self._clock = clock
+        self._memory: memory.Memory | None = None
         self.recovered: str | None = None
         written = store.last_written(path)  # before it is opened, which may write what is left in its WAL
         try:
@@ -150,17 +151,25 @@ class Ledger(LedgerReader):
         ``…_unavailable`` (all retryable: the next pass makes up for this one), ``…_damaged`` (call
         ``recover``).
         """
-        with self.transaction("IMMEDIATE") as connection:
-            books = posting.read_books(connection)
-            settled = settle(reading, books)
-            at = store.microseconds(reading.at)
-            seq, previous = posting.begin_pass(connection, at)
-            owners = posting.present_owners(connection, seq, reading, settled)
-            posting.post(connection, seq, settled, owners)
-            posting.post_gauges(connection, seq, reading.gauges, owners)
-            posting.end_damage(connection, reading, books, at)
-            jumps = keep_clock(connection, reading, previous, at)
-            return (*jumps, *posting.post_gaps(connection, settled, previous, at))
+        with self._lock:
+            # whatever fails, and even if only the answer to the commit is lost, the next pass reads all anew
+            kept, self._memory = self._memory, None
+            with self.transaction("IMMEDIATE") as connection:
+                if kept is None or not kept.holds(connection):
+                    kept = memory.read(connection)
+                books = kept.books(connection)
+                settled = settle(reading, books)
+                at = store.microseconds(reading.at)
+                seq, previous = posting.begin_pass(connection, at)
+                owners = posting.present_owners(connection, seq, reading, settled)
+                posting.post(connection, seq, settled, owners, kept)
+                posting.post_gauges(connection, seq, reading.gauges, owners, kept)
+                posting.end_damage(connection, reading, books, at)
+                jumps = keep_clock(connection, reading, previous, at)
+                gaps = (*jumps, *posting.post_gaps(connection, settled, previous, at))
+            kept.posted(seq, settled)
+            self._memory = kept
+            return gaps
 
     def thin(self, now: float, limit: float) -> bool:
         """Join old passes for about ``limit`` seconds, in one transaction; say whether there is more to do.
@@ -211,6 +220,7 @@ class Ledger(LedgerReader):
         with self._lock:
             written = store.last_written(self.path)
             self._connection.close()
+            self._memory = None
             self._connection, sentence = _begin_anew(self.path, self._clock(), written, reason)
             self.recovered = sentence
             return sentence

@@ -1,4 +1,4 @@
-"""Reads the books and posts a settled pass. Every function runs inside the caller's transaction."""
+"""Posts a settled pass. Every function runs inside the caller's transaction."""
 
 from __future__ import annotations
 
@@ -11,10 +11,7 @@ from accounting.model import Gap
 from accounting.settle import (
     NOTHING,
     Books,
-    Level,
     Meter,
-    ProcessKey,
-    ProcessLevel,
     Settlement,
     restart_reasons,
 )
@@ -24,13 +21,13 @@ if TYPE_CHECKING:
     import sqlite3
     from collections.abc import Mapping
 
+    from accounting.memory import Memory
     from accounting.model import GaugeReading, Pass
 
-_UPSERT_LEVEL = (
-    "INSERT INTO level VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
-    " ON CONFLICT DO UPDATE SET epoch = excluded.epoch, bytes_in = excluded.bytes_in,"
-    " bytes_out = excluded.bytes_out, packets_in = excluded.packets_in, packets_out = excluded.packets_out,"
-    " quantity = excluded.quantity"
+_INSERT_LEVEL = "INSERT INTO level VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+_UPDATE_LEVEL = (
+    "UPDATE level SET epoch = ?, bytes_in = ?, bytes_out = ?, packets_in = ?, packets_out = ?, quantity = ?"
+    " WHERE partition = ? AND name = ? AND address = ? AND family = ? AND scope = ?"
 )
 _ADD_TO_ACCOUNT = (
     "UPDATE account SET bytes_in = bytes_in + ?, bytes_out = bytes_out + ?, packets_in = packets_in + ?,"
@@ -42,26 +39,6 @@ _UPSERT_PROCESS = (
     " ON CONFLICT DO UPDATE SET partition = excluded.partition, cpu = excluded.cpu,"
     " io_read = excluded.io_read, io_written = excluded.io_written, parent = excluded.parent"
 )
-
-
-def read_books(connection: sqlite3.Connection) -> Books:
-    """Give the levels of every counter and process.
-
-    They are read anew for each pass and not kept in memory: then a pass that failed, or one that another
-    process recorded (``partitiond sync usage`` without a daemon), can not make two truths.
-    """
-    levels = {
-        Meter(p, n, a, f, s): Level(epoch, (v, w, x, y, z))
-        for p, n, a, f, s, epoch, v, w, x, y, z in connection.execute("SELECT * FROM level")
-    }
-    processes = {
-        ProcessKey(pid, started, boot): ProcessLevel(*level)
-        for pid, started, boot, *level in connection.execute(
-            "SELECT pid, started, boot, partition, cpu, io_read, io_written, parent FROM process"
-        )
-    }
-    pending = {what for (what,) in connection.execute("SELECT what FROM pending")}
-    return Books(levels, processes, READINGS in pending, PROCESSES in pending)
 
 
 def begin_pass(connection: sqlite3.Connection, at: int) -> tuple[int, int | None]:
@@ -116,18 +93,27 @@ def present_owners(
     return owners
 
 
-def post(connection: sqlite3.Connection, seq: int, settled: Settlement, owners: Mapping[str, int]) -> None:
+def post(
+    connection: sqlite3.Connection, seq: int, settled: Settlement, owners: dict[str, int], memory: Memory
+) -> None:
     """Add the amounts to the accounts of the present owners, and store the new levels."""
-    accounts = _accounts(connection, settled, owners)
+    accounts = memory.accounts_of(connection, owners)
+    _open_accounts(connection, settled, owners, accounts)
     amounts = [(meter, amount) for meter, amount in settled.amounts.items() if amount != NOTHING]
     connection.executemany(_ADD_TO_ACCOUNT, [(*amount, accounts[meter]) for meter, amount in amounts])
     connection.executemany(
         "INSERT INTO sample VALUES (?, ?, ?, ?, ?, ?, ?)",
         sorted((seq, accounts[meter], *amount) for meter, amount in amounts),
     )
-    connection.executemany(
-        _UPSERT_LEVEL, [(*meter, level.epoch, *level.raw) for meter, level in settled.levels.items()]
-    )
+    # an insertion that becomes an update costs twice what either does
+    known, new = [], []
+    for meter, (epoch, raw) in settled.levels.items():
+        if meter in memory.levels:
+            known.append((epoch, *raw, *meter))
+        else:
+            new.append((*meter, epoch, *raw))
+    connection.executemany(_UPDATE_LEVEL, known)
+    connection.executemany(_INSERT_LEVEL, new)
     connection.executemany(
         "DELETE FROM process WHERE pid = ? AND started = ? AND boot = ?", list(settled.ended)
     )
@@ -135,16 +121,17 @@ def post(connection: sqlite3.Connection, seq: int, settled: Settlement, owners: 
 
 
 def post_gauges(
-    connection: sqlite3.Connection, seq: int, gauges: tuple[GaugeReading, ...], owners: Mapping[str, int]
+    connection: sqlite3.Connection,
+    seq: int,
+    gauges: tuple[GaugeReading, ...],
+    owners: Mapping[str, int],
+    memory: Memory,
 ) -> None:
     """Store the gauges that differ from their last value under the same owner."""
-    known = {
-        (owner, name): (gauge, value)
-        for gauge, owner, name, value in connection.execute("SELECT id, owner, name, value FROM gauge")
-    }
+    changed = []
     for reading in gauges:
         owner = owners[reading.partition]
-        gauge, value = known.get((owner, reading.name), (None, None))
+        gauge, value = memory.gauges.get((owner, reading.name), (None, None))
         if value == reading.value:
             continue
         if gauge is None:
@@ -152,12 +139,11 @@ def post_gauges(
                 "INSERT INTO gauge (owner, name, first_seq, seq, value) VALUES (?, ?, ?, ?, ?)",
                 (owner, reading.name, seq, seq, reading.value),
             )
-            gauge = cursor.lastrowid
-        else:
-            connection.execute(
-                "UPDATE gauge SET seq = ?, value = ? WHERE id = ?", (seq, reading.value, gauge)
-            )
-        connection.execute("INSERT INTO gauge_sample VALUES (?, ?, ?)", (seq, gauge, reading.value))
+            gauge = int(cursor.lastrowid or 0)
+        memory.gauges[owner, reading.name] = (gauge, reading.value)
+        changed.append((seq, reading.value, gauge))
+    connection.executemany("UPDATE gauge SET seq = ?, value = ? WHERE id = ?", changed)
+    connection.executemany("INSERT INTO gauge_sample (seq, value, gauge) VALUES (?, ?, ?)", changed)
 
 
 def post_gaps(
@@ -199,20 +185,14 @@ def end_damage(connection: sqlite3.Connection, reading: Pass, books: Books, at: 
         connection.execute("DELETE FROM pending WHERE what = ?", (what,))
 
 
-def _accounts(
-    connection: sqlite3.Connection, settled: Settlement, owners: Mapping[str, int]
-) -> dict[Meter, int]:
-    """Give the account of each meter of the pass under its partition's owner; open those that lack."""
-    rows = connection.execute(
-        "SELECT account.id, partition, name, address, family, scope FROM account"
-        " JOIN owner ON owner.id = account.owner WHERE until_seq IS NULL"
-    )
-    accounts = {Meter(p, n, a, f, s): account for account, p, n, a, f, s in rows}
-    for meter in [meter for meter in settled.amounts if meter not in accounts]:
+def _open_accounts(
+    connection: sqlite3.Connection, settled: Settlement, owners: Mapping[str, int], accounts: dict[Meter, int]
+) -> None:
+    """Open those accounts that meters of the pass lack under their partition's owner."""
+    for meter in [one for one in settled.amounts if one not in accounts]:
         cursor = connection.execute(
             "INSERT INTO account (owner, name, address, family, scope, bytes_in, bytes_out, packets_in,"
             " packets_out, quantity) VALUES (?, ?, ?, ?, ?, 0, 0, 0, 0, 0)",
             (owners[meter.partition], *meter[1:]),
         )
         accounts[meter] = int(cursor.lastrowid or 0)
-    return accounts

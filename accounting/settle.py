@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 from accounting.errors import AccountingError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Iterable, Mapping
 
     from accounting.model import CountReading, GaugeReading, Pass, ProcessReading
 
@@ -111,13 +111,14 @@ def settle(reading: Pass, books: Books) -> Settlement:
     if reading.uptime is not None and not 0 <= reading.uptime < _LAST_TIME:
         raise _refuse("the uptime", f"is no time: {reading.uptime}")
     settlement = Settlement()
+    levels, amounts = books.levels, settlement.amounts
     for meter, level in _levels(reading).items():
-        last = books.levels.get(meter)
-        settlement.amounts[meter] = _difference(
-            meter, level, last, settlement, skip_new=books.skip_new_readings
-        )
-        if level != last:
-            settlement.levels[meter] = level
+        last = levels.get(meter)
+        if level == last:
+            amounts[meter] = NOTHING
+            continue
+        amounts[meter] = _difference(meter, level, last, settlement, skip_new=books.skip_new_readings)
+        settlement.levels[meter] = level
     if reading.processes is not None:
         _settle_processes(reading.processes, books, settlement)
     check_gauges(reading.gauges)
@@ -150,8 +151,6 @@ def _difference(
 ) -> Amounts:
     if last is None:
         return NOTHING if skip_new else level.raw
-    if level == last:
-        return NOTHING
     # Element by element, not with zip in a comprehension: this runs for each counter of the node in each
     # pass.
     new, old = level.raw, last.raw
@@ -164,26 +163,31 @@ def _difference(
 
 def _levels(reading: Pass) -> dict[Meter, Level]:
     found: dict[Meter, Level] = {}
-    for meter, level in _traffic_and_counts(reading):
-        if meter in found:
-            raise _refuse("/".join(filter(None, meter)), "is given twice in one pass")
-        if min(level.raw) < 0 or max(level.raw) > LARGEST:
-            raise _refuse("/".join(filter(None, meter)), f"is not within 0 and 2^63-1: {level.raw}")
-        found[meter] = level
-    return found
-
-
-def _traffic_and_counts(reading: Pass) -> Iterator[tuple[Meter, Level]]:
-    for t in reading.traffic:
-        meter = Meter(t.partition, TRAFFIC, t.address, t.family, t.scope)
-        yield meter, Level(t.epoch, (t.bytes_in, t.bytes_out, t.packets_in, t.packets_out, 0))
+    # What makes a Meter and a Level without a call of a function each: this runs for each counter of the node.
+    make = tuple.__new__
+    for partition, address, family, scope, epoch, a, b, c, d in reading.traffic:
+        meter = make(Meter, (partition, TRAFFIC, address, family, scope))
+        if meter in found or (a | b | c | d) >> 63:
+            raise _wrong(meter, found, (a, b, c, d))
+        found[meter] = make(Level, (epoch, (a, b, c, d, 0)))
     for count in reading.counts:
         if count.name in (CPU, IO_READ, IO_WRITE) and reading.processes is not None:
             raise _refuse(
                 f"{count.partition}/{count.name}",
                 "is given as a count and by processes: it would count twice",
             )
-        yield Meter(count.partition, count.name), Level(count.epoch, (0, 0, 0, 0, _quantity(count)))
+        meter, value = Meter(count.partition, count.name), _quantity(count)
+        if meter in found or value >> 63:
+            raise _wrong(meter, found, (value,))
+        found[meter] = Level(count.epoch, (0, 0, 0, 0, value))
+    return found
+
+
+def _wrong(meter: Meter, found: Mapping[Meter, Level], values: tuple[int, ...]) -> AccountingError:
+    where = "/".join(filter(None, meter))
+    if meter in found:
+        return _refuse(where, "is given twice in one pass")
+    return _refuse(where, f"is not within 0 and 2^63-1: {values}")
 
 
 def _quantity(count: CountReading) -> int:
@@ -201,11 +205,12 @@ def _settle_processes(processes: Iterable[ProcessReading], books: Books, settlem
     present: dict[ProcessKey, ProcessReading] = {}
     for process in processes:
         key = ProcessKey(process.pid, process.started, process.boot)
-        where = f"{process.partition}/process {process.pid}"
+        cpu, read, written = process.cpu_microseconds, process.io_read_bytes, process.io_write_bytes
         if key in present:
-            raise _refuse(where, "is given twice in one pass")
-        for value in (process.cpu_microseconds, process.io_read_bytes or 0, process.io_write_bytes or 0):
-            _check(where, value)
+            raise _refuse(f"{process.partition}/process {process.pid}", "is given twice in one pass")
+        if (cpu | (read or 0) | (written or 0)) >> 63:
+            where = f"{process.partition}/process {process.pid}"
+            raise _refuse(where, f"is not within 0 and 2^63-1: {(cpu, read, written)}")
         present[key] = process
     settlement.ended.extend(key for key in books.processes if key not in present)
     waited_for = _waited_for(present, settlement.ended, books.processes)
@@ -216,23 +221,26 @@ def _settle_processes(processes: Iterable[ProcessReading], books: Books, settlem
         # A process whose partition differs has changed its user: the level is still its own.
         before = last or (level if books.skip_new_processes else ProcessLevel("", 0))
         read, written = waited_for.get(key, (0, 0))
-        amounts = [(CPU, level.cpu - before.cpu)]
+        _add(used, level.partition, CPU, level.cpu - before.cpu)
         if process.io_read_bytes is not None:
-            amounts.append((IO_READ, max(0, level.io_read - before.io_read - read)))
+            _add(used, level.partition, IO_READ, max(0, level.io_read - before.io_read - read))
         if process.io_write_bytes is not None:
-            amounts.append((IO_WRITE, max(0, level.io_written - before.io_written - written)))
-        for name, amount in amounts:
-            account = (level.partition, name)
-            used[account] = used.get(account, 0) + amount
+            _add(used, level.partition, IO_WRITE, max(0, level.io_written - before.io_written - written))
         if level != last:
             settlement.processes[key] = level
     for (partition, name), amount in used.items():
-        settlement.amounts[Meter(partition, name)] = (0, 0, 0, 0, amount)
+        settlement.amounts[Meter(partition, name)] = (0, 0, 0, 0, amount) if amount else NOTHING
+
+
+def _add(used: dict[tuple[str, str], int], partition: str, name: str, amount: int) -> None:
+    used[partition, name] = used.get((partition, name), 0) + amount
 
 
 def _process_level(process: ProcessReading, last: ProcessLevel | None) -> ProcessLevel:
     """Give the new level: never below the last one, since an amount that was taken back would be counted again."""
-    cpu, read, written = last[1:4] if last else (0, 0, 0)
+    if last is None:
+        last = ProcessLevel("", 0)
+    _, cpu, read, written, _ = last
     return ProcessLevel(
         process.partition,
         max(process.cpu_microseconds, cpu),
