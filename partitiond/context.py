@@ -65,7 +65,7 @@ class Context:
     ``applying`` is held while the node is being changed; ``node`` is what the last look at it gave, ``choice`` the
     addresses that it gave to the partitions, ``looked`` what the last look at the whole node led to. ``looking`` is called
     right before such a look: what was told of the node until then is answered by it. ``links`` are those that somebody who
-    listens knows, None where nobody does.
+    listens knows, None where nobody does. ``taken_in_at`` is when partitions were last asked for their own usage files.
     """
 
     current: Settings
@@ -77,6 +77,7 @@ class Context:
     node: Node | None = None
     choice: Choice | None = None
     looked: Looked | None = None
+    taken_in_at: float | None = None
     stop: threading.Event = field(default_factory=threading.Event)
     applying: threading.RLock = field(default_factory=threading.RLock)
     wake_report: Callable[[], None] = _nobody

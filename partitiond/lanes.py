@@ -176,10 +176,10 @@ def instance(context: Context, *, force: bool = False, only: frozenset[str] = fr
     return instances.run_pass(context, target, wishes, known=known, force=force, only=only)
 
 
-def report(context: Context, *, force: bool = False) -> Result:
+def report(context: Context, *, asked: bool = False, force: bool = False) -> Result:
     """Tell the master what was used, and finish the destroyed partitions."""
     node = converge.observe(context).node
-    return reports.run_pass(context, node, ask=lambda: ask(context), force=force)
+    return reports.run_pass(context, node, ask=lambda: ask(context), asked=asked, force=force)
 
 
 def usage(context: Context) -> Result:
@@ -200,7 +200,7 @@ def run(context: Context, lane: str, *, force: bool = False) -> Result:
         "capacity": lambda: capacity(context),
         "software": lambda: software(context, force=force),
         "instances": lambda: instance(context, force=force),
-        "report": lambda: report(context, force=force),
+        "report": lambda: report(context, asked=True, force=force),
         "usage": lambda: usage(context),
     }
     return passes[lane]()

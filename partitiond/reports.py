@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from accounting import documents, outbox
 from accounting.errors import AccountingError
 from netplan.errors import NetplanError
-from partitiond import instances
+from partitiond import instances, usage_intake
 from partitiond.errors import PartitiondError, sentence
 from partitiond.passes import Result, pause_after
 from slap_client.errors import SlapError
@@ -29,20 +29,26 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _DAY = 86400.0
+_SOONER = 0.8  # the lane's pauses are jittered
 _HINT = "partitiond report list shows it; then report resend or report drop"
 # what a master says of a document, and not of who sends it: RFC 9110, sections 15.5.1, 15.5.14 to 15.5.16 and 15.5.21
 _OF_THE_DOCUMENT = frozenset({400, 413, 414, 415, 422})
 
 
-def run_pass(context: Context, node: Node, *, ask: Callable[[], object], force: bool = False) -> Result:
-    """Make the documents that are due, send what waits, and finish the instances that are to be destroyed.
+def run_pass(
+    context: Context, node: Node, *, ask: Callable[[], object], asked: bool = True, force: bool = False
+) -> Result:
+    """Take in what partitions say of themselves, make the documents that are due, send what waits, and finish the instances
+    that are to be destroyed.
 
-    ``ask`` puts a harmless question to the master; ``force``: also what would wait because an answer got lost a moment ago.
+    ``ask`` puts a harmless question to the master. ``asked``: somebody wants the pass now; else partitions are asked once in a
+    ``report_interval``, and when a day has ended. ``force``: also what would wait because an answer got lost a moment ago.
     Raises SlapError when the master does not take anything now, after all that can be done without it.
     """
     result = Result([], [])
     away: SlapError | None = None
     try:
+        _take_in(context, node, result, asked=asked)
         _make(context, result)
         _make_last(context, node, result)
         _send(context, ask, result, force=force)
@@ -58,6 +64,20 @@ def run_pass(context: Context, node: Node, *, ask: Callable[[], object], force: 
     if away is not None:
         raise away
     return result
+
+
+def _take_in(context: Context, node: Node, result: Result, *, asked: bool) -> None:
+    """Have partitions report, where it is time for that."""
+    now = context.clock()
+    if context.taken_in_at is None:
+        context.taken_in_at = now  # a daemon that is restarted does not have all of them report each time
+    late = not 0 <= now - context.taken_in_at < _SOONER * context.config.intervals.report
+    if asked or late or context.meters.has_due():
+        context.taken_in_at = now
+        resources = context.config.accounting.tariff.partition_resources
+        taken = usage_intake.run(context, node, context.meters.ledger(), resources)
+        result.done += taken.done
+        result.failures += taken.failures
 
 
 def _make(context: Context, result: Result) -> None:
@@ -86,7 +106,11 @@ def _make_last(context: Context, node: Node, result: Result) -> None:
             continue
         _settle(context, node, partition)
         tariff, computer, now = context.config.accounting.tariff, context.config.computer_id, context.clock()
-        with context.meters.ledger().transaction("IMMEDIATE") as connection:
+        ledger = context.meters.ledger()
+        taken = usage_intake.final(context, partition, ledger, tariff.partition_resources)
+        result.done += taken.done
+        result.failures += taken.failures
+        with ledger.transaction("IMMEDIATE") as connection:
             drafts = documents.gather_last(
                 connection, partition.id, state.instance_guid, tariff, computer, now
             )

@@ -301,7 +301,7 @@ def test_killed_while_it_sends(days):
 
 def test_the_last_usage_goes_out_before_the_destroy_is_told(days, monkeypatch):
     days.use()
-    partition = SimpleNamespace(id="slappart0")
+    partition = SimpleNamespace(id="slappart0", path=days.file.parent / "instance" / "slappart0")
     days.node = SimpleNamespace(partitions=(partition,))
     context = days.context
     state = InstanceState("slappart0", life="destroying", instance_guid="SOFTINST-0", wanted="destroyed")
