@@ -109,14 +109,14 @@ class DiskMeter:
         if self._partition == partition:
             self.close()
 
-    def measure(self, trees: Mapping[str, Path]) -> dict[str, DiskUsage]:
+    def measure(self, trees: Mapping[str, Path], seconds: float | None = None) -> dict[str, DiskUsage]:
         """Walk on through ``trees`` (partition → top directory), each at most once per call.
 
         Gives what was worked on in this call: trees that were finished, and perhaps one that was not. Those
         missing have their turn in the next calls. A tree that does not exist uses nothing. Raises nothing
-        of its own.
+        of its own. ``seconds``: for this call, in place of ``seconds_per_pass``.
         """
-        deadline = self._clock() + self._seconds_per_pass
+        deadline = self._clock() + (self._seconds_per_pass if seconds is None else seconds)
         steps = self._entries_per_pass
         if self._walk is not None and self._walk.top != trees.get(self._partition):
             self.close()

@@ -99,11 +99,13 @@ def post(
     """Add the amounts to the accounts of the present owners, and store the new levels."""
     accounts = memory.accounts_of(connection, owners)
     _open_accounts(connection, settled, owners, accounts)
-    amounts = [(meter, amount) for meter, amount in settled.amounts.items() if amount != NOTHING]
-    connection.executemany(_ADD_TO_ACCOUNT, [(*amount, accounts[meter]) for meter, amount in amounts])
+    amounts = sorted(
+        (accounts[meter], amount) for meter, amount in settled.amounts.items() if amount is not NOTHING
+    )
+    connection.executemany(_ADD_TO_ACCOUNT, [(*amount, account) for account, amount in amounts])
     connection.executemany(
         "INSERT INTO sample VALUES (?, ?, ?, ?, ?, ?, ?)",
-        sorted((seq, accounts[meter], *amount) for meter, amount in amounts),
+        [(seq, account, *amount) for account, amount in amounts],
     )
     # an insertion that becomes an update costs twice what either does
     known, new = [], []

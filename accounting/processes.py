@@ -3,7 +3,7 @@
 /proc is read directly and not by psutil, for two reasons. A process must be known again in the next pass,
 or its whole time is charged twice: psutil names it by pid and a start in wall-clock time, which changes
 when the clock is set, while the kernel's own start is in ticks since boot and never does. And it takes a
-third of the time (1000 processes on a shared core: 20 ms, against 68 ms with psutil 7.2).
+quarter of the time (1000 processes, most of them idle, on a shared core: 17 ms, against 66 ms with psutil 7.2).
 
 What is not seen: a process that started and ended between two passes, and what a process used after the
 last pass that saw it, but for the input and output of those that a process of the partition waited for.
@@ -29,6 +29,9 @@ _READ = 8192  # bytes; stat is one line, and in status Uid stands before what ma
 _ZOMBIES = (b"Z", b"X")
 _OPEN = os.O_RDONLY | os.O_CLOEXEC
 _IO = [b"read_bytes:", b"write_bytes:"]  # the fifth and the sixth line
+# What a process that seems idle has read and written is read every so many scans. Seems idle: less than a tick of
+# processor time (10 ms), no page fault, no child that it waited for. Most are, and io costs a third of the scan.
+_IDLE_SCANS = 6
 _ALWAYS_DUMPABLE = b"1"
 
 
@@ -53,8 +56,20 @@ class ProcessScan:
         )
 
 
+class _Io(NamedTuple):
+    """Bytes read and written, and the ``activity`` that its stat told then."""
+
+    activity: tuple[bytes, ...]
+    read: int | None
+    written: int | None
+
+
+_NO_IO = _Io((), None, None)
+
+
 class _Stat(NamedTuple):
     state: bytes
+    activity: tuple[bytes, ...]
     parent: int
     ticks: int
     started: int
@@ -73,6 +88,8 @@ class ProcessMeter:
         self._proc = os.fspath(proc)
         self._microseconds_per_tick = 1_000_000 // os.sysconf("SC_CLK_TCK")
         self._page = os.sysconf("SC_PAGE_SIZE")
+        self._scans = 0
+        self._last_io: dict[tuple[int, int], _Io] = {}
         try:
             self._boot = (proc / "sys/kernel/random/boot_id").read_text("ascii").strip()
         except OSError as error:
@@ -93,22 +110,27 @@ class ProcessMeter:
         memory = dict.fromkeys(users.values(), 0)
         counts: Counter[str] = Counter(memory)
         unreadable = 0
-        for pid, partition, stat, (read, written) in self._found(users):
+        self._scans += 1
+        last_io, self._last_io = self._last_io, {}
+        for pid, partition, stat, io in self._found(users, last_io):
             if stat is None:
                 unreadable += 1
                 continue
             cpu = stat.ticks * self._microseconds_per_tick
             readings.append(
-                ProcessReading(partition, self._boot, pid, stat.started, cpu, read, written, stat.parent)
+                ProcessReading(
+                    partition, self._boot, pid, stat.started, cpu, io.read, io.written, stat.parent
+                )
             )
+            self._last_io[pid, stat.started] = io
             memory[partition] += stat.resident_pages * self._page
             counts[partition] += stat.state not in _ZOMBIES
         return ProcessScan(tuple(readings), memory, dict(counts), unreadable)
 
     def _found(
-        self, users: Mapping[int, str]
-    ) -> Iterator[tuple[int, str, _Stat | None, tuple[int | None, int | None]]]:
-        """Yield pid, partition, stat, and bytes read and written; no stat where a process could not be read."""
+        self, users: Mapping[int, str], last_io: Mapping[tuple[int, int], _Io]
+    ) -> Iterator[tuple[int, str, _Stat | None, _Io]]:
+        """Yield pid, partition, stat and io; no stat where a process could not be read."""
         try:
             proc = os.open(self._proc, _OPEN | os.O_DIRECTORY)
         except OSError as error:
@@ -120,11 +142,19 @@ class ProcessMeter:
                     partition, text = _charged(proc, pid, users, owners)
                     if partition is None:
                         continue
-                    yield int(pid), partition, _stat(text), _io(proc, pid)
+                    stat = _stat(text)
+                    io = last_io.get((int(pid), stat.started))
+                    if (
+                        io is None
+                        or io.activity != stat.activity
+                        or (int(pid) + self._scans) % _IDLE_SCANS == 0
+                    ):
+                        io = _Io(stat.activity, *_io(proc, pid))
+                    yield int(pid), partition, stat, io
                 except (FileNotFoundError, ProcessLookupError):  # it ended meanwhile
                     continue
                 except (OSError, ValueError, IndexError):
-                    yield int(pid), "", None, (None, None)
+                    yield int(pid), "", None, _NO_IO
         finally:
             os.close(proc)
 
@@ -164,14 +194,20 @@ def _real_uid(proc: int, pid: str) -> int:
 
 
 def _stat(text: bytes) -> _Stat:
-    """Parse proc_pid_stat(5): state (3), parent (4), utime and stime (14, 15), starttime (22), rss (24).
+    """Parse proc_pid_stat(5): state (3), parent (4), utime and stime (14, 15), starttime (22), rss (24); and as activity
+    state, page faults of its own and of the children that it waited for (10 to 13), utime and stime.
 
     utime and stime are of all threads, ended ones included. The name (2) is the tenant's to choose and
     may hold spaces and parentheses, so what follows is found from the last parenthesis.
     """
     fields = text[text.rindex(b")") + 2 :].split(None, 22)
     return _Stat(
-        fields[0], int(fields[1]), int(fields[11]) + int(fields[12]), int(fields[19]), int(fields[21])
+        fields[0],
+        (fields[0], *fields[7:13]),
+        int(fields[1]),
+        int(fields[11]) + int(fields[12]),
+        int(fields[19]),
+        int(fields[21]),
     )
 
 

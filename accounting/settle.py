@@ -13,6 +13,7 @@ Levels belong to the kernel's counter, not to whoever is charged, so a change of
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
@@ -167,8 +168,8 @@ def _levels(reading: Pass) -> dict[Meter, Level]:
     make = tuple.__new__
     for partition, address, family, scope, epoch, a, b, c, d in reading.traffic:
         meter = make(Meter, (partition, TRAFFIC, address, family, scope))
-        if meter in found or (a | b | c | d) >> 63:
-            raise _wrong(meter, found, (a, b, c, d))
+        if (a | b | c | d) >> 63:
+            raise _refuse("/".join(meter), f"is not within 0 and 2^63-1: {(a, b, c, d)}")
         found[meter] = make(Level, (epoch, (a, b, c, d, 0)))
     for count in reading.counts:
         if count.name in (CPU, IO_READ, IO_WRITE) and reading.processes is not None:
@@ -176,18 +177,18 @@ def _levels(reading: Pass) -> dict[Meter, Level]:
                 f"{count.partition}/{count.name}",
                 "is given as a count and by processes: it would count twice",
             )
-        meter, value = Meter(count.partition, count.name), _quantity(count)
-        if meter in found or value >> 63:
-            raise _wrong(meter, found, (value,))
-        found[meter] = Level(count.epoch, (0, 0, 0, 0, value))
+        value = _quantity(count)
+        _check(f"{count.partition}/{count.name}", value)
+        found[Meter(count.partition, count.name)] = Level(count.epoch, (0, 0, 0, 0, value))
+    if len(found) != len(reading.traffic) + len(reading.counts):
+        raise _refuse(_given_twice(reading), "is given twice in one pass")
     return found
 
 
-def _wrong(meter: Meter, found: Mapping[Meter, Level], values: tuple[int, ...]) -> AccountingError:
-    where = "/".join(filter(None, meter))
-    if meter in found:
-        return _refuse(where, "is given twice in one pass")
-    return _refuse(where, f"is not within 0 and 2^63-1: {values}")
+def _given_twice(reading: Pass) -> str:
+    names = Counter(f"{t.partition}/{t.address}/{t.family}/{t.scope}" for t in reading.traffic)
+    names.update(f"{count.partition}/{count.name}" for count in reading.counts)
+    return names.most_common(1)[0][0]
 
 
 def _quantity(count: CountReading) -> int:

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from accounting import documents
-from accounting.disk import DiskMeter
 from accounting.ledger import Ledger
 from accounting.model import CountReading, GaugeReading, Pass, TrafficReading
 from accounting.processes import ProcessMeter
@@ -16,6 +15,7 @@ from netplan import counters
 from netplan.bpf_state import read_refusals
 from netplan.once import once_each
 from partitiond import storage
+from partitiond.disk_sizes import DiskSizes, Tree
 from partitiond.rising_counts import RisingCounts
 
 if TYPE_CHECKING:
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from partitiond.context import Context
     from partitiond.node import Node, Partition
 
-_DISK_SECONDS = 300.0
 _OF_TAP = "tap-"
 
 _SHARED_ADDRESSES = {"ipv6": "::", "ipv4": "0.0.0.0"}  # noqa: S104 - nothing listens there
@@ -50,11 +49,8 @@ class Metering:
     _turn: threading.Lock = field(default_factory=threading.Lock)
     _ledger: Ledger | None = None
     _processes: ProcessMeter = field(default_factory=ProcessMeter)
-    _disk: DiskMeter = field(default_factory=lambda: DiskMeter(entries_per_pass=50_000, seconds_per_pass=0.5))
-    _disk_at: float = float("-inf")
-    # a partition may have several trees; the sizes are of those that were walked to their end
-    _disk_trees: frozenset[str] = frozenset()
-    _disk_bytes: dict[str, int] = field(default_factory=dict)
+    _sizes: DiskSizes = field(default_factory=DiskSizes)
+    _measured: dict[str, GaugeReading] = field(default_factory=dict)  # after the last pass, for the next one
     _denied: RisingCounts = field(default_factory=RisingCounts)
     _passes: int = 0
     _told: tuple[int, Recorded] = (0, Recorded())  # as of so many passes
@@ -63,8 +59,14 @@ class Metering:
     def record(self, context: Context, node: Node) -> tuple[Gap, ...]:
         """Read all meters and post them. Raises AccountingError, NetplanError; the next pass makes up for a failed one."""
         with self._turn:
+            trees = _trees(node)
+            if not self._sizes.knows(trees):
+                self._measure(trees)
             gaps = self._opened().record(self._read(context, node))
+            self._measured.clear()
             self._passes += 1
+            # the counters of a pass do not wait for walks
+            self._measure(trees)
             return gaps
 
     def ledger(self) -> Ledger:
@@ -99,15 +101,13 @@ class Metering:
     def forget(self, partition: str) -> None:
         """Let go of a partition's directories before they are emptied."""
         with self._turn:
-            for tree in self._disk_trees:
-                if _owner(tree) == partition:
-                    self._disk.forget(tree)
-                    self._disk_bytes.pop(tree, None)
+            self._sizes.forget(partition)
+            self._measured.pop(partition, None)
 
     def close(self) -> None:
         """Close the ledger; nothing is kept back in memory."""
         with self._turn:
-            self._disk.close()
+            self._sizes.close()
             if self._ledger is not None:
                 self._ledger.close()
                 self._ledger = None
@@ -127,43 +127,22 @@ class Metering:
             owners=owners,
             traffic=(*_addresses(reading, known), *_shared(reading, node), *_taps(known)),
             counts=(*_denied(reading, node), *_denied_calls(node)),
-            gauges=(*scan.gauges(), *self._disks(node)),
+            gauges=(*scan.gauges(), *(self._measured[one] for one in self._measured if one in known)),
             processes=scan.processes,
         )
 
-    def _disks(self, node: Node) -> Iterator[GaugeReading]:
-        # walking trees costs the most of all meters and says the least about the last seconds
-        if time.monotonic() - self._disk_at < _DISK_SECONDS:
-            return
-        trees = _trees(node)
-        self._disk_trees = frozenset(trees)
-        measured = self._disk.measure(trees)
-        if len(measured) == len(trees) and all(usage.finished for usage in measured.values()):
-            self._disk_at = time.monotonic()
-        finished = {tree: usage.bytes for tree, usage in measured.items() if usage.finished}
-        self._disk_bytes = {
-            tree: size for tree, size in (self._disk_bytes | finished).items() if tree in trees
-        }
-        parts: dict[str, list[str]] = {}
-        for tree in trees:
-            parts.setdefault(_owner(tree), []).append(tree)
-        for partition in {_owner(tree) for tree in finished}:
-            if all(tree in self._disk_bytes for tree in parts[partition]):
-                yield GaugeReading(
-                    partition, "disk_bytes", sum(self._disk_bytes[tree] for tree in parts[partition])
-                )
+    def _measure(self, trees: Mapping[str, Tree]) -> None:
+        self._measured |= {gauge.partition: gauge for gauge in self._sizes.measure(trees)}
 
 
-def _trees(node: Node) -> dict[str, Path]:
+def _trees(node: Node) -> dict[str, Tree]:
     """What counts as disk space: each partition's directory, and those on other disks."""
     data = storage.observe(node.config).data
-    return {item.id: item.path for item in node.partitions} | {
-        f"{item.id} {place.name}": place / item.id for place in data for item in node.partitions
+    return {item.id: Tree(item.id, item.path, item.uid) for item in node.partitions} | {
+        f"{item.id} {place.name}": Tree(item.id, place / item.id, item.uid)
+        for place in data
+        for item in node.partitions
     }
-
-
-def _owner(tree: str) -> str:
-    return tree.partition(" ")[0]
 
 
 def _addresses(reading: counters.CounterReading, known: dict[str, Partition]) -> Iterator[TrafficReading]:

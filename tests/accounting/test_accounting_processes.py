@@ -163,6 +163,36 @@ def test_what_a_process_writes_and_reads_counts_beside_psutil(run, disk):
 
 
 @needs_root
+def test_what_an_idle_process_has_written_is_read_now_and_then_and_that_of_a_busy_one_always(run, disk):
+    text = (
+        "import os, time\nf = os.open('idle', os.O_WRONLY | os.O_CREAT)\ndata = bytes(4096)\n"
+        "print('done', flush=True)\n"
+        "while how := os.read(0, 1):\n os.write(f, data)\n end = time.process_time() + 0.03 * (how == b'b')\n"
+        " while time.process_time() < end: pass\n print('done', flush=True)\n"
+    )
+    child = run("/usr/bin/python3", "-c", text, stdin=subprocess.PIPE, bufsize=0, cwd=disk)
+    assert child.stdout.readline() == b"done\n"
+    meter = ProcessMeter()
+
+    def written(how=b""):
+        if how:
+            child.stdin.write(how)
+            assert child.stdout.readline() == b"done\n"
+        return meter.scan(USERS).processes[0].io_write_bytes
+
+    def truth():
+        return psutil.Process(child.pid).io_counters().write_bytes
+
+    assert written() == truth() == 0
+    assert written(b"b") == truth() > 0
+    assert written(b"b") == truth()
+    late = [written(b"i" if number == 0 else b"") for number in range(7)]
+    assert late[-1] == truth()
+    assert late == sorted(late)
+    assert len(set(late)) <= 2
+
+
+@needs_root
 def test_what_children_write_counts_once_whether_a_pass_saw_them_or_not(run, disk, tmp_path):
     """The kernel adds a child's bytes to the parent that waits for it."""
     text = (

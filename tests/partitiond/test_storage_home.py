@@ -190,7 +190,6 @@ def test_what_lies_there_is_metered_and_goes_with_the_instance(node):
         assert 2**20 < used["slappart0"] < 2**21
         assert 0 < used["slappart1"] < 2**17
         instances._clean(context, target, target.partitions[0])
-        context.meters._disk_at = float("-inf")
         lanes.usage(context)
         assert disk_bytes(context, "slappart0") < 2**17
     finally:
