@@ -75,7 +75,7 @@ class LedgerCare:
     def _note(self, error: AccountingError, events: EventLog) -> None:
         if self._trouble is None or self._trouble.code != error.code:
             events.record(
-                _EVENTS.get(error.code, "usage.failed"),
+                _EVENTS.get(error.code, "usage.unrecorded"),
                 str(error),
                 resource=error.resource,
                 code=error.code,
