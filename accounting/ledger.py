@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Self
 from accounting import incidents, intake, memory, posting, report, store, thinning
 from accounting.clock import keep_clock
 from accounting.errors import AccountingError
+from accounting.salvage import take_over
 from accounting.settle import settle
 
 if TYPE_CHECKING:
@@ -131,6 +132,7 @@ class Ledger(LedgerReader):
                 raise
             connection, self.recovered = _begin_anew(path, clock(), written, str(error.__cause__ or error))
         super().__init__(path, connection)
+        self._place = store.place(path)
 
     @classmethod
     def open_readonly(cls, path: Path) -> LedgerReader:
@@ -152,6 +154,7 @@ class Ledger(LedgerReader):
         ``recover``).
         """
         with self._lock:
+            self._stay_in_place()
             # whatever fails, and even if only the answer to the commit is lost, the next pass reads all anew
             kept, self._memory = self._memory, None
             with self.transaction("IMMEDIATE") as connection:
@@ -170,6 +173,21 @@ class Ledger(LedgerReader):
             kept.posted(seq, settled)
             self._memory = kept
             return gaps
+
+    def _stay_in_place(self) -> None:
+        """Write the file anew if it was removed while in use, or another was put in its place; SQLite would not notice."""
+        if store.place(self.path) == self._place:
+            return
+        aside = store.name_aside(self.path, self._clock())
+        store.put_back(self._connection, self.path, aside)
+        self._connection.close()
+        self._memory = None
+        self._connection = store.open_writer(self.path)
+        self._place = store.place(self.path)
+        found = f"another file was there and is kept as {aside}" if aside.exists() else "its file was gone"
+        self.recovered = (
+            f"the usage ledger {self.path} was put back from memory and disk, nothing is lost: {found}"
+        )
 
     def thin(self, now: float, limit: float) -> bool:
         """Join old passes for about ``limit`` seconds, in one transaction; say whether there is more to do.
@@ -222,6 +240,7 @@ class Ledger(LedgerReader):
             self._connection.close()
             self._memory = None
             self._connection, sentence = _begin_anew(self.path, self._clock(), written, reason)
+            self._place = store.place(self.path)
             self.recovered = sentence
             return sentence
 
@@ -233,10 +252,13 @@ def _begin_anew(path: Path, at: float, written: float | None, reason: str) -> tu
     damaged one: a new ledger that did not know would count anew what the damaged one had counted.
     """
     aside = store.name_aside(path, at)
-    sentence = f"the usage ledger was damaged ({reason}); it is kept as {aside}, a new one was begun"
     fresh = store.open_fresh(path)
     try:
         with store.ledger_errors(path), store.transaction(fresh):
+            sentence = (
+                f"the usage ledger was damaged ({reason}); it is kept as {aside}, a new one was begun;"
+                f" {take_over(path, fresh)}"
+            )
             posting.begin_after_damage(fresh, written, store.microseconds(at), sentence)
     finally:
         fresh.close()

@@ -30,7 +30,7 @@ _CODES = {
     sqlite3.SQLITE_LOCKED: "accounting.ledger_busy",
 }
 _HINTS = {
-    "accounting.ledger_damaged": "restart partitiond: it sets the file aside and begins a new one",
+    "accounting.ledger_damaged": "the next pass, or a restart of partitiond, sets the file aside and begins a new one",
     "accounting.ledger_full": "make space on its file system; the next pass makes up for it",
     "accounting.ledger_busy": "look for another partitiond that writes it; the next pass makes up for it",
     "accounting.ledger_unavailable": "check directory, rights and file system; the next pass makes up for it",
@@ -117,18 +117,61 @@ def exchange(path: Path, aside: Path) -> None:
     process.
     """
     with ledger_errors(path):
+        log = path.with_name(path.name + "-wal")
+        nothing_logged = not log.exists() or log.stat().st_size == 0
         # Its WAL goes first: left beside another database it would be taken for that one's. Without it, the
         # old file is as it was some passes ago, which is consistent too.
         for suffix in _SIDE_FILES[1:]:
+            side = path.with_name(path.name + suffix)
             with suppress(FileNotFoundError):
-                path.with_name(path.name + suffix).rename(aside.with_name(aside.name + suffix))
-        aside.hardlink_to(path)
-        _fresh(path).replace(path)
-        directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+                if nothing_logged:
+                    side.unlink()
+                else:
+                    side.rename(aside.with_name(aside.name + suffix))
+        _take_place(path, aside)
+
+
+def place(path: Path) -> tuple[int, int] | None:
+    """Tell the file at ``path`` from every other; ``None`` where there is none. Raises AccountingError."""
+    with ledger_errors(path):
         try:
-            os.fsync(directory)
+            found = path.stat()
+        except FileNotFoundError:
+            return None
+        return found.st_dev, found.st_ino
+
+
+def put_back(connection: sqlite3.Connection, path: Path, aside: Path) -> None:
+    """Write the ledger of an open connection to ``path`` anew, where its file is not any more; keep what is there as ``aside``.
+
+    Close the connection afterwards. Killed at any instruction, either what was there still is, or all of the ledger.
+    Raises AccountingError ``accounting.ledger_…``; the connection can still be used then.
+    """
+    with ledger_errors(path):
+        # Page for page: if a WAL of the old file is left beside the new one, it holds pages that are the same.
+        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+        for suffix in _SIDE_FILES:
+            _fresh(path, suffix).unlink(missing_ok=True)
+        _private_file(_fresh(path))
+        target = _connect(_fresh(path).absolute().as_uri() + "?mode=rw")
+        try:
+            target.execute("PRAGMA synchronous = FULL")
+            connection.backup(target)
         finally:
-            os.close(directory)
+            target.close()
+        _take_place(path, aside)
+
+
+def _take_place(path: Path, aside: Path) -> None:
+    # somebody may have removed it
+    with suppress(FileNotFoundError):
+        aside.hardlink_to(path)
+    _fresh(path).replace(path)
+    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
 
 
 def _fresh(path: Path, suffix: str = "") -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from accounting import documents
@@ -16,20 +17,25 @@ from netplan.bpf_state import read_refusals
 from netplan.once import once_each
 from partitiond import storage
 from partitiond.disk_sizes import DiskSizes, Tree
+from partitiond.ledger_care import LedgerCare
 from partitiond.rising_counts import RisingCounts
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
-    from pathlib import Path
 
     from accounting.model import Gap, PartitionUsage
     from partitiond.context import Context
     from partitiond.node import Node, Partition
 
 _OF_TAP = "tap-"
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 _SHARED_ADDRESSES = {"ipv6": "::", "ipv4": "0.0.0.0"}  # noqa: S104 - nothing listens there
 """What stands for the node's own addresses in what is metered: they may change, and belong to all."""
+
+
+def _uptime() -> float:
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,23 +52,29 @@ class Metering:
 
     path: Path
     clock: Callable[[], float] = time.time
+    uptime: Callable[[], float] = _uptime
     _turn: threading.Lock = field(default_factory=threading.Lock)
     _ledger: Ledger | None = None
     _processes: ProcessMeter = field(default_factory=ProcessMeter)
     _sizes: DiskSizes = field(default_factory=DiskSizes)
     _measured: dict[str, GaugeReading] = field(default_factory=dict)  # after the last pass, for the next one
+    _care: LedgerCare = field(init=False)
     _denied: RisingCounts = field(default_factory=RisingCounts)
     _passes: int = 0
     _told: tuple[int, Recorded] = (0, Recorded())  # as of so many passes
     _telling: threading.Lock = field(default_factory=threading.Lock)
 
+    def __post_init__(self) -> None:
+        """Look after the ledger from the start."""
+        self._care = LedgerCare(self.path)
+
     def record(self, context: Context, node: Node) -> tuple[Gap, ...]:
         """Read all meters and post them. Raises AccountingError, NetplanError; the next pass makes up for a failed one."""
-        with self._turn:
+        with self._turn, self._care.watching(context.events):
             trees = _trees(node)
             if not self._sizes.knows(trees):
                 self._measure(trees)
-            gaps = self._opened().record(self._read(context, node))
+            gaps = self._care.post(self._opened(), self._read(context, node), context.events)
             self._measured.clear()
             self._passes += 1
             # the counters of a pass do not wait for walks
@@ -83,6 +95,10 @@ class Metering:
         if self._ledger is None:
             self._ledger = Ledger(self.path)
         return self._ledger
+
+    def open_cases(self) -> list[str]:
+        """What is wrong with the ledger."""
+        return self._care.cases()
 
     def recorded(self) -> Recorded:
         """Return what was recorded, the same object until the next pass; read when first asked for after a pass, and not
@@ -124,6 +140,8 @@ class Metering:
         scan = self._processes.scan({item.uid: item.id for item in node.partitions})
         return Pass(
             at=self.clock(),
+            boot=_BOOT_ID.read_text("ascii").strip(),
+            uptime=self.uptime(),
             owners=owners,
             traffic=(*_addresses(reading, known), *_shared(reading, node), *_taps(known)),
             counts=(*_denied(reading, node), *_denied_calls(node)),

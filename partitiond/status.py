@@ -58,6 +58,7 @@ def node(context: Context) -> dict[str, Any]:
                 *_few_sessions(context),
                 *port_reservation.open_cases(port_reservation.deal(seen.ports, todo.declared.values())),
                 *_refused_resources(todo),
+                *context.meters.open_cases(),
                 *report_verbs.open_cases(config),
                 *filter(None, (tell() for tell in context.troubles.values())),
             ],

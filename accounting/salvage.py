@@ -1,0 +1,81 @@
+"""Takes over from a damaged ledger what no counter says again: documents for the master, and what tenants said.
+
+What a pass recorded is not taken over: it can not be told from what the damage left of it. Row by row where a page is gone.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from contextlib import closing
+from itertools import count
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+TABLES = ("document", "intake", "incident")
+_ABSENT = 2000  # so many numbers in a row without a row: the end
+
+
+def take_over(path: Path, fresh: sqlite3.Connection) -> str:
+    """Copy what can be read of ``TABLES``, with its numbers, in the caller's transaction; say what was copied."""
+    copied, lost = 0, 0
+    try:
+        with closing(sqlite3.connect(path.absolute().as_uri() + "?mode=ro", uri=True)) as damaged:
+            there = {
+                name for (name,) in damaged.execute("SELECT name FROM sqlite_schema WHERE type = 'table'")
+            }
+            for table in TABLES:
+                if table not in there:
+                    continue  # of version 1
+                for row in _rows(damaged, fresh, table):
+                    if row is not None and _insert(fresh, table, row):
+                        copied += 1
+                    else:
+                        lost += 1
+    except sqlite3.DatabaseError as error:
+        return f"reports that were not sent yet are in that file, it can not be read ({error})"
+    if lost:
+        return f"of its reports {copied} rows were taken over, {lost} or more could not be read"
+    return f"of its reports all {copied} rows were taken over"
+
+
+def _rows(
+    damaged: sqlite3.Connection, fresh: sqlite3.Connection, table: str
+) -> Iterator[dict[str, object] | None]:
+    """Give the rows of a table, ``None`` for each that can not be read."""
+    names = [name for _, name, *_ in fresh.execute(f"PRAGMA table_info({table})")]
+    columns = ", ".join(names)
+    try:
+        rows = damaged.execute(f"SELECT {columns} FROM {table}").fetchall()  # noqa: S608 (our own names)
+    except sqlite3.DatabaseError:
+        for row in _one_by_one(damaged, table, columns):
+            yield None if row is None else dict(zip(names, row, strict=True))
+        return
+    yield from (dict(zip(names, row, strict=True)) for row in rows)
+
+
+def _one_by_one(damaged: sqlite3.Connection, table: str, columns: str) -> Iterator[tuple[object, ...] | None]:
+    absent = 0
+    for number in count(1):
+        try:
+            row = damaged.execute(f"SELECT {columns} FROM {table} WHERE id = ?", (number,)).fetchone()  # noqa: S608 (likewise)
+        except sqlite3.DatabaseError:
+            absent += 1
+            yield None
+        else:
+            absent = absent + 1 if row is None else 0
+            if row is not None:
+                yield row
+        if absent > _ABSENT:
+            return
+
+
+def _insert(fresh: sqlite3.Connection, table: str, row: dict[str, object]) -> bool:
+    columns, places = ", ".join(row), ", ".join("?" for _ in row)
+    try:
+        fresh.execute(f"INSERT INTO {table} ({columns}) VALUES ({places})", tuple(row.values()))  # noqa: S608 (likewise)
+    except sqlite3.IntegrityError:  # not of its type, or twice: a page of something else
+        return False
+    return True
