@@ -330,13 +330,10 @@ def node_config():
         )
 
 
-@pytest.fixture(scope="module")
-def make_node_files():
-    """The same for all tests of a file."""
-    with contextlib.ExitStack() as stack:
-        yield lambda partitions=3, **settings: stack.enter_context(
-            standing_files(partitions=partitions, **settings)
-        )
+@pytest.fixture(scope="session")
+def standing_node():
+    """A context manager of ``NodeFiles``, for who ends them in an order of its own."""
+    return standing_files
 
 
 @pytest.fixture(scope="module")

@@ -1,26 +1,27 @@
-"""Ledgers as they are after a month and a year, made in seconds: passes at the spacing that thinning leaves.
-
-10 s for a day, minutes for a week, hours for 90 days, days before (docs/design/accounting.md).
+"""Ledgers as they are after a month and a year, made in seconds: passes, and balances of the accounts, at the spacing that
+thinning leaves (accounting/thinning.py).
 """
 
 from __future__ import annotations
 
 import sqlite3
+import time
 from contextlib import closing
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from accounting import Ledger, Pass
 from accounting.model import CountReading, GaugeReading, ProcessReading, TrafficReading
-from accounting.settle import LARGEST
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
 DAY = 86400
-NOW = 1_800_000_000
-# up to so many days ago, a pass each so many seconds, in which one of so many accounts has something new
-SPACING = ((1, 10, 5), (7, 60, 2), (90, 3600, 1), (365, DAY, 1))
+NOW = 1_800_057_600  # a midnight
+_AMOUNTS = "bytes_in, bytes_out, packets_in, packets_out, quantity"
+# up to so many days ago, a pass each so many seconds, in which one of so many accounts has something new, and a balance of all
+# at the end of so many seconds
+SPACING = ((1, 10, 5, 3600), (7, 60, 2, 3600), (90, 3600, 1, DAY), (366, DAY, 1, 7 * DAY))
 
 
 def busy_pass(at: float, number: int, partitions: int) -> Pass:
@@ -46,13 +47,23 @@ def busy_pass(at: float, number: int, partitions: int) -> Pass:
     )
 
 
-def passes(days: int) -> Iterator[tuple[float, int]]:
-    """The time of each pass of the last days, the oldest first, and of how many accounts one moves in it."""
+class Spaced(NamedTuple):
+    """When a pass was, of how many accounts one moves in it, and whether there is a balance."""
+
+    at: float
+    share: int
+    balance: bool
+
+
+def passes(days: int) -> Iterator[Spaced]:
+    """The passes of the last days, the oldest first."""
     before = 0
     spans = []
-    for until, seconds, share in SPACING:
+    for until, seconds, share, balance in SPACING:
         first, last = min(until, days) * DAY, min(before, days) * DAY
-        spans.append([(NOW - ago, share) for ago in range(first, last, -seconds)])
+        spans.append(
+            [Spaced(NOW - ago, share, (NOW - ago) % balance == 0) for ago in range(first, last, -seconds)]
+        )
         before = until
     for span in reversed(spans):
         yield from span
@@ -61,8 +72,24 @@ def passes(days: int) -> Iterator[tuple[float, int]]:
 def a_month(path: Path, partitions: int) -> None:
     """A ledger of busy partitions as it is after 30 days, written pass by pass."""
     with Ledger(path) as ledger:
-        for number, (at, _) in enumerate(passes(30), 1):
-            ledger.record(busy_pass(at, number, partitions))
+        for number, one in enumerate(passes(30), 1):
+            ledger.record(busy_pass(one.at, number, partitions))
+
+
+def a_day_joined(path: Path, partitions: int, limit: float) -> tuple[int, int, list[float]]:
+    """Thin what a day has left, a week later: the size before and after, and the seconds of each step."""
+    with Ledger(path) as ledger:
+        for number in range(1, 8642):
+            ledger.record(busy_pass(NOW + 10.0 * number, number, partitions))
+        with ledger.transaction("IMMEDIATE") as connection:
+            connection.execute("UPDATE period SET documented = 1")
+    before, steps, more = path.stat().st_size, [], True
+    with Ledger(path) as ledger:
+        while more:
+            start = time.perf_counter()
+            more = ledger.thin(NOW + 9.0 * DAY, limit)
+            steps.append(time.perf_counter() - start)
+    return before, path.stat().st_size, steps
 
 
 def bytes_of_a_pass(path: Path, partitions: int, count: int = 1000) -> float:
@@ -80,28 +107,66 @@ def bytes_of_a_pass(path: Path, partitions: int, count: int = 1000) -> float:
 
 
 def a_year(path: Path, partitions: int) -> None:
-    """A ledger after a year: the accounts by a real pass, the rest in SQL, for it is some ten million rows."""
+    """A ledger after a year: the accounts by real passes, the rest in SQL, for it is some ten million rows."""
+    first = NOW - 367.0 * DAY
     with Ledger(path) as ledger:
-        ledger.record(busy_pass(NOW - 366.0 * DAY, 1, partitions))
+        ledger.record(busy_pass(first, 1, partitions))
     with closing(sqlite3.connect(path, isolation_level=None)) as connection:
         connection.execute("PRAGMA synchronous = OFF")
         connection.execute("BEGIN")
-        connection.execute("CREATE TEMP TABLE share (seq INTEGER PRIMARY KEY, share INTEGER)")
-        rows = [(seq, round(at * 1e6), share) for seq, (at, share) in enumerate(passes(365), 2)]
-        connection.executemany(
-            "INSERT INTO pass (seq, at, previous_at) VALUES (?1, ?2, ?2)", (r[:2] for r in rows)
-        )
-        connection.executemany("INSERT INTO temp.share VALUES (?, ?)", ((r[0], r[2]) for r in rows))
-        connection.execute(
-            "INSERT INTO sample (seq, account, bytes_in, bytes_out, packets_in, packets_out, quantity)"
-            " SELECT seq, id, 1000000, 2000000, 1000, 2000, 0 FROM temp.share CROSS JOIN account"
-            " WHERE (seq + id) % share = 0"
-        )
-        connection.execute(
-            "UPDATE account SET (bytes_in, bytes_out, packets_in, packets_out) ="
-            " (SELECT bytes_in + count(*) * 1000000, bytes_out + count(*) * 2000000, packets_in + count(*) * 1000,"
-            " packets_out + count(*) * 2000 FROM temp.share WHERE (seq + account.id) % share = 0)"
-        )
+        stretch: list[tuple[int, int]] = []
+        for seq, one in enumerate(passes(366), 2):
+            at = round(one.at * 1e6)
+            connection.execute("INSERT INTO pass (seq, at, previous_at) VALUES (?, ?, ?)", (seq, at, at))
+            connection.execute(_SAMPLES, (seq, one.share))
+            connection.execute(_GAUGES, (seq, one.share))
+            stretch.append((seq, one.share))
+            if one.balance:
+                _balance(connection, stretch, one.at)
+        _balance(connection, stretch, NOW + DAY)
         connection.execute("COMMIT")
-        (most,) = connection.execute("SELECT max(bytes_out) FROM account").fetchone()
-    assert 0 < most < LARGEST
+    _check(path, first)
+
+
+_SAMPLES = (
+    f"INSERT INTO sample (seq, account, {_AMOUNTS}) SELECT ?1, id, 1000000, 2000000, 1000, 2000, 0 FROM account"  # noqa: S608
+    " WHERE (?1 + id) % ?2 = 0"
+)
+_GAUGES = "INSERT INTO gauge_sample (seq, gauge, value) SELECT ?1, id, 4096 * ?1 FROM gauge WHERE (?1 + id) % ?2 = 0"
+
+
+def _balance(connection: sqlite3.Connection, stretch: list[tuple[int, int]], at: float) -> None:
+    """Bring the accounts up to the samples of a stretch, and write down what they have."""
+    last = stretch[-1][0]
+    connection.execute(
+        "UPDATE account SET (bytes_in, bytes_out, packets_in, packets_out) = (bytes_in + count * 1000000,"
+        " bytes_out + count * 2000000, packets_in + count * 1000, packets_out + count * 2000)"
+        " FROM (SELECT account AS moved, count(*) AS count FROM sample WHERE seq BETWEEN ? AND ? GROUP BY account)"
+        " WHERE id = moved",
+        (stretch[0][0], last),
+    )
+    connection.execute("UPDATE gauge SET seq = ?, value = 4096 * ?", (last, last))
+    stretch.clear()
+    if at > NOW:
+        return
+    ends = max(width for width in (3600, DAY, 7 * DAY) if at % width == 0)
+    connection.execute("INSERT INTO balanced (seq, ends) VALUES (?, ?)", (last, ends))
+    connection.execute(
+        f"INSERT INTO balance (seq, account, {_AMOUNTS}) SELECT ?, id, {_AMOUNTS} FROM account",  # noqa: S608
+        (last,),
+    )
+    connection.execute(
+        "INSERT OR IGNORE INTO gauge_sample (seq, gauge, value) SELECT ?, id, value FROM gauge", (last,)
+    )
+
+
+def _check(path: Path, first: float) -> None:
+    """What was made is a ledger that agrees with itself: by balances or by adding up, usage is the same."""
+    with Ledger.open_readonly(path) as ledger:
+        month = NOW - 30 * DAY
+        ways = (((None, None),), ((first - 1, month), (month, None)))
+        sums = [
+            sum(a.bytes_in for span in way for p in ledger.usage(*span).partitions for a in p.addresses)
+            for way in ways
+        ]
+    assert sums[0] == sums[1] > 0, sums

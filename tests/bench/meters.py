@@ -9,7 +9,7 @@ For each number of partitions, on a real node that was applied (taps in a bridge
 - **scrape**: making ``/metrics``; then of a ledger with a year in it: **query** over that year, its last day, since ever.
 
 **growth** is the ledger's size for a partition whose every meter moves in every pass, as it is after a month: a day of
-passes each 10 s, then minutes, hours.  Figures are medians in ms, with their range.
+passes each 10 s, then minutes, hours; and what joining the passes of a day takes.  Figures are medians in ms, with their range.
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ if TYPE_CHECKING:
 SECTIONS = ("node", "query", "growth")
 FAR = "2001:db8:1::ffff"
 PORT = 9
+STEP_SECONDS = 0.05
 MOST_MILLISECONDS = 5000  # of one figure
 TUNSETIFF, IFF_TAP_NO_PI = 0x400454CA, 0x1002
 
@@ -200,7 +201,12 @@ def measure_node(count: int, repetitions: int, running: int) -> None:
             what = f"one pass with {running} processes, busy"
             row(count, what, times(a_pass, repetitions, traffic.send), PASS)
         tally = metrics.Tally()
-        row(count, "a scrape", times(lambda: metrics.render(context, tally), repetitions), SCRAPE)
+
+        def scrape() -> None:
+            metrics.everything(context, tally)
+
+        row(count, "a scrape, the first after a pass", times(scrape, repetitions, a_pass), SCRAPE)
+        row(count, "a scrape, another one", times(scrape, repetitions), SCRAPE)
 
 
 # --- the ledger -----------------------------------------------------------------------------------------------------
@@ -236,6 +242,14 @@ def measure_growth() -> None:
     print(
         f"{'':>10}  growth: {size:.1f} MiB a busy partition after its first month, thinned; {a_pass:.0f} bytes a pass,"
         f" so {a_pass * 30 * 8640 / 2**20:.0f} MiB a month if nothing were thinned (took {took / 1000:.0f} s)",
+        flush=True,
+    )
+    path.unlink()
+    before, after, steps = ledger_load.a_day_joined(path, partitions, STEP_SECONDS)
+    print(
+        f"{'':>10}  thinning: a day of {partitions} busy partitions, {before / partitions / 2**20:.2f} MiB each, joined to"
+        f" {after / partitions / 2**20:.2f} MiB in {len(steps)} steps of {STEP_SECONDS * 1000:.0f} ms, the longest"
+        f" {max(steps) * 1000:.0f} ms",
         flush=True,
     )
     path.unlink()
