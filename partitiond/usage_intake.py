@@ -72,6 +72,7 @@ class _Taker:
     partition: Partition
     guid: str
     resources: frozenset[str]
+    at: float
     written: frozenset[str] = frozenset()
     anyhow: bool = False
 
@@ -110,8 +111,9 @@ def run(
     known = {item.id: states.get(item.id) for item in node.partitions}
     there = [item for item in node.partitions if _reports(known[item.id])]
     ran = usage_scripts.run(context, there, context.turns, limits)
+    at = context.clock()
     takers = [
-        _Taker(node.config, ledger, item, _guid(known[item.id]), resources, _written(ran.get(item.id)))
+        _Taker(node.config, ledger, item, _guid(known[item.id]), resources, at, _written(ran.get(item.id)))
         for item in there
     ]
     fresh = [one for one in takers if _one(context, one, result)]
@@ -129,7 +131,8 @@ def final(context: Context, partition: Partition, ledger: Ledger, resources: fro
         return result
     ran = usage_scripts.run(context, (partition,), context.turns)
     written = _written(ran.get(partition.id))
-    taker = _Taker(context.config, ledger, partition, state.instance_guid, resources, written, anyhow=True)
+    at, guid = context.clock(), state.instance_guid
+    taker = _Taker(context.config, ledger, partition, guid, resources, at, written, anyhow=True)
     for _ in range(_LAST_ROUNDS):
         if not _one(context, taker, result):
             break
@@ -310,7 +313,7 @@ def _settle(taker: _Taker, here: int, claimed: dict[str, str], intake: Intake) -
             gone.append(ours)
             continue
         if movements:
-            new = taker.ledger.take_in(taker.partition.id, taker.guid, source, movements, time.time())
+            new = taker.ledger.take_in(taker.partition.id, taker.guid, source, movements, taker.at)
             sources.append(source)
             intake.taken += new
         gone.append(ours)

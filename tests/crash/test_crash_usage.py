@@ -47,7 +47,7 @@ class Scene:
     def take(self, ledger):
         partition = SimpleNamespace(id="slappart0", user="slapuser0", uid=UID, path=self.root / "slappart0")
         config = SimpleNamespace(state_dir=self.root / "state")
-        taker = usage_intake._Taker(config, ledger, partition, GUID, frozenset({"cpu"}), anyhow=True)
+        taker = usage_intake._Taker(config, ledger, partition, GUID, frozenset({"cpu"}), 1000.0, anyhow=True)
         return usage_intake._take(taker)
 
     def counted(self):
