@@ -35,12 +35,13 @@ _COLUMNS = "id, partition, guid, kind, name, begun, seen, ended, reported, reaso
 class Look:
     """What was found of one partition: whose it is, whether it is meant to work, and what is wrong by name.
 
-    Of one that is not ``alive`` nothing can be wrong, of no kind.
+    Of one that is not ``alive`` nothing can be wrong, of no kind. ``since``: when what is found only now was seen first.
     """
 
     guid: str
     alive: bool
     troubles: Mapping[str, str] = field(default_factory=dict)
+    since: Mapping[str, float] = field(default_factory=dict)
 
 
 class Incident(NamedTuple):
@@ -65,11 +66,14 @@ class Incident(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Changes:
-    """What an observation makes of the rows; those begun have no id yet. ``kept`` went on, also those that came again."""
+    """What an observation makes of the rows; those begun have no id yet. ``kept`` went on, also those that came again;
+    ``resting`` ended before, and may still come again.
+    """
 
     begun: tuple[Incident, ...] = ()
     kept: tuple[Incident, ...] = ()
     ended: tuple[Incident, ...] = ()
+    resting: tuple[Incident, ...] = ()
 
 
 class Unreported(NamedTuple):
@@ -84,13 +88,20 @@ class Unreported(NamedTuple):
 
 
 def compare(
-    kind: str, now: int, rows: Iterable[Incident], looked: Mapping[str, Look], *, whole: bool, jumped: bool
+    kind: str,
+    now: int,
+    rows: Iterable[Incident],
+    looked: Mapping[str, Look],
+    *,
+    whole: bool,
+    jumped: bool,
+    unseen: float = UNSEEN,
 ) -> Changes:
     """Compare what was found of a kind with the rows that are open or ended not long ago; times in microseconds. Pure.
 
     ``whole``: a partition that is not among those looked at is none any more, and what it had ends.
     """
-    begun, kept, ended = [], [], []
+    kept, ended, resting = [], [], []
     left = {
         (partition, name): reason
         for partition, look in looked.items()
@@ -99,21 +110,37 @@ def compare(
     }
     for row in rows:
         look = looked.get(row.partition)
-        if look is None and not whole:
-            continue
-        if look is not None and look.alive and row.kind != kind:
-            continue
+        other = not whole if look is None else look.alive and row.kind != kind
         key = (row.partition, row.name)
         same = look is not None and look.guid == row.guid and row.kind == kind and key in left
-        if same and not jumped and (row.ended is None or now - row.ended <= COALESCE * 1e6):
+        if same and not other and not jumped:
             del left[key]
             kept.append(row._replace(seen=max(now, row.seen), ended=None))
-        elif row.ended is None:
-            late = jumped or now - row.seen > UNSEEN * 1e6
+        elif row.ended is not None:
+            resting.append(row)
+        elif not other:
+            late = jumped or now - row.seen > unseen * 1e6
             ended.append(row._replace(ended=row.seen if late else max(now, row.seen)))
-    for (partition, name), reason in left.items():
-        begun.append(Incident(0, partition, looked[partition].guid, kind, name, now, now, None, 0, reason))
-    return Changes(tuple(begun), tuple(kept), tuple(ended))
+    begun = (
+        Incident(
+            0,
+            partition,
+            looked[partition].guid,
+            kind,
+            name,
+            _since(looked[partition], name, now),
+            now,
+            None,
+            0,
+            why,
+        )
+        for (partition, name), why in left.items()
+    )
+    return Changes(tuple(begun), tuple(kept), tuple(ended), tuple(resting))
+
+
+def _since(look: Look, name: str, now: int) -> int:
+    return min(now, microseconds(look.since[name])) if name in look.since else now
 
 
 def observe(
@@ -124,11 +151,12 @@ def observe(
     *,
     whole: bool = True,
     jumped: bool = False,
+    unseen: float = UNSEEN,
 ) -> Changes:
     """Post what was found at a time; doing it twice changes nothing. Give what began, went on and ended, with their ids."""
     now = microseconds(at)
     before = {row.id: row for row in _recent(connection, now)}
-    changes = compare(kind, now, before.values(), looked, whole=whole, jumped=jumped)
+    changes = compare(kind, now, before.values(), looked, whole=whole, jumped=jumped, unseen=unseen)
     connection.executemany(
         "UPDATE incident SET ended = ? WHERE id = ?", [(row.ended, row.id) for row in changes.ended]
     )

@@ -85,7 +85,8 @@ class LedgerReader:
     def incidents(self) -> tuple[Incident, ...]:
         """Give the incidents that are not over, the oldest first. Raises AccountingError ``accounting.ledger_…``."""
         with self.transaction("DEFERRED") as connection:
-            return incidents.open_ones(connection)
+            (version,) = connection.execute("PRAGMA user_version").fetchone()
+            return incidents.open_ones(connection) if version > 1 else ()
 
     def intake_waiting(self) -> tuple[Taken, ...]:
         """Give what usage files said that is in no document yet. Raises AccountingError ``accounting.ledger_…``."""
@@ -225,10 +226,11 @@ class Ledger(LedgerReader):
         *,
         whole: bool = True,
         jumped: bool = False,
+        unseen: float = incidents.UNSEEN,
     ) -> Changes:
         """Post what was found wrong at a time; see ``incidents.observe``. Raises AccountingError ``accounting.ledger_…``."""
         with self.transaction("IMMEDIATE") as connection:
-            return incidents.observe(connection, kind, at, looked, whole=whole, jumped=jumped)
+            return incidents.observe(connection, kind, at, looked, whole=whole, jumped=jumped, unseen=unseen)
 
     def recover(self, reason: str) -> str:
         """Set the file aside and begin a new ledger, as opening does, after ``accounting.ledger_damaged``.

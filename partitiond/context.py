@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from partitiond.events import SESSIONS, EventLog
+from partitiond.incidents import IncidentWatch
 from partitiond.master import MasterContact
 from partitiond.metering import Metering, ledger_path
 from partitiond.slapformat import Copies
@@ -74,6 +75,7 @@ class Context:
     master: MasterContact
     sessions: SessionBook = field(default_factory=SessionBook)
     turns: Turns = field(default_factory=Turns)
+    incidents: IncidentWatch = field(default_factory=IncidentWatch)
     node: Node | None = None
     choice: Choice | None = None
     looked: Looked | None = None

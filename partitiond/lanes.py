@@ -11,7 +11,7 @@ from ipaddress import IPv4Interface
 from typing import TYPE_CHECKING
 
 from netplan.once import once, same
-from partitiond import __version__, converge, instances, reports, softwares, storage, trial
+from partitiond import __version__, converge, incidents, instances, reports, softwares, storage, trial
 from partitiond.errors import PartitiondError
 from partitiond.passes import Result
 from slap_client.capacity import (
@@ -191,6 +191,7 @@ def usage(context: Context) -> Result:
         logger.warning("usage: gap: %s", gap.reason)
     if context.meters.has_due():
         context.day_ended()
+    incidents.observe(context, target, context.meters.ledger())
     return Result([f"usage of {len(target.partitions)} partitions recorded"], [])
 
 

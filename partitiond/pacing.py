@@ -5,6 +5,7 @@ Pure but for its memory; times are seconds of one monotonic clock. A *cause* nam
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -101,3 +102,22 @@ class Pacer:
         ]
         for cause in quiet:
             del self._strikes[cause]
+
+
+class Allowance:
+    """So much each partition may have told in so long: what tenants and strangers do must not fill the logs."""
+
+    def __init__(self, most: int, seconds: float) -> None:
+        self._most, self._seconds = most, seconds
+        self._used: dict[str, tuple[float, int]] = {}
+
+    def left(self, partition: str) -> int:
+        """How much may still be told."""
+        began, used = self._used.get(partition, (0.0, 0))
+        return self._most - used if time.monotonic() - began < self._seconds else self._most
+
+    def take(self, partition: str, count: int) -> None:
+        """Note what was told."""
+        now = time.monotonic()
+        began, used = self._used.get(partition, (now, 0))
+        self._used[partition] = (began, used + count) if now - began < self._seconds else (now, count)

@@ -196,6 +196,10 @@ def _running(processes: Sequence[dict[str, Any]]) -> str | None:
     return f"{sum(1 for one in processes if one['state'] == 'RUNNING')}/{len(processes)}"
 
 
+def _incident(one: dict[str, Any]) -> str:
+    return f"{one['kind']} {one['name']} since {one['begun']}: {one['reason']}"
+
+
 def show(item: dict[str, Any]) -> str:
     """``show PARTITION``."""
     rows = [
@@ -213,6 +217,7 @@ def show(item: dict[str, Any]) -> str:
         ("software", item["software_release"]),
         ("instance", item["instance_guid"]),
         *(("process", f"{one['name']} {one['state']} {one['pid'] or ''}") for one in item["processes"]),
+        *(("incident", _incident(one)) for one in item["incidents"]),
         *(("tunnel", name) for name in item["tunnels"]),
         *(("block device", name) for name in item["block_devices"]),
         *(("drift", name) for name in item["drift"]),

@@ -5,9 +5,22 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from accounting.errors import AccountingError
+from accounting.ledger import Ledger
 from netplan import holding
 from netplan.legacy_cases import OPEN_CASES as LEGACY_CASES
-from partitiond import converge, last_good, port_reservation, privacy, report_verbs, trial, tunnels
+from partitiond import (
+    converge,
+    incidents,
+    last_good,
+    port_reservation,
+    privacy,
+    report_verbs,
+    trial,
+    tunnels,
+    usage_intake,
+)
+from partitiond.metering import ledger_path
 from partitiond.refusal import Refusal
 
 if TYPE_CHECKING:
@@ -42,6 +55,7 @@ def node(context: Context) -> dict[str, Any]:
     seen = converge.observe(context)
     todo = converge.plan(context, seen)
     config = context.config
+    wrong = _incidents(context)
     return {
         "node": {
             "computer_id": config.computer_id,
@@ -61,10 +75,13 @@ def node(context: Context) -> dict[str, Any]:
                 *context.meters.open_cases(),
                 *report_verbs.open_cases(config),
                 *filter(None, (tell() for tell in context.troubles.values())),
+                *usage_intake.open_cases(context, seen.node, config.accounting.tariff.partition_resources),
             ],
             "drift": [operation.id for operation in todo if operation.partition is None],
         },
-        "partitions": [_partition(context, item, seen, todo) for item in seen.node.partitions],
+        "partitions": [
+            _partition(context, item, seen, todo, wrong.get(item.id, [])) for item in seen.node.partitions
+        ],
     }
 
 
@@ -185,7 +202,18 @@ def partition(context: Context, name: str) -> dict[str, Any] | None:
     return next((item for item in node(context)["partitions"] if item["id"] == name), None)
 
 
-def _partition(context: Context, item: Partition, seen: Observation, todo: Plan) -> dict[str, Any]:
+def _incidents(context: Context) -> dict[str, list[dict[str, object]]]:
+    """What is wrong, by partition; a ledger that cannot be read is an open case already."""
+    try:
+        with Ledger.open_readonly(ledger_path(context.config.state_dir)) as ledger:
+            return incidents.as_json(ledger, context.clock())
+    except AccountingError:
+        return {}
+
+
+def _partition(
+    context: Context, item: Partition, seen: Observation, todo: Plan, wrong: list[dict[str, object]]
+) -> dict[str, Any]:
     state = context.store.instance(item.id)
     network = item.network
     drift = [operation.id for operation in todo if operation.partition == item.id]
@@ -222,6 +250,7 @@ def _partition(context: Context, item: Partition, seen: Observation, todo: Plan)
         "software_release": state.software_release,
         "instance_guid": state.instance_guid,
         "processes": [_process(process) for process in seen.processes if process.group == item.id],
+        "incidents": wrong,
         "tunnels": [tunnel.name for tunnel in todo.declared[item.id].tunnels],
         "drift": drift,
     }

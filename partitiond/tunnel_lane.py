@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from partitiond import tunnel_events, tunnel_expiry, tunnels
 from partitiond.errors import FAMILY, sentence
+from partitiond.pacing import Allowance
 from partitiond.process_watch import SUPERVISOR
 
 if TYPE_CHECKING:
@@ -30,25 +31,6 @@ _MOST_EXPIRIES = 10  # of a partition and day
 _MOST_SESSIONS = 600  # of a partition and hour; what is above that is summed up
 
 
-class _Allowance:
-    """So much each partition may have told in so long: what tenants and strangers do must not fill the logs."""
-
-    def __init__(self, most: int, seconds: float) -> None:
-        self._most, self._seconds = most, seconds
-        self._used: dict[str, tuple[float, int]] = {}
-
-    def left(self, partition: str) -> int:
-        """How much may still be told."""
-        began, used = self._used.get(partition, (0.0, 0))
-        return self._most - used if time.monotonic() - began < self._seconds else self._most
-
-    def take(self, partition: str, count: int) -> None:
-        """Note what was told."""
-        now = time.monotonic()
-        began, used = self._used.get(partition, (now, 0))
-        self._used[partition] = (began, used + count) if now - began < self._seconds else (now, count)
-
-
 class TunnelLane:
     """One pass after the other; what was told is not told again."""
 
@@ -56,7 +38,7 @@ class TunnelLane:
         self._attend = attend
         self._told: dict[Expiry, float] = {}
         self._unreadable: frozenset[str] = frozenset()
-        self._expiries, self._sessions = _Allowance(_MOST_EXPIRIES, _DAY), _Allowance(_MOST_SESSIONS, _HOUR)
+        self._expiries, self._sessions = Allowance(_MOST_EXPIRIES, _DAY), Allowance(_MOST_SESSIONS, _HOUR)
 
     def run(self, context: Context) -> None:
         """Look at the logs and the certificates of what the last look at the node found declared."""

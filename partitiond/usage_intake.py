@@ -12,13 +12,14 @@ ours that is found at the begin of a pass was left by one that was killed: its r
 from __future__ import annotations
 
 import logging
+import math
 import os
 import re
 import secrets
 import stat
 import time
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from typing import TYPE_CHECKING
 
@@ -27,7 +28,7 @@ from accounting.errors import AccountingError
 from partitiond import files, refused_usage, usage_scripts
 from partitiond.errors import FAMILY, PartitiondError, sentence
 from partitiond.passes import Result
-from partitiond.refused_usage import KEPT_BYTES, Refused, plain
+from partitiond.refused_usage import KEPT_BYTES, MOST_KEPT, Refused, plain
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -45,7 +46,7 @@ MOST_FILES = 200
 """Of a partition and pass; the others have their turn in the next one."""
 _MOST_LISTED = 1000
 _QUIET_SECONDS = 2.0
-_LAST_ROUNDS = 50  # of an instance that goes: ten thousand files
+_LAST_SECONDS = 60.0  # of an instance that goes
 _TOLD = 3  # events of a partition and pass
 _OURS = re.compile(r"\.taking-[0-9a-f]{16}")
 # what is being written, by the habits of those who write
@@ -61,6 +62,7 @@ class Intake:
     refused: list[Refused] = field(default_factory=list)
     fresh: bool = False
     more: bool = False
+    until: float = math.inf
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +74,7 @@ class _Taker:
     partition: Partition
     guid: str
     resources: frozenset[str]
+    at: float
     written: frozenset[str] = frozenset()
     anyhow: bool = False
 
@@ -110,14 +113,24 @@ def run(
     known = {item.id: states.get(item.id) for item in node.partitions}
     there = [item for item in node.partitions if _reports(known[item.id])]
     ran = usage_scripts.run(context, there, context.turns, limits)
+    at = context.clock()
     takers = [
-        _Taker(node.config, ledger, item, _guid(known[item.id]), resources, _written(ran.get(item.id)))
+        _Taker(node.config, ledger, item, _guid(known[item.id]), resources, at, _written(ran.get(item.id)))
         for item in there
     ]
-    fresh = [one for one in takers if _one(context, one, result)]
+    takers.sort(key=lambda one: context.turns.taken.get(one.partition.id, 0.0))
+    end = time.monotonic() + limits.all_files
+    fresh = []
+    for number, one in enumerate(takers):
+        if time.monotonic() >= end:
+            logger.warning("usage: the files of %d partitions had no time left", len(takers) - number)
+            break
+        context.turns.taken[one.partition.id] = time.monotonic()
+        if _one(context, one, result, limits.files):
+            fresh.append(one)
     if fresh and not context.stop.wait(_QUIET_SECONDS):
         for one in fresh:
-            _one(context, one, result)
+            _one(context, one, result, limits.files)
     return result
 
 
@@ -129,10 +142,11 @@ def final(context: Context, partition: Partition, ledger: Ledger, resources: fro
         return result
     ran = usage_scripts.run(context, (partition,), context.turns)
     written = _written(ran.get(partition.id))
-    taker = _Taker(context.config, ledger, partition, state.instance_guid, resources, written, anyhow=True)
-    for _ in range(_LAST_ROUNDS):
-        if not _one(context, taker, result):
-            break
+    at, guid = context.clock(), state.instance_guid
+    taker = _Taker(context.config, ledger, partition, guid, resources, at, written, anyhow=True)
+    end = time.monotonic() + _LAST_SECONDS
+    while (left := end - time.monotonic()) > 0 and _one(context, taker, result, left):
+        continue
     return result
 
 
@@ -168,13 +182,15 @@ def _says_something(partition: Partition) -> bool:
         return False
 
 
-def _one(context: Context, taker: _Taker, result: Result) -> bool:
-    """Take the files of one partition; return whether another look is worth it."""
+def _one(context: Context, taker: _Taker, result: Result, seconds: float) -> bool:
+    """Take the files of one partition; return whether another look is worth it. Raises AccountingError."""
     if context.stop.is_set():
         return False
     name = taker.partition.id
     try:
-        intake = _take(taker)
+        intake = _take(taker, seconds)
+    except AccountingError:
+        raise  # the next partition's would fail as well
     except (*FAMILY, OSError) as error:
         result.failures.append((name, error))
         logger.warning("%s: usage files: %s", name, sentence(error))
@@ -205,9 +221,9 @@ def _tell(context: Context, partition: str, refused: Sequence[Refused]) -> None:
 # --- one partition ----------------------------------------------------------------------------------------------------
 
 
-def _take(taker: _Taker) -> Intake:
+def _take(taker: _Taker, seconds: float = math.inf) -> Intake:
     """Take what is there. Raises AccountingError, PartitiondError ``usage.not_kept``: nothing is removed that did not count."""
-    intake = Intake()
+    intake = Intake(until=time.monotonic() + seconds)
     try:
         with files.directory(taker.partition.path, *usage_scripts.PLACE) as here:
             _take_below(taker, here, intake)
@@ -296,8 +312,13 @@ def _is_fresh(taker: _Taker, name: str, seen: os.stat_result, now: float) -> boo
 
 def _settle(taker: _Taker, here: int, claimed: dict[str, str], intake: Intake) -> None:
     """Count the files of these names of ours, or set them aside; then remove them; then say that they are removed."""
-    gone, sources, refused = [], [], []
+    gone: list[str] = []
+    sources: list[str] = []
+    refused: list[Refused] = []
     for ours, name in claimed.items():
+        if time.monotonic() > intake.until:
+            intake.more = True  # the next pass finds them under our names
+            break
         try:
             source, movements = _read(taker, here, ours)
         except FileNotFoundError:
@@ -306,11 +327,13 @@ def _settle(taker: _Taker, here: int, claimed: dict[str, str], intake: Intake) -
             intake.fresh = True
             continue
         except _RefusedError as refusal:
-            refused.append(Refused(plain(name), refusal.reason, refusal.content, refusal.size))
+            refused.append(Refused(plain(name), refusal.reason, refusal.content[:KEPT_BYTES], refusal.size))
+            if len(refused) > MOST_KEPT:
+                refused[-MOST_KEPT - 1] = replace(refused[-MOST_KEPT - 1], content=b"")
             gone.append(ours)
             continue
         if movements:
-            new = taker.ledger.take_in(taker.partition.id, taker.guid, source, movements, time.time())
+            new = taker.ledger.take_in(taker.partition.id, taker.guid, source, movements, taker.at)
             sources.append(source)
             intake.taken += new
         gone.append(ours)

@@ -41,12 +41,17 @@ _BEGIN = 'cd "$1" && exec "$2" "$3"'
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Seconds for a script, for all of a partition, until no other partition is begun; partitions at the same time."""
+    """Seconds for a script, for all of a partition, until no other partition is begun; partitions at the same time.
+
+    Likewise for the files: seconds for those of a partition, and until no other partition's are begun.
+    """
 
     script: float = 60.0
     partition: float = 120.0
     whole: float = 900.0
     side_by_side: int = 4
+    files: float = 10.0
+    all_files: float = 600.0
 
 
 LIMITS = Limits()
@@ -54,10 +59,11 @@ LIMITS = Limits()
 
 @dataclass(slots=True)
 class Turns:
-    """Whose turn it is: when the scripts of each partition ran last, and who took too long then."""
+    """Whose turn it is: when the scripts of each partition ran last, and who took too long then; likewise the files."""
 
     ran: dict[str, float] = field(default_factory=dict)
     late: set[str] = field(default_factory=set)
+    taken: dict[str, float] = field(default_factory=dict)
 
     def order(self, partitions: Iterable[Partition]) -> list[Partition]:
         """Those who waited the longest first, those who took too long after all others."""

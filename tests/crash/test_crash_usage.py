@@ -47,7 +47,7 @@ class Scene:
     def take(self, ledger):
         partition = SimpleNamespace(id="slappart0", user="slapuser0", uid=UID, path=self.root / "slappart0")
         config = SimpleNamespace(state_dir=self.root / "state")
-        taker = usage_intake._Taker(config, ledger, partition, GUID, frozenset({"cpu"}), anyhow=True)
+        taker = usage_intake._Taker(config, ledger, partition, GUID, frozenset({"cpu"}), 1000.0, anyhow=True)
         return usage_intake._take(taker)
 
     def counted(self):
@@ -88,6 +88,7 @@ def test_killed_at_every_step_each_file_counts_once(tmp_path):
     assert whole.counted() == [1, 2, 3]
     assert [label for label in labels if label == "take_in"] == ["take_in"] * 3
     on_the_disk_before_it_counts(labels)
+    print(f"{len(labels)} points")
     for at in range(len(labels)):
         scene = Scene(tmp_path / str(at))
         code, _ = in_child(lambda scene=scene, at=at: taker(scene, at))

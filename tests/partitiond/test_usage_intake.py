@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from accounting import Ledger
+from accounting import AccountingError, Ledger
 from partitiond import event_reader, execute, privacy, refused_usage, usage_intake, usage_scripts, verbs
 from partitiond.context import Context
 from partitiond.state import InstanceState
@@ -101,6 +101,7 @@ class Scene:
             )
         self.context.turns.ran.clear()
         self.context.turns.late.clear()
+        self.context.turns.taken.clear()
 
 
 @pytest.fixture(scope="module")
@@ -307,6 +308,37 @@ def test_of_very_many_files_the_oldest_come_first_and_the_others_in_the_next_pas
     assert len(scene.new()) == 10
 
 
+def test_files_have_their_time_too_and_those_that_had_none_come_first(scene):
+    for number in range(3):
+        for name in ("a", "b"):
+            scene.put(number, name, usage(title=name))
+    time.sleep(usage_intake._QUIET_SECONDS)
+    scene.run(Limits(all_files=0.0))
+    assert scene.new() == []
+    scene.run(Limits(files=0.0))
+    assert scene.new() == []
+    assert all(path.name.startswith(".taking-") for path in scene.place().iterdir()), (
+        "as if it had been killed"
+    )
+    scene.context.turns.taken["slappart2"] = 0.0
+    scene.run()
+    assert [one[0] for one in scene.new()] == [f"SOFTINST-{number}" for number in (2, 2, 0, 0, 1, 1)]
+
+
+def test_a_ledger_that_fails_ends_the_pass_and_nothing_is_lost(scene):
+    for number in range(3):
+        scene.put(number, "good", usage())
+    time.sleep(usage_intake._QUIET_SECONDS)
+    scene.ledger._connection.execute("PRAGMA query_only = ON")
+    try:
+        with pytest.raises(AccountingError):
+            scene.run()
+    finally:
+        scene.ledger._connection.execute("PRAGMA query_only = OFF")
+    assert len(scene.run().done) == 3
+    assert len(scene.new()) == 3
+
+
 def test_refused_files_are_kept_with_their_reason_in_bounds(scene):
     for number in range(60):
         scene.put(0, f"bad-{number}", usage(reference="SOFTINST-1") + " " * 100_000)
@@ -463,7 +495,7 @@ def test_a_thousand_hostile_files_of_several_partitions(scene, monkeypatch):
     time.sleep(usage_intake._QUIET_SECONDS)
     began = time.monotonic()
     with beside(scene.partition(0), _LEASE, leased), beside(scene.partition(1), _REWRITER, torn, *parts):
-        result = scene.run()
+        result = scene.run(Limits(files=300.0))
     seconds = time.monotonic() - began
     assert result.failures == []
     found = [one for one in scene.new() if one[2] != "torn"]
