@@ -1,6 +1,6 @@
 """What accounts had at times gone by, so that a question about a year need not add a year up.
 
-At the end of an hour of the clock the ledger writes down what every account has. What was used in an interval is then the
+At the end of ten minutes of the clock the ledger writes down what every account has. What was used in an interval is then the
 difference of two such balances, and of the samples between them and the interval's borders. That a balance is the sum of all
 samples up to its pass holds by the way it is made: from the accounts, in the transaction of the next pass, before that adds
 anything. Every function runs inside the caller's transaction.
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
     from accounting.settle import Amounts
 
-HOUR, DAY, WEEK = 3600, 86_400, 604_800
+TEN_MINUTES, HOUR, DAY, WEEK = 600, 3600, 86_400, 604_800
 _SECOND = 10**6
 
 # A balance costs as much as some passes do: none is struck, however the clock flaps, so soon after the last.
-_PASSES = 60
+_PASSES = 50
 _PASSES_AT_DAYS = 5
 
 _COLUMNS = ", ".join(AMOUNT_COLUMNS)
@@ -60,8 +60,10 @@ def bucket(at: int, seconds: int) -> int:
 
 
 def strike(connection: sqlite3.Connection, seq: int, previous: int, at: int) -> None:
-    """Write down what the accounts have after the pass ``seq`` at ``previous``, if an hour ends between it and ``at``."""
-    ended = [width for width in (HOUR, DAY, WEEK) if bucket(previous, width) != bucket(at, width)]
+    """Write down what the accounts have after the pass ``seq`` at ``previous``, if ten minutes end between it and ``at``."""
+    ended = [
+        width for width in (TEN_MINUTES, HOUR, DAY, WEEK) if bucket(previous, width) != bucket(at, width)
+    ]
     if not ended:
         return
     (last,) = connection.execute("SELECT coalesce(max(seq), 0) FROM balanced").fetchone()

@@ -114,7 +114,7 @@ CREATE TABLE incident (
 CREATE UNIQUE INDEX incident_open ON incident (partition, kind, name) WHERE ended IS NULL;
 
 -- What every account had after some passes (nothing: it had nothing), so that usage of a long interval is a difference and few
--- samples. ends: the seconds of the longest stretch of the clock that ended with the pass, an hour, a day or a week.
+-- samples. ends: the seconds of the longest stretch of the clock that ended with the pass: 10 minutes, an hour, a day, a week.
 CREATE TABLE balanced (seq INTEGER PRIMARY KEY, ends INTEGER NOT NULL) STRICT;
 CREATE TABLE balance (
     seq INTEGER NOT NULL, account INTEGER NOT NULL, {_AMOUNTS}, PRIMARY KEY (seq, account)

@@ -72,10 +72,12 @@ def thin(connection: sqlite3.Connection, now: int, limit: float) -> bool:
         return False
     closed = _closed(connection)
     for stage in STAGES:
+        # backwards by seq: soon found, since what the stage before has left to this one is about as old
         row = connection.execute(
-            "SELECT max(seq) FROM pass WHERE at <= ?", (now - stage.age * _SECOND,)
+            "SELECT seq FROM pass WHERE seq <= ? AND +at <= ? ORDER BY seq DESC LIMIT 1",
+            (closed, now - stage.age * _SECOND),
         ).fetchone()
-        closed = min(closed, row[0] or 0)
+        closed = 0 if row is None else int(row[0])
         while _step(connection, stage, closed):
             if time.monotonic() >= deadline:
                 return True

@@ -251,7 +251,7 @@ from test_ledger_file import NOW, events, post
 
 where, logs = Path(sys.argv[1]) / "small", Path(sys.argv[1])
 where.mkdir()
-subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16M", "none", str(where)], check=True)
+subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32M", "none", str(where)], check=True)
 path = where / "l"
 
 def fill():
