@@ -155,7 +155,7 @@ class Daemon:
         # the master answers nothing of use, slapproxy an error, about a node that it does not know yet
         self._lanes = {
             "converge": Lane("converge", _SWEEP_SECONDS, self._sweep, context.stop, self._tally),
-            "usage": self._lane("usage", lanes.usage),
+            "usage": self._lane("usage", self._meter),
             "capacity": capacity,
             "software": self._lane("software", lanes.software, capacity),
             "instances": self._lane("instances", lanes.instance, capacity),
@@ -314,6 +314,11 @@ class Daemon:
         self._trials.look()
         self._healer.run()
         memory.trim()
+
+    def _meter(self, context: Context) -> Result:
+        result = lanes.usage(context)
+        metrics.after_pass(context, self._tally)
+        return result
 
     def _report(self, context: Context) -> Result:
         result = lanes.report(context)

@@ -100,6 +100,11 @@ class Metering:
         """What is wrong with the ledger."""
         return self._care.cases()
 
+    @property
+    def passes(self) -> int:
+        """How many were recorded by this process."""
+        return self._passes
+
     def recorded(self) -> Recorded:
         """Return what was recorded, the same object until the next pass; read when first asked for after a pass, and not
         while one goes on.  Raises AccountingError.

@@ -19,6 +19,7 @@ from partitiond import metrics_text, node_metrics, supervision, tunnel_status, u
 from partitiond.errors import sentence
 from partitiond.metering import Recorded
 from partitiond.metrics_text import Family, family, labels
+from partitiond.textfile import Textfile
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -48,6 +49,7 @@ class Tally:
 
     def __init__(self) -> None:
         self.usage = usage_metrics.UsageText()
+        self.textfile = Textfile()
         self._turn = threading.Lock()
         self._drift: Counter[str] = Counter()
         self._lanes: dict[str, _Lane] = {}
@@ -112,6 +114,16 @@ def textfile(context: Context, tally: Tally) -> str:
     return metrics_text.prometheus(_daemon(context, tally))
 
 
+def after_pass(context: Context, tally: Tally) -> None:
+    """Make ready what those who scrape will ask for, right after a pass of the meters."""
+    try:
+        tally.usage.prepare(context.meters)
+    except AccountingError as error:
+        logger.warning("metrics: usage stays as it was: %s", sentence(error))
+    path = context.config.accounting.textfile
+    tally.textfile.update(path, "" if path is None else textfile(context, tally))
+
+
 def of_partition(context: Context, partition: str | None) -> bytes:
     """Return the text of ``/metrics`` for the user of a partition; None: for those who have none."""
     found = list(node_metrics.families(context.config))
@@ -122,6 +134,14 @@ def of_partition(context: Context, partition: str | None) -> bytes:
         denied = {key: count for key, count in recorded.denied.items() if key[0] == partition}
         found += usage_metrics.families(totals, denied)
     return metrics_text.openmetrics(found)
+
+
+def _recorded(context: Context) -> Recorded:
+    try:
+        return context.meters.recorded()
+    except AccountingError as error:
+        logger.warning("metrics: usage is left out: %s", sentence(error))
+        return Recorded()
 
 
 def _everything(context: Context, tally: Tally) -> Iterator[Family]:
@@ -139,15 +159,10 @@ def _daemon(context: Context, tally: Tally) -> Iterator[Family]:
         [] if reachable is None else [("", int(bool(reachable)))],
     )
     yield from _partitions(context)
-    yield from tally.usage.families(_recorded(context))
-
-
-def _recorded(context: Context) -> Recorded:
     try:
-        return context.meters.recorded()
+        yield from tally.usage.families(context.meters)
     except AccountingError as error:
         logger.warning("metrics: usage is left out: %s", sentence(error))
-        return Recorded()
 
 
 def _partitions(context: Context, only: str | None = None) -> Iterator[Family]:

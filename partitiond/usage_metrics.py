@@ -7,6 +7,7 @@ of the kernel.
 from __future__ import annotations
 
 import threading
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from partitiond.metrics_text import Family, family, labels
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     from accounting.model import PartitionUsage
-    from partitiond.metering import Recorded
+    from partitiond.metering import Metering, Recorded
     from partitiond.metrics_text import Kind
 
 _TRAFFIC = (
@@ -85,6 +86,11 @@ def _traffic(totals: Iterable[PartitionUsage]) -> Iterable[Family]:
         yield Family(name, "counter", text, lines, unit)
 
 
+@lru_cache(maxsize=1 << 14)
+def _where(partition: str, address: str, family_: str, scope: str) -> str:
+    return labels(("partition", partition), ("address", address), ("family", family_), ("scope", scope))
+
+
 def _figures(totals: Sequence[PartitionUsage]) -> Iterable[Family]:
     for field, name, kind, unit, text in _FIGURES:
         values = (
@@ -96,17 +102,39 @@ def _figures(totals: Sequence[PartitionUsage]) -> Iterable[Family]:
 
 
 class UsageText:
-    """The families of all partitions, kept until the next pass."""
+    """The families of all partitions, as of the last pass.
+
+    Reading the totals of 500 partitions and writing them down takes longer than a scrape should, so where somebody scrapes, the
+    lane of the meters does it right after its pass, and who scrapes meanwhile is given those of the pass before.
+    """
 
     def __init__(self) -> None:
         self._turn = threading.Lock()
         self._of: Recorded | None = None
+        self._passes = -1
         self._families: tuple[Family, ...] = ()
+        self._asked = False
 
-    def families(self, recorded: Recorded) -> tuple[Family, ...]:
-        """Return the families of what a pass recorded."""
-        with self._turn:
-            if self._of is not recorded:
-                self._families = families(recorded.totals, recorded.denied)
-                self._of = recorded
-            return self._families
+    def families(self, meters: Metering) -> tuple[Family, ...]:
+        """Return the families.  Raises AccountingError."""
+        self._asked = True
+        if self._passes != meters.passes and self._turn.acquire(blocking=self._passes < 0):
+            try:
+                self._refresh(meters)
+            finally:
+                self._turn.release()
+        return self._families
+
+    def prepare(self, meters: Metering) -> None:
+        """Make them anew after a pass, if anybody asked since the one before.  Raises AccountingError."""
+        if self._asked:
+            self._asked = False
+            with self._turn:
+                self._refresh(meters)
+
+    def _refresh(self, meters: Metering) -> None:
+        passes, recorded = meters.passes, meters.recorded()
+        if self._of is not recorded:
+            self._families = families(recorded.totals, recorded.denied)
+            self._of = recorded
+        self._passes = passes
