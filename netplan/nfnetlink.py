@@ -339,14 +339,15 @@ def _counted(element: bytes) -> Counted:
 
 
 class _Layout(NamedTuple):
-    """Where in a dump of our counters their values are, as long as nobody changes any table.
+    """Where in a dump of our counters their values are, for each dump that is like ``rest`` wherever ``mask`` has ones:
+    everything but the values, and of the headers what tells one dump from another.
 
     ``names`` are of the counters in the order of the dump; ``values`` cuts out bytes and packets of each.
     """
 
-    where: tuple[int, int]
-    generation: int
     length: int
+    mask: int
+    rest: int
     names: tuple[str, ...]
     values: struct.Struct
 
@@ -365,20 +366,20 @@ def counter_values(sock: NetlinkSocket) -> tuple[tuple[str, ...], tuple[int, ...
     """Return the names of all our counters, and bytes and packets of each in turn; nothing is reset.
 
     ``names`` is the same object again as long as they are the same. A dump of 500 partitions is 6000 messages, and
-    to take each apart is most of the work. While the number of the generation stays, the kernel gives the
-    same objects in the same order (nft_table.objects, a list), and only the values differ.
+    to take each apart is most of the work. As the kernel gives the same objects in the same order until somebody
+    changes them, mostly the dump differs from the one before in its values alone, which one comparison of it all as
+    a number tells.
     """
     global _layout  # noqa: PLW0603 - the one that was seen last; a tuple, replaced whole
     request = _GENMSG + _OF_TABLE + attribute(_OBJ_TYPE, _U32.pack(_OBJECT_COUNTER))
-    where = here()
     for _ in range(_TRIES):
         before = generation(sock)
         stream = sock.stream(_GETOBJ, request)
         if generation(sock) != before:
-            continue
+            continue  # a change ran into it
         layout = _layout
-        if layout is None or (layout.where, layout.generation, layout.length) != (where, before, len(stream)):
-            layout = _layout = _found_layout(where, before, stream, layout)
+        if layout is None or not _fits(layout, stream):
+            layout = _layout = _found_layout(stream, layout)
         return layout.names, layout.values.unpack_from(stream)
     raise NetplanError(
         "network.packet_filter",
@@ -388,11 +389,15 @@ def counter_values(sock: NetlinkSocket) -> tuple[tuple[str, ...], tuple[int, ...
     )
 
 
-def _found_layout(where: tuple[int, int], number: int, stream: bytes, last: _Layout | None) -> _Layout:
+def _found_layout(stream: bytes, last: _Layout | None) -> _Layout:
     names: list[str] = []
     cuts: list[str] = ["!"]
+    mask = bytearray(b"\xff" * len(stream))
     behind = 0
     for _, data, start, end in messages(stream):
+        # flags, sequence and port of the header (netlink(7)), and the generation (struct nfgenmsg)
+        mask[start - 10 : start] = bytes(10)
+        mask[start + 2 : start + 4] = bytes(2)
         # the value comes last, behind what names the counter and does not change (nf_tables_fill_obj_info)
         value = end - _COUNTER.size
         if data[value - 4 : value] not in _OF_VALUE:
@@ -402,10 +407,19 @@ def _found_layout(where: tuple[int, int], number: int, stream: bytes, last: _Lay
             names.append(name)
             cuts.append(f"{value - behind}x{_COUNTER.format[1:]}")
             behind = value + _COUNTER.size
+            # "!4xQ4xQ": only the numbers, not what stands before each
+            for number in (value + 4, value + 16):
+                mask[number : number + 8] = bytes(8)
     found = tuple(names)
     if last is not None and last.names == found:
         found = last.names
-    return _Layout(where, number, len(stream), found, struct.Struct("".join(cuts)))
+    bits = int.from_bytes(mask, "little")
+    rest = int.from_bytes(stream, "little") & bits
+    return _Layout(len(stream), bits, rest, found, struct.Struct("".join(cuts)))
+
+
+def _fits(layout: _Layout, stream: bytes) -> bool:
+    return len(stream) == layout.length and int.from_bytes(stream, "little") & layout.mask == layout.rest
 
 
 def _value_at(data: bytes, start: int, end: int) -> int:

@@ -79,6 +79,27 @@ def test_values_of_known_places_are_todays(node):
     assert counters.read_counters() == before
 
 
+def test_the_places_are_looked_for_anew_only_when_what_is_there_changes(node):
+    node.converge(wanted(3))
+    read()
+    known = nfnetlink._layout
+    with NetlinkSocket(NETLINK_NETFILTER):  # another port, another sequence
+        read()
+    run("add table inet somebodys\n")  # another generation
+    read()
+    run("delete table inet somebodys\n")
+    read()
+    assert nfnetlink._layout is known
+    run("add counter inet partitiond one { packets 1 bytes 2; }\n")
+    read()
+    changed = nfnetlink._layout
+    assert changed.names != known.names
+    run("delete counter inet partitiond one\nadd counter inet partitiond two { packets 3 bytes 4; }\n")
+    assert read()["two"] == (3, 4)
+    assert nfnetlink._layout.length == changed.length
+    assert nfnetlink._layout.names != changed.names
+
+
 def test_a_dump_that_the_kernel_refuses_is_an_error(node):
     with NetlinkSocket(NETLINK_NETFILTER) as sock, pytest.raises(NetplanError) as caught:
         sock.stream(0x0AFF, nfnetlink._GENMSG)
