@@ -7,7 +7,7 @@ from collections import Counter
 from itertools import combinations
 
 import pytest
-from accounting_world import a_pass, bytes_in, process, traffic
+from accounting_world import a_pass, back_to_version_1, bytes_in, process, traffic
 
 from accounting import AccountingError, Ledger, schema, store
 
@@ -254,3 +254,21 @@ def test_a_reader_of_version_1_goes_on_while_it_is_brought_to_2(path):
             assert reports(reader) == before
             ledger.record(a_pass(START + 200_000, traffic("slappart1", 10**6), owners={"slappart1": "B"}))
             assert sum(bytes_in(reader).values()) > 10**6
+
+
+def test_taken_back_to_version_1_it_has_the_tables_of_version_1(path, tmp_path):
+    """What tests of an upgrade under traffic begin from."""
+    Ledger(path).close()
+    back_to_version_1(path)
+    first(tmp_path / "first")
+    columns = []
+    for file in (path, tmp_path / "first"):
+        connection = sqlite3.connect(file)
+        columns.append(
+            connection.execute(
+                "SELECT s.name, c.name FROM sqlite_schema s, pragma_table_info(s.name) c ORDER BY 1, c.cid"
+            ).fetchall()
+        )
+        connection.close()
+    assert columns[0] == columns[1]
+    assert version(path) == 1

@@ -9,9 +9,11 @@ import math
 import time
 
 import pytest
+from accounting_world import back_to_version_1
 from traffic_scene import CHURN, ROUTABLE, STAY, compare
 
 from netplan import counters, nftables
+from partitiond.metering import ledger_path
 
 LANE_KILLS = 100
 DAEMON_KILLS = 8
@@ -156,6 +158,20 @@ def daemons_killed(scene, table, kills):
 
 def test_the_daemon_is_killed(traffic, table):
     daemons_killed(traffic, table, DAEMON_KILLS)
+
+
+def test_the_ledger_is_upgraded(traffic, table):
+    """From version 1, between loads of the whole filter: levels are the kernel's, whoever wrote them down."""
+    scene = traffic
+    scene.begin()
+    for _ in range(5):
+        time.sleep(scene.dice.random() / 5)
+        scene.a_pass()
+        scene.context.meters.close()
+        back_to_version_1(ledger_path(scene.node.state))
+        scene.change_filter()
+    sent = told(scene)
+    judged(scene, sent, table, "conservation: the ledger brought from version 1 to 2 five times")
 
 
 @pytest.mark.full
