@@ -31,7 +31,7 @@ from partitiond.passes import Result
 from partitiond.refused_usage import KEPT_BYTES, MOST_KEPT, Refused, plain
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Sequence
 
     from accounting.ledger import Ledger
     from accounting.tioxml import Movement
@@ -240,7 +240,8 @@ def _take(taker: _Taker, seconds: float = math.inf) -> Intake:
 
 
 def _take_below(taker: _Taker, here: int, intake: Intake) -> None:
-    found = list(_look(here))
+    found, unseen = _look(here)
+    _put_aside(taker, unseen, intake)
     left = [name for name, seen in found if _OURS.fullmatch(name) and not stat.S_ISDIR(seen.st_mode)]
     intake.more = len(left) > MOST_FILES
     _settle(taker, here, {name: name for name in left[:MOST_FILES]}, intake)
@@ -253,13 +254,22 @@ def _take_below(taker: _Taker, here: int, intake: Intake) -> None:
         _settle(taker, here, claimed, intake)
 
 
-def _look(here: int) -> Iterator[tuple[str, os.stat_result]]:
-    """What is in the directory, the oldest first; of very many only some, which go, so that others follow."""
-    found = []
+def _look(here: int) -> tuple[list[tuple[str, os.stat_result]], list[Refused]]:
+    """What is in the directory, the oldest first, and what cannot even be looked at (a file system of the tenant's own).
+
+    Of very many only some, which go, so that others follow.
+    """
+    found, unseen = [], []
     for name in files.names(here, _MOST_LISTED):
-        with suppress(FileNotFoundError):
+        try:
             found.append((name, os.stat(name, dir_fd=here, follow_symlinks=False)))
-    yield from sorted(found, key=lambda one: (one[1].st_mtime_ns, one[0]))
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            reason = f"cannot be looked at: {error.strerror}"
+            once = f"unseen-{sha256(os.fsencode(name)).hexdigest()[:16]}"
+            unseen.append(Refused(plain(name), reason, once=once))
+    return sorted(found, key=lambda one: (one[1].st_mtime_ns, one[0])), unseen
 
 
 def _forget_left(taker: _Taker) -> None:

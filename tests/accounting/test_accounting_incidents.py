@@ -1,8 +1,11 @@
 """Incidents: what is seen wrong has a begin and an end, however often it is looked at and whoever restarts in between."""
 
+import contextlib
+import sqlite3
+
 import pytest
 
-from accounting import Ledger, incidents
+from accounting import Ledger, incidents, schema
 from accounting.incidents import PROMISE, SERVICE, Look
 
 GUID = "SOFTINST-1"
@@ -151,3 +154,10 @@ def test_there_is_a_bound_for_each_partition(ledger):
     many = [f"{number:0>4}" for number in range(5000)]
     assert len(see(ledger, 1000.0, *many).begun) == incidents._MOST_OPEN
     assert see(ledger, 1060.0, *many).begun == ()
+
+
+def test_a_reader_of_a_ledger_from_before_there_were_any_finds_none(tmp_path):
+    with contextlib.closing(sqlite3.connect(tmp_path / "ledger.sqlite")) as connection:
+        connection.executescript(schema._FIRST)
+    with Ledger.open_readonly(tmp_path / "ledger.sqlite") as reader:
+        assert reader.incidents() == ()

@@ -34,6 +34,8 @@ class Scene:
         outcome = verbs.apply(self.context, [])
         assert (outcome["failures"], outcome["left"], outcome["refused"]) == ([], [], [])
         lanes.usage(self.context)
+        # SQLite keeps a reader's descriptor for the next one as long as the ledger is open (unixClose in os_unix.c)
+        status.node(self.context)
         self.config = self.context.config
         self.partition, self.other = self.context.node.partitions
         self.soft = pwd.getpwnam(self.config.software_user)

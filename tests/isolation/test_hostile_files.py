@@ -20,20 +20,28 @@ from accounting.disk import DiskMeter
 from partitiond import (
     buildout,
     certificates,
+    event_reader,
     programs,
     recovery,
     storage,
+    usage_intake,
     verbs,
 )
 from partitiond.errors import FAMILY, sentence
+from partitiond.state import InstanceState
+from partitiond.usage_scripts import Limits
 from slap_client.documents import CertificatePair
 
+USAGE = "<consumption><movement><resource>cpu</resource><quantity>1</quantity><price>0</price><VAT/></movement></consumption>"
+LIMITS = Limits(script=1.0, partition=2.0)
 SLOW = frozenset(("deep", "wide"))  # much to do, which takes its time
 
 
 @pytest.fixture(scope="module")
 def scene(module_node_config):
-    yield from hostile_node.standing(module_node_config)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(usage_intake, "_QUIET_SECONDS", 0.0)
+        yield from hostile_node.standing(module_node_config)
 
 
 @pytest.fixture(scope="session")
@@ -302,6 +310,59 @@ def _removed_release(scene):
         return "fine", ""
 
     yield scene.software / "thing", scene.soft.pw_uid, remove
+
+
+def _intake(scene):
+    """Run the scripts and take the files of both partitions in; the other's good one counts whatever lies in the first."""
+    place = scene.other.path / "var" / "xml_report"
+    place.mkdir(parents=True, exist_ok=True)
+    (place / "good").write_text(USAGE)
+    os.chown(place / "good", scene.other.uid, scene.other.gid)
+    hostile_scene.remove(scene.config.state_dir / "refused-usage")
+    store, ledger = scene.context.store, scene.context.meters.ledger()
+    before, events = len(ledger.intake_waiting()), _told(scene)
+    for item in scene.context.node.partitions:
+        store.save_instance(InstanceState(item.id, life="started", wanted="stopped", instance_guid=item.id))
+    try:
+        result = usage_intake.run(scene.context, scene.context.node, ledger, frozenset({"cpu"}), LIMITS)
+    finally:
+        for item in scene.context.node.partitions:
+            store.save_instance(InstanceState(item.id))
+    assert result.failures == []
+    assert [one.guid for one in ledger.intake_waiting()[before:]] == ["slappart1"]
+    told = _told(scene)[len(events) :]
+    assert {one["partition"] for one in told} <= {"slappart0"}
+    assert all(one["message"].isprintable() for one in told)
+    return "refused" if told else "fine", str(told)
+
+
+def _told(scene):
+    return [
+        one for one in event_reader.last(scene.config.log_dir, 10_000) if one["event"].startswith("usage.")
+    ]
+
+
+@place(*KINDS, refused=KINDS)
+def _usage_file(scene):
+    yield scene.tenant_directory("var", "xml_report") / "x", scene.partition.uid, lambda: _intake(scene)
+
+
+@place(*TENANTS, fine=("directory",), refused=set(TENANTS) - {"directory"})
+def _usage_files(scene):
+    hostile_scene.remove(scene.path / "var" / "xml_report")
+    yield scene.tenant_directory("var") / "xml_report", scene.partition.uid, lambda: _intake(scene)
+
+
+@place(*TENANTS, refused=(*FILES, "fuse"))
+def _reports(scene):
+    hostile_scene.remove(scene.path / "etc")
+    yield scene.tenant_directory("etc") / "report", scene.partition.uid, lambda: _intake(scene)
+    hostile_scene.remove(scene.path / "etc")
+
+
+@place(*KINDS, refused=("giant", "leased", "attributed_file"))
+def _report(scene):
+    yield scene.tenant_directory("etc", "report") / "x", scene.partition.uid, lambda: _intake(scene)
 
 
 # --- the matrix -------------------------------------------------------------------------------------------------------
