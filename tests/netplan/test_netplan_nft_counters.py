@@ -88,6 +88,6 @@ def test_a_dump_that_the_kernel_refuses_is_an_error(node):
 def test_an_empty_dump_ends(node):
     node.converge(wanted(0))
     with NetlinkSocket(NETLINK_NETFILTER) as sock:
-        names, values = nfnetlink.counter_values(sock)
-        assert len(values) == 2 * len(names)
+        keys, values = nfnetlink.counter_values(sock)
+        assert len(values) == 2 * len(keys)
         assert sock.stream(nfnetlink._GETOBJ, nfnetlink._GENMSGS["arp"])
