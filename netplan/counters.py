@@ -17,7 +17,7 @@ from netplan.errors import NetplanError
 from netplan.legacy_filter import read_legacy_counters
 from netplan.legacy_rules import REFUSED as LEGACY_REFUSED
 from netplan.legacy_rules import SHARED as LEGACY_SHARED
-from netplan.metering import DIRECTIONS, SHARED
+from netplan.metering import DIRECTIONS, SHARED, address_of
 from netplan.model import ALIAS_MARK, Backend
 from netplan.netlink import NETLINK_ROUTE, NetlinkSocket
 from netplan.ruleset import REFUSED
@@ -30,7 +30,8 @@ class Traffic(NamedTuple):
     """What one address of a partition carried; ``family`` is ``ipv6``, ``range``, ``ipv4`` (the private
     one), ``public4`` or ``routable4``, ``scope`` ``remote`` or ``local``.
 
-    ``in`` is towards the partition.
+    ``in`` is towards the partition.  ``address`` is that of the counters themselves, whatever the partition has by now.  Values
+    of one epoch and ``life`` can be compared: counters that went and came again have another.
     """
 
     partition: str
@@ -40,6 +41,8 @@ class Traffic(NamedTuple):
     bytes_out: int
     packets_in: int
     packets_out: int
+    address: str
+    life: str
 
 
 class Refused(NamedTuple):
@@ -96,7 +99,7 @@ def read_counters(backend: Backend = "nftables") -> CounterReading:
             before = _handles(sock)
             if "inet" not in before:
                 return CounterReading("")
-            names, values = nfnetlink.counter_values(sock)
+            keys, values = nfnetlink.counter_values(sock)
             sets = {
                 nfnetlink.full_name(family, name): nfnetlink.counted(sock, family, name)
                 for family in before
@@ -107,7 +110,7 @@ def read_counters(backend: Backend = "nftables") -> CounterReading:
                 boot = _boot_id()
                 return CounterReading(
                     f"{boot}/{before['inet']}",
-                    _traffic_of(names, values),
+                    _traffic_of(keys, values),
                     tuple(_refused(sets)),
                     tuple(_shared(sets)),
                     # where one table of several is made again, frames refused before count once more
@@ -149,41 +152,56 @@ def _handles(sock: NetlinkSocket) -> dict[str, int]:
 def _traffic(values: Iterable[nfnetlink.CounterValue]) -> tuple[Traffic, ...]:
     found = tuple(values)
     return _traffic_of(
-        tuple(one.name for one in found),
+        tuple(nfnetlink.CounterKey(one.name, 0) for one in found),  # rules have no handles
         tuple(number for one in found for number in (one.bytes, one.packets)),
     )
 
 
-def _traffic_of(names: tuple[str, ...], values: tuple[int, ...]) -> tuple[Traffic, ...]:
-    """Put together what counts for one address; ``values`` has bytes and packets for each of the names."""
+def _traffic_of(keys: tuple[nfnetlink.CounterKey, ...], values: tuple[int, ...]) -> tuple[Traffic, ...]:
+    """Put together what counts for one address; ``values`` has bytes and packets for each of the counters."""
     both = (*values, 0, 0)  # a direction without a counter has none
     return tuple(
-        Traffic(partition, family, scope, both[in_], both[out], both[in_ + 1], both[out + 1])
-        for partition, family, scope, in_, out in _places(names)
+        Traffic(partition, family, scope, both[in_], both[out], both[in_ + 1], both[out + 1], address, life)
+        for partition, family, scope, address, life, in_, out in _places(keys)
     )
 
 
-# the names of the last reading, which are the same object as long as they are the same, and what follows from them
-_placed: tuple[tuple[str, ...], tuple[tuple[str, str, str, int, int], ...]] = ((), ())
+class _Place(NamedTuple):
+    """Where among the values those of one address are, in and out."""
+
+    partition: str
+    family: str
+    scope: str
+    address: str
+    life: str
+    in_: int
+    out: int
 
 
-def _places(names: tuple[str, ...]) -> tuple[tuple[str, str, str, int, int], ...]:
-    """Say for each address where among the values its two are, in and out."""
+# the counters of the last reading, which are the same object as long as they are the same, and what follows from them
+_placed: tuple[tuple[nfnetlink.CounterKey, ...], tuple[_Place, ...]] = ((), ())
+
+
+def _places(keys: tuple[nfnetlink.CounterKey, ...]) -> tuple[_Place, ...]:
     global _placed  # noqa: PLW0603 - the last answer; a tuple, replaced whole
     of, places = _placed
-    if of is not names:
-        found: dict[tuple[str, str, str], dict[str, int]] = {}
-        for number, name in enumerate(names):
-            what, *rest = name.split("/")
-            if what == "traffic" and len(rest) == 4:
-                partition, family, scope, direction = rest
-                found.setdefault((partition, family, scope), {})[direction] = 2 * number
-        none = 2 * len(names)
+    if of is not keys:
+        found: dict[tuple[str, str, str, str], dict[str, int]] = {}
+        for number, key in enumerate(keys):
+            what, *rest = key.name.split("/", 5)  # a range ends with its length
+            if what == "traffic" and len(rest) == 5:
+                partition, family, scope, direction, address = rest
+                found.setdefault((partition, family, scope, address), {})[direction] = number
+        none = 2 * len(keys)
         places = tuple(
-            (*key, directions.get("in", none), directions.get("out", none))
-            for key, directions in found.items()
+            _Place(
+                *(partition, family, scope, address_of(family, address)),
+                ".".join(str(keys[number].handle) for _, number in sorted(ways.items())),
+                *(2 * ways[way] if way in ways else none for way in DIRECTIONS),
+            )
+            for (partition, family, scope, address), ways in found.items()
         )
-        _placed = (names, places)
+        _placed = (keys, places)
     return places
 
 

@@ -233,7 +233,7 @@ def _metering(draft: _Draft, desired: DesiredNetwork, owned: Sequence[_Owned], f
             if desired.ownership and one.kind == "ipv4" and (scope, direction) == ("remote", "in"):
                 yield Rule("DROP", destination=one.text)  # the weak host model would let the LAN in
                 return
-            name = counter_name(one.partition, one.kind, scope, direction)
+            name = counter_name(one.partition, one.kind, scope, direction, one.text)
             yield _of(Rule("RETURN", comment=name), side, one.text)
 
         return draft.look_up(f"{scope[0]}{direction}".upper(), side, metered, count, end)

@@ -37,9 +37,18 @@ IN, OUT = "priority 10", "priority 300"
 _HOOKS = {"meter_in": f"input {IN}", "meter_out": f"output {OUT}"}
 
 
-def counter_name(partition: str, family: str, scope: str, direction: str) -> str:
-    """Return the counter's name; no partition id has a slash, so it says exactly what it counts."""
-    return f"traffic/{partition}/{family}/{scope}/{direction}"
+def counter_name(partition: str, family: str, scope: str, direction: str, address: str) -> str:
+    """Return the counter's name; no partition id has a slash, so it says exactly what it counts.
+
+    An address that changes gets a counter of its own: it takes nothing along of what another one carried. Names of nft have
+    no colons.
+    """
+    return f"traffic/{partition}/{family}/{scope}/{direction}/{address.replace(':', '.')}"
+
+
+def address_of(family: str, named: str) -> str:
+    """Return the address as it stands at the end of such a name."""
+    return named.replace(".", ":") if _VERSION.get(family) == "6" else named
 
 
 def metering(
@@ -78,7 +87,7 @@ def _meters(partition: PartitionNetwork) -> dict[str, tuple[tuple[str, ...], tup
     """Return the counters and the elements of each family, by the place of scope and direction in ``_WAYS``."""
     found = {}
     for family, address in _addresses(partition):
-        names = tuple(counter_name(partition.id, family, *way) for way in _WAYS)
+        names = tuple(counter_name(partition.id, family, *way, address) for way in _WAYS)
         found[family] = (names, tuple(f'{address} : "{name}"' for name in names))
     return found
 

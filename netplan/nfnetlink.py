@@ -52,7 +52,7 @@ _ELEM_KEY, _ELEM_FLAGS, _ELEM_EXPR, _ELEM_OBJECT, _ELEM_KEY_END = 1, 3, 7, 9, 10
 _EXPR_DATA = 2
 _COUNTER_BYTES, _COUNTER_PACKETS = 1, 2
 _ELEM_INTERVAL_END = 1
-_OBJ_TABLE, _OBJ_NAME, _OBJ_TYPE, _OBJ_DATA = 1, 2, 3, 4
+_OBJ_TABLE, _OBJ_NAME, _OBJ_TYPE, _OBJ_DATA, _OBJ_HANDLE = 1, 2, 3, 4, 6
 _GEN_ID = 1
 _OBJECT_COUNTER = 1
 _SET_ANONYMOUS, _SET_EVAL = 0x1, 0x20
@@ -154,6 +154,13 @@ class Element(NamedTuple):
     last: bytes
     counter: str
     end: bool
+
+
+class CounterKey(NamedTuple):
+    """A named counter, and its handle, which no other object of its table ever has: one that is made again has another."""
+
+    name: str
+    handle: int
 
 
 class CounterValue(NamedTuple):
@@ -342,13 +349,13 @@ class _Layout(NamedTuple):
     """Where in a dump of our counters their values are, for each dump that is like ``rest`` wherever ``mask`` has ones:
     everything but the values, and of the headers what tells one dump from another.
 
-    ``names`` are of the counters in the order of the dump; ``values`` cuts out bytes and packets of each.
+    ``keys`` are of the counters in the order of the dump; ``values`` cuts out bytes and packets of each.
     """
 
     length: int
     mask: int
     rest: int
-    names: tuple[str, ...]
+    keys: tuple[CounterKey, ...]
     values: struct.Struct
 
 
@@ -357,15 +364,15 @@ _layout: _Layout | None = None
 
 def counters_of(sock: NetlinkSocket) -> list[CounterValue]:
     """Return every named counter of our table, without resetting any."""
-    names, values = counter_values(sock)
+    keys, values = counter_values(sock)
     numbers = iter(values)
-    return [CounterValue(name, next(numbers), octets) for name, octets in zip(names, numbers, strict=False)]
+    return [CounterValue(key.name, next(numbers), octets) for key, octets in zip(keys, numbers, strict=False)]
 
 
-def counter_values(sock: NetlinkSocket) -> tuple[tuple[str, ...], tuple[int, ...]]:
-    """Return the names of all our counters, and bytes and packets of each in turn; nothing is reset.
+def counter_values(sock: NetlinkSocket) -> tuple[tuple[CounterKey, ...], tuple[int, ...]]:
+    """Return all our counters, and bytes and packets of each in turn; nothing is reset.
 
-    ``names`` is the same object again as long as they are the same. A dump of 500 partitions is 6000 messages, and
+    The first is the same object again as long as they are the same. A dump of 500 partitions is 6000 messages, and
     to take each apart is most of the work. As the kernel gives the same objects in the same order until somebody
     changes them, mostly the dump differs from the one before in its values alone, which one comparison of it all as
     a number tells.
@@ -380,7 +387,7 @@ def counter_values(sock: NetlinkSocket) -> tuple[tuple[str, ...], tuple[int, ...
         layout = _layout
         if layout is None or not _fits(layout, stream):
             layout = _layout = _found_layout(stream, layout)
-        return layout.names, layout.values.unpack_from(stream)
+        return layout.keys, layout.values.unpack_from(stream)
     raise NetplanError(
         "network.packet_filter",
         "nft tables are changed each time that the counters are read",
@@ -390,7 +397,7 @@ def counter_values(sock: NetlinkSocket) -> tuple[tuple[str, ...], tuple[int, ...
 
 
 def _found_layout(stream: bytes, last: _Layout | None) -> _Layout:
-    names: list[str] = []
+    keys: list[CounterKey] = []
     cuts: list[str] = ["!"]
     mask = bytearray(b"\xff" * len(stream))
     behind = 0
@@ -402,17 +409,17 @@ def _found_layout(stream: bytes, last: _Layout | None) -> _Layout:
         value = end - _COUNTER.size
         if data[value - 4 : value] not in _OF_VALUE:
             value = _value_at(data, start + 4, end)  # of an object with a comment, for instance
-        name = _counter_name(data[start + 4 : value - 4])
-        if name is not None and value < end:
-            names.append(name)
+        key = _counter_key(data[start + 4 : value - 4])
+        if key is not None and value < end:
+            keys.append(key)
             cuts.append(f"{value - behind}x{_COUNTER.format[1:]}")
             behind = value + _COUNTER.size
             # "!4xQ4xQ": only the numbers, not what stands before each
             for number in (value + 4, value + 16):
                 mask[number : number + 8] = bytes(8)
-    found = tuple(names)
-    if last is not None and last.names == found:
-        found = last.names
+    found = tuple(keys)
+    if last is not None and last.keys == found:
+        found = last.keys
     bits = int.from_bytes(mask, "little")
     rest = int.from_bytes(stream, "little") & bits
     return _Layout(len(stream), bits, rest, found, struct.Struct("".join(cuts)))
@@ -432,12 +439,12 @@ def _value_at(data: bytes, start: int, end: int) -> int:
 
 
 @lru_cache(maxsize=1 << 13)
-def _counter_name(head: bytes) -> str | None:
-    """Return the name of a counter of our table; None for what is something else."""
-    have = attributes(head, 0, len(head), (_OBJ_TABLE, _OBJ_NAME, _OBJ_TYPE))
+def _counter_key(head: bytes) -> CounterKey | None:
+    """Return which counter of our table it is; None for what is something else."""
+    have = attributes(head, 0, len(head), (_OBJ_TABLE, _OBJ_NAME, _OBJ_TYPE, _OBJ_HANDLE))
     if have.get(_OBJ_TABLE) != _TABLE_BYTES or have.get(_OBJ_TYPE) != _U32.pack(_OBJECT_COUNTER):
         return None
-    return _name(have[_OBJ_NAME])
+    return CounterKey(_name(have[_OBJ_NAME]), _U64.unpack(have[_OBJ_HANDLE])[0])
 
 
 def has_counter(sock: NetlinkSocket, name: str) -> bool:

@@ -14,7 +14,6 @@ from accounting.model import CountReading, GaugeReading, Pass, TrafficReading
 from accounting.processes import ProcessMeter
 from netplan import counters
 from netplan.bpf_state import read_refusals
-from netplan.once import once_each
 from partitiond import storage
 from partitiond.disk_sizes import DiskSizes, Tree
 from partitiond.ledger_care import LedgerCare
@@ -170,16 +169,14 @@ def _trees(node: Node) -> dict[str, Tree]:
 
 def _addresses(reading: counters.CounterReading, known: dict[str, Partition]) -> Iterator[TrafficReading]:
     for traffic in reading.traffic:
-        partition = known.get(traffic.partition)
-        address = _addresses_of(partition).get(traffic.family) if partition else None
-        if address is None:
+        if traffic.partition not in known:
             continue  # its counters go with the next load of the filter
         yield TrafficReading(
             partition=traffic.partition,
-            address=address,
+            address=traffic.address,
             family="ipv6" if traffic.family in ("ipv6", "range") else "ipv4",
             scope="local" if traffic.scope == "local" else "remote",
-            epoch=reading.epoch,
+            epoch=f"{reading.epoch}/{traffic.life}",
             bytes_in=traffic.bytes_in,
             bytes_out=traffic.bytes_out,
             packets_in=traffic.packets_in,
@@ -254,20 +251,6 @@ def _denied(reading: counters.CounterReading, node: Node) -> Iterator[CountReadi
         yield CountReading(item.id, "denied_packets", reading.epoch, packets[item.id])
         if item.network.tap or item.network.tun:
             yield CountReading(item.id, "denied_frames", reading.tap_epoch, frames[item.id])
-
-
-@once_each
-def _addresses_of(partition: Partition) -> dict[str, str]:
-    """The text of each address by its family: thousands a pass, always the same, and slow to write."""
-    network = partition.network
-    found = {
-        "ipv4": partition.ipv4,
-        "ipv6": partition.ipv6,
-        "range": network.ipv6_range,
-        "public4": network.public_ipv4,
-        "routable4": network.routable_ipv4.interface.ip if network.routable_ipv4 else None,
-    }
-    return {family: str(address) for family, address in found.items() if address is not None}
 
 
 def _taps(known: dict[str, Partition]) -> Iterator[TrafficReading]:

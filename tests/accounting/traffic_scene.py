@@ -85,7 +85,7 @@ class Scene:
     def _know_each_other(self):
         """Pin the MACs at both ends: no packet waits for one, and no neighbour solicitation is among those counted."""
         with inside(self.wire.name):
-            theirs = mac("wire")
+            self.far_mac = mac("wire")
         ours = mac("br0")
         far = (NEIGHBOUR4, NEIGHBOUR6, GATEWAY4)
         self.wire.sees(
@@ -98,7 +98,7 @@ class Scene:
             one.network.routable_ipv4.interface.ip for one in self.partitions if one.network.routable_ipv4
         ]
         self.wire.sees(*(f"neigh replace {one} lladdr {ours} dev wire nud permanent" for one in world))
-        ip_lines(*(f"neigh replace {one} lladdr {theirs} dev br0 nud permanent" for one in far))
+        ip_lines(*(f"neigh replace {one} lladdr {self.far_mac} dev br0 nud permanent" for one in far))
 
     # --- who is who
 

@@ -65,7 +65,7 @@ def loaded(node):
         (
             lambda: (
                 f"delete element {TABLE} ipv6_remote_in {{ 2001:db8:1::2 }}\n"
-                f'add element {TABLE} ipv6_remote_in {{ 2001:db8:1::2 : "traffic/slappart1/ipv6/remote/in" }}'
+                f'add element {TABLE} ipv6_remote_in {{ 2001:db8:1::2 : "traffic/slappart1/ipv6/remote/in/2001.db8.1..3" }}'
             ),
             "map ipv6_remote_in was changed",
         ),

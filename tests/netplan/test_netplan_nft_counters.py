@@ -93,11 +93,11 @@ def test_the_places_are_looked_for_anew_only_when_what_is_there_changes(node):
     run("add counter inet partitiond one { packets 1 bytes 2; }\n")
     read()
     changed = nfnetlink._layout
-    assert changed.names != known.names
+    assert changed.keys != known.keys
     run("delete counter inet partitiond one\nadd counter inet partitiond two { packets 3 bytes 4; }\n")
     assert read()["two"] == (3, 4)
     assert nfnetlink._layout.length == changed.length
-    assert nfnetlink._layout.names != changed.names
+    assert nfnetlink._layout.keys != changed.keys
 
 
 def test_a_dump_that_the_kernel_refuses_is_an_error(node):
@@ -109,6 +109,6 @@ def test_a_dump_that_the_kernel_refuses_is_an_error(node):
 def test_an_empty_dump_ends(node):
     node.converge(wanted(0))
     with NetlinkSocket(NETLINK_NETFILTER) as sock:
-        names, values = nfnetlink.counter_values(sock)
-        assert len(values) == 2 * len(names)
+        keys, values = nfnetlink.counter_values(sock)
+        assert len(values) == 2 * len(keys)
         assert sock.stream(nfnetlink._GETOBJ, nfnetlink._GENMSGS["arp"])

@@ -1,0 +1,78 @@
+"""What a counter says is its own address's and its own life's: addresses change, partitions go and come again."""
+
+import contextlib
+import os
+from dataclasses import replace
+
+import pytest
+from network_scene import NEIGHBOUR4, NEIGHBOUR6, ip_lines
+from traffic_flows import HEADERS, bound
+from traffic_scene import GATEWAY4, PORT
+
+from netplan import observe
+from netplan.apply import apply
+from netplan.plan import plan
+from partitiond import converge
+from partitiond.context import Context
+
+
+@pytest.fixture
+def scene(make_scene):
+    with make_scene(3, (0,)) as made, contextlib.ExitStack() as stack:
+        made.sinks(stack)
+        yield made
+        made.context.meters.close()  # perhaps not the one of the beginning
+
+
+def send(scene, index, kind, count, size=100):
+    """Datagrams of a partition to the neighbour; the bytes of them all."""
+    target = NEIGHBOUR4 if kind == "routable" else NEIGHBOUR6
+    os.seteuid(scene.partitions[index].uid)
+    try:
+        one = bound(scene.address(index, kind))
+    finally:
+        os.seteuid(0)
+    with one:
+        for _ in range(count):
+            one.sendto(bytes(size), (target, PORT))
+    return count, count * (size + HEADERS[4 if kind == "routable" else 6])
+
+
+def bring_about(wanted):
+    failures = apply(plan(wanted, observe.observe(wanted)))
+    assert not failures, [(one.operation.id, one.error.message) for one in failures]
+
+
+def test_an_address_that_changes_takes_nothing_along(scene):
+    old = scene.label(0, "routable", "remote", "out")
+    sent = send(scene, 0, "routable", 50)
+    scene.a_pass()
+    scene.node.write(routable_ipv4={"slappart0": f"203.0.113.77/24 via {GATEWAY4}"})
+    done = scene.command("apply", "-c", scene.node.path)
+    assert done.returncode == 0, done.stderr
+    scene.context.meters.close()
+    scene.context = Context.of(scene.node.load())
+    scene.found = converge.observe(scene.context).node
+    scene.partitions = scene.found.partitions
+    new = scene.label(0, "routable", "remote", "out")
+    assert new[1] == "203.0.113.77"
+    scene.a_pass()
+    assert scene.counted()[0][new] == (0, 0)
+    more = send(scene, 0, "routable", 7)
+    scene.a_pass()
+    counted, _ = scene.counted()
+    assert (counted[old], counted[new]) == (sent, more)
+
+
+def test_a_partition_that_went_and_came_again_begins_at_zero(scene):
+    """Between two passes, and it has sent more since than before: only the counter itself says that it is another one."""
+    label = scene.label(2, "ipv6", "remote", "out")
+    before = send(scene, 2, "ipv6", 10)
+    scene.a_pass()
+    bring_about(replace(scene.network, partitions=scene.network.partitions[:2]))
+    bring_about(scene.network)
+    ip_lines(f"neigh replace {NEIGHBOUR6} lladdr {scene.far_mac} dev br0 nud permanent")
+    after = send(scene, 2, "ipv6", 25)
+    scene.a_pass()
+    counted, _ = scene.counted()
+    assert counted[label] == tuple(a + b for a, b in zip(before, after, strict=True))
