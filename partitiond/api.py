@@ -84,6 +84,8 @@ class Api:
         """Answer one request.  Raises Unknown, Refusal, a family error."""
         where, _, rest = path.partition("?")
         request = _Request(method, where, dict(urllib.parse.parse_qsl(rest)), body, peer)
+        if not peer.sees_all:
+            self._paces.spend(peer.partition or "others", _COSTS.get(where, 1.0))
         if method == "POST":
             if not (peer.is_root or (peer.sees_all and where == _FOR_MEMBERS)):
                 raise _forbidden(peer)
@@ -91,8 +93,6 @@ class Api:
             if verb is None:
                 raise Unknown
             return verb(body)
-        if not peer.sees_all:
-            self._paces.spend(peer.partition or "others", _COSTS.get(where, 1.0))
         reader = self._readers.get(where)
         if reader is not None:
             return reader(request)

@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 BODY_LIMIT = 64 * 1024
 _REQUEST_LIMIT = BODY_LIMIT + 16 * 1024
 Peer = TypeVar("Peer")
+_REFUSED_PAUSE = 0.001
 _PAUSE = 0.05  # where the process has no descriptors left, accepting again at once would be a busy loop
 
 
@@ -61,7 +62,8 @@ Answer = dict[str, Any] | Text
 
 class Pool(NamedTuple):
     """Whose connections are counted together: by ``name``, of which there may be ``most``, and by ``group``, of which there
-    may be ``together``; and the seconds that a request, and listening to the answer, may take.
+    may be ``together``; and the seconds that a request, and listening to the answer, may take.  ``penalty`` are the seconds for
+    which the place stays taken of who asked for nothing, or too often.
     """
 
     name: str
@@ -69,6 +71,7 @@ class Pool(NamedTuple):
     group: str
     together: int
     seconds: float
+    penalty: float = 0.0
 
 
 class Doors:
@@ -119,6 +122,7 @@ class BoundedServer(socketserver.ThreadingMixIn, socketserver.TCPServer, Generic
         self._judge = judge
         self._doors = Doors()
         self._known: dict[int, tuple[Peer, Pool]] = {}
+        self._idle: set[int] = set()
         self._wake, self._poke = os.pipe2(os.O_CLOEXEC)
         self._ended = threading.Event()
         super().__init__(address, BoundedHandler)  # calls server_close() where it cannot bind
@@ -164,8 +168,12 @@ class BoundedServer(socketserver.ThreadingMixIn, socketserver.TCPServer, Generic
         except OSError:
             return False
         if not self._doors.enter(pool):
+            # else who connects again and again would keep a processor busy
+            time.sleep(_REFUSED_PAUSE)
             with contextlib.suppress(OSError):
                 request.send(_BUSY, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+                # who closes with something unread resets the connection, and the answer may be lost with it
+                request.recv(_REQUEST_LIMIT, socket.MSG_DONTWAIT)
             return False
         self._known[id(request)] = (peer, pool)
         return True
@@ -174,13 +182,20 @@ class BoundedServer(socketserver.ThreadingMixIn, socketserver.TCPServer, Generic
         """Who a connection that may speak comes from."""
         return self._known[id(request)]
 
+    def in_vain(self, request: object) -> None:
+        """Note that a connection asked for nothing, or too often: its place stays taken for a moment."""
+        self._idle.add(id(request))
+
     def shutdown_request(self, request: Any) -> None:
         """End a connection; called once for each, whatever became of it."""
-        known = self._known.pop(id(request), None)
+        known, in_vain = self._known.pop(id(request), None), id(request) in self._idle
+        self._idle.discard(id(request))
         try:
             super().shutdown_request(request)
         finally:
             if known is not None:
+                if in_vain:
+                    time.sleep(known[1].penalty)
                 self._doors.leave(known[1])
 
     def handle_error(self, request: object, client_address: object) -> None:  # noqa: ARG002 - signature of the base class
@@ -228,7 +243,14 @@ class BoundedHandler(BaseHTTPRequestHandler):
         """Listen to the peer for so long, and no longer."""
         super().setup()
         self._peer, self._pool = self.server.known(self.request)
+        self._in_vain = True
         self.rfile = io.BufferedReader(_Incoming(self.connection, self._pool.seconds))
+
+    def finish(self) -> None:
+        """End it."""
+        if self._in_vain:
+            self.server.in_vain(self.request)
+        super().finish()
 
     def do_GET(self) -> None:
         """Answer a reader."""
@@ -279,6 +301,7 @@ class BoundedHandler(BaseHTTPRequestHandler):
     def _send(self, status: int, value: Answer, more: Mapping[str, str] | None = None) -> None:
         if not isinstance(value, Text):
             value = Text("application/json", json.dumps(value).encode() + b"\n")
+        self._in_vain = status == 429
         self.connection.settimeout(self._pool.seconds)  # of sendall(), for all of it
         with contextlib.suppress(BrokenPipeError):
             self.send_response(status)

@@ -217,21 +217,18 @@ class Daemon:
                 self._healer = Healer(context, watch, self._tally)
                 self._start_up()
                 memory.settle()
-                server = control.serve(
-                    config.run_dir / "control.sock", self._api.answer, Judge(lambda: context.node)
-                )
                 self._listener.attend(config.metrics_listen)
-                answering = threading.Thread(target=server.serve_forever, name="control", daemon=True)
-                for thread in (answering, watch, self._processes, self._listener, *self._lanes.values()):
-                    thread.start()
-                notify("READY=1")
-                logger.info("node %s is up with %d partitions", config.computer_id, config.partition_amount)
-                while (request := self._requests.get()) is not None:
-                    request()
-                notify("STOPPING=1")
-                server.shutdown()
-                server.server_close()
-                (config.run_dir / "control.sock").unlink(missing_ok=True)
+                socket_path, judge = config.run_dir / "control.sock", Judge(lambda: context.node)
+                with control.answering(socket_path, self._api.answer, judge):
+                    for thread in (watch, self._processes, self._listener, *self._lanes.values()):
+                        thread.start()
+                    notify("READY=1")
+                    logger.info(
+                        "node %s is up with %d partitions", config.computer_id, config.partition_amount
+                    )
+                    while (request := self._requests.get()) is not None:
+                        request()
+                    notify("STOPPING=1")
                 self._join()
             finally:
                 holding.end()

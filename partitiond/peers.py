@@ -26,6 +26,7 @@ GROUP = "partitiond"
 
 _PEERGROUPS = 59  # SO_PEERGROUPS, Linux 4.13: include/uapi/asm-generic/socket.h; Python has no name for it
 _CREDENTIALS = struct.Struct("3i")
+_PENALTY = 0.1
 _SHORT, _LONG = 256, 65536  # groups; NGROUPS_MAX
 
 # a root's request may be a build: who asks and listens does so for as long as it likes
@@ -87,11 +88,11 @@ class Judge:
             return Peer(uid, sees_all=True), _ROOT
         partition = self._partition(uid)
         if partition is not None:
-            return Peer(uid, partition), Pool(partition, 4, "tenants", 64, 5.0)
+            return Peer(uid, partition), Pool(partition, 4, "tenants", 64, 5.0, _PENALTY)
         if self._is_member(connection):
             return Peer(uid, sees_all=True), Pool(f"member {uid}", 8, "members", 32, 60.0)
         # who has subordinate uids has thousands of them: all of these share one place
-        return Peer(uid), Pool("others", 16, "others", 16, 5.0)
+        return Peer(uid), Pool("others", 16, "others", 16, 5.0, _PENALTY)
 
     def _partition(self, uid: int) -> str | None:
         node, users = self._users

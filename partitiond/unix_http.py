@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import socket
+import struct
 
 
 class UnixConnection(http.client.HTTPConnection):
@@ -16,5 +17,10 @@ class UnixConnection(http.client.HTTPConnection):
     def connect(self) -> None:
         """Connect. Raises OSError."""
         self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.sock.settimeout(self.timeout)
+        if self.timeout is not None:
+            # a socket of Python's with a timeout does not block, and then a full queue is EAGAIN at once (connect(2))
+            seconds, rest = divmod(self.timeout, 1)
+            value = struct.pack("ll", int(seconds), int(rest * 1e6))
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, value)
         self.sock.connect(self._path)
+        self.sock.settimeout(self.timeout)

@@ -262,7 +262,7 @@ def ask(path, method, target, body, needle):
         connection.request(method, target, body or None)
         answer = connection.getresponse()
         said = answer.read()
-    if answer.status in (401, 403, 404) or needle.encode() not in said:
+    if answer.status in (401, 403, 404, 429, 503) or needle.encode() not in said:
         refused()
     return answer.status
 

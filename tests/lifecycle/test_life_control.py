@@ -4,6 +4,7 @@ import json
 import os
 import socket
 import threading
+import time
 
 import pytest
 
@@ -118,3 +119,38 @@ def test_who_asks_is_what_the_kernel_says(path):
     assert os.waitpid(pid, 0)[1] == 0
     assert json.loads(said) == {"uid": 4999, "sees_all": False}
     assert control.call(path, "GET", "/who") == {"uid": 0, "sees_all": True}
+
+
+def test_roots_own_door(tmp_path):
+    """It is tried first, is nobody else's, and goes with the other."""
+    path = tmp_path / "control.sock"
+    asked = []
+
+    def judge(connection):
+        asked.append(connection.getsockname())
+        return Judge(lambda: None)(connection)
+
+    with control.answering(path, handle, judge):
+        assert control.roots_own(path).stat().st_mode & 0o777 == 0o600
+        assert path.stat().st_mode & 0o777 == 0o666
+        assert control.call(path, "GET", "/echo", timeout=5)
+        assert asked == [str(control.roots_own(path))]
+        control.roots_own(path).unlink()
+        assert control.call(path, "GET", "/echo", timeout=5)
+        assert asked[1:] == [str(path)]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_queue_is_waited_for(tmp_path):
+    """As long as the caller has time, and no longer."""
+    path = tmp_path / "control.sock"
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        listener.listen(0)
+        with socket.socket(socket.AF_UNIX) as first:
+            first.connect(str(path))
+            began = time.monotonic()
+            with pytest.raises(PartitiondError) as caught:
+                control.call(path, "GET", "/echo", timeout=0.3)
+            assert time.monotonic() - began >= 0.25
+            assert caught.value.code == "control.lost"

@@ -38,10 +38,11 @@ for target in targets:
         with contextlib.suppress(BrokenPipeError):  # who is turned away may hear it before it speaks
             channel.sendall(f"{method or 'GET'} {target} HTTP/1.0\\r\\n\\r\\n".encode())
         answer = b""
-        while piece := channel.recv(65536):
-            answer += piece
+        with contextlib.suppress(ConnectionResetError):
+            while piece := channel.recv(65536):
+                answer += piece
     head, _, body = answer.partition(b"\\r\\n\\r\\n")
-    said.append((int(head.split()[1]), body.decode()))
+    said.append((int(head.split()[1]) if head else 0, body.decode()))
 print(json.dumps(said))
 """
 
