@@ -35,14 +35,20 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def ask(context: Context) -> ComputerDocument:
-    """The master's wishes. Raises SlapError; an answer that lists no partition at all while some are busy is no answer."""
+def knock(context: Context) -> ComputerDocument:
+    """What the master says of this computer, whatever that is. Raises SlapError."""
     try:
         document = context.client.computer()
     except SlapError:
         context.master.note(False)
         raise
     context.master.note(True)
+    return document
+
+
+def ask(context: Context) -> ComputerDocument:
+    """The master's wishes. Raises SlapError; an answer that lists no partition at all while some are busy is no answer."""
+    document = knock(context)
     for name in document.rejected_software:
         logger.warning("the master's software entry is not understood and left alone: %s", name)
     if not document.partitions and context.store.instances():
@@ -179,7 +185,7 @@ def instance(context: Context, *, force: bool = False, only: frozenset[str] = fr
 def report(context: Context, *, asked: bool = False, force: bool = False) -> Result:
     """Tell the master what was used, and finish the destroyed partitions."""
     node = converge.observe(context).node
-    return reports.run_pass(context, node, ask=lambda: ask(context), asked=asked, force=force)
+    return reports.run_pass(context, node, ask=lambda: knock(context), asked=asked, force=force)
 
 
 def usage(context: Context) -> Result:
