@@ -107,14 +107,14 @@ def _add_reading(verb: Add) -> None:
     events.add_argument("--from", dest="start", metavar="T", help=f"{_TIME}; without it: since the beginning")
 
 
-def _add_tunnel(tunnel: argparse.ArgumentParser, common: argparse.ArgumentParser) -> None:
+def _add_tunnel(tunnel: argparse.ArgumentParser, common: _Parser) -> None:
     verbs = tunnel.add_subparsers(dest="tunnel_verb", metavar="VERB", parser_class=_Parser)
     verbs.add_parser("list", help="tunnels with state, peers, expiry, sessions", parents=[common])
     check = verbs.add_parser("check", help="try them with real TLS connections", parents=[common])
     check.add_argument("name", metavar="NAME", nargs="?", help="a tunnel, or a partition; without it: all")
 
 
-def _add_report(report: argparse.ArgumentParser, common: argparse.ArgumentParser) -> None:
+def _add_report(report: argparse.ArgumentParser, common: _Parser) -> None:
     verbs = report.add_subparsers(dest="report_verb", metavar="VERB", parser_class=_Parser)
     listed = verbs.add_parser("list", help="where each is", parents=[common])
     listed.add_argument("--all", action="store_true", help="also all that the master has taken")
