@@ -21,7 +21,7 @@ NOW = 1_800_057_600  # a midnight
 _AMOUNTS = "bytes_in, bytes_out, packets_in, packets_out, quantity"
 # up to so many days ago, a pass each so many seconds, in which one of so many accounts has something new, and a balance of all
 # at the end of so many seconds
-SPACING = ((1, 10, 5, 3600), (7, 60, 2, 3600), (90, 3600, 1, DAY), (366, DAY, 1, 7 * DAY))
+SPACING = ((1, 10, 5, 600), (7, 60, 2, 3600), (90, 3600, 1, DAY), (366, DAY, 1, 7 * DAY))
 
 
 def busy_pass(at: float, number: int, partitions: int) -> Pass:
@@ -149,7 +149,7 @@ def _balance(connection: sqlite3.Connection, stretch: list[tuple[int, int]], at:
     stretch.clear()
     if at > NOW:
         return
-    ends = max(width for width in (3600, DAY, 7 * DAY) if at % width == 0)
+    ends = max(width for width in (600, 3600, DAY, 7 * DAY) if at % width == 0)
     connection.execute("INSERT INTO balanced (seq, ends) VALUES (?, ?)", (last, ends))
     connection.execute(
         f"INSERT INTO balance (seq, account, {_AMOUNTS}) SELECT ?, id, {_AMOUNTS} FROM account",  # noqa: S608
