@@ -200,7 +200,7 @@ def measure_node(count: int, repetitions: int, running: int) -> None:
             what = f"one pass with {running} processes, busy"
             row(count, what, times(a_pass, repetitions, traffic.send), PASS)
         tally = metrics.Tally()
-        row(count, "a scrape", times(lambda: metrics.render(context, tally), repetitions), SCRAPE)
+        row(count, "a scrape", times(lambda: metrics.everything(context, tally), repetitions), SCRAPE)
 
 
 # --- the ledger -----------------------------------------------------------------------------------------------------
