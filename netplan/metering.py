@@ -32,6 +32,9 @@ _VERSION = {"ipv6": "6", "range": "6", "ipv4": "4", "public4": "4", "routable4":
 SHARED = "shared_"
 """What the names of the sets start with that count what uses the host's own address; ``ipv6_in`` follows."""
 
+TRAFFIC = "traffic/"
+"""What the names of the counters of addresses start with."""
+
 _MOST_USERS = 4096
 IN, OUT = "priority 10", "priority 300"
 _HOOKS = {"meter_in": f"input {IN}", "meter_out": f"output {OUT}"}
@@ -43,7 +46,7 @@ def counter_name(partition: str, family: str, scope: str, direction: str, addres
     An address that changes gets a counter of its own: it takes nothing along of what another one carried. Names of nft have
     no colons.
     """
-    return f"traffic/{partition}/{family}/{scope}/{direction}/{address.replace(':', '.')}"
+    return f"{TRAFFIC}{partition}/{family}/{scope}/{direction}/{address.replace(':', '.')}"
 
 
 def address_of(family: str, named: str) -> str:

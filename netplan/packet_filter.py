@@ -20,7 +20,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from netplan import closed_port, nfbatch
-from netplan.metering import metering
+from netplan.metering import TRAFFIC, metering
 from netplan.model import DesiredNetwork, FilterContents
 from netplan.netlink import Request
 from netplan.nfnetlink import TABLE, full_name, split_name
@@ -183,6 +183,12 @@ class FilterOperation(Operation):
     wanted: Filter | None = None
     loaded: FilterContents = field(default_factory=FilterContents)
     notes: tuple[str, ...] = ()
+
+    @property
+    def forgets(self) -> bool:
+        """Whether counters of traffic go."""
+        stay = self.wanted.counters if self.wanted else frozenset[str]()
+        return any(name.startswith(TRAFFIC) for name in self.loaded.counters - stay)
 
 
 def _elements(verb: str, name: str, elements: Sequence[str]) -> str:

@@ -11,6 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from netplan import apply as netplan_apply
+from netplan.packet_filter import FilterOperation
 from partitiond import (
     device_access,
     directories,
@@ -29,6 +30,7 @@ from partitiond.errors import FAMILY, sentence
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    from netplan.operations import Operation
     from partitiond.context import Context
     from partitiond.node import Partition
     from partitiond.node_plan import Observation, Plan
@@ -55,6 +57,8 @@ def run(context: Context, seen: Observation, planned: Plan) -> tuple[list[tuple[
     users.apply(planned.users)
     numbers = users.observe().numbers() if planned.users else seen.users.numbers()
     todo = _without(planned, _make_directories(planned, numbers, failures))
+    if any(_forgets(one) for one in todo.network):
+        context.meters.settle(context, seen.node)  # while what they counted can still be read
     for failed, error in netplan_apply.apply(todo.network):
         failures.append((failed.id, error))
     homeless = _make_namespaces(context, todo, failures)
@@ -97,6 +101,13 @@ def run(context: Context, seen: Observation, planned: Plan) -> tuple[list[tuple[
     if todo.leavers:
         attempt(failures, "users", partial(_remove_users, context, seen, todo.leavers, kept))
     return failures, len(planned) - len(todo)
+
+
+def _forgets(operation: Operation) -> bool:
+    """Whether counters go with it: those of addresses that are no one's any more, or those of a tap."""
+    if isinstance(operation, FilterOperation):
+        return operation.forgets
+    return operation.resource in ("tap", "tun") and operation.action == "remove"
 
 
 def _make_directories(

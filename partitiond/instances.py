@@ -13,9 +13,7 @@ import time
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from accounting.errors import AccountingError
 from netplan import learned
-from netplan.errors import NetplanError
 from partitiond import (
     buildout,
     certificates,
@@ -198,14 +196,6 @@ def stop(context: Context, partition: Partition) -> None:
             context.supervisor.update()
 
 
-def _settle(context: Context, node: Node) -> None:
-    """Book what was used so far to those who own the partitions now. A ledger that fails holds up no instance."""
-    try:
-        context.meters.record(context, node)
-    except (AccountingError, NetplanError) as error:
-        logger.warning("usage: %s", sentence(error))
-
-
 def _configure(
     context: Context, node: Node, partition: Partition, state: InstanceState, entry: PartitionDocument
 ) -> str | None:
@@ -225,7 +215,7 @@ def _configure(
     )
     if state.life == "free" or state.instance_guid != following.instance_guid:
         # from here on what is used is the new instance's, also when the first try fails or is cut short
-        _settle(context, node)
+        context.meters.settle(context, node)
         context.store.save_instance(replace(following, life="stopped", timestamp=None))
     try:
         privacy.ensure(context, partition)
@@ -356,7 +346,7 @@ def finish_destroyed(context: Context, node: Node, *, untold: frozenset[str] = f
 def _clean(context: Context, node: Node, partition: Partition) -> None:
     stop(context, partition)
     # the last bytes belong to the instance that goes, not to the one that comes
-    _settle(context, node)
+    context.meters.settle(context, node)
     context.meters.forget(partition.id)
     execute.end_processes_of(partition.uid, partition.gid)
     privacy.forget(context.config, partition)

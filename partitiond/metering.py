@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from dataclasses import dataclass, field
@@ -9,13 +10,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from accounting import documents
+from accounting.errors import AccountingError
 from accounting.ledger import Ledger
 from accounting.model import CountReading, GaugeReading, Pass, TrafficReading
 from accounting.processes import ProcessMeter
 from netplan import counters
 from netplan.bpf_state import read_refusals
+from netplan.errors import NetplanError
 from partitiond import storage
 from partitiond.disk_sizes import DiskSizes, Tree
+from partitiond.errors import sentence
 from partitiond.ledger_care import LedgerCare
 from partitiond.rising_counts import RisingCounts
 
@@ -24,7 +28,10 @@ if TYPE_CHECKING:
 
     from accounting.model import Gap, PartitionUsage
     from partitiond.context import Context
-    from partitiond.node import Node, Partition
+    from partitiond.node import Node
+    from partitiond.state import InstanceState
+
+logger = logging.getLogger(__name__)
 
 _OF_TAP = "tap-"
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
@@ -80,6 +87,13 @@ class Metering:
             self._measure(trees)
             return gaps
 
+    def settle(self, context: Context, node: Node) -> None:
+        """Book what was used until now: before owners change, or counters go. What fails holds up nothing that it is for."""
+        try:
+            self.record(context, node)
+        except (AccountingError, NetplanError) as error:
+            logger.warning("usage: %s", sentence(error))
+
     def ledger(self) -> Ledger:
         """The ledger, for whoever makes documents of it. Raises AccountingError."""
         with self._turn:
@@ -134,12 +148,13 @@ class Metering:
 
     def _read(self, context: Context, node: Node) -> Pass:
         states = context.store.instances()
-        owners = {
-            item.id: (states[item.id].instance_guid if item.id in states else None)
-            for item in node.partitions
-        }
+        owners = {item.id: _owner_of(item.id, states) for item in node.partitions}
         known = {item.id: item for item in node.partitions}
         reading = counters.read_counters(node.config.packet_filter)
+        # those that the node has no room for any more have counters until the next load of the filter
+        owners |= {
+            one: _owner_of(one, states) for one in {row.partition for row in reading.traffic} - known.keys()
+        }
         self._denied.take(refusals(reading, node) | refused_calls(node)[1])
         scan = self._processes.scan({item.uid: item.id for item in node.partitions})
         return Pass(
@@ -147,7 +162,7 @@ class Metering:
             boot=_BOOT_ID.read_text("ascii").strip(),
             uptime=self.uptime(),
             owners=owners,
-            traffic=(*_addresses(reading, known), *_shared(reading, node), *_taps(known)),
+            traffic=(*_addresses(reading), *_shared(reading, node), *_taps(owners)),
             counts=(*_denied(reading, node), *_denied_calls(node)),
             gauges=(*scan.gauges(), *(self._measured[one] for one in self._measured if one in known)),
             processes=scan.processes,
@@ -167,10 +182,12 @@ def _trees(node: Node) -> dict[str, Tree]:
     }
 
 
-def _addresses(reading: counters.CounterReading, known: dict[str, Partition]) -> Iterator[TrafficReading]:
+def _owner_of(partition: str, states: Mapping[str, InstanceState]) -> str | None:
+    return states[partition].instance_guid if partition in states else None
+
+
+def _addresses(reading: counters.CounterReading) -> Iterator[TrafficReading]:
     for traffic in reading.traffic:
-        if traffic.partition not in known:
-            continue  # its counters go with the next load of the filter
         yield TrafficReading(
             partition=traffic.partition,
             address=traffic.address,
@@ -253,7 +270,7 @@ def _denied(reading: counters.CounterReading, node: Node) -> Iterator[CountReadi
             yield CountReading(item.id, "denied_frames", reading.tap_epoch, frames[item.id])
 
 
-def _taps(known: dict[str, Partition]) -> Iterator[TrafficReading]:
+def _taps(known: Mapping[str, str | None]) -> Iterator[TrafficReading]:
     for tap in counters.read_taps():
         if tap.partition in known:
             yield TrafficReading(

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 
 from accounting import documents, outbox
 from accounting.errors import AccountingError
-from netplan.errors import NetplanError
 from partitiond import instances, usage_intake
 from partitiond.errors import PartitiondError, sentence
 from partitiond.passes import Result, pause_after
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
     from accounting.ledger import Ledger
     from accounting.outbox import Entry, State
     from partitiond.context import Context
-    from partitiond.node import Node, Partition
+    from partitiond.node import Node
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +103,7 @@ def _make_last(context: Context, node: Node, result: Result) -> None:
         state = context.store.instance(partition.id)
         if state.life != "destroying" or state.cleaned or not state.instance_guid or context.stop.is_set():
             continue
-        _settle(context, node, partition)
+        context.meters.settle(context, node)
         tariff, computer, now = context.config.accounting.tariff, context.config.computer_id, context.clock()
         ledger = context.meters.ledger()
         taken = usage_intake.final(context, partition, ledger, tariff.partition_resources)
@@ -116,14 +115,6 @@ def _make_last(context: Context, node: Node, result: Result) -> None:
             )
             made = documents.store(connection, drafts, tariff, computer, now) if drafts else []
         result.done += [f"{partition.id}: its last usage is in document {reference}" for reference in made]
-
-
-def _settle(context: Context, node: Node, partition: Partition) -> None:
-    """Book what was used up to now; meters that fail hold up no instance: what they miss is told with the day."""
-    try:
-        context.meters.record(context, node)
-    except (AccountingError, NetplanError) as error:
-        logger.warning("%s: usage: %s", partition.id, sentence(error))
 
 
 def _untold(context: Context) -> frozenset[str]:

@@ -12,6 +12,7 @@ from netplan import plan as netplan_plan
 from netplan.model import DesiredNetwork
 from partitiond import (
     block_devices,
+    converge,
     device_access,
     execute,
     files,
@@ -46,6 +47,7 @@ def run(context: Context, *, purge: bool) -> Outcome:
             ("processes", _processes),
             ("namespaces", lambda: privacy.remove_all(context.config)),
             ("block devices", lambda: _devices(context, outcome)),
+            *(() if purge else (("usage", lambda: _settle(context)),)),
             ("network", lambda: _network(outcome)),
             ("reserved ports", lambda: port_reservation.remove(context.config)),
             *((("storage", lambda: storage.purge(context.config)),) if purge else ()),
@@ -81,6 +83,18 @@ def _processes() -> None:
 
 def _devices(context: Context, outcome: Outcome) -> None:
     outcome.failures += device_access.withdraw_all(context.config, users.observe())
+
+
+def _settle(context: Context) -> None:
+    """Book what was used to the end: the counters go, the ledger stays."""
+    if not context.config.state_dir.is_dir():
+        return
+    try:
+        node = context.node or converge.observe(context).node
+    except FAMILY as error:  # it is taken down all the same
+        logger.warning("usage: %s", sentence(error))
+        return
+    context.meters.settle(context, node)
 
 
 def _network(outcome: Outcome) -> None:

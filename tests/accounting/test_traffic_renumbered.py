@@ -76,3 +76,33 @@ def test_a_partition_that_went_and_came_again_begins_at_zero(scene):
     scene.a_pass()
     counted, _ = scene.counted()
     assert counted[label] == tuple(a + b for a, b in zip(before, after, strict=True))
+
+
+def test_what_goes_with_an_address_is_booked_first(scene):
+    """Nobody metered since it was sent, and then the counters go: the address is another, the partition is no more."""
+    old, gone = (scene.label(index, kind, "remote", "out") for index, kind in ((0, "routable"), (2, "ipv6")))
+    before = scene.counted()[0]
+    sent, more = send(scene, 0, "routable", 50), send(scene, 2, "ipv6", 30)
+    scene.context.meters.close()
+    scene.node.write(
+        routable_ipv4={"slappart0": f"203.0.113.78/24 via {GATEWAY4}"}, slapformat={"partition_amount": 2}
+    )
+    done = scene.command("apply", "--force", "-c", scene.node.path)
+    assert done.returncode == 0, done.stderr
+    after, gaps = scene.counted()
+    for label, amount in ((old, sent), (gone, more)):
+        been = before.get(label, (0, 0))
+        assert tuple(a - b for a, b in zip(after[label], been, strict=True)) == amount
+    assert not gaps
+
+
+def test_a_teardown_books_what_was_used(scene):
+    label = scene.label(1, "ipv6", "remote", "out")
+    before = scene.counted()[0].get(label, (0, 0))
+    sent = send(scene, 1, "ipv6", 40)
+    scene.context.meters.close()
+    done = scene.command("teardown", "-c", scene.node.path)
+    assert done.returncode == 0, done.stderr
+    after = scene.counted()[0][label]
+    assert tuple(a - b for a, b in zip(after, before, strict=True)) == sent
+    assert scene.command("apply", "-c", scene.node.path).returncode == 0

@@ -372,7 +372,7 @@ def with_pairs(bridge, node_config, tmp_path):
 
 def measured(scene, name, **labels):
     """One value of ``/metrics``."""
-    _, text = metrics.render(scene.context, metrics.Tally())
+    text = metrics.everything(scene.context, metrics.Tally())
     for family in text_string_to_metric_families(text.decode()):
         for sample in family.samples:
             if sample.name == f"partitiond_tunnel_{name}" and sample.labels.items() >= labels.items():
