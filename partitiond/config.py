@@ -24,6 +24,7 @@ from partitiond import (
     device_config,
     metrics_config,
     privacy_config,
+    quota_config,
     tunnel_config,
 )
 from partitiond.accounting_config import AccountingKeys
@@ -33,6 +34,7 @@ from partitiond.errors import PartitiondError
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from accounting.allowance import Quota
     from netplan.model import Backend, ClosedPort
     from partitiond.config_guard import GuardKeys
     from partitiond.config_network import NetworkKeys
@@ -95,6 +97,7 @@ _OPEN_SECTIONS = (
     device_config.SECTION,
     config_guard.SECTION,
     privacy_config.SECTION,
+    quota_config.SECTION,
 )
 
 # each is made the node's own
@@ -168,6 +171,7 @@ class Config:
     block_devices: tuple[OperatorDevice, ...] = ()
     shared_namespaces: frozenset[str] = frozenset()
     accounting: AccountingKeys = field(default_factory=AccountingKeys)
+    quotas: Mapping[str, Quota] = field(default_factory=dict)
     warnings: tuple[str, ...] = field(default=(), compare=False)
     # file and drop-ins as one text, which reads back as the same configuration
     text: str = field(default="", compare=False, repr=False)
@@ -463,6 +467,7 @@ def _build(path: Path, reader: Reader) -> Config:
         block_devices=device_config.block_devices(reader, partition_base, amount),
         shared_namespaces=privacy_config.shared_namespaces(reader, partition_base, amount),
         accounting=accounting_config.accounting_keys(reader),
+        quotas=quota_config.quotas(reader, partition_base, amount),
         warnings=tuple(reader.warnings),
         text=config_reader.merged(reader.parser),
     )

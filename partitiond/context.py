@@ -11,6 +11,7 @@ from partitiond.events import SESSIONS, EventLog
 from partitiond.incidents import IncidentWatch
 from partitiond.master import MasterContact
 from partitiond.metering import Metering, ledger_path
+from partitiond.quotas import QuotaBook
 from partitiond.slapformat import Copies
 from partitiond.state import Store
 from partitiond.supervision import Supervisor
@@ -73,6 +74,7 @@ class Context:
     store: Store
     meters: Metering
     master: MasterContact
+    quotas: QuotaBook
     sessions: SessionBook = field(default_factory=SessionBook)
     turns: Turns = field(default_factory=Turns)
     incidents: IncidentWatch = field(default_factory=IncidentWatch)
@@ -85,6 +87,7 @@ class Context:
     wake_report: Callable[[], None] = _nobody
     wake_instances: Callable[[], None] = _nobody
     day_ended: Callable[[], None] = _nobody
+    limits_changed: Callable[[], None] = _nobody
     looking: Callable[[], None] = _nobody
     links: Callable[[], Mapping[str, Link] | None] = _unknown
     # what only a daemon knows to be open; each may be empty
@@ -100,6 +103,7 @@ class Context:
             store=Store(state),
             meters=Metering(ledger_path(state)),
             master=MasterContact(state / "master.json"),
+            quotas=QuotaBook(state / "quotas.json"),
         )
 
     def adopt(self, config: Config) -> None:

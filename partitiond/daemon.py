@@ -165,6 +165,7 @@ class Daemon:
         context.wake_report = self._lanes["report"].wake
         context.wake_instances = self._lanes["instances"].wake
         context.day_ended = self._day_ended
+        context.limits_changed = lambda: self._tell(converge.apply(context))
         self._trials = Trials(context, self._lanes["converge"].wake, self._reloaded, self._give_up)
         verbs_of_post: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
             "/1/apply": self._apply,

@@ -36,7 +36,8 @@ NAMES = frozenset(
         " drift.fight drift.found drift.repaired instance.destroyed instance.destroying instance.failed instance.started"
         " instance.stopped node.removed node.started node.stopped software.available software.failed software.removed"
         " incident.begun incident.ended usage.damaged usage.failed usage.full usage.refused usage.resumed usage.unrecorded"
-        " report.held report.refused report.sent storage.refused trial.begun trial.confirmed trial.rolled_back"
+        " quota.exceeded quota.near quota.renewed report.held report.refused report.sent storage.refused"
+        " trial.begun trial.confirmed trial.rolled_back"
         " tunnel.cut tunnel.expiring tunnel.failed tunnel.refused tunnel.rejected tunnel.session"
     ).split()
 )

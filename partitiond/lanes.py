@@ -11,7 +11,7 @@ from ipaddress import IPv4Interface
 from typing import TYPE_CHECKING
 
 from netplan.once import once, same
-from partitiond import __version__, converge, incidents, instances, reports, softwares, storage, trial
+from partitiond import __version__, converge, incidents, instances, quotas, reports, softwares, storage, trial
 from partitiond.errors import PartitiondError
 from partitiond.passes import Result
 from slap_client.capacity import (
@@ -195,6 +195,7 @@ def usage(context: Context) -> Result:
     gaps = context.meters.record(context, target)
     for gap in gaps:
         logger.warning("usage: gap: %s", gap.reason)
+    quotas.judge(context, target)
     if context.meters.has_due():
         context.day_ended()
     incidents.observe(context, target, context.meters.ledger())

@@ -176,6 +176,7 @@ def _partitions(context: Context, only: str | None = None) -> Iterator[Family]:
         ((_owned(item), 1) for item in known),
     )
     yield from _up(context, known)
+    yield from _quotas(context, known)
     yield from _tunnels(context, known)
 
 
@@ -207,6 +208,27 @@ def _up(context: Context, known: list[Partition]) -> Iterator[Family]:
             (labels(("partition", name)), int(states[name].life == "started" and name not in trouble))
             for name in wanted
         ),
+    )
+
+
+def _quotas(context: Context, known: list[Partition]) -> Iterator[Family]:
+    quotas, standings = context.config.quotas, context.quotas.standings()
+    asked = [item.id for item in known if item.id in quotas]
+    if not asked:
+        return
+    yield family(
+        "partitiond_partition_quota_bytes",
+        "gauge",
+        "What a partition may exchange with other nodes in a calendar month (UTC).",
+        ((labels(("partition", name)), quotas[name].octets) for name in asked),
+        unit="bytes",
+    )
+    yield family(
+        "partitiond_partition_quota_used_bytes",
+        "gauge",
+        "What of that its present instance has used this month.",
+        ((labels(("partition", name)), standings[name].used) for name in asked if name in standings),
+        unit="bytes",
     )
 
 

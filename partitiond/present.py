@@ -220,6 +220,7 @@ def show(item: dict[str, Any]) -> str:
         *(("incident", _incident(one)) for one in item["incidents"]),
         *(("tunnel", name) for name in item["tunnels"]),
         *(("block device", name) for name in item["block_devices"]),
+        *(("quota", _quota(one)) for one in (item["quota"],) if one),
         *(("drift", name) for name in item["drift"]),
     ]
     lines = [item["id"], *(f"  {name:<15}{_cell(value)}" for name, value in rows)]
@@ -235,6 +236,13 @@ def _tap(tap: dict[str, Any] | None) -> str | None:
     words += [f"guest IPv4 {tap['ipv4']}"] if tap["ipv4"] else []
     words += [f"IPv6 {tap['ipv6']}/{tap['ipv6_prefixlen']}"] if tap["ipv6"] else []
     return ", ".join(words)
+
+
+def _quota(one: dict[str, Any]) -> str:
+    share = 100 * one["used_bytes"] // one["bytes"]
+    rate = one["rate_bits_per_second"]
+    done = f"limit {rate} bit/s" if rate else "warn"
+    return f"{share} % of {one['bytes']} bytes used in {one['month']}, {done}"
 
 
 def _optional(item: dict[str, Any]) -> Iterator[tuple[str, str]]:

@@ -15,6 +15,7 @@ from partitiond import (
     last_good,
     port_reservation,
     privacy,
+    quotas,
     report_verbs,
     trial,
     tunnels,
@@ -56,6 +57,9 @@ def node(context: Context) -> dict[str, Any]:
     todo = converge.plan(context, seen)
     config = context.config
     wrong = _incidents(context)
+    partitions = [
+        _partition(context, item, seen, todo, wrong.get(item.id, [])) for item in seen.node.partitions
+    ]
     return {
         "node": {
             "computer_id": config.computer_id,
@@ -73,15 +77,14 @@ def node(context: Context) -> dict[str, Any]:
                 *port_reservation.open_cases(port_reservation.deal(seen.ports, todo.declared.values())),
                 *_refused_resources(todo),
                 *context.meters.open_cases(),
+                *quotas.open_cases((one["id"], one["quota"]) for one in partitions),
                 *report_verbs.open_cases(config),
                 *filter(None, (tell() for tell in context.troubles.values())),
                 *usage_intake.open_cases(context, seen.node, config.accounting.tariff.partition_resources),
             ],
             "drift": [operation.id for operation in todo if operation.partition is None],
         },
-        "partitions": [
-            _partition(context, item, seen, todo, wrong.get(item.id, [])) for item in seen.node.partitions
-        ],
+        "partitions": partitions,
     }
 
 
@@ -252,6 +255,7 @@ def _partition(
         "processes": [_process(process) for process in seen.processes if process.group == item.id],
         "incidents": wrong,
         "tunnels": [tunnel.name for tunnel in todo.declared[item.id].tunnels],
+        "quota": quotas.as_json(context, item.id, state.instance_guid),
         "drift": drift,
     }
 

@@ -9,8 +9,10 @@ from crash_machine import in_child
 from crash_points import Points
 from crash_state import pair
 
+from accounting.allowance import Standing
 from partitiond import destroy_guard, files, identities, users
 from partitiond.master import MasterContact
+from partitiond.quotas import QuotaBook
 from partitiond.state import InstanceState, SoftwareState, Store
 
 OLD, NEW = (InstanceState("slappart0", life=life, timestamp=life) for life in ("started", "stopped"))
@@ -31,6 +33,16 @@ def _base(address):
 
 def _master(reachable):
     return lambda root: MasterContact(root / "master.json").note(reachable)
+
+
+def _quotas(octets):
+    standing = Standing("SOFTINST-1", "2028-02", octets, {"2028-02": frozenset({"near"})})
+    return lambda root: QuotaBook(root / "quotas.json").save({"slappart0": standing})
+
+
+def _used(root):
+    found = QuotaBook(root / "quotas.json").standings()
+    return {name: one.used for name, one in found.items()} or None
 
 
 def _guard(*names):
@@ -73,6 +85,7 @@ _FILES = {
         _instance(NEW),
         lambda root: Store(root).instance("slappart0"),
     ),
+    "what was used of quotas": (_quotas(800), _quotas(900), _used),
     "an instance that is forgotten": (
         _instance(OLD),
         _instance(InstanceState("slappart0")),
