@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
     from pathlib import Path
 
+    from accounting.outbox import Entry, State
     from netplan.model import Link
     from partitiond.choices import Choice
     from partitiond.config import Config
@@ -67,7 +68,8 @@ class Context:
     ``applying`` is held while the node is being changed; ``node`` is what the last look at it gave, ``choice`` the
     addresses that it gave to the partitions, ``looked`` what the last look at the whole node led to. ``looking`` is called
     right before such a look: what was told of the node until then is answered by it. ``links`` are those that somebody who
-    listens knows, None where nobody does. ``taken_in_at`` is when partitions were last asked for their own usage files.
+    listens knows, None where nobody does. ``taken_in_at`` is when partitions were last asked for their own usage files;
+    ``judged`` what became of documents, where the ledger could not be told yet.
     """
 
     current: Settings
@@ -82,6 +84,7 @@ class Context:
     choice: Choice | None = None
     looked: Looked | None = None
     taken_in_at: float | None = None
+    judged: list[tuple[Entry, State, str]] = field(default_factory=list)
     stop: threading.Event = field(default_factory=threading.Event)
     applying: threading.RLock = field(default_factory=threading.RLock)
     wake_report: Callable[[], None] = _nobody

@@ -135,7 +135,10 @@ def _send(context: Context, ask: Callable[[], object], result: Result, *, force:
     """Send what waits, the oldest first, until the master does not take one."""
     ledger, now = context.meters.ledger(), context.clock()
     with ledger.transaction("IMMEDIATE") as connection:
+        for entry, state, reason in context.judged:
+            outbox.end(connection, entry, state, now, reason)
         cut_off = outbox.find_cut_off(connection, now)
+    context.judged.clear()
     for entry in cut_off:
         _tell_held(context, entry, "partitiond ended while it was being sent")
     if _pausing(context, ledger, result, force=force):
@@ -171,8 +174,7 @@ def _deliver(context: Context, ledger: Ledger, entry: Entry, result: Result) -> 
         context.client.use_computer(text)
     except SlapError as error:
         state = judge(error)
-        with ledger.transaction("IMMEDIATE") as connection:
-            outbox.end(connection, entry, state, context.clock(), sentence(error))
+        _note(context, ledger, entry, state, sentence(error))
         if state == "waiting":
             context.master.note(False)
             raise
@@ -188,10 +190,17 @@ def _deliver(context: Context, ledger: Ledger, entry: Entry, result: Result) -> 
         )
         logger.warning("report: the master refused %s: %s", entry.reference, sentence(error))
         return True
-    with ledger.transaction("IMMEDIATE") as connection:
-        outbox.end(connection, entry, "accepted", context.clock())
+    _note(context, ledger, entry, "accepted")
     context.master.note(True)
     return True
+
+
+def _note(context: Context, ledger: Ledger, entry: Entry, state: State, reason: str = "") -> None:
+    """Write down what became of a document; a ledger that fails right now is told with the next pass."""
+    context.judged.append((entry, state, reason))
+    with ledger.transaction("IMMEDIATE") as connection:
+        outbox.end(connection, entry, state, context.clock(), reason)
+    context.judged.pop()
 
 
 def judge(error: SlapError) -> State:

@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import socket
+import sqlite3
 import sys
 import time
 from datetime import UTC, datetime
@@ -299,6 +300,25 @@ def test_killed_while_it_sends(days):
     assert days.states() == {"2026-11-10-node": "ambiguous"}
 
 
+def test_a_ledger_that_fails_when_the_answer_comes(days, monkeypatch):
+    """The master has it, and we know; that the disk is full right then makes no riddle of it."""
+    days.use()
+    days.now += DAY
+    days.use()
+    end = outbox.end
+
+    def full(*_):
+        monkeypatch.setattr(outbox, "end", end)
+        raise sqlite3.OperationalError("database or disk is full")
+
+    monkeypatch.setattr(outbox, "end", full)
+    assert days.report() == ["accounting.ledger_unavailable"]
+    assert days.states() == {"2026-11-10-node": "sending"}
+    assert days.report() == []
+    assert days.states() == {"2026-11-10-node": "accepted"}
+    assert days.arrived() == ["2026-11-10-node"]
+
+
 def test_the_last_usage_goes_out_before_the_destroy_is_told(days, monkeypatch):
     days.use()
     partition = SimpleNamespace(id="slappart0", path=days.file.parent / "instance" / "slappart0")
@@ -308,7 +328,8 @@ def test_the_last_usage_goes_out_before_the_destroy_is_told(days, monkeypatch):
     context.store.save_instance(state)
     told, order = [], days.master.others
     settled = []
-    monkeypatch.setattr(reports, "_settle", lambda *_: days.use(0 if settled else 500) or settled.append(1))
+    meters = type(context.meters)
+    monkeypatch.setattr(meters, "settle", lambda *_: days.use(0 if settled else 500) or settled.append(1))
     monkeypatch.setattr(
         reports.instances,
         "finish_destroyed",
