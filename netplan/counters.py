@@ -20,6 +20,7 @@ from netplan.legacy_rules import SHARED as LEGACY_SHARED
 from netplan.metering import DIRECTIONS, SHARED, address_of
 from netplan.model import ALIAS_MARK, Backend
 from netplan.netlink import NETLINK_ROUTE, NetlinkSocket
+from netplan.rate_limits import COUNTED
 from netplan.ruleset import REFUSED
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
@@ -111,7 +112,7 @@ def read_counters(backend: Backend = "nftables") -> CounterReading:
                 return CounterReading(
                     f"{boot}/{before['inet']}",
                     _traffic_of(keys, values),
-                    tuple(_refused(sets)),
+                    (*_refused(sets), *_named_refusals(keys, values)),
                     tuple(_shared(sets)),
                     # where one table of several is made again, frames refused before count once more
                     f"{boot}/" + ".".join(map(str, before.values())),
@@ -215,6 +216,27 @@ def _refused(sets: Mapping[str, Iterable[nfnetlink.Counted]]) -> Iterator[Refuse
                     yield Refused(int.from_bytes(key, sys.byteorder), None, rule, packets)
                 else:
                     yield Refused(None, key.rstrip(b"\0").decode(), rule, packets)
+
+
+# as _placed
+_named: tuple[tuple[nfnetlink.CounterKey, ...], tuple[tuple[int, str, int], ...]] = ((), ())
+
+
+def _named_refusals(keys: tuple[nfnetlink.CounterKey, ...], values: tuple[int, ...]) -> Iterator[Refused]:
+    """Read the named counters of what was refused to a user; those that never counted are not told."""
+    global _named  # noqa: PLW0603 - as above
+    of, places = _named
+    if of is not keys:
+        split = ((number, key.name.split("/")) for number, key in enumerate(keys))
+        places = tuple(
+            (int(name[2]), name[1], 2 * number + 1)
+            for number, name in split
+            if len(name) == 3 and name[0] == COUNTED and name[2].isdecimal()
+        )
+        _named = (keys, places)
+    for user, rule, place in places:
+        if values[place]:
+            yield Refused(user, None, rule, values[place])
 
 
 def _shared(sets: Mapping[str, Iterable[nfnetlink.Counted]]) -> Iterator[Shared]:

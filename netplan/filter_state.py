@@ -33,11 +33,14 @@ from netplan.nfnetlink import (
     counters_of,
     families,
     generation,
+    limits_of,
     nft_socket,
     parsed,
+    split_name,
     table,
 )
 from netplan.packet_filter import FINGERPRINT_CHAIN, Filter, removal
+from netplan.rate_limits import BURST, parse
 from netplan.sysctls import NOTES
 
 _TRIES = 3
@@ -77,6 +80,7 @@ def observe_filter(wanted: Filter | None) -> FilterState:
         changes = {} if untouched else _changes(noted, digests)
         if same and wanted and not untouched:
             changes |= _foreign_elements(found, wanted, known)
+            changes |= {f"limit {name}": "was changed" for name in _strange(limits_of(sock, there))}
         if info.flags & _DORMANT:
             changes[f"table {TABLE}"] = "is dormant"
         drift = tuple(f"{what} {change}" for what, change in changes.items())
@@ -107,6 +111,7 @@ def _by_heart(last: _Loaded, wanted: Filter, noted: Mapping[str, str], number: i
         maps=frozenset(old.maps),
         chains=old.chains,
         counters=last.counters,
+        limits=old.limits,
         elements={name: frozenset(values) for name, values in old.elements.items()} if same else {},
         intact=same,
         generation=number,
@@ -153,6 +158,16 @@ def _foreign_elements(
     }
 
 
+def _strange(limits: Mapping[str, tuple[int, ...]]) -> frozenset[str]:
+    """Return the limits that are not what their names say.  That none is missing, the elements that lead to them say."""
+    found = {full: parse(split_name(full)[1]) for full in limits}
+    return frozenset(
+        full
+        for full, one in found.items()
+        if one is None or limits[full] != nfbatch.limit_values(one.bytes_per_second, BURST)
+    )
+
+
 def _digests(found: Sequence[Chunk]) -> dict[str, str]:
     """Return a digest of each object, of sets without their elements."""
     return {
@@ -168,12 +183,16 @@ def _objects(sock: NetlinkSocket, found: Sequence[Chunk], there: frozenset[str])
     names = {
         kind: frozenset(one.name for one in found if one.kind == kind) for kind in ("set", "map", "chain")
     }
+    limits = limits_of(sock, there)
+    strange = _strange(limits)
     return FilterContents(
         families=there,
         sets=names["set"],
         maps=names["map"],
         chains=names["chain"] | {FINGERPRINT_CHAIN},
         counters=frozenset(value.name for value in counters_of(sock)),
+        limits=frozenset(limits).difference(strange),
+        strange_limits=strange,
     )
 
 

@@ -15,6 +15,7 @@ from itertools import product
 
 from netplan.model import PartitionNetwork
 from netplan.once import once_each
+from netplan.rate_limits import NO_WAYS, Ways
 from netplan.ruleset import Part, text
 
 SCOPES = ("remote", "local")
@@ -55,10 +56,15 @@ def address_of(family: str, named: str) -> str:
 
 
 def metering(
-    partitions: Sequence[PartitionNetwork], first: Sequence[str] = (), *, alone: bool = True
+    partitions: Sequence[PartitionNetwork],
+    first: Sequence[str] = (),
+    *,
+    alone: bool = True,
+    limits: Ways = NO_WAYS,
 ) -> Part:
     """Return the counters of every address of every partition, and the maps and chains that lead there; not
-    ``alone``: no hooks of their own.  On output, rules ``first`` come before them.
+    ``alone``: no hooks of their own.  On output, rules ``first`` come before them; ``limits`` stand where remote traffic is
+    metered.
     """
     owned: dict[str, list[tuple[tuple[str, ...], tuple[str, ...]]]] = {}
     for one in partitions:
@@ -80,7 +86,7 @@ def metering(
     }
     hooks = _HOOKS if alone else {}
     elements["metered"] = [str(one.uid) for one in partitions]
-    chains = _chains([one for one in _TYPE if one in owned])
+    chains = _chains([one for one in _TYPE if one in owned], limits)
     chains["meter_out"] = [*first, *chains["meter_out"]]
     return Part(sets, maps, elements, counters, chains, hooks)
 
@@ -109,7 +115,7 @@ def _addresses(partition: PartitionNetwork) -> Iterator[tuple[str, str]]:
         yield "routable4", text(partition.routable_ipv4.interface.ip)
 
 
-def _chains(families: Sequence[str]) -> dict[str, list[str]]:
+def _chains(families: Sequence[str], limits: Ways) -> dict[str, list[str]]:
     """Return one chain per scope, direction and IP version: the first map that knows the address ends the
     search.
     """
@@ -117,13 +123,16 @@ def _chains(families: Sequence[str]) -> dict[str, list[str]]:
     for direction, end, side in (("in", "iif", "daddr"), ("out", "oif", "saddr")):
         for scope in SCOPES:
             for version, protocol in (("6", "ip6"), ("4", "ip")):
+                way = f"{version}_{direction}" if scope == "remote" else ""
                 chains[f"meter{version}_{scope}_{direction}"] = [
                     *(["tcp flags & rst == rst accept"] if scope == "local" else []),
+                    *limits.before.get(way, ()),
                     *(
                         f"counter name {protocol} {side} map @{family}_{scope}_{direction} accept"
                         for family in families
                         if _VERSION[family] == version
                     ),
+                    *limits.behind.get(way, ()),
                     *([_shared(version, direction)] if scope == "remote" else []),
                 ]
         for version in "64":

@@ -227,6 +227,21 @@ class ClosedPort:
 
 
 @dataclass(frozen=True, slots=True)
+class RateLimit:
+    """What a partition may exchange with other nodes each second, in each direction; not ``in_force``: it may be so limited
+    one day.
+    """
+
+    bytes_per_second: int
+    in_force: bool = False
+
+    def __post_init__(self) -> None:
+        # the kernel reckons in nanoseconds times bytes, in 64 bits (net/netfilter/nft_limit.c)
+        if not 0 < self.bytes_per_second <= 12_500_000_000:
+            raise _invalid("limit", f"{self.bytes_per_second} bytes a second cannot be a limit")
+
+
+@dataclass(frozen=True, slots=True)
 class DesiredNetwork:
     """What the node's network should have.  Without partitions and interface: nothing that is ours.
 
@@ -237,7 +252,8 @@ class DesiredNetwork:
     ``local_source_table`` gives unbound clients of a partition on the same host the host's source address,
     ``host_ipv6`` or ``host_ipv4``, where nothing does better; ``cgroup_bpf``: programs at the cgroup shall, if
     this kernel and our rights allow it; ``protected`` is what no guest behind a tap may claim;
-    ``closed`` is a port that partitions' users cannot reach.
+    ``closed`` is a port that partitions' users cannot reach; ``limits`` has those who are limited, or may become so,
+    by their ids.
     """
 
     interface: str | None = None
@@ -253,6 +269,7 @@ class DesiredNetwork:
     protected: Protected = Protected()
     backend: Backend = "nftables"
     closed: ClosedPort | None = None
+    limits: Mapping[str, RateLimit] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         partitions = self.partitions
@@ -405,7 +422,7 @@ class FilterContents:
 
     ``elements`` has those of the sets and maps that can be read, written as nft does.  ``intact``: the chains
     are as we left them, and as they are wanted now; then ``digests`` says what they and the sets are, as of
-    the nft ``generation`` (0: not known).
+    the nft ``generation`` (0: not known).  ``strange_limits`` are not what their names say.
     """
 
     sets: frozenset[str] = frozenset()
@@ -417,6 +434,8 @@ class FilterContents:
     generation: int = 0
     families: frozenset[str] = frozenset()
     digests: Mapping[str, str] = field(default_factory=dict)
+    limits: frozenset[str] = frozenset()
+    strange_limits: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)

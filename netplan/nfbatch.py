@@ -33,7 +33,8 @@ _GENMSGS = {family: bytes((number, 0, 0, 0)) for family, number in FAMILIES.item
 _GENMSG = _GENMSGS["inet"]
 _BATCH = b"\0\0" + _SUBSYSTEM.to_bytes(2, "big")
 _BATCH_GENID = 1
-_OBJECT_COUNTER = 1
+_OBJECT_COUNTER, _OBJECT_LIMIT = 1, 4
+_LIMIT_BYTES, _LIMIT_OVER = 1, 1  # NFT_LIMIT_PKT_BYTES, NFT_LIMIT_F_INV
 _INTERVAL_END = 1
 _RETURN = -5  # NFT_RETURN
 _COMMENT = 0  # NFTNL_UDATA_RULE_COMMENT
@@ -98,6 +99,25 @@ def counters(names: Iterable[str], *, add: bool) -> Iterator[Request]:
     where = _GENMSG + _TABLE_NAME
     for name in names:
         yield Request(kind, flags, where + _name(2, name) + about)
+
+
+def limit_values(bytes_per_second: int, burst: int) -> tuple[int, ...]:
+    """Return the attributes of a limit that matches what is too much, in their order (NFTA_LIMIT_*)."""
+    return bytes_per_second, 1, burst, _LIMIT_BYTES, _LIMIT_OVER
+
+
+def limits(names: Iterable[str], burst: int, *, add: bool) -> Iterator[Request]:
+    """Yield what adds or deletes limits (:func:`netplan.nfnetlink.full_name` of :func:`netplan.rate_limits.limit_name`)."""
+    kind, flags = (_NEWOBJ, NLM_F_CREATE) if add else (_DELOBJ, 0)
+    for full in names:
+        family, name = split_name(full)
+        about = attribute(3, _OBJECT_LIMIT.to_bytes(4, "big"))
+        if add:
+            values = limit_values(int(name.rpartition("/")[2]), burst)
+            sized = zip(values, (8, 8, 4, 4, 4), strict=True)
+            data = (attribute(at, value.to_bytes(size, "big")) for at, (value, size) in enumerate(sized, 1))
+            about += _nested(4, b"".join(data))
+        yield Request(kind, flags, _GENMSGS[family] + _TABLE_NAME + _name(2, name) + about)
 
 
 def elements(name: str, grammar: str, texts: Sequence[str], *, add: bool) -> Iterator[Request]:

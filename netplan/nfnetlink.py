@@ -54,7 +54,8 @@ _COUNTER_BYTES, _COUNTER_PACKETS = 1, 2
 _ELEM_INTERVAL_END = 1
 _OBJ_TABLE, _OBJ_NAME, _OBJ_TYPE, _OBJ_DATA, _OBJ_HANDLE = 1, 2, 3, 4, 6
 _GEN_ID = 1
-_OBJECT_COUNTER = 1
+_LIMIT_ATTRIBUTES = (1, 2, 3, 4, 5)
+_OBJECT_COUNTER, _OBJECT_LIMIT = 1, 4
 _SET_ANONYMOUS, _SET_EVAL = 0x1, 0x20
 _SET_MAPPING = 0x8 | 0x40  # to data or verdicts, to objects
 _ELEM_ATTRIBUTES = frozenset((_ELEM_KEY, _ELEM_FLAGS, _ELEM_OBJECT, _ELEM_KEY_END))
@@ -445,6 +446,20 @@ def _counter_key(head: bytes) -> CounterKey | None:
     if have.get(_OBJ_TABLE) != _TABLE_BYTES or have.get(_OBJ_TYPE) != _U32.pack(_OBJECT_COUNTER):
         return None
     return CounterKey(_name(have[_OBJ_NAME]), _U64.unpack(have[_OBJ_HANDLE])[0])
+
+
+def limits_of(sock: NetlinkSocket, among: Iterable[str]) -> dict[str, tuple[int, ...]]:
+    """Return the named limits of our tables (:func:`full_name`): rate, seconds that it is for, burst, type, flags."""
+    found = {}
+    for family in among:
+        request = _GENMSGS[family] + _OF_TABLE + attribute(_OBJ_TYPE, _U32.pack(_OBJECT_LIMIT))
+        for message in sock.dump(_GETOBJ, request):
+            _, have = _body(message, (_OBJ_TABLE, _OBJ_NAME, _OBJ_TYPE, _OBJ_DATA))
+            if have.get(_OBJ_TABLE) == _TABLE_BYTES and have.get(_OBJ_TYPE) == _U32.pack(_OBJECT_LIMIT):
+                about = attributes(have[_OBJ_DATA], 0, len(have[_OBJ_DATA]), _LIMIT_ATTRIBUTES)
+                values = tuple(int.from_bytes(about.get(one, b""), "big") for one in _LIMIT_ATTRIBUTES)
+                found[full_name(family, _name(have[_OBJ_NAME]))] = values
+    return found
 
 
 def has_counter(sock: NetlinkSocket, name: str) -> bool:

@@ -1,10 +1,10 @@
 """The packet filter as the text of nft transactions.  Pure.
 
 The filter is a sum of parts (:mod:`netplan.ownership`, :mod:`netplan.metering`, :mod:`netplan.tap_guard`,
-:mod:`netplan.tun_guard`) in the tables ``inet``, ``bridge`` and ``arp partitiond``, of which only the first is
-always there; it has all
-named counters.  A transaction changes what differs and nothing else: elements of those who stay are not
-touched, what the kernel put into sets itself never, and rules only when they changed.
+:mod:`netplan.tun_guard`, :mod:`netplan.rate_limits`) in the tables ``inet``, ``bridge`` and ``arp partitiond``, of
+which only the first is always there; it has all named counters.  A transaction changes what differs and nothing
+else: elements of those who stay are not touched, what the kernel put into sets itself never, and rules only when
+they changed.
 
 Why not flush everything and fill it again in one transaction, which is said to be atomic: a set look-up that
 runs while a commit is finished may see neither the old nor the new element (seen here: 1 packet in a million
@@ -27,6 +27,7 @@ from netplan.nfnetlink import TABLE, full_name, split_name
 from netplan.once import once
 from netplan.operations import Operation
 from netplan.ownership import ownership
+from netplan.rate_limits import BURST, parse, rate_limits, ways
 from netplan.ruleset import Part
 from netplan.sysctls import NOTES
 from netplan.tap_guard import tap_guard
@@ -60,6 +61,7 @@ class Filter:
     maps: Mapping[str, str]
     elements: Mapping[str, Sequence[str]]
     counters: frozenset[str]
+    limits: frozenset[str]
     chains: frozenset[str]
     declarations: str
     rules: str
@@ -78,12 +80,14 @@ class Filter:
             parts = [f"flush table {family} {TABLE}\n" for family in self.families]
         # counters come first: nft 1.0.6 sends the elements of a new interval map together with the map itself
         parts += (f"add counter inet {TABLE} {name}\n" for name in sorted(self.counters - loaded.counters))
+        parts += (_limit(name) for name in sorted(self.limits - loaded.limits - loaded.strange_limits))
         parts += (
             "" if loaded.intact else self.declarations,
             *(f"add counter inet {TABLE} {one}\n" for one in notes),
         )
         less, more = self._difference(loaded)
-        parts += (*less, *self._stale(loaded), *more)
+        again = (_limit(name) for name in sorted(self.limits & loaded.strange_limits))
+        parts += (*less, *self._stale(loaded), *again, *more)
         parts.append("" if loaded.intact else self.rules)
         return "".join(parts)
 
@@ -93,6 +97,7 @@ class Filter:
             self,
             elements=dict.fromkeys(self.elements, ()),
             counters=self.counters.intersection(_COUNTER_OF_RULE.findall(self.rules)),
+            limits=frozenset(),
         )
 
     def transactions(
@@ -122,6 +127,7 @@ class Filter:
             not loaded.intact
             or self.elements.keys() != loaded.elements.keys()
             or grammars.keys() != loaded.sets | loaded.maps
+            or loaded.strange_limits
             or list(self._stale_objects(loaded))
         ):
             return None
@@ -135,8 +141,10 @@ class Filter:
         unused = (one for one in loaded.counters - self.counters if not one.startswith(NOTES))
         return [
             *nfbatch.counters(sorted((self.counters - loaded.counters).union(notes)), add=True),
+            *nfbatch.limits(sorted(self.limits - loaded.limits), BURST, add=True),
             *less,
             *nfbatch.counters(sorted(unused), add=False),
+            *nfbatch.limits(sorted(loaded.limits - self.limits), BURST, add=False),
             *more,
         ]
 
@@ -145,6 +153,8 @@ class Filter:
         less, more = [], []
         for name, wanted in self.elements.items():
             known = loaded.elements.get(name, frozenset())
+            if loaded.strange_limits and self.maps.get(name, "").partition(";")[0].endswith(": limit"):
+                known = frozenset()  # what they lead to is made again
             gone = known.difference(wanted)
             if name in loaded.sets | loaded.maps and len(gone) == len(known):
                 # nothing is known or nothing stays: filled anew
@@ -160,6 +170,11 @@ class Filter:
         yield from self._stale_objects(loaded)
         gone = (name for name in sorted(loaded.counters - self.counters) if not name.startswith(NOTES))
         yield from (f"delete counter inet {TABLE} {name}\n" for name in gone)
+        yield from (
+            f"delete limit {_place(name)}\n"
+            for name in sorted((loaded.limits - self.limits) | loaded.strange_limits)
+            if split_name(name)[0] in self.families
+        )
 
     def _stale_objects(self, loaded: FilterContents) -> Iterator[str]:
         tables = loaded.families.difference(self.families)
@@ -201,22 +216,35 @@ def _place(full: str) -> str:
     return f"{family} {TABLE} {name}"
 
 
+def _limit(full: str) -> str:
+    found = parse(split_name(full)[1])
+    assert found is not None  # noqa: S101 - we made the name
+    rate = f"rate over {found.bytes_per_second} bytes/second burst {BURST} bytes"
+    return f"add limit {_place(full)} {{ {rate}; }}\n"
+
+
 @once
 def render(desired: DesiredNetwork) -> Filter:
     """Return the packet filter of a desired state."""
     first = (closed_port.way(desired.closed),) if desired.closed else ()
     parts = [closed_port.closed_port(desired.partitions)] if desired.closed else []
+    limited = ways(desired.partitions, desired.limits)
     if desired.ownership:
-        parts += [metering(desired.partitions, alone=False), ownership(desired.partitions, first)]
+        parts += [
+            metering(desired.partitions, alone=False, limits=limited),
+            ownership(desired.partitions, first),
+        ]
     else:
-        parts.append(metering(desired.partitions, first))
+        parts.append(metering(desired.partitions, first, limits=limited))
     parts += tap_guard(desired.partitions, desired.protected)
     parts += tun_guard(desired.partitions)
+    parts += rate_limits(desired.partitions, desired.limits)
     declarations = "".join(line for part in parts for line in _declarations(part))
     declarations += f"add chain inet {TABLE} {FINGERPRINT_CHAIN}\n"
     rules = "".join(line for part in parts for line in _rules(part))
     elements = {_of(part, name): values for part in parts for name, values in part.elements.items()}
     counters = [name for part in parts for name in part.counters]
+    limits = frozenset(_of(part, name) for part in parts for name in part.limits)
     structure = hashlib.sha256((declarations + rules).encode())
     everything = structure.copy()
     for name, values in elements.items():
@@ -228,6 +256,7 @@ def render(desired: DesiredNetwork) -> Filter:
         maps={_of(part, name): grammar for part in parts for name, grammar in part.maps.items()},
         elements=elements,
         counters=frozenset(counters),
+        limits=limits,
         chains=frozenset(_of(part, name) for part in parts for name in part.chains) | {FINGERPRINT_CHAIN},
         declarations=declarations,
         rules=rules,

@@ -17,14 +17,16 @@ from collections.abc import Iterator
 from netplan.legacy_filter import LegacyOperation
 from netplan.legacy_rules import render_legacy
 from netplan.model import Backend, DesiredNetwork, FilterState, ObservedNetwork
+from netplan.nfnetlink import split_name
 from netplan.operations import Operation, SysctlOperation
-from netplan.packet_filter import FilterOperation, render
+from netplan.packet_filter import Filter, FilterOperation, render
 from netplan.plan_addresses import address_operations
 from netplan.plan_bridge import after, bridge_operations
 from netplan.plan_hooks import hook_operations
 from netplan.plan_routes import route_operations
 from netplan.plan_rules import rule_operations
 from netplan.plan_taps import tap_operations
+from netplan.rate_limits import changes
 from netplan.sysctls import ALL, Sysctl, needed
 
 _FILTER = "filter/partitiond"
@@ -106,6 +108,8 @@ def _nft_operations(desired: DesiredNetwork, observed: ObservedNetwork) -> tuple
     reason = _filter_reason(loaded, wanted.fingerprint)
     if not reason:
         return ()
+    if loaded.loaded:
+        reason = "; ".join((reason, *_limits_that_change(wanted, loaded)))
     notes = _notes_to_come(desired, observed, observed.notes)
     return (
         FilterOperation(
@@ -119,6 +123,14 @@ def _nft_operations(desired: DesiredNetwork, observed: ObservedNetwork) -> tuple
             notes=notes,
         ),
     )
+
+
+def _limits_that_change(wanted: Filter, loaded: FilterState) -> Iterator[str]:
+    names = ((split_name(full)[1] for full in limits) for limits in (wanted.limits, loaded.contents.limits))
+    found = list(changes(*names))
+    yield from found[:_REASONS]
+    if len(found) > _REASONS:
+        yield f"{len(found) - _REASONS} more limits change"
 
 
 def _notes_to_come(

@@ -9,7 +9,7 @@ from socket import AF_INET, AF_INET6, inet_ntop
 @dataclass(frozen=True, slots=True)
 class Part:
     """Sets and maps with their grammar, their elements, counters, chains with their rules, hooks of the base
-    chains.
+    chains, named limits.
 
     ``hooks`` has for a base chain what follows ``type filter hook``.  A chain stands before those that jump
     to it.  Of ``sets``, the kernel fills those that are ``dynamic`` itself.
@@ -23,6 +23,7 @@ class Part:
     hooks: Mapping[str, str]
     family: str = "inet"
     dynamic: frozenset[str] = frozenset()
+    limits: Sequence[str] = ()
 
 
 REFUSED = "refused_"

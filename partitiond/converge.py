@@ -26,6 +26,7 @@ from partitiond import (
     port_reservation,
     privacy,
     protection,
+    quotas,
     resource_file,
     services,
     storage,
@@ -72,7 +73,9 @@ def observe(context: Context, *, again: bool = False) -> Observation:
     choice, base_is_here = addressing.choose(context, look)
     host_ipv4 = addressing.own_ipv4(config, look)
     protected = protection.look(config, look)
-    found = node.build(config, base_is_here, database.numbers(), choice, host_ipv4, context.node, protected)
+    limits = quotas.rate_limits(config, context.quotas.standings())
+    numbers = database.numbers()
+    found = node.build(config, base_is_here, numbers, choice, host_ipv4, context.node, protected, limits)
     network = netplan_observe.observe(found.network(), look)
     # and not that of a pass that began before another one came into force
     if config is context.current.config:

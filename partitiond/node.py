@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from ipaddress import ip_network
 from typing import TYPE_CHECKING
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-    from netplan.model import Network, RoutableIPv4
+    from netplan.model import Network, RateLimit, RoutableIPv4
     from partitiond.choices import Choice, Chosen
     from partitiond.config import Config
     from partitiond.config_guard import Allowance
@@ -59,8 +59,8 @@ class Node:
     """The desired node; ``base_is_here`` is false while the interface has lost its own address.
 
     ``host_ipv4`` is the node's own IPv4, where partitions have some that others reach; ``choice`` says by what the
-    addresses were chosen, ``protected`` what no guest may claim. As long as nothing of it changes, it is the same object:
-    what follows from it need not be computed again.
+    addresses were chosen, ``protected`` what no guest may claim, ``limits`` who is limited by a quota or may be. As
+    long as nothing of it changes, it is the same object: what follows from it need not be computed again.
     """
 
     config: Config
@@ -69,6 +69,7 @@ class Node:
     partitions: tuple[Partition, ...]
     host_ipv4: ipaddress.IPv4Interface | None = None
     protected: Protected = _NOTHING
+    limits: Mapping[str, RateLimit] = field(default_factory=dict)
 
     @property
     def base(self) -> ipaddress.IPv6Interface | None:
@@ -114,6 +115,7 @@ class Node:
             local_source_table=bool(host or host4) and config.address_ownership,
             cgroup_bpf=config.address_ownership,
             closed=config.metrics_listen,
+            limits=self.limits,
         )
 
 
@@ -130,6 +132,7 @@ def build(
     host_ipv4: ipaddress.IPv4Interface | None = None,
     last: Node | None = None,
     protected: Protected = _NOTHING,
+    limits: Mapping[str, RateLimit] | None = None,
 ) -> Node:
     """Compute the node; what is as in the ``last`` one is taken over from it.
 
@@ -144,9 +147,10 @@ def build(
     same = last is not None and all(map(operator.is_, partitions, last.partitions))
     if last is not None and same and len(partitions) == len(last.partitions):
         parts = (last.config is config, last.choice is choice, last.base_is_here == base_is_here)
-        if all(parts) and last.host_ipv4 == host_ipv4 and last.protected is protected:
+        as_before = last.host_ipv4 == host_ipv4 and last.protected is protected
+        if all(parts) and as_before and last.limits == (limits or {}):
             return last
-    return Node(config, choice, base_is_here, partitions, host_ipv4, protected)
+    return Node(config, choice, base_is_here, partitions, host_ipv4, protected, limits or {})
 
 
 def _reusable(last: Node | None, config: Config) -> dict[str, Partition]:

@@ -26,10 +26,10 @@ _VALUE = re.compile(
 )
 _MOST_BYTES = 2**62
 # below that a full packet would take seconds, above it there is nothing to limit
-_RATES_ALLOWED = (8000, 10**12)
+_RATES_ALLOWED = (8000, 10**11)
 _WORDS = (
     f"none, or a number of {', '.join(_BYTES)} a month (above 0), and perhaps what is done then:"
-    f" warn, or limit and a rate from 8 kbit/s to 1000 Gbit/s ({', '.join(_RATES)}), such as 100 GB limit 1 Mbit/s"
+    f" warn, or limit and a rate from 8 kbit/s to 100 Gbit/s ({', '.join(_RATES)}), such as 100 GB limit 1 Mbit/s"
 )
 
 

@@ -17,6 +17,7 @@ from accounting import allowance
 from accounting.allowance import EVENTS, Standing
 from accounting.errors import AccountingError
 from accounting.ledger import Ledger
+from netplan.model import RateLimit
 from partitiond import files
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ logger = logging.getLogger(__name__)
 
 _SECONDS = 60.0  # from one question to the ledger to the next
 _FORM = 1
+_NOT_LIMITED = "it is not limited, packet_filter = iptables cannot do that (quota-limit)"
 _WORDS = {
     "near": "has used four fifths of its quota",
     "exceeded": "has used up its quota",
@@ -141,10 +143,24 @@ def limited(config: Config, standings: Mapping[str, Standing]) -> frozenset[str]
     )
 
 
+def rate_limits(config: Config, standings: Mapping[str, Standing]) -> dict[str, RateLimit]:
+    """What the packet filter should do: for each that may be limited, its rate and whether that is in force."""
+    now = limited(config, standings)
+    return {
+        name: RateLimit(quota.bits_per_second // 8, name in now)
+        for name, quota in config.quotas.items()
+        if quota.bits_per_second is not None
+    }
+
+
 def _tell(context: Context, name: str, quota: Quota, standing: Standing, event: Event) -> None:
     message = f"{name} {_WORDS[event]} of {standing.month}: {_figures(quota, standing)}"
     if event == "exceeded" and quota.bits_per_second:
-        message += f"; it is limited to {quota.bits_per_second} bit/s each way until the month ends"
+        message += (
+            f"; {_NOT_LIMITED}"
+            if context.config.packet_filter == "iptables"
+            else f"; it is limited to {quota.bits_per_second} bit/s each way until the month ends"
+        )
     log = logger.info if event == "renewed" else logger.warning
     log("quota %s: %s", event, message)
     context.events.record(
@@ -180,13 +196,15 @@ def as_json(context: Context, partition: str, instance: str | None) -> dict[str,
     }
 
 
-def open_cases(partitions: Iterable[tuple[str, Mapping[str, Any] | None]]) -> list[str]:
+def open_cases(config: Config, partitions: Iterable[tuple[str, Mapping[str, Any] | None]]) -> list[str]:
     """Who has used up its quota, for ``status``; by the objects of :func:`as_json`."""
     found = []
     for name, one in partitions:
         if one is not None and one["state"] == "exceeded":
             rate = one["rate_bits_per_second"]
             what = f"limited to {rate} bit/s each way" if rate else "nothing is done about it (warn)"
+            if rate and config.packet_filter == "iptables":
+                what = _NOT_LIMITED
             figures = f"{one['used_bytes']} of {one['bytes']} bytes"
             found.append(f"the quota of {name} for {one['month']} is used up ({figures}): {what}")
     return found

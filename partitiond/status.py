@@ -77,7 +77,7 @@ def node(context: Context) -> dict[str, Any]:
                 *port_reservation.open_cases(port_reservation.deal(seen.ports, todo.declared.values())),
                 *_refused_resources(todo),
                 *context.meters.open_cases(),
-                *quotas.open_cases((one["id"], one["quota"]) for one in partitions),
+                *quotas.open_cases(config, ((one["id"], one["quota"]) for one in partitions)),
                 *report_verbs.open_cases(config),
                 *filter(None, (tell() for tell in context.troubles.values())),
                 *usage_intake.open_cases(context, seen.node, config.accounting.tariff.partition_resources),

@@ -5,6 +5,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import replace
 from ipaddress import IPv4Address
 from pathlib import Path
@@ -32,6 +33,7 @@ from netplan.errors import NetplanError
 from netplan.legacy_cases import OPEN_CASES
 from netplan.legacy_monitor import LegacyMonitor
 from netplan.legacy_rules import PREFIX, render_legacy
+from netplan.model import RateLimit
 from netplan.monitor import Monitor
 from netplan.observe import observe
 from netplan.plan import plan
@@ -150,6 +152,23 @@ def test_case_own_address_in(either):
     assert (found.uid, found.family) == (A, "ipv6")
     assert found.packets_out > 1
     assert (found.packets_in > 0) == held
+
+
+def test_case_quota_limit(either):
+    node, held = either
+    node.converge(wanted(3, ranges=True, limits={"slappart0": RateLimit(1000, in_force=True)}))
+
+    def blast():
+        for _ in range(200):
+            with suppress(PermissionError):
+                send(A6, NEIGHBOUR6, port, size=1000)
+
+    with sink(node) as port:
+        as_user(A, blast)
+    (sent,) = (
+        one.packets_out for one in read_counters().traffic if one[:3] == ("slappart0", "ipv6", "remote")
+    )
+    assert (sent < 200) == held
 
 
 def test_case_two_commits(either, monkeypatch):
