@@ -11,6 +11,7 @@ from accounting.model import (
     PartitionUsage,
     Pass,
     ProcessReading,
+    Received,
     TrafficReading,
     UsageReport,
 )
@@ -31,6 +32,7 @@ __all__ = [
     "ProcessMeter",
     "ProcessReading",
     "ProcessScan",
+    "Received",
     "TrafficReading",
     "UsageReport",
 ]

@@ -26,6 +26,21 @@ counted elsewhere in the kernel, so each has an epoch of its own.  A report has 
 GaugeName = Literal["memory_bytes", "disk_bytes", "processes"]
 
 
+class Received(NamedTuple):
+    """What a second counter, which sees more, says that an address received, in bytes and packets.
+
+    It takes the place of what the first one received, as soon as both were read by a pass (accounting.settle); never are both
+    added. ``epoch`` is empty while it does not count. Read before the first counter and, as ``later_…``, once more
+    after it, so that whichever of the two goes on counts nothing that the other had counted.
+    """
+
+    epoch: str
+    bytes: int = 0
+    packets: int = 0
+    later_bytes: int = 0
+    later_packets: int = 0
+
+
 class TrafficReading(NamedTuple):
     """The four kernel counters of one address (or tap, named by its interface) of one partition.
 
@@ -33,7 +48,7 @@ class TrafficReading(NamedTuple):
     the life of the kernel object: it must differ whenever the counters may have begun again at zero. For a
     named nft counter that is boot id, handle of the table and handle of the counter; for a tap, boot id and
     interface index. The counters of one reading are one object: where one went back, all are taken to have
-    restarted.
+    restarted. An address that has ``received`` has it in each pass.
     """
 
     partition: str
@@ -45,6 +60,7 @@ class TrafficReading(NamedTuple):
     bytes_out: int
     packets_in: int
     packets_out: int
+    received: Received | None = None
 
 
 class CountReading(NamedTuple):

@@ -7,6 +7,10 @@ The rules, per kernel counter:
   reading, and what it counted between the last pass and its end is lost, which is said as a gap;
 * never seen before: the amount is the whole reading, because a counter that we make begins at zero.
 
+Where two counters see what an address receives, one of them counts and of the other only the level is taken: the
+better one (``Received``) if its level is known, else the first one, which went on counting. If that began as well since
+the last pass, it is the one that counted more, wholly. So neither going from one to the other nor back counts anything twice.
+
 Levels belong to the kernel's counter, not to whoever is charged, so a change of owner counts nothing twice.
 """
 
@@ -34,6 +38,7 @@ MICROSECONDS = 1_000_000
 # what datetime can say: the years 1 to 9999
 _FIRST_TIME, _LAST_TIME = -62_135_596_800, 253_402_300_800
 TRAFFIC = "traffic"
+RECEIVED = "received"  # has a level, and no account: its amounts are those of the traffic
 CPU = "cpu_seconds"
 IO_READ = "io_read_bytes"
 IO_WRITE = "io_write_bytes"
@@ -120,6 +125,7 @@ def settle(reading: Pass, books: Books) -> Settlement:
             continue
         amounts[meter] = _difference(meter, level, last, settlement, skip_new=books.skip_new_readings)
         settlement.levels[meter] = level
+    _settle_received(reading, books, settlement)
     if reading.processes is not None:
         _settle_processes(reading.processes, books, settlement)
     check_gauges(reading.gauges)
@@ -162,11 +168,47 @@ def _difference(
     return (a, b, c, d, e)
 
 
+def _settle_received(reading: Pass, books: Books, settlement: Settlement) -> None:
+    restarted = set(settlement.restarted)
+    for traffic in reading.traffic:
+        if traffic.received is None:
+            continue
+        meter = Meter(traffic.partition, TRAFFIC, traffic.address, traffic.family, traffic.scope)
+        second = meter._replace(name=RECEIVED)
+        first, last = books.levels.get(meter), books.levels.get(second)
+        epoch, octets, packets, *later = traffic.received
+        if any(number >> 63 for number in (octets, packets, *later)):
+            raise _refuse("/".join(meter), f"is not within 0 and 2^63-1: {traffic.received}")
+        level = Level(epoch, (octets, 0, packets, 0, 0))
+        before = _known_before(level, last)
+        if last is not None and last.epoch and before is None:
+            settlement.restarted.append(meter)
+        # wholly only what surely began after the last pass, as the first one has counted until then; and whatever saw more
+        began = first is None or (last is not None and meter in restarted)
+        if epoch and (before is not None or (began and octets >= traffic.bytes_in)):
+            if before is None:
+                before = level.raw if books.skip_new_readings else NOTHING
+            _, out, _, packets_out, _ = settlement.amounts[meter]
+            amounts = (octets - before[0], out, packets - before[2], packets_out, 0)
+            settlement.amounts[meter] = amounts if any(amounts) else NOTHING
+        else:
+            level = Level(epoch, (later[0], 0, later[1], 0, 0))
+        if level != last:
+            settlement.levels[second] = level
+
+
+def _known_before(level: Level, last: Level | None) -> Amounts | None:
+    """Give how far the same counter had come."""
+    if last is None or level.epoch != last.epoch or not level.epoch:
+        return None
+    return last.raw if level.raw[0] >= last.raw[0] and level.raw[2] >= last.raw[2] else None
+
+
 def _levels(reading: Pass) -> dict[Meter, Level]:
     found: dict[Meter, Level] = {}
     # What makes a Meter and a Level without a call of a function each: this runs for each counter of the node.
     make = tuple.__new__
-    for partition, address, family, scope, epoch, a, b, c, d in reading.traffic:
+    for partition, address, family, scope, epoch, a, b, c, d, _ in reading.traffic:
         meter = make(Meter, (partition, TRAFFIC, address, family, scope))
         if (a | b | c | d) >> 63:
             raise _refuse("/".join(meter), f"is not within 0 and 2^63-1: {(a, b, c, d)}")

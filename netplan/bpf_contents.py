@@ -80,7 +80,8 @@ def _share(one: PartitionNetwork) -> _Share:
     ranges = {_range(one.ipv6_range): _owner(one.uid)} if one.ipv6_range else {}
     ipv4 = one.routable_ipv4.interface.ip if one.routable_ipv4 else one.public_ipv4
     ipv6 = one.ipv6.ip if one.ipv6 else None
-    return _shared(owners, ranges, _source(one.uid, ipv6, ipv4) if ipv6 or ipv4 else {})
+    # who has neither is there as well: what it receives at the node's addresses is counted
+    return _shared(owners, ranges, _source(one.uid, ipv6, ipv4))
 
 
 def _address(address: IPv4Address | IPv6Address) -> bytes:

@@ -4,12 +4,15 @@
 ``connect4 connect6 sendmsg4 sendmsg6``: a client that bound nothing gets the source that is its user's own.
 The kernel would give it the node's, and towards an address of this host that address itself (RFC 6724, rule 1).
 ``ingress``: what comes for a partition's address is delivered to no other user's socket, however that got there:
-a wildcard, or SO_REUSEADDR.
+a wildcard, or SO_REUSEADDR.  What comes from other hosts for the node's own addresses it counts, by the user of the
+socket that gets it: only here is that known of every packet (early demultiplexing, which the packet filter has to go by,
+finds no listener, and of UDP only what is connected).  Broadcast and multicast are not counted: they were sent to nobody
+in particular, and pass here once for each socket.
 
 Every program first asks which network namespace it is in, as a cgroup has processes of many.  An IPv4 address
 is written as IPv6 does (::ffff:192.0.2.1) so that sockets of both kinds meet the same entry.
 
-ICMP is not looked at: the answer to an unbound ping of a partition on this host comes to that partition's own
+ICMP is not refused: the answer to an unbound ping of a partition on this host comes to that partition's own
 address (facts/probes.md, section 5), and who hears it is told by the ping's number.  bind(2) of ping and raw sockets
 passes no hook (net/ipv6/af_inet6.c, inet6_bind_sk); the packet filter refuses what they send.
 """
@@ -43,13 +46,15 @@ class Refusal(IntEnum):
 
 
 OWNERS, RANGES, SOURCES, REFUSED, NOTE = "owners", "ranges", "sources", "refused", "note"
+RECEIVED = "received"
 MAPS = {
     # address → user, flags; prefix length and address → the same; user → its IPv6 and its IPv4 address
     OWNERS: MapKind(HASH, 16, 8, 16384),
     RANGES: MapKind(LPM_TRIE, 20, 8, 4096),
     SOURCES: MapKind(HASH, 4, 32, 4096),
-    # user, rule → how often.  Of all maps the only one that programs write.
+    # user, rule → how often; user, IP version → bytes, packets.  These two are written by programs, and by nobody else.
     REFUSED: MapKind(HASH, 8, 8, 16384),
+    RECEIVED: MapKind(HASH, 8, 16, 8192),
     # what the first three were filled with
     NOTE: MapKind(ARRAY, 4, 16, 1),
 }
@@ -60,7 +65,9 @@ _NOEXIST = 1
 # struct bpf_sock_addr, struct bpf_sock, struct __sk_buff
 _USER_IP4, _USER_IP6, _SOURCE_IP4, _SOURCE_IP6, _SOCKET = 4, 8, 40, 44, 64
 _SOCKET_IP4, _SOCKET_IP6 = 24, 28
-_PACKET_PROTOCOL = 16
+_PACKET_LENGTH, _PACKET_TYPE, _PACKET_PROTOCOL, _PACKET_LINK = 0, 4, 16, 40
+_PACKET_HOST = 0  # include/uapi/linux/if_packet.h
+_LOOPBACK = 1  # of every network namespace (LOOPBACK_IFINDEX, include/net/flow.h)
 _ETH_P_IP, _ETH_P_IPV6 = 0x0800, 0x86DD
 _IPPROTO_ICMP, _IPPROTO_TCP, _IPPROTO_ICMPV6 = 1, 6, 58
 _TCP_FLAGS, _TCP_RST = 13, 4
@@ -70,6 +77,9 @@ _ALLOW, _DENY = 1, 0
 _CONTEXT, _USER, _IS_OWNED, _FLAGS_AT = 6, 7, 8, 9
 # the stack: a key of RANGES is the length followed by the address, a key of OWNERS is the address
 _ADDRESS, _LENGTH, _SOURCE_KEY, _REFUSED_KEY, _ONE, _SOCKADDR, _HEADER = -16, -20, -24, -32, -40, -72, -80
+# of what comes in: its version in place of _IS_OWNED; no flags to look at, as it is for everybody
+_VERSION, _RECEIVED_KEY, _BEGINNING = _IS_OWNED, _REFUSED_KEY, _SOCKADDR
+_FOR_ALL = -1
 
 
 class Program(NamedTuple):
@@ -84,7 +94,7 @@ def programs(*, ingress_everywhere: bool) -> dict[str, Program]:
     """Return the programs by name.
 
     ``ingress_everywhere``: before Linux 6.15 a program that sees packets cannot ask for the namespace, so it then acts
-    on equal addresses in all of them, but for private ones, which may well be used twice.
+    on equal addresses in all of them, but for private ones, which may well be used twice, and counts nothing.
     """
     return {
         "bind4": Program(CGROUP_SOCK_ADDR, 8, _bind(_address4)),
@@ -143,6 +153,16 @@ def _look_up(made: Assembler, name: str, key: int) -> None:
     made.call(_LOOKUP)
 
 
+def _update(made: Assembler, name: str, key: int, value: int) -> None:
+    """Set a value that is not there yet."""
+    made.load_late(1, name)
+    for register, place in ((2, key), (3, value)):
+        made.copy(register, FRAME)
+        made.add(register, place)
+    made.set(4, _NOEXIST)
+    made.call(_UPDATE)
+
+
 def _look_up_range(made: Assembler) -> None:
     made.store_number(FRAME, _LENGTH, 128)
     _look_up(made, RANGES, _LENGTH)
@@ -163,10 +183,10 @@ def _address6(made: Assembler) -> None:
         made.store(FRAME, _ADDRESS + 4 * place, 1 + place)
 
 
-def _allow_owner(made: Assembler) -> None:
+def _allow_owner(made: Assembler, of_node: str = "allow") -> None:
     """Allow it where the address, whose entry register 0 points at, is the user's or the node's."""
     made.load(1, RESULT, 0)
-    made.jump_if_word(1, "==", -1, "allow")
+    made.jump_if_word(1, "==", -1, of_node)
     made.jump_if_registers(1, "==", _USER, "allow")
 
 
@@ -195,12 +215,7 @@ def _refuse(made: Assembler, rule: Refusal) -> None:
     _look_up(made, REFUSED, _REFUSED_KEY)
     made.jump_if(RESULT, "!=", 0, "again")
     made.store_number(FRAME, _ONE, 1, 8)
-    made.load_late(1, REFUSED)
-    for register, place in ((2, _REFUSED_KEY), (3, _ONE)):
-        made.copy(register, FRAME)
-        made.add(register, place)
-    made.set(4, _NOEXIST)
-    made.call(_UPDATE)
+    _update(made, REFUSED, _REFUSED_KEY, _ONE)
     made.jump_if(RESULT, "==", 0, "refuse")
     _look_up(made, REFUSED, _REFUSED_KEY)  # another processor may have been first
     made.jump_if(RESULT, "==", 0, "refuse")
@@ -232,12 +247,34 @@ def _ingress(*, everywhere: bool) -> Code:
     made.call(_SOCKET_USER)
     made.copy_word(_USER, RESULT)
     made.jump_if_word(_USER, "==", 0, "allow")
+    _destination(made)
+    _look_up(made, OWNERS, _ADDRESS)
+    made.jump_if(RESULT, "!=", 0, "owned")
+    _look_up_range(made)
+    made.jump_if(RESULT, "==", 0, "allow" if everywhere else "count")
+    made.label("owned")
+    if everywhere:
+        made.load(1, RESULT, 4)
+        made.jump_if_word(1, "&", PRIVATE, "allow")
+    _allow_owner(made, "allow" if everywhere else "count")
+    made.jump_if(_FLAGS_AT, "==", _FOR_ALL, "allow")
+    _allow_reset(made)
+    _refuse(made, Refusal.RECEIVE)
+    if not everywhere:
+        _count_received(made)
+    return _end(made)
+
+
+def _destination(made: Assembler) -> None:
+    """Take the packet's destination as the key; find its version, and where an RST would be seen (0: nowhere)."""
     made.load(1, _CONTEXT, _PACKET_PROTOCOL)
     made.jump_if(1, "==", _word(struct.pack("!H", _ETH_P_IPV6)), "six")
     made.jump_if(1, "!=", _word(struct.pack("!H", _ETH_P_IP)), "allow")
     _header(made, 20)
+    made.set(_VERSION, 4)
     made.load(1, FRAME, _HEADER + 9, 1)
-    made.jump_if(1, "==", _IPPROTO_ICMP, "allow")
+    made.set(_FLAGS_AT, _FOR_ALL)
+    made.jump_if(1, "==", _IPPROTO_ICMP, "four")
     made.set(_FLAGS_AT, 0)
     made.jump_if(1, "!=", _IPPROTO_TCP, "four")
     made.load(_FLAGS_AT, FRAME, _HEADER, 1)
@@ -252,8 +289,10 @@ def _ingress(*, everywhere: bool) -> Code:
     made.jump("look")
     made.label("six")
     _header(made, 40)
+    made.set(_VERSION, 6)
     made.load(1, FRAME, _HEADER + 6, 1)
-    made.jump_if(1, "==", _IPPROTO_ICMPV6, "allow")
+    made.set(_FLAGS_AT, _FOR_ALL)
+    made.jump_if(1, "==", _IPPROTO_ICMPV6, "destination")
     made.set(_FLAGS_AT, 0)
     made.jump_if(1, "!=", _IPPROTO_TCP, "destination")
     made.set(_FLAGS_AT, 40 + _TCP_FLAGS)
@@ -262,18 +301,35 @@ def _ingress(*, everywhere: bool) -> Code:
         made.load(1, FRAME, _HEADER + 24 + place, 8)
         made.store(FRAME, _ADDRESS + place, 1, 8)
     made.label("look")
-    _look_up(made, OWNERS, _ADDRESS)
-    made.jump_if(RESULT, "!=", 0, "owned")
-    _look_up_range(made)
+
+
+def _count_received(made: Assembler) -> None:
+    """Allow what is for no partition's address, and count it where it comes from elsewhere for a partition's user.
+
+    The length has the IP header in it (kernel/bpf/cgroup.c, __cgroup_bpf_run_filter_skb).
+    """
+    made.label("count")
+    made.load(1, _CONTEXT, _PACKET_LINK)
+    made.jump_if_word(1, "==", _LOOPBACK, "allow")
+    made.load(1, _CONTEXT, _PACKET_TYPE)
+    made.jump_if_word(1, "!=", _PACKET_HOST, "allow")
+    made.store(FRAME, _RECEIVED_KEY, _USER)
+    made.store(FRAME, _RECEIVED_KEY + 4, _VERSION)
+    _look_up(made, RECEIVED, _RECEIVED_KEY)
+    made.jump_if(RESULT, "!=", 0, "counted")
+    made.store(FRAME, _SOURCE_KEY, _USER)
+    _look_up(made, SOURCES, _SOURCE_KEY)  # has all users of partitions
     made.jump_if(RESULT, "==", 0, "allow")
-    made.label("owned")
-    if everywhere:
-        made.load(1, RESULT, 4)
-        made.jump_if_word(1, "&", PRIVATE, "allow")
-    _allow_owner(made)
-    _allow_reset(made)
-    _refuse(made, Refusal.RECEIVE)
-    return _end(made)
+    made.store_number(FRAME, _BEGINNING, 0, 8)
+    made.store_number(FRAME, _BEGINNING + 8, 0, 8)
+    _update(made, RECEIVED, _RECEIVED_KEY, _BEGINNING)
+    _look_up(made, RECEIVED, _RECEIVED_KEY)  # whoever was first
+    made.jump_if(RESULT, "==", 0, "allow")
+    made.label("counted")
+    made.load(1, _CONTEXT, _PACKET_LENGTH)
+    made.count(RESULT, 0, 1)
+    made.set(1, 1)
+    made.count(RESULT, 8, 1)
 
 
 def _header(made: Assembler, size: int) -> None:

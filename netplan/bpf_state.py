@@ -3,7 +3,7 @@
 Maps and links are pinned below ``/sys/fs/bpf/partitiond/<cookie of the network namespace>/<version>``, so that they
 outlive this process, and several nodes of one machine do not meet.  The directory gets its name when all is in it
 and attached; of two versions the new one is attached before the old one goes.  The map of refusals lies beside them
-and is handed on.
+and is handed on.  What was received is not: for a moment two versions count, so each has a map of its own.
 
 Maps are changed by differences.  A note in one of them says what they were filled with: to look costs a few calls
 whatever the number of partitions.
@@ -12,6 +12,7 @@ whatever the number of partitions.
 import errno
 import os
 import socket
+import struct
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -21,7 +22,7 @@ from typing import NamedTuple
 
 from netplan import bpf_syscall, cgroup
 from netplan.bpf_contents import Contents, Entries
-from netplan.bpf_programs import COOKIE, MAPS, NOTE, REFUSED, Refusal, programs, version
+from netplan.bpf_programs import COOKIE, MAPS, NOTE, RECEIVED, REFUSED, Refusal, programs, version
 from netplan.errors import NetplanError
 from netplan.model import HookState
 
@@ -32,7 +33,7 @@ _RETRY_SECONDS = 600.0
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _RULES = {one.value: one.name.lower() for one in Refusal}
 _LINKS = tuple(programs(ingress_everywhere=False))
-_FILLED = tuple(name for name in MAPS if name not in (NOTE, REFUSED))
+_FILLED = tuple(name for name in MAPS if name not in (NOTE, REFUSED, RECEIVED))
 
 
 class RefusedCalls(NamedTuple):
@@ -42,6 +43,22 @@ class RefusedCalls(NamedTuple):
 
     epoch: str
     counts: Mapping[tuple[int, str], int]
+
+
+class Arrived(NamedTuple):
+    """Bytes and packets that a user received at the node's own addresses of a family (``ipv4``, ``ipv6``)."""
+
+    bytes: int
+    packets: int
+
+
+class ReceivedShared(NamedTuple):
+    """What the programs counted in an ``epoch``, by user (number) and family; the epoch is empty where they do not count.
+    Who received nothing is not there.
+    """
+
+    epoch: str
+    counts: Mapping[tuple[int, str], Arrived]
 
 
 class _Refused(NamedTuple):
@@ -129,7 +146,37 @@ def read_refusals() -> RefusedCalls:
         (int.from_bytes(key[:4], order), _RULES[int.from_bytes(key[4:], order)]): int.from_bytes(value, order)
         for key, value in found.items()
     }
-    return RefusedCalls(f"{_BOOT_ID.read_text(encoding='ascii').strip()}/{number}", values)
+    return RefusedCalls(_epoch(number), values)
+
+
+def read_received() -> ReceivedShared:
+    """Return what users received from other hosts at the node's own addresses.
+
+    Each time that the programs are put in force they count in a new map, so the epoch is another one.
+    """
+    directory = _place(_known_cookie()) / version(ingress_everywhere=False)
+    nothing = ReceivedShared("", {})
+    if not directory.exists():
+        return nothing
+    try:
+        with bpf_syscall.pinned(f"{directory}/ingress") as link:
+            if not bpf_syscall.link_info(link).cgroup:  # somebody has detached it
+                return nothing
+        with bpf_syscall.pinned(f"{directory}/{RECEIVED}") as counts:
+            number, found = bpf_syscall.map_id(counts), bpf_syscall.entries(counts, MAPS[RECEIVED])
+    except FileNotFoundError:  # likewise
+        return nothing
+    except OSError as error:
+        raise _error("what was received cannot be read", error) from error
+    values = {}
+    for key, value in found.items():
+        uid, ip_version = struct.unpack("=II", key)
+        values[uid, f"ipv{ip_version}"] = Arrived(*struct.unpack("=QQ", value))
+    return ReceivedShared(_epoch(number), values)
+
+
+def _epoch(number: int) -> str:
+    return f"{_BOOT_ID.read_text(encoding='ascii').strip()}/{number}"
 
 
 def _error(what: str, cause: OSError) -> NetplanError:
@@ -184,7 +231,7 @@ def _stands(directory: Path, group: int) -> bool:
         OSError
     ):  # what cannot be opened, or is something else, is made anew, and then told if it cannot be
         return False
-    return all((directory / name).exists() for name in (*_FILLED, NOTE))
+    return all((directory / name).exists() for name in (*_FILLED, NOTE, RECEIVED))
 
 
 def _note(directory: Path) -> bytes:

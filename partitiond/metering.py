@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 from accounting import documents
 from accounting.errors import AccountingError
 from accounting.ledger import Ledger
-from accounting.model import CountReading, GaugeReading, Pass, TrafficReading
+from accounting.model import CountReading, GaugeReading, Pass, Received, TrafficReading
 from accounting.processes import ProcessMeter
 from netplan import counters
-from netplan.bpf_state import read_refusals
+from netplan.bpf_state import Arrived, ReceivedShared, read_received, read_refusals
 from netplan.errors import NetplanError
 from partitiond import storage
 from partitiond.disk_sizes import DiskSizes, Tree
@@ -150,7 +150,9 @@ class Metering:
         states = context.store.instances()
         owners = {item.id: _owner_of(item.id, states) for item in node.partitions}
         known = {item.id: item for item in node.partitions}
+        before = read_received()
         reading = counters.read_counters(node.config.packet_filter)
+        after = read_received()
         # those that the node has no room for any more have counters until the next load of the filter
         owners |= {
             one: _owner_of(one, states) for one in {row.partition for row in reading.traffic} - known.keys()
@@ -162,7 +164,7 @@ class Metering:
             boot=_BOOT_ID.read_text("ascii").strip(),
             uptime=self.uptime(),
             owners=owners,
-            traffic=(*_addresses(reading), *_shared(reading, node), *_taps(owners)),
+            traffic=(*_addresses(reading), *_shared(reading, before, after, node), *_taps(owners)),
             counts=(*_denied(reading, node), *_denied_calls(node)),
             gauges=(*scan.gauges(), *(self._measured[one] for one in self._measured if one in known)),
             processes=scan.processes,
@@ -201,22 +203,40 @@ def _addresses(reading: counters.CounterReading) -> Iterator[TrafficReading]:
         )
 
 
-def _shared(reading: counters.CounterReading, node: Node) -> Iterator[TrafficReading]:
-    """What left and came with the node's own addresses, by whose processes it was."""
+def _shared(
+    reading: counters.CounterReading, before: ReceivedShared, after: ReceivedShared, node: Node
+) -> Iterator[TrafficReading]:
+    """What left and came with the node's own addresses, by whose processes it was.  The packet filter counts both; of what
+    came, the programs at the cgroup see more, where they count: they were read ``before`` it and ``after``.
+    """
+    if not reading.epoch:
+        return
     owners = {item.uid: item.id for item in node.partitions}
-    for one in reading.shared:
-        if one.uid in owners:
-            yield TrafficReading(
-                partition=owners[one.uid],
-                address=_SHARED_ADDRESSES[one.family],
-                family="ipv6" if one.family == "ipv6" else "ipv4",
-                scope="remote",
-                epoch=reading.epoch,
-                bytes_in=one.bytes_in,
-                bytes_out=one.bytes_out,
-                packets_in=one.packets_in,
-                packets_out=one.packets_out,
+    found = {(one.uid, one.family): one for one in reading.shared}
+    epoch = before.epoch if before.epoch == after.epoch else ""
+    nothing = Arrived(0, 0)
+    for key in sorted({*found, *before.counts, *after.counts}):
+        uid, family = key
+        if uid not in owners:
+            continue
+        one = found.get(key, counters.Shared(uid, family, 0, 0, 0, 0))
+        came = Received("")
+        if epoch:
+            came = Received(
+                f"{epoch}/{uid}", *before.counts.get(key, nothing), *after.counts.get(key, nothing)
             )
+        yield TrafficReading(
+            partition=owners[uid],
+            address=_SHARED_ADDRESSES[family],
+            family="ipv6" if family == "ipv6" else "ipv4",
+            scope="remote",
+            epoch=reading.epoch,
+            bytes_in=one.bytes_in,
+            bytes_out=one.bytes_out,
+            packets_in=one.packets_in,
+            packets_out=one.packets_out,
+            received=came,
+        )
 
 
 def refusals(reading: counters.CounterReading, node: Node) -> dict[tuple[str, str], int]:

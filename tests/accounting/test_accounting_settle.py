@@ -1,8 +1,11 @@
 """The rules by which absolute readings become amounts."""
 
+import random
+
 import pytest
 from accounting_world import a_pass, count, gauge, process, traffic
 
+from accounting import Received, TrafficReading
 from accounting.errors import AccountingError
 from accounting.settle import Books, Level, Meter, ProcessKey, ProcessLevel, restart_reasons, settle
 
@@ -44,6 +47,92 @@ def test_if_one_of_four_went_back_all_restarted():
     """Packets that have already passed their old value do not hide that the bytes began again."""
     last = Books({METER: Level("e1", (1000, 1000, 1, 1, 0))}, {})
     assert settle(a_pass(1, traffic(value=50)), last).amounts == {METER: (50, 100, 5, 10, 0)}
+
+
+# --- two counters of what an address receives --------------------------------------------------------------------------
+
+SECOND = METER._replace(name="received")
+
+
+def both(first, second, epoch="m1", *, later=None, first_epoch="e1"):
+    """What the second one received has packets of 7 bytes."""
+    later = second if later is None else later
+    received = Received(epoch, 7 * second, second, 7 * later, later)
+    return traffic(value=first, epoch=first_epoch)._replace(received=received)
+
+
+def level_of(second, epoch="m1"):
+    return Level(epoch, (7 * second, 0, second, 0, 0))
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "reading", "came", "level", "gap"),
+    [
+        # nothing is known of either: the second one, wholly
+        (None, None, both(100, 30), 30, 30, False),
+        (None, None, both(100, 10, later=12), "first", 12, False),
+        # it counts, whatever the first one says that came, and though that began anew
+        (100, 30, both(150, 40), 10, 40, False),
+        (100, 30, both(100, 40), 10, 40, False),
+        (100, 30, both(150, 30), 0, 30, False),
+        (100, 30, both(50, 40), 10, 40, True),
+        (100, 30, both(150, 40, first_epoch="e2"), 10, 40, True),
+        (None, 30, both(150, 40), 10, 40, False),
+        # the second one is new, or counts now, or is another: once more the first one, and what the second had come to then
+        (100, None, both(150, 40, later=45), "first", 45, False),
+        (100, ("", 0), both(150, 40, later=45), "first", 45, False),
+        (100, ("m0", 10), both(150, 40, later=45), "first", 45, True),
+        (100, 60, both(150, 40, later=45), "first", 45, True),
+        # it counts no more: the first one, from where it was all along
+        (100, 30, both(150, 0, ""), "first", ("", 0), True),
+        (100, ("", 0), both(150, 0, ""), "first", ("", 0), False),
+        # both began since the last pass, as after a reboot: the second one; but where it may have counted before, not
+        (100, ("m0", 30), both(50, 40, first_epoch="e2"), 40, 40, True),
+        (100, ("", 0), both(50, 40, first_epoch="e2"), 40, 40, True),
+        (100, None, both(50, 40, later=45, first_epoch="e2"), "whole first", 45, True),
+    ],
+)
+def test_of_two_counters_one_counts(first, last, reading, came, level, gap):
+    levels = {} if first is None else dict(books(first).levels)
+    if last is not None:
+        levels[SECOND] = level_of(last) if isinstance(last, int) else level_of(last[1], last[0])
+    settled = settle(a_pass(1, reading), Books(levels, {}))
+    plain = settle(a_pass(1, reading._replace(received=None)), Books(levels, {})).amounts[METER]
+    found = settled.amounts[METER]
+    assert (found[1], found[3]) == (plain[1], plain[3])
+    expected = (7 * came, came) if isinstance(came, int) else (plain[0], plain[2])
+    assert (found[0], found[2]) == expected
+    now = level_of(level) if isinstance(level, int) else level_of(level[1], level[0])
+    assert (levels | settled.levels)[SECOND] == now
+    assert set(settled.restarted) == ({METER} if gap else set())
+    assert set(settled.amounts) == {METER}
+
+
+def test_whichever_counts_nothing_counts_twice_and_nothing_is_lost():
+    """Both see the same; the second one comes, goes and is another at every pass, whatever the order."""
+    dice = random.Random(5)  # noqa: S311 - dice of a test
+    ledger, told = Books({}, {}), 0
+    sent = began = 0
+    epoch = ""
+    for _ in range(2000):
+        sent += dice.randrange(3)
+        if dice.random() < 0.3:
+            epoch, began = dice.choice(["", f"m{sent}"]), sent
+        value = sent - began if epoch else 0
+        reading = TrafficReading("slappart0", "::", "ipv6", "remote", "e", 7 * sent, 0, sent, 0)
+        came = Received(epoch, 7 * value, value, 7 * value, value)
+        settled = settle(a_pass(1, reading._replace(received=came)), ledger)
+        (amounts,) = settled.amounts.values()
+        told += amounts[2]
+        assert (amounts[0], told) == (7 * amounts[2], sent)
+        ledger = Books({**ledger.levels, **settled.levels}, {})
+
+
+def test_after_damage_the_second_counter_is_not_counted_again_either():
+    settled = settle(a_pass(1, both(100, 30)), Books({}, {}, skip_new_readings=True))
+    assert settled.amounts == {METER: (0, 0, 0, 0, 0)}
+    settled = settle(a_pass(2, both(110, 32)), Books(settled.levels, {}))
+    assert settled.amounts == {METER: (14, 20, 2, 2, 0)}
 
 
 def test_a_new_process_counts_wholly_a_known_one_the_difference():
@@ -146,6 +235,8 @@ def test_seconds_are_kept_in_whole_microseconds():
         a_pass(1, traffic(value=-1)),
         a_pass(1, traffic(value=2**63)),
         a_pass(1, traffic(value=1), traffic(value=2)),
+        a_pass(1, both(1, -1)),
+        a_pass(1, both(1, 1, later=2**63)),
         a_pass(1, count("denied_packets", 1), count("denied_packets", 1)),
         a_pass(1, count("cpu_seconds", float("nan"))),
         a_pass(1, count("denied_packets", float("inf"))),
