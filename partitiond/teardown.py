@@ -87,14 +87,8 @@ def _devices(context: Context, outcome: Outcome) -> None:
 
 def _settle(context: Context) -> None:
     """Book what was used to the end: the counters go, the ledger stays."""
-    if not context.config.state_dir.is_dir():
-        return
-    try:
-        node = context.node or converge.observe(context).node
-    except FAMILY as error:  # it is taken down all the same
-        logger.warning("usage: %s", sentence(error))
-        return
-    context.meters.settle(context, node)
+    if context.config.state_dir.is_dir():
+        context.meters.record(context, context.node or converge.observe(context).node)
 
 
 def _network(outcome: Outcome) -> None:
