@@ -21,8 +21,10 @@ from pathlib import Path
 
 from crash_machine import BASE, ip
 
+from accounting.allowance import Standing
 from partitiond import tunnel_declarations
 from partitiond.errors import PartitiondError
+from partitiond.quotas import QuotaBook
 from partitiond.supervision import Supervisor
 from stunnel_mgr.identity import make_identity
 from stunnel_mgr.render import listens
@@ -166,7 +168,11 @@ def rounds(count):
         partitiond={"bridge": None},
         routable_ipv4={"slappart0": "198.51.100.7/24 via 198.51.100.1"},
     )
+    limited = configuration(count, quota={"default": "1 kB limit 8 kbit/s"})
     return {
+        "limit, lift": Round(
+            bridge, (Step("limit", limited, before=use_up), Step("lift", whole, before=use_up))
+        ),
         "bridge, route, remove": Round(
             uplink, (Step("bridge", moved), Step("route", routed), Step("unroute", routed, remove=True))
         ),
@@ -196,6 +202,15 @@ def forget_leavers():
         if str(path) not in homes:
             for one in (path, BASE / "log" / path.name, BASE / "state" / "tunnels" / path.name):
                 shutil.rmtree(one, ignore_errors=True)
+
+
+def use_up():
+    """Let half of the partitions have used up their quotas, as the meters would have found; nothing where no node stands."""
+    if not (BASE / "state").is_dir():
+        return
+    standing = Standing("SOFTINST-1", "2026-11", 2000, {"2026-11": frozenset({"exceeded"})})
+    names = sorted(path.name for path in (BASE / "instance").glob("slappart*"))
+    QuotaBook(BASE / "state" / "quotas.json").save(dict.fromkeys(names[: (len(names) + 1) // 2], standing))
 
 
 def damage():

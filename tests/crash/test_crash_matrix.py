@@ -22,6 +22,11 @@ def test_one_partition(matrix, name):
     matrix(rounds(1)[name], 1, {KILLED: every, TAKEN_BACK: some(15), REFUSED: refusable})
 
 
+def test_partitions_that_are_limited(matrix):
+    """Who has used up a quota: two of three."""
+    matrix(rounds(3)["limit, lift"], 3, {KILLED: every, TAKEN_BACK: some(15), REFUSED: refusable})
+
+
 def test_an_uplink_that_moves(matrix):
     matrix(rounds(1)[MOVED], 1, {KILLED: every, REFUSED: refusable})
 
