@@ -39,7 +39,7 @@ class Far:
         self.address = str(bridge.gateway)
 
     def got(self, user, count=COUNT):
-        """Send so many packets as a user, from whatever address it is given; return how many left (neighbour discovery, too)."""
+        """Send so many packets as a user, from whatever address it is given; return how many left, neighbour discovery too."""
         before = self._left(user)
         as_user(user, BLAST, self.address, 9, count)
         return self._left(user) - before
