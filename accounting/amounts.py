@@ -74,45 +74,75 @@ def _named(
         yield owner, _COUNTS[name], Decimal(values[4])
 
 
+class _Span(NamedTuple):
+    """A stretch of the clock: its last pass, and from when to when it counts (Unix seconds)."""
+
+    last: int
+    begin: float
+    end: float
+
+
 def of_levels(
-    connection: sqlite3.Connection, first: int, until: int, told: Mapping[int, int]
+    connection: sqlite3.Connection, first: int, until: int, told: Mapping[int, int], *, ended: bool
 ) -> Iterator[tuple[int, str, Decimal]]:
     """Give owner, meter and byte-hours of the passes ``first`` to ``until``.
 
     A level counts for each span of five minutes in which there was a pass, with its value after the last pass of the span:
-    times in which nobody looked count nothing.
+    times in which nobody looked count nothing. Where more passes may come (not ``ended``), the last span counts up to the
+    last pass; and for who is told of up to some pass of a span, from that pass on.
     """
-    spans = _spans(connection, first, until)
+    spans = _spans(connection, first, until, ended=ended)
     gauges = {
         number: (owner, LEVELS[name], since, seq, value)
         for number, owner, name, since, seq, value in connection.execute(
             "SELECT id, owner, name, first_seq, seq, value FROM gauge"
         )
-        if name in LEVELS
+        if name in LEVELS and owner in told
     }
-    ends = _ends(connection)
+    ends, heard = _ends(connection), _heard(connection, told, first)
     now = _values_before(connection, first, gauges)
     changes = _changes(connection, first, until)
-    sums = dict.fromkeys(gauges, 0)
-    for last in spans:
-        while changes and changes[-1][0] <= last:
+    sums = dict.fromkeys(gauges, 0.0)
+    for span in spans:
+        while changes and changes[-1][0] <= span.last:
             _, gauge, value = changes.pop()
             now[gauge] = value
         for gauge, value in now.items():
-            if gauge in gauges and told[gauges[gauge][0]] < last < ends.get(gauges[gauge][0], last + 1):
-                sums[gauge] += value
+            if gauge not in gauges:
+                continue
+            owner = gauges[gauge][0]
+            if told[owner] <= span.last < ends.get(owner, span.last + 1):
+                sums[gauge] += value * max(0.0, span.end - max(span.begin, heard.get(owner, span.begin)))
     for gauge, total in sums.items():
         if total:
-            yield gauges[gauge][0], gauges[gauge][1], Decimal(total) * _SPAN / _HOUR
+            yield gauges[gauge][0], gauges[gauge][1], Decimal(total) / _HOUR
 
 
-def _spans(connection: sqlite3.Connection, first: int, until: int) -> list[int]:
-    """The last pass of each span of time in which there was one, in order."""
+def _spans(connection: sqlite3.Connection, first: int, until: int, *, ended: bool) -> list[_Span]:
+    """The spans of time in which there was a pass, in the order of their last ones."""
     rows = connection.execute(
-        f"SELECT max(seq) FROM pass WHERE seq BETWEEN ? AND ? GROUP BY at / {_SPAN * MICROSECONDS}",  # noqa: S608 - a number
+        f"SELECT max(seq), at / {_SPAN * MICROSECONDS} FROM pass WHERE seq BETWEEN ? AND ?"  # noqa: S608 - a number
+        f" GROUP BY at / {_SPAN * MICROSECONDS}",
         (first, until),
     )
-    return sorted(seq for (seq,) in rows)
+    spans = sorted(_Span(seq, number * _SPAN, (number + 1) * _SPAN) for seq, number in rows)
+    if spans and not ended:
+        at = connection.execute("SELECT at FROM pass WHERE seq = ?", (spans[-1].last,)).fetchone()[0]
+        spans[-1] = spans[-1]._replace(end=at / MICROSECONDS)
+    return spans
+
+
+def _heard(connection: sqlite3.Connection, told: Mapping[int, int], first: int) -> dict[int, float]:
+    """When the pass was up to which an owner is told of, of those of whom that is one of the range."""
+    found = {}
+    for owner, seq in told.items():
+        if seq >= first:
+            row = connection.execute(
+                "SELECT at FROM pass WHERE seq >= ? ORDER BY seq LIMIT 1", (seq,)
+            ).fetchone()
+            if row is not None:
+                found[owner] = row[0] / MICROSECONDS
+    return found
 
 
 def _ends(connection: sqlite3.Connection) -> dict[int, int]:

@@ -48,13 +48,14 @@ class Period(NamedTuple):
 
 
 class Owner(NamedTuple):
-    """Who holds or held a partition; ``guid`` is empty for nobody."""
+    """Who holds or held a partition; ``guid`` is empty for nobody. ``gone``: the master does not know it any more."""
 
     id: int
     partition: str
     guid: str
     reported_seq: int
     present: bool
+    gone: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,10 +112,11 @@ def gather(
     """Give the documents of a period that has ended; with ``last`` also what partitions have said so far."""
     owners = _owners(connection)
     parts = _parts(connection, period, owners, tariff, until=_end_of(period.day))
-    present = [owner for owner in owners if owner.present]
-    drafts = [_of_node(present, parts, tariff, computer)]
+    drafts = [_of_node(owners, parts, tariff, computer)]
     drafts += [
-        _of_instance(owner, parts[owner.id], tariff, computer) for owner in owners if not owner.present
+        _of_instance(owner, parts[owner.id], tariff)
+        for owner in owners
+        if owner.guid and not owner.present and not owner.gone
     ]
     if last:
         drafts += _of_partitions(connection, tariff)
@@ -122,19 +124,20 @@ def gather(
 
 
 def gather_last(
-    connection: sqlite3.Connection, partition: str, guid: str, tariff: Tariff, computer: str, now: float
+    connection: sqlite3.Connection, partition: str, guid: str, tariff: Tariff, now: float
 ) -> Drafts | None:
     """Give the last documents about an instance that is about to be destroyed: what it used that no document tells, the day
-    under way included, and what it says itself. A master that has let go of an instance rejects what names it.
+    under way included, and what it says itself. A master that has let go of an instance rejects what names it, so they are
+    made once; None afterwards.
     """
     period = under_way(connection)
     owners = [one for one in _owners(connection) if (one.partition, one.guid) == (partition, guid)]
-    if period is None or not owners:
+    if period is None or not owners or owners[0].gone:
         return None
     # days that have ended and have no documents yet will find this owner told of
     period = period._replace(first_seq=min(one.first_seq for one in (*due(connection), period)))
-    parts = _parts(connection, period, owners, tariff, until=now)
-    own = _of_instance(owners[0], parts[owners[0].id], tariff, computer)
+    parts = _parts(connection, period, owners, tariff, until=now, ended=False)
+    own = _of_instance(owners[0], parts[owners[0].id], tariff)
     said = [
         one for one in _of_partitions(connection, tariff) if (one.partition, one.guid) == (partition, guid)
     ]
@@ -176,7 +179,11 @@ def store(
     )
     for number, more in drafts.incidents:
         incidents.mark_reported(connection, number, more)
-    if drafts.closes:
+    if not drafts.closes:
+        connection.executemany(
+            "UPDATE owner SET gone = 1 WHERE id = ?", [(owner,) for owner in drafts.owners]
+        )
+    else:
         connection.execute("UPDATE period SET documented = 1 WHERE id = ?", (period.id,))
     return made
 
@@ -213,24 +220,32 @@ def _end_of(day: str) -> float:
 
 def _owners(connection: sqlite3.Connection) -> list[Owner]:
     rows = connection.execute(
-        "SELECT id, partition, guid, reported_seq, until_seq IS NULL FROM owner ORDER BY id"
+        "SELECT id, partition, guid, reported_seq, until_seq IS NULL, gone FROM owner ORDER BY id"
     )
     return [
-        Owner(number, partition, guid, seq, bool(present)) for number, partition, guid, seq, present in rows
+        Owner(number, partition, guid, seq, bool(present), bool(gone))
+        for number, partition, guid, seq, present, gone in rows
     ]
 
 
 def _parts(
-    connection: sqlite3.Connection, period: Period, owners: Iterable[Owner], tariff: Tariff, *, until: float
+    connection: sqlite3.Connection,
+    period: Period,
+    owners: Iterable[Owner],
+    tariff: Tariff,
+    *,
+    until: float,
+    ended: bool = True,
 ) -> dict[int, _Part]:
-    """Give what each owner used in the passes of the period that are in no document yet, by meter."""
+    """Give what each owner used in the passes of the period that are in no document yet, by meter; ``ended``: the period is."""
     parts = {owner.id: _Part() for owner in owners}
     told = {owner.id: owner.reported_seq for owner in owners}
     for owner, meter, amount in amounts.of_samples(connection, period.first_seq, period.until_seq, told):
         if owner in parts and meter in tariff.rates:
             _add(parts[owner], meter, amount)
     if tariff.rates.keys() & amounts.LEVELS.values():
-        for owner, meter, amount in amounts.of_levels(connection, period.first_seq, period.until_seq, told):
+        levels = amounts.of_levels(connection, period.first_seq, period.until_seq, told, ended=ended)
+        for owner, meter, amount in levels:
             if owner in parts and meter in tariff.rates:
                 _add(parts[owner], meter, amount)
     by_guid = {(owner.partition, owner.guid): owner.id for owner in owners}
@@ -250,22 +265,24 @@ def _add(part: _Part, meter: str, amount: Decimal) -> None:
 
 
 def _of_node(owners: Iterable[Owner], parts: Mapping[int, _Part], tariff: Tariff, computer: str) -> Draft:
-    """The meters of all that is there. What nobody's partitions used is the node's own."""
+    """The meters of all that is there. The node's own is what nobody's partitions used, and what came up of an instance after
+    its last documents: the master rejects what names it then.
+    """
     movements: list[Movement] = []
     free = _Part()
     for owner in owners:
         part = parts[owner.id]
-        if owner.guid:
+        if owner.guid and owner.present and not owner.gone:
             movements += _movements(part, tariff, owner.guid, owner.partition)
-        else:
+        elif owner.gone or not owner.guid:
             for meter, amount in part.quantities.items():
                 _add(free, meter, amount)
     movements += _movements(free, tariff, computer, "partitions without an instance")
     return Draft("node", tuple(movements))
 
 
-def _of_instance(owner: Owner, part: _Part, tariff: Tariff, computer: str) -> Draft:
-    movements = tuple(_movements(part, tariff, owner.guid or computer, owner.partition))
+def _of_instance(owner: Owner, part: _Part, tariff: Tariff) -> Draft:
+    movements = tuple(_movements(part, tariff, owner.guid, owner.partition))
     return Draft("instance", movements, owner.partition, owner.guid)
 
 

@@ -86,7 +86,7 @@ def present_owners(
         if partition not in owners:
             row = connection.execute(
                 "INSERT INTO owner (partition, guid, first_seq) VALUES (?, ?, ?)"
-                " ON CONFLICT DO UPDATE SET until_seq = NULL RETURNING id",
+                " ON CONFLICT DO UPDATE SET until_seq = NULL, gone = 0 RETURNING id",
                 (partition, guid, seq),
             ).fetchone()
             owners[partition] = int(row[0])

@@ -78,6 +78,8 @@ ALTER TABLE process ADD COLUMN parent INTEGER NOT NULL DEFAULT 0;
 
 -- Up to which pass an owner's samples are in documents: each is in one, whatever the clock does.
 ALTER TABLE owner ADD COLUMN reported_seq INTEGER NOT NULL DEFAULT 0;
+-- Its last documents are made: the master is about to let go of it, and would reject what names it later.
+ALTER TABLE owner ADD COLUMN gone INTEGER NOT NULL DEFAULT 0;
 
 -- The passes of each day (UTC, 2026-11-22), first_seq to until_seq (NULL: under way). Closed by the first pass of another day,
 -- and not opened again: a clock that goes back far makes another period of the same day. documented: its documents are made.

@@ -314,14 +314,23 @@ def _look(context: Context, partition: Partition) -> None:
         )
 
 
-def finish_destroyed(context: Context, node: Node, *, untold: frozenset[str] = frozenset()) -> Result:
-    """Remove the instances that are to be destroyed, and tell the master so; not yet of those whose last usage is ``untold``:
-    it would not take that any more.
+def finish_destroyed(
+    context: Context,
+    node: Node,
+    *,
+    unsettled: frozenset[str] = frozenset(),
+    untold: frozenset[str] = frozenset(),
+) -> Result:
+    """Remove the instances that are to be destroyed, and tell the master so: nothing yet of those that are ``unsettled``, and
+    those that are ``untold`` are removed and the master is told later.
     """
     result = Result([], [])
     for partition in node.partitions:
         state = context.store.instance(partition.id)
         if state.life != "destroying" or context.stop.is_set():
+            continue
+        if partition.id in unsettled:
+            result.failures.append((partition.id, _unsettled(partition)))
             continue
         try:
             if not state.cleaned:
@@ -341,6 +350,16 @@ def finish_destroyed(context: Context, node: Node, *, untold: frozenset[str] = f
         logger.info("%s: destroyed", partition.id)
         _record(context, state, "destroyed", "destroyed")
     return result
+
+
+def _unsettled(partition: Partition) -> PartitiondError:
+    return PartitiondError(
+        "instances.unsettled",
+        "not destroyed yet: its last usage is in no document yet",
+        resource=partition.id,
+        hint="mend what keeps usage from being reported; partitiond sync report --force destroys it all the same",
+        retryable=True,
+    )
 
 
 def _clean(context: Context, node: Node, partition: Partition) -> None:

@@ -25,7 +25,10 @@ InstanceLife = Literal["free", "started", "stopped", "destroying", "failed"]
 
 @dataclass(frozen=True, slots=True)
 class InstanceState:
-    """The last outcome of a partition's instance; ``timestamp`` is the master's, opaque; times are Unix seconds."""
+    """The last outcome of a partition's instance; ``timestamp`` is the master's, opaque; times are Unix seconds.
+
+    Of one that is to be destroyed: ``settled``, its last usage is in documents; ``cleaned``, what it had is removed.
+    """
 
     partition: str
     life: InstanceLife = "free"
@@ -40,6 +43,7 @@ class InstanceState:
     error: str | None = None
     reported: bool = True
     cleaned: bool = False
+    settled: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -53,10 +53,11 @@ def from_redirect(status: int, location: str, resource: str) -> SlapError:
     return SlapError("slap.refused", said, resource=resource, hint=hint, status=status)
 
 
-def too_large(limit: int, resource: str) -> SlapError:
+def too_large(limit: int, resource: str, status: int) -> SlapError:
     """Return the error for an answer of more than ``limit`` bytes."""
     hint = "check that master_url is a SLAP master"
-    return SlapError("slap.garbage", f"an answer of more than {limit} bytes", resource=resource, hint=hint)
+    said = f"an answer of more than {limit} bytes"
+    return SlapError("slap.garbage", said, resource=resource, hint=hint, status=status)
 
 
 def from_exception(error: Exception, resource: str) -> SlapError:
@@ -103,6 +104,8 @@ _TIMEOUTS = (requests.exceptions.Timeout, urllib3.exceptions.ReadTimeoutError, T
 _BEFORE = (
     requests.exceptions.ConnectTimeout,
     requests.exceptions.InvalidURL,
+    # raised for what goes wrong until the proxy has connected us (urllib3, connectionpool.py, urlopen)
+    requests.exceptions.ProxyError,
     urllib3.exceptions.LocationValueError,
     urllib3.exceptions.NewConnectionError,
     urllib3.exceptions.ConnectTimeoutError,

@@ -100,7 +100,7 @@ class Transport:
         if 200 <= status < 300:
             body = _read(response, self._max_body)
             if body is None:
-                raise failures.too_large(self._max_body, resource)
+                raise failures.too_large(self._max_body, resource, status)
             return body
         if 300 <= status < 400:
             raise failures.from_redirect(status, response.headers.get("Location", ""), resource)

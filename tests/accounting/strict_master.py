@@ -313,7 +313,9 @@ class StrictMaster:
         elif name in ("getComputerPartitionCertificate", "getComputerCertificate"):
             self._reply(handler, _CERTIFICATE)
         else:
-            self._reply(handler, "", 200 if seen.method == "POST" else 404)
+            # only a destroy is confirmed by words
+            body = "OK" if name.startswith("destroyed") else ""
+            self._reply(handler, body, 200 if seen.method == "POST" else 404)
 
     def _use(self, handler, fields):
         with self._lock:

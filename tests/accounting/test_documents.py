@@ -158,27 +158,60 @@ def test_who_is_gone_has_a_document_of_its_own(ledger):
     assert {key[0] for key in amounts(made["2026-11-20-node"])} == {"SOFTINST-1", "SOFTINST-9"}
 
 
+def last(ledger, partition, guid, now):
+    """Make the last documents of an instance; their references."""
+    with ledger.transaction() as connection:
+        drafts = documents.gather_last(connection, partition, guid, TARIFF, now)
+    if drafts is None:
+        return []
+    with ledger.transaction("IMMEDIATE") as connection:
+        return documents.store(connection, drafts, TARIFF, COMPUTER, now)
+
+
 def test_the_last_usage_is_told_before_a_destroy_and_not_again(ledger):
     record(ledger, BEGIN, traffic(value=1000))
     take_in(ledger, "slappart0", "SOFTINST-0", ["users", "", "3"])
     take_in(ledger, "slappart1", "SOFTINST-1", ["users", "", "4"])
     now = BEGIN + HOUR
-    with ledger.transaction("IMMEDIATE") as connection:
-        drafts = documents.gather_last(connection, "slappart0", "SOFTINST-0", TARIFF, COMPUTER, now)
-        made = documents.store(connection, drafts, TARIFF, COMPUTER, now)
+    made = last(ledger, "slappart0", "SOFTINST-0", now)
     assert made == ["2026-11-20-slappart0-last", "2026-11-20-slappart0"]
     assert amounts(text(ledger, made[0]))[("SOFTINST-0", "in")] == 1000
     assert text(ledger, made[0]).stop == now
     assert amounts(text(ledger, made[1])) == {("SOFTINST-0", "users"): 3}
-    with ledger.transaction() as connection:
-        again = documents.gather_last(connection, "slappart0", "SOFTINST-0", TARIFF, COMPUTER, now)
-    assert again.drafts == ()
-    # what is used up to the very end is told the next day
+    assert last(ledger, "slappart0", "SOFTINST-0", now) == []
+    # what comes up to the very end, and afterwards, names nobody whom the master does not know any more
     record(ledger, BEGIN + 2 * HOUR, traffic(value=1040))
     record(ledger, BEGIN + DAY, owners=OWNERS | {"slappart0": None})
     made = make(ledger, BEGIN + DAY)
-    assert amounts(made["2026-11-20-slappart0-last-2"])[("SOFTINST-0", "in")] == 40
+    assert list(made) == ["2026-11-20-node", "2026-11-20-slappart1"]
+    assert amounts(made["2026-11-20-node"])[(COMPUTER, "in")] == 40
+    assert not any(who == "SOFTINST-0" for who, _ in amounts(made["2026-11-20-node"]))
     assert amounts(made["2026-11-20-slappart1"]) == {("SOFTINST-1", "users"): 4}
+
+
+def test_levels_are_told_once_by_last_documents_too(ledger):
+    """In the middle of a span, and the rest of it by the day's document: together what one document would tell."""
+    for step in range(3):
+        record(
+            ledger,
+            BEGIN + step * 100,
+            gauge("memory_bytes", 3600),
+            gauge("memory_bytes", 36, partition="slappart1"),
+        )
+    (reference,) = last(ledger, "slappart0", "SOFTINST-0", BEGIN + 200)
+    told = amounts(text(ledger, reference))[("SOFTINST-0", "memory")]
+    assert told == 200
+    for step in range(3, 6):
+        record(
+            ledger,
+            BEGIN + step * 100,
+            gauge("memory_bytes", 3600),
+            gauge("memory_bytes", 36, partition="slappart1"),
+        )
+    record(ledger, BEGIN + DAY, owners=OWNERS | {"slappart0": None})
+    found = amounts(make(ledger, BEGIN + DAY)["2026-11-20-node"])
+    assert found[(COMPUTER, "memory")] == 600 - 200
+    assert found[("SOFTINST-1", "memory")] == 6
 
 
 def test_what_a_partition_says_is_added_up_and_told_once(ledger):
@@ -276,25 +309,20 @@ class World:
 
     def __init__(self, ledger):
         self.ledger, self.now, self.value, self.guid = ledger, BEGIN, 0, 0
+        self.gone = set()
 
     def step(self, what, more, ahead):
         self.now += ahead
         if what == "make":
             make(self.ledger, self.now)
         elif what == "last":
-            self.last(self.guid)
+            last(self.ledger, "slappart0", f"SOFTINST-{self.guid}", self.now)
+            self.gone.add(f"SOFTINST-{self.guid}")
         else:
             self.guid = more % 4 if what == "own" else self.guid
             self.value += more
             owners = {"slappart0": f"SOFTINST-{self.guid}"}
             record(self.ledger, self.now, traffic(value=self.value), owners=owners)
-
-    def last(self, guid):
-        name = f"SOFTINST-{guid}"
-        with self.ledger.transaction("IMMEDIATE") as connection:
-            drafts = documents.gather_last(connection, "slappart0", name, TARIFF, COMPUTER, self.now)
-            if drafts:
-                documents.store(connection, drafts, TARIFF, COMPUTER, self.now)
 
     def told(self):
         """Bytes that all documents tell, by guid."""
@@ -319,12 +347,12 @@ def test_each_byte_is_in_one_document(tmp_path_factory, steps):
     """Whatever passes, clocks, owners, documents and last documents do: at the end the documents say what the totals say."""
     with Ledger(tmp_path_factory.mktemp("ledger") / "ledger.sqlite") as ledger:
         world = World(ledger)
-        for step in (*steps, ("pass", 1, DAY), ("pass", 1, DAY), ("make", 1, 0.0)):
+        for step in (*steps, ("pass", 1, DAY), ("pass", 0, DAY), ("make", 1, 0.0)):
             world.step(*step)
-        for guid in range(4):  # what is under way
-            world.last(guid)
-        assert world.told() == world.used()
-        assert sum(world.told().values()) == world.value
+        told, used = world.told(), world.used()
+        assert sum(told.values()) == sum(used.values()) == world.value
+        for guid, amount in used.items():
+            assert told.get(guid, 0) == amount or (guid in world.gone and told.get(guid, 0) < amount)
 
 
 def test_documents_that_went_out_stay_so(ledger):

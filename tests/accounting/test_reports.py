@@ -272,6 +272,32 @@ def test_resend_in_the_configuration(master, tmp_path):
         days.close()
 
 
+@pytest.mark.parametrize("how", ["500", "503"])
+def test_one_that_the_master_never_takes_holds_up_no_other_for_ever(master, tmp_path, how):
+    """Also where the operator wants sent again what may have arrived."""
+    days = Days(master, tmp_path, "resend")
+    try:
+        for _ in range(3):
+            days.use()
+            days.now += DAY
+        days.use()
+        taken = master._use
+
+        def use(handler, fields):
+            if "2026-11-10-node" in fields["use_string"]:
+                master.script(how)
+            taken(handler, fields)
+
+        master._use = use
+        for _ in range(8):
+            days.now += HOUR
+            days.report()
+        assert days.arrived() == references(11, 12)
+        assert days.states()["2026-11-10-node"] == {"500": "ambiguous", "503": "waiting"}[how]
+    finally:
+        days.close()
+
+
 def test_killed_while_it_sends(days):
     """kill -9 between the request and the answer: what was being sent is held, by whoever comes next."""
     days.use()
@@ -333,17 +359,53 @@ def test_the_last_usage_goes_out_before_the_destroy_is_told(days, monkeypatch):
     monkeypatch.setattr(
         reports.instances,
         "finish_destroyed",
-        lambda *_, untold: told.append(untold) or SimpleNamespace(done=[], failures=[]),
+        lambda *_, unsettled, untold: (
+            told.append((unsettled, untold)) or SimpleNamespace(done=[], failures=[])
+        ),
     )
     days.master.script("503")
     assert days.report() == ["slap.unavailable"]
-    assert told == [{"slappart0"}]
+    assert told == [(frozenset(), {"slappart0"})]
     assert days.report() == []
-    assert told[1] == frozenset()
+    assert told[1] == (frozenset(), frozenset())
     assert days.arrived() == ["2026-11-10-slappart0-last"]
     assert days.master.total("in", "SOFTINST-0") == 1.5
     assert days.master.violations == []
     assert order
+
+
+def test_nothing_of_an_instance_goes_while_its_last_usage_cannot_be_told(days, monkeypatch):
+    """Neither when documents cannot be made, nor before a day's document that names it is with the master."""
+    days.use()
+    days.now += DAY
+    days.use()
+    partition = SimpleNamespace(id="slappart1", path=days.file.parent / "instance" / "slappart1")
+    days.node = SimpleNamespace(partitions=(partition,))
+    state = InstanceState("slappart1", life="destroying", instance_guid="SOFTINST-1", wanted="destroyed")
+    days.context.store.save_instance(state)
+    monkeypatch.setattr(type(days.context.meters), "settle", lambda *_: None)
+    gone = []
+    monkeypatch.setattr(reports.instances, "_clean", lambda *_: gone.append("cleaned"))
+    monkeypatch.setattr(reports.instances, "_converge", lambda *_: None)
+    gather = documents.gather_last
+
+    def full(*_):
+        raise sqlite3.OperationalError("database or disk is full")
+
+    monkeypatch.setattr(documents, "gather_last", full)
+    assert days.report() == ["accounting.ledger_unavailable", "instances.unsettled"]
+    assert gone == []
+    monkeypatch.setattr(documents, "gather_last", gather)
+    days.master.script("503")
+    assert days.report() == ["slap.unavailable"]
+    assert gone == ["cleaned"]
+    assert "/destroyedComputerPartition" not in days.master.others
+    assert days.context.store.instance("slappart1").life == "destroying"
+    assert days.report() == []
+    assert "2026-11-10-node" in days.arrived()
+    assert "/destroyedComputerPartition" in days.master.others
+    assert days.context.store.instance("slappart1").life == "free"
+    assert days.master.violations == []
 
 
 def command(days, *words):
