@@ -122,18 +122,46 @@ class Ledger(LedgerReader):
     """
 
     def __init__(self, path: Path, *, clock: Callable[[], float] = time.time) -> None:
+        self.path = path
         self._clock = clock
         self._memory: memory.Memory | None = None
         self.recovered: str | None = None
-        written = store.last_written(path)  # before it is opened, which may write what is left in its WAL
+        self._lost = False  # the file could not be opened again after it was set aside or put back
+        super().__init__(path, self._open())
+
+    def _open(self) -> sqlite3.Connection:
+        written = store.last_written(
+            self.path
+        )  # before it is opened, which may write what is left in its WAL
         try:
-            connection = store.open_writer(path)
+            connection = store.open_writer(self.path)
         except AccountingError as error:
             if error.code != "accounting.ledger_damaged":
                 raise
-            connection, self.recovered = _begin_anew(path, clock(), written, str(error.__cause__ or error))
-        super().__init__(path, connection)
-        self._place = store.place(path)
+            self.recovered = _begin_anew(self.path, self._clock(), written, str(error.__cause__ or error))
+            connection = store.open_writer(self.path)
+        self._place = store.place(self.path)
+        return connection
+
+    def _reopen(self) -> None:
+        """Open the file again where that failed when it was set aside or put back: its cause may be gone."""
+        if self._lost:
+            self._connection = self._open()
+            self._lost = False
+
+    def close(self) -> None:
+        """Close the file, for good; may be called twice."""
+        with self._lock:
+            self._lost = False
+            super().close()
+
+    @contextmanager
+    def transaction(self, kind: str = "DEFERRED") -> Iterator[sqlite3.Connection]:
+        """Like that of who reads; opens the file again where that failed before."""
+        with self._lock:
+            self._reopen()
+            with super().transaction(kind) as connection:
+                yield connection
 
     @classmethod
     def open_readonly(cls, path: Path) -> LedgerReader:
@@ -155,6 +183,7 @@ class Ledger(LedgerReader):
         ``recover``).
         """
         with self._lock:
+            self._reopen()
             self._stay_in_place()
             # whatever fails, and even if only the answer to the commit is lost, the next pass reads all anew
             kept, self._memory = self._memory, None
@@ -181,14 +210,17 @@ class Ledger(LedgerReader):
             return
         aside = store.name_aside(self.path, self._clock())
         store.put_back(self._connection, self.path, aside)
-        self._connection.close()
-        self._memory = None
-        self._connection = store.open_writer(self.path)
-        self._place = store.place(self.path)
         found = f"another file was there and is kept as {aside}" if aside.exists() else "its file was gone"
         self.recovered = (
             f"the usage ledger {self.path} was put back from memory and disk, nothing is lost: {found}"
         )
+        self._let_go()
+        self._reopen()
+
+    def _let_go(self) -> None:
+        self._lost = True
+        self._memory = None
+        self._connection.close()
 
     def thin(self, now: float, limit: float) -> bool:
         """Join old passes for about ``limit`` seconds, in one transaction; say whether there is more to do.
@@ -235,19 +267,18 @@ class Ledger(LedgerReader):
     def recover(self, reason: str) -> str:
         """Set the file aside and begin a new ledger, as opening does, after ``accounting.ledger_damaged``.
 
-        Gives the sentence that ``recovered`` then holds. Raises AccountingError like the constructor.
+        Gives the sentence that ``recovered`` then holds. Raises AccountingError like the constructor; whatever is asked
+        of the ledger next opens it again.
         """
         with self._lock:
             written = store.last_written(self.path)
-            self._connection.close()
-            self._memory = None
-            self._connection, sentence = _begin_anew(self.path, self._clock(), written, reason)
-            self._place = store.place(self.path)
-            self.recovered = sentence
+            self._let_go()
+            self.recovered = sentence = _begin_anew(self.path, self._clock(), written, reason)
+            self._reopen()
             return sentence
 
 
-def _begin_anew(path: Path, at: float, written: float | None, reason: str) -> tuple[sqlite3.Connection, str]:
+def _begin_anew(path: Path, at: float, written: float | None, reason: str) -> str:
     """Make the new ledger beside the damaged one, with all it has to say, then exchange them in one step.
 
     Killed at any instruction, either the damaged file is still there or the new one knows that it follows a
@@ -265,4 +296,4 @@ def _begin_anew(path: Path, at: float, written: float | None, reason: str) -> tu
     finally:
         fresh.close()
     store.exchange(path, aside)
-    return store.open_writer(path), sentence
+    return sentence

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import shutil
 import sqlite3
 import subprocess
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 from accounting_world import a_pass, bytes_in, traffic
 
-from accounting import AccountingError, Ledger
+from accounting import AccountingError, Ledger, store
 from partitiond.events import EventLog
 from partitiond.ledger_care import LedgerCare
 
@@ -343,3 +344,65 @@ def test_where_even_the_directory_is_gone_passes_fail_until_it_is_back(ledger, p
     path.parent.mkdir()
     ledger.record(a_pass(NOW + 20, traffic(value=111)))
     assert bytes_in(ledger) == {KEY: 111}
+
+
+def in_the_way(path):
+    """Something that the new ledger can not take the place of."""
+    path.with_name(path.name + ".new").mkdir()
+    return path.with_name(path.name + ".new").rmdir
+
+
+def no_more_files(path):
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
+    return lambda: resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+@pytest.mark.parametrize("harm", [overwrite, remove, exchange])
+@pytest.mark.parametrize("obstacle", [in_the_way, no_more_files])
+def test_a_recovery_that_fails_is_made_up_for_once_its_cause_is_gone(ledger, path, tmp_path, harm, obstacle):
+    care, log = LedgerCare(path), EventLog(tmp_path)
+    post(care, ledger, log, NOW + 1, 2)
+    ledger._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    ledger._connection.execute("PRAGMA shrink_memory")
+    harm(path)
+    away = obstacle(path)
+    try:
+        for number in range(2):
+            with pytest.raises(AccountingError) as caught:
+                ledger.record(a_pass(NOW + 2 + number, traffic(value=3)))
+            if caught.value.code == "accounting.ledger_damaged":
+                with pytest.raises(AccountingError) as caught:
+                    ledger.recover("damaged")
+            assert (caught.value.code, caught.value.retryable) == ("accounting.ledger_unavailable", True)
+    finally:
+        away()
+    for number in range(3):
+        post(care, ledger, log, NOW + 10 + number, 100 + number)
+    assert bytes_in(ledger) == {KEY: 2 if harm is overwrite else 102}
+    assert events(tmp_path) == ["usage.damaged"]
+    assert care.cases() == [] or harm is not remove
+    with ledger.transaction() as connection:
+        assert connection.execute("PRAGMA quick_check").fetchone() == ("ok",)
+
+
+def test_a_ledger_that_can_not_be_opened_again_is_opened_later(ledger, path, monkeypatch):
+    ledger.record(a_pass(NOW + 10, traffic(value=11)))
+    path.unlink()
+    opened = store.open_writer
+
+    def fail(_):
+        message = "no room"
+        raise AccountingError("accounting.ledger_full", message, retryable=True)
+
+    monkeypatch.setattr(store, "open_writer", fail)
+    for _ in range(2):
+        with pytest.raises(AccountingError, match="no room"):
+            ledger.record(a_pass(NOW + 20, traffic(value=12)))
+        with pytest.raises(AccountingError, match="no room"):
+            ledger.usage(None, None)
+    monkeypatch.setattr(store, "open_writer", opened)
+    assert bytes_in(ledger) == {KEY: 11}
+    ledger.record(a_pass(NOW + 30, traffic(value=13)))
+    assert bytes_in(ledger) == {KEY: 13}
+    assert "put back" in ledger.recovered
