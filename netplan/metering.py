@@ -7,7 +7,8 @@ runs over ``lo``, passes both hooks and has counters of its own (scope ``local``
 
 What a partition's user exchanges with other hosts from the host's own address is counted by that user, in sets
 that have a counter for those who did.  On input that is the socket which early demultiplexing has found
-(net/ipv4/ip_input.c, ip_rcv_finish_core): TCP, and UDP that is connected.
+(net/ipv4/ip_input.c, ip_rcv_finish_core): TCP but for listeners, and UDP that is connected and the first of its slot.
+The programs at the cgroup see the rest as well (:mod:`netplan.bpf_programs`); where they count, this is not looked at.
 """
 
 from collections.abc import Iterator, Sequence

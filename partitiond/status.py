@@ -40,7 +40,8 @@ _OPEN_WITHOUT_PROGRAMS = (
 )
 _CHECKED_EVERYWHERE = (
     "this kernel does not let a program that sees packets ask for its network namespace (Linux 6.15 does): packets for"
-    " a partition's global address are checked in containers, too, and those for private IPv4 are not"
+    " a partition's global address are checked in containers, too, and those for private IPv4 are not; of what comes for the"
+    " node's own addresses only what the packet filter knows the owner of is metered (TCP, connected UDP)"
 )
 
 

@@ -8,9 +8,10 @@ import contextlib
 import os
 import traceback
 from collections import Counter
+from itertools import product
 
 import pytest
-from network_scene import NEIGHBOUR4, NEIGHBOUR6, inside
+from network_scene import NEIGHBOUR4, NEIGHBOUR6, NODE4, NODE6, inside
 from traffic_flows import HEADERS, bound, echo
 from traffic_scene import PORT
 
@@ -76,7 +77,9 @@ def payload(sender, receiver):
 
 
 def send(scene, user, items):
-    """Send datagrams [(source or None, target, payload)] as the user of a partition; None: from the wire, as root."""
+    """Send datagrams [(source or None, target, payload, perhaps a port)] as the user of a partition; None: from the wire, as
+    root.
+    """
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
@@ -89,9 +92,9 @@ def send(scene, user, items):
                     os.setgroups([])
                     os.setgid(uid)
                     os.setuid(uid)
-                for source, target, size in items:
+                for source, target, size, *port in items:
                     with bound(source, target=target) as one:
-                        one.sendto(bytes(size), (target, PORT))
+                        one.sendto(bytes(size), (target, *(port or [PORT])))
         except BaseException:  # noqa: BLE001 - told to the test
             os.write(writing, traceback.format_exc().encode()[-4000:])
         finally:
@@ -180,25 +183,46 @@ def remote(scene, ledgers, wrong):
 
 
 def shared(scene, ledgers, wrong):
-    """The node's own IPv4, by who used it: out and, of connected sockets, in."""
-    scene.agent("echo", echo(NEIGHBOUR4, PORT + 1), far=True)
+    """The node's own addresses, by who used them: as a client, connected and not, and as a server."""
+    scene.agent("echo", echo([NEIGHBOUR4, NEIGHBOUR6], PORT + 1), far=True)
     scene.begin()
-    for index in sorted(set(range(COUNT)) - set(ROUTABLE)):
-        size = payload(index, 3)
-        os.seteuid(scene.partitions[index].uid)
-        try:
-            one = bound(None, target=NEIGHBOUR4)
-        finally:
-            os.seteuid(0)
-        with one:
-            one.settimeout(10)
-            one.connect((NEIGHBOUR4, PORT + 1))
-            one.send(bytes(size))
-            assert len(one.recv(2000)) == size
-        ways = [[scene.label(index, "host", "remote", way)] for way in ("out", "in")]
-        packets = [(label, length(NEIGHBOUR4, size)) for label in ways]
-        wrong[index, "shared"] = ledgers.see("the node's IPv4, there and back", packets)
+    for (kind, own, far), (words, connected) in product(
+        (("host", NODE4, NEIGHBOUR4), ("host6", NODE6, NEIGHBOUR6)),
+        (("there and back", True), ("there and back, not connected", False)),
+    ):
+        for index in range(COUNT):
+            size = payload(index, 3)
+            there_and_back(scene, index, (own, far), size, connected=connected)
+            ways = [[scene.label(index, kind, "remote", way)] for way in ("out", "in")]
+            packets = [(label, length(far, size)) for label in ways]
+            row = f"the node's IPv{6 if kind == 'host6' else 4}, {words}"
+            wrong[index, kind, words] = ledgers.see(row, packets)
     scene.stop()
+    with contextlib.ExitStack() as stack:
+        scene.sinks_of_the_node(stack, range(COUNT))
+        for kind, own in (("host", NODE4), ("host6", NODE6)):
+            items = [(None, own, payload(index, 4), PORT + index) for index in range(COUNT)]
+            packets = [
+                ([scene.label(index, kind, "remote", "in")], length(own, payload(index, 4)))
+                for index in range(COUNT)
+            ]
+            send(scene, None, items)
+            wrong[kind, "served"] = ledgers.see("to servers at the node's own addresses", packets)
+
+
+def there_and_back(scene, index, ends, size, *, connected):
+    own, far = ends
+    os.seteuid(scene.partitions[index].uid)
+    try:
+        one = bound(own)
+    finally:
+        os.seteuid(0)
+    with one:
+        one.settimeout(10)
+        if connected:
+            one.connect((far, PORT + 1))
+        one.sendto(bytes(size), (far, PORT + 1))
+        assert len(one.recv(2000)) == size
 
 
 @pytest.mark.parametrize("scene", [{"address_ownership": "off"}], indirect=True)

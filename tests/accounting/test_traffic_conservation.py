@@ -10,7 +10,7 @@ import time
 
 import pytest
 from accounting_world import back_to_version_1
-from traffic_scene import CHURN, ROUTABLE, STAY, compare
+from traffic_scene import CHURN, DATAGRAMS, HOSTS, ROUTABLE, STAY, compare
 
 from netplan import counters, nftables
 from partitiond.metering import ledger_path
@@ -33,6 +33,7 @@ def traffic(scene):
         scene.oracle_up()
         stack.callback(scene.oracle_down)
         scene.sinks(stack)
+        scene.sinks_of_the_node(stack, [DATAGRAMS])
         scene.start_datagrams()
         scene.start_streams()
         scene.start_guests()
@@ -80,7 +81,7 @@ def row_of(scene):
         names[network.tap.name] = "tap"
         if index in ROUTABLE:
             names[str(network.routable_ipv4.interface.ip)] = "IPv4, routable"
-    names["0.0.0.0"] = "IPv4, the node's"
+    names |= {HOSTS["host"]: "IPv4, the node's", HOSTS["host6"]: "IPv6, the node's"}
 
     def row(label):
         _, address, scope, way = label

@@ -152,20 +152,24 @@ def udp(flows, *, seed, burst=4):
     return prepare
 
 
-def asking(label, back, target, port, *, seed):
-    """Send datagrams by a connected socket to somebody who sends them back: nothing is on its way at the end."""
+def asking(label, back, source, target, port, *, seed, connected=True):
+    """Send datagrams to somebody who sends them back: nothing is on its way at the end."""
 
     def prepare():
-        one = bound(None, target=target)
+        one = bound(source, target=target)
         one.settimeout(PATIENCE)
-        one.connect((target, port))
+        if connected:
+            one.connect((target, port))
 
         def work(go_on):
             dice = random.Random(seed)  # noqa: S311 - dice of a test
             packets = octets = 0
             while go_on():
                 size = dice.randrange(1, 1400)
-                one.send(bytes(size))
+                if connected:
+                    one.send(bytes(size))
+                else:
+                    one.sendto(bytes(size), (target, port))
                 assert len(one.recv(2000)) == size
                 packets, octets = packets + 1, octets + size + HEADERS[ip_address(target).version]
             return {label: (packets, octets), back: (packets, octets)}
@@ -175,17 +179,18 @@ def asking(label, back, target, port, *, seed):
     return prepare
 
 
-def echo(address, port):
+def echo(addresses, port):
     """Send back what comes."""
 
     def prepare():
-        one = bound(address, port)
-        one.settimeout(0.1)
+        sockets = [bound(one, port) for one in addresses]
+        for one in sockets:
+            one.setblocking(False)
 
         def work(go_on):
             while go_on():
-                with contextlib.suppress(TimeoutError):
-                    while True:
+                while ready := select.select(sockets, [], [], 0.02)[0]:
+                    for one in ready:
                         text, sender = one.recvfrom(2000)
                         one.sendto(text, sender)
             return {}
@@ -241,8 +246,11 @@ def frames(link):
 # --- TCP --------------------------------------------------------------------------------------------------------------
 
 
+SIZE = struct.Struct("!I")
+
+
 def serve(addresses, port):
-    """Take in what each client says to its end, answer with half as much, and close."""
+    """Take in what each client says, answer with half as much, and close."""
 
     def prepare():
         listeners = [bound(address, port, socket.SOCK_STREAM) for address in addresses]
@@ -265,14 +273,15 @@ def _take_in(listener):
     while True:
         connection, _ = listener.accept()
         with connection:
-            size = 0
-            while part := connection.recv(65536):
-                size += len(part)
+            (size,) = SIZE.unpack(connection.recv(SIZE.size, socket.MSG_WAITALL))
+            left = size
+            while left:
+                left -= len(connection.recv(65536))
             connection.sendall(bytes(size // 2))
 
 
-def converse(flows, *, seed):
-    """Connections one after the other, each with some kilobytes there and back.
+def converse(flows, *, seed, hasty=True):
+    """Connections one after the other, each with some kilobytes there and back; who is ``hasty`` closes first.
 
     ``flows`` are [(source or None, target, port)].  What went over the wire, acknowledgements and all, only the oracle knows.
     """
@@ -284,7 +293,7 @@ def converse(flows, *, seed):
             while go_on():
                 for source, target, port in flows:
                     try:
-                        _converse(source, target, port, dice.randrange(0, 30_000))
+                        _converse(source, target, port, dice.randrange(0, 30_000), hasty=hasty)
                     except (PermissionError, ConnectionError):
                         refused += 1
             return {REFUSED: (refused, 0)}
@@ -294,14 +303,17 @@ def converse(flows, *, seed):
     return prepare
 
 
-def _converse(source, target, port, size):
+def _converse(source, target, port, size, *, hasty):
     with bound(source, kind=socket.SOCK_STREAM, target=target) as one:
         one.settimeout(PATIENCE)
         one.connect((target, port))
-        one.sendall(bytes(size))
-        one.shutdown(socket.SHUT_WR)
+        one.sendall(SIZE.pack(size) + bytes(size))
+        if hasty:
+            one.shutdown(socket.SHUT_WR)
         back = 0
         while part := one.recv(65536):
             back += len(part)
         assert back == size // 2
+        if not hasty:
+            one.shutdown(socket.SHUT_WR)
         # the end of it passed while the socket was still its user's: the server's FIN came, and its acknowledgement went

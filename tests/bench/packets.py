@@ -6,6 +6,7 @@ Printed are medians, and what they are of those without rules:
 
 - **udp out**, **udp in**: 64-byte packets of a partition's socket to the neighbour, and of the neighbour to it: ns of
   one pinned sender, which does the work of both ends;
+- **node in**: likewise to a partition's socket at the node's own address, which is counted by the socket's user;
 - **tcp out**: one bulk connection, Gbit/s;
 - **tap**: 64-byte UDP of a guest through the bridge to the neighbour, ns a frame;
 - **load**, **one more**: milliseconds to load the whole filter anew (and what stands beside it), and for a partition more.
@@ -74,7 +75,8 @@ class Variant:
         self.node = scene.Node(ipr, self.own, self.neighbour, scene.wire(ipr, self.neighbour))
         self.node.converge(self.desired(self.count))
         self.last = self.desired(self.count).partitions[-1]
-        _know(self.node, [str(one.ipv6.ip) for one in self.desired(self.count).partitions])
+        own = [str(one.ipv6.ip) for one in self.desired(self.count).partitions]
+        _know(self.node, [str(scene.BASE.ip), *own])
 
     def note(self, what: str, value: float) -> None:
         self.figures.setdefault(what, []).append(value)
@@ -140,6 +142,9 @@ def measure(variant: Variant, packets: int, octets: int) -> None:
         variant.note("tap", _run(variant.own, uid, "tap", variant.last.tap.name, frame.hex(), packets))
     with _serving(variant.own, uid, "sink", mine, PORT):
         variant.note("udp in", _run(variant.neighbour, 0, "udp", scene.NEIGHBOUR6, mine, PORT, packets))
+    with _serving(variant.own, uid, "sink", scene.BASE.ip, PORT):
+        own = (scene.NEIGHBOUR6, scene.BASE.ip, PORT, packets)
+        variant.note("node in", _run(variant.neighbour, 0, "udp", *own))
     with _serving(variant.neighbour, 0, "serve", scene.NEIGHBOUR6, PORT + 1):
         rate = _run(variant.own, uid, "tcp", mine, scene.NEIGHBOUR6, PORT + 1, octets)
         variant.note("tcp out", rate * 8 / 1e9)
@@ -197,7 +202,7 @@ def _applied(variant: Variant, count: int) -> float:
 
 def table(variants: list[Variant]) -> str:
     """What was measured, each beside the first variant."""
-    kinds = ("udp out", "udp in", "tcp out", "tap", "load", "one more")
+    kinds = ("udp out", "udp in", "node in", "tcp out", "tap", "load", "one more")
     lines = ["".join((f"{'':16}", *(f"{kind:>18}" for kind in kinds)))]
     for variant in variants:
         cells = []
