@@ -13,14 +13,9 @@ OPEN_CASES: Mapping[str, str] = {
     " the next look",
     "metered-then-dropped": "what a rule of the node's own drops behind ours is metered all the same",
     "refusals-of-others": "what is refused to users who are no partition's is not counted",
-<<<<<<< HEAD
-    "own-address-in": "what partitions receive at the node's own addresses is not metered: on input iptables knows of no"
-    " owner",
-    "quota-limit": "who has used up a quota is not limited, whatever [quota] says: limit acts as warn",
-=======
     "own-address-in": "what partitions receive at the node's own addresses is metered by the programs at the cgroup alone:"
     " on input iptables knows of no owner",
->>>>>>> shared
+    "quota-limit": "who has used up a quota is not limited, whatever [quota] says: limit acts as warn",
     "two-commits": "IPv6 and IPv4 change one after the other, not at once",
     "unlocked-writer": "a program that changes rules without the lock of iptables takes back what we change meanwhile,"
     " where the number of rules stays the same",
