@@ -129,9 +129,13 @@ def _chains(families: Sequence[str], limits: Ways) -> dict[str, list[str]]:
                     *(["tcp flags & rst == rst accept"] if scope == "local" else []),
                     *limits.before.get(way, ()),
                     *(
-                        f"counter name {protocol} {side} map @{family}_{scope}_{direction} accept"
+                        rule
                         for family in families
                         if _VERSION[family] == version
+                        for rule in (
+                            *(limits.ranges.get(way, ()) if family == "range" else ()),
+                            f"counter name {protocol} {side} map @{family}_{scope}_{direction} accept",
+                        )
                     ),
                     *limits.behind.get(way, ()),
                     *([_shared(version, direction)] if scope == "remote" else []),

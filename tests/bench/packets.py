@@ -32,7 +32,7 @@ import netplan_scene as scene  # noqa: E402 - beside the tests that it serves
 
 from netplan import nftables  # noqa: E402
 from netplan.apply import apply  # noqa: E402
-from netplan.model import TapGuard  # noqa: E402
+from netplan.model import RateLimit, TapGuard  # noqa: E402
 from netplan.observe import observe  # noqa: E402
 from netplan.plan import plan  # noqa: E402
 from partitiond import sandbox  # noqa: E402
@@ -67,6 +67,7 @@ class Variant:
             ownership="ownership" in self.walls,
             cgroup_bpf="bpf" in self.walls,
             backend=self.backend,
+            limits=_limits(partitions) if "quotas" in self.walls else {},
         )
 
     def up(self) -> None:
@@ -80,6 +81,14 @@ class Variant:
 
     def note(self, what: str, value: float) -> None:
         self.figures.setdefault(what, []).append(value)
+
+
+def _limits(partitions):
+    """Everybody may be limited, and every second one is; not the last one, which is measured."""
+    return {
+        one.id: RateLimit(10**6, in_force=one.index % 2 == 0 and one is not partitions[-1])
+        for one in partitions
+    }
 
 
 def _guarded(one):
@@ -226,6 +235,9 @@ def main() -> None:
     parser.add_argument(
         "--walls", action="store_true", help="also what each wall costs, at the largest count"
     )
+    parser.add_argument(
+        "--quotas", action="store_true", help="what limits by rate cost who is not limited, too"
+    )
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--packets", type=int, default=100_000)
     parser.add_argument("--bytes", type=int, default=1_000_000_000)
@@ -240,6 +252,8 @@ def main() -> None:
         variants += [
             Variant(f"to {WALLS[place - 1]}, {most}", most, WALLS[:place]) for place in range(1, len(WALLS))
         ]
+    if options.quotas:
+        variants += [Variant(f"limits, {count}", count, (*WALLS, "quotas")) for count in options.counts]
     if options.iptables:
         variants += [
             Variant(f"iptables, {count}", count, WALLS, backend="iptables") for count in options.counts
@@ -250,7 +264,7 @@ def main() -> None:
     for _ in range(options.rounds):
         for variant in variants:
             measure(variant, options.packets, options.bytes)
-            if variant.walls == WALLS:
+            if variant.walls[: len(WALLS)] == WALLS:
                 reload(variant)
     print(table(variants), flush=True)
     for variant in variants:
