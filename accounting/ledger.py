@@ -115,8 +115,9 @@ class Ledger(LedgerReader):
     ``path`` is the file, mode 0600; its directory must be there and belong to root alone. A file that turns
     out damaged is kept as ``<name>.damaged-<time>``, a new ledger is begun whose first pass takes the
     levels of the counters without adding them (the damaged file has them, and they may be billed), a gap in
-    every report says so, and ``recovered`` holds the sentence for the log; else it is ``None``. ``clock``
-    gives Unix seconds.
+    every report says so, and ``recovered`` holds the sentence for the log; else it is ``None``. Likewise where
+    a ledger that was begun is not there any more: whoever moved it away has what the counters say in it.
+    ``clock`` gives Unix seconds.
 
     Raises AccountingError ``accounting.ledger_version``, ``…_busy``, ``…_full``, ``…_unavailable``.
     """
@@ -130,17 +131,24 @@ class Ledger(LedgerReader):
         super().__init__(path, self._open())
 
     def _open(self) -> sqlite3.Connection:
-        written = store.last_written(
-            self.path
-        )  # before it is opened, which may write what is left in its WAL
+        # before it is opened, which may write what is left in its WAL
+        written = store.last_written(self.path)
+        begun = store.was_begun(self.path)
+        if begun and store.place(self.path) is None:
+            self.recovered = _begin_anew(self.path, self._clock(), written, None)
         try:
-            connection = store.open_writer(self.path)
+            connection = store.open_writer(self.path, empty=not begun)
         except AccountingError as error:
             if error.code != "accounting.ledger_damaged":
                 raise
             self.recovered = _begin_anew(self.path, self._clock(), written, str(error.__cause__ or error))
             connection = store.open_writer(self.path)
-        self._place = store.place(self.path)
+        try:
+            self._place = store.place(self.path)
+            store.note_begun(self.path)
+        except BaseException:
+            connection.close()
+            raise
         return connection
 
     def _reopen(self) -> None:
@@ -278,20 +286,27 @@ class Ledger(LedgerReader):
             return sentence
 
 
-def _begin_anew(path: Path, at: float, written: float | None, reason: str) -> str:
-    """Make the new ledger beside the damaged one, with all it has to say, then exchange them in one step.
+def _begin_anew(path: Path, at: float, written: float | None, damage: str | None) -> str:
+    """Make the new ledger beside the damaged one, with all it has to say, then exchange them in one step; ``damage`` is
+    ``None`` where there is no file. Gives the sentence that says so.
 
-    Killed at any instruction, either the damaged file is still there or the new one knows that it follows a
-    damaged one: a new ledger that did not know would count anew what the damaged one had counted.
+    Killed at any instruction, either all is as it was or the new one knows that it follows another: a new ledger that did
+    not know would count anew what the one before had counted.
     """
     aside = store.name_aside(path, at)
     fresh = store.open_fresh(path)
     try:
         with store.ledger_errors(path), store.transaction(fresh):
-            sentence = (
-                f"the usage ledger was damaged ({reason}); it is kept as {aside}, a new one was begun;"
-                f" {take_over(path, fresh)}"
-            )
+            if damage is None:
+                sentence = (
+                    f"the usage ledger {path} is not there any more: a new one was begun, which counts from here on; what the"
+                    " one before it had counted, and reports that it had not sent, are in no report of this one"
+                )
+            else:
+                sentence = (
+                    f"the usage ledger was damaged ({damage}); it is kept as {aside}, a new one was begun;"
+                    f" {take_over(path, fresh)}"
+                )
             posting.begin_after_damage(fresh, written, store.microseconds(at), sentence)
     finally:
         fresh.close()

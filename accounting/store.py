@@ -42,17 +42,37 @@ def microseconds(at: float) -> int:
     return round(at * 1_000_000)
 
 
-def open_writer(path: Path) -> sqlite3.Connection:
+def was_begun(path: Path) -> bool:
+    """Whether there was a ledger at ``path`` ever: where there is none now, it was moved away. Raises AccountingError."""
+    with ledger_errors(path):
+        return _mark(path).exists()
+
+
+def note_begun(path: Path) -> None:
+    """Remember that there is a ledger, before anything is counted in it. Raises AccountingError."""
+    with ledger_errors(path), suppress(FileExistsError):
+        os.close(os.open(_mark(path), os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+        _sync_directory(path)
+
+
+def _mark(path: Path) -> Path:
+    return path.with_name(f"{path.stem}.begun")
+
+
+def open_writer(path: Path, *, empty: bool = True) -> sqlite3.Connection:
     """Open the ledger for writing, make it where there is none.
 
     Raises AccountingError: ``accounting.ledger_damaged`` after a check of the whole file (some six
-    seconds per gigabyte), ``accounting.ledger_version``, ``accounting.ledger_busy``, ``accounting.ledger_full``,
+    seconds per gigabyte), and where there is nothing in it unless it may be ``empty``;
+    ``accounting.ledger_version``, ``accounting.ledger_busy``, ``accounting.ledger_full``,
     ``accounting.ledger_unavailable``.
     """
     with ledger_errors(path):
         _private_file(path)
         connection = _connect(path.absolute().as_uri() + "?mode=rw")
         try:
+            if not empty and _version(connection, path) == 0:
+                raise _damaged(path, "there is nothing in it")
             _prepare(connection, path)
         except BaseException:
             connection.close()
@@ -167,6 +187,10 @@ def _take_place(path: Path, aside: Path) -> None:
     with suppress(FileNotFoundError):
         aside.hardlink_to(path)
     _fresh(path).replace(path)
+    _sync_directory(path)
+
+
+def _sync_directory(path: Path) -> None:
     directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(directory)
@@ -245,12 +269,12 @@ def _prepare(connection: sqlite3.Connection, path: Path) -> None:
         _upgrade(connection, _version(connection, path))
     answer = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
     if answer != "ok":
-        raise AccountingError(
-            "accounting.ledger_damaged",
-            f"the usage ledger {path}: {answer.strip()}",
-            resource=str(path),
-            hint=_HINTS["accounting.ledger_damaged"],
-        )
+        raise _damaged(path, answer.strip())
+
+
+def _damaged(path: Path, what: str) -> AccountingError:
+    code = "accounting.ledger_damaged"
+    return AccountingError(code, f"the usage ledger {path}: {what}", resource=str(path), hint=_HINTS[code])
 
 
 def _upgrade(connection: sqlite3.Connection, version: int) -> None:
@@ -286,5 +310,6 @@ def _version(connection: sqlite3.Connection, path: Path) -> int:
         "accounting.ledger_version",
         f"the usage ledger {path} {what} {version}, this partitiond writes version {VERSION}",
         resource=str(path),
-        hint="use the partitiond that wrote it, or move the file away: a new one is begun",
+        hint="use the partitiond that wrote it, or move the file away: a new one is begun, which counts from then on; what the"
+        " file has counted and not reported is in no report then",
     )

@@ -79,7 +79,7 @@ def test_a_damaged_file_is_kept_and_a_new_ledger_begun(path, spoil):
     with Ledger(path) as ledger:
         assert ledger.recovered is None
         assert bytes_in(ledger) == {KEY: 7, ("slappart1", None): 3}
-    assert sorted(file.name for file in path.parent.iterdir()) == [path.name, aside.name]
+    assert sorted(file.name for file in path.parent.iterdir()) == ["ledger.begun", path.name, aside.name]
 
 
 def test_a_second_damage_in_the_same_second_keeps_both(path):
@@ -87,6 +87,7 @@ def test_a_second_damage_in_the_same_second_keeps_both(path):
         path.write_bytes(b"\xa5" * 5000)
         Ledger(path, clock=lambda: NOW).close()
     assert [file.name for file in sorted(path.parent.iterdir())] == [
+        "ledger.begun",
         "ledger.sqlite",
         "ledger.sqlite.damaged-20231114T221320Z",
         "ledger.sqlite.damaged-20231114T221320Z-2",

@@ -30,7 +30,8 @@ def test_the_file_is_roots_alone_whatever_the_umask(tmp_path):
             modes = {file.name: oct(file.stat().st_mode & 0o777) for file in tmp_path.iterdir()}
     finally:
         os.umask(before)
-    assert modes == dict.fromkeys(("ledger.sqlite", "ledger.sqlite-wal", "ledger.sqlite-shm"), "0o600")
+    names = ("ledger.begun", "ledger.sqlite", "ledger.sqlite-wal", "ledger.sqlite-shm")
+    assert modes == dict.fromkeys(names, "0o600")
 
 
 def test_a_file_with_open_rights_is_closed(path):

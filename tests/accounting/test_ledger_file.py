@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from accounting_world import a_pass, bytes_in, traffic
+from accounting_world import a_pass, bytes_in, process, traffic
 
 from accounting import AccountingError, Ledger, store
 from partitiond.events import EventLog
@@ -391,7 +391,7 @@ def test_a_ledger_that_can_not_be_opened_again_is_opened_later(ledger, path, mon
     path.unlink()
     opened = store.open_writer
 
-    def fail(_):
+    def fail(*_, **__):
         message = "no room"
         raise AccountingError("accounting.ledger_full", message, retryable=True)
 
@@ -406,3 +406,82 @@ def test_a_ledger_that_can_not_be_opened_again_is_opened_later(ledger, path, mon
     ledger.record(a_pass(NOW + 30, traffic(value=13)))
     assert bytes_in(ledger) == {KEY: 13}
     assert "put back" in ledger.recovered
+
+
+def remove_its_log_too(path):
+    for file in path.parent.glob(f"{path.name}*"):
+        file.unlink()
+
+
+@pytest.mark.parametrize("harm", [remove, remove_its_log_too, move_away, empty])
+def test_a_ledger_that_is_moved_away_between_two_runs_is_not_counted_again(ledger, path, harm):
+    ledger.record(a_pass(NOW + 10, traffic(value=10**9), processes=[process(1, 3_600_000_000)]))
+    ledger.close()
+    harm(path)
+    with Ledger(path, clock=lambda: NOW + 15) as again:
+        assert "a new one was begun" in again.recovered
+        again.record(a_pass(NOW + 20, traffic(value=10**9 + 5), processes=[process(1, 3_600_000_000)]))
+        again.record(a_pass(NOW + 30, traffic(value=10**9 + 7), processes=[process(1, 3_600_000_000)]))
+        assert bytes_in(again) == {KEY: 2}
+        assert [(gap.end, gap.reason) for gap in again.usage(None, None).gaps] == [
+            (NOW + 20, again.recovered)
+        ]
+        assert again.totals()[0].cpu_seconds == 0
+    assert len(list(path.parent.glob("*.damaged-*"))) == (harm is empty)
+
+
+def test_the_first_ledger_of_a_node_counts_from_the_first_pass_also_if_it_was_killed_when_it_began(path):
+    path.parent.mkdir()
+    store.open_writer(path).close()  # killed before it noted that it was begun
+    for _ in range(2):
+        with Ledger(path) as ledger:
+            assert ledger.recovered is None
+            ledger.record(a_pass(NOW, traffic(value=7)))
+            assert bytes_in(ledger) == {KEY: 7}
+            assert ledger.usage(None, None).gaps == ()
+
+
+def test_a_ledger_from_before_there_was_a_mark_is_marked_when_it_is_opened(ledger, path):
+    ledger.close()
+    path.with_name("ledger.begun").unlink()
+    Ledger(path).close()
+    path.unlink()
+    with Ledger(path) as again:
+        again.record(a_pass(NOW + 20, traffic(value=10**9)))
+        assert bytes_in(again) == {}
+
+
+# A child whose ledger was moved away, killed before its n-th change of a directory.
+KILLED_ANEW = (
+    KILLED.split("path, left", maxsplit=1)[0]
+    + """
+path, left = Path(sys.argv[1]), int(sys.argv[2])
+def hook"""
+    + KILLED.split("def hook")[1].replace(
+        "ledger.record(a_pass(30, traffic(value=1111)))", "Ledger(path).close()"
+    )
+)
+
+
+def test_killed_while_it_begins_anew_it_still_counts_nothing_twice(tmp_path):
+    path = tmp_path / "l"
+    for step in range(1, 30):
+        with Ledger(path) as ledger:
+            ledger.record(a_pass(20, traffic(value=111)))
+        path.unlink()
+        child = subprocess.run(
+            [sys.executable, "-c", KILLED_ANEW, str(path), str(step)],
+            env={"PYTHONPATH": ":".join(sys.path)},
+            check=False,
+        )
+        with Ledger(path) as ledger:
+            ledger.record(a_pass(40, traffic(value=1112)))
+            ledger.record(a_pass(50, traffic(value=1113)))
+            assert bytes_in(ledger) == {KEY: 1}
+            assert len(ledger.usage(None, None).gaps) == 1
+        for file in tmp_path.iterdir():
+            file.unlink()
+        if child.returncode == 0:
+            break
+    assert child.returncode == 0
+    assert step >= 4

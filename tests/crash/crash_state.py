@@ -241,7 +241,7 @@ def _files():
         for name in (*below, *names):
             # how far a log was read, and what was used, which is tested in tests/accounting: they are there when
             # somebody was looked for, and when counters went
-            if name == "sessions.json" or name.startswith("ledger.sqlite"):
+            if name == "sessions.json" or name.startswith("ledger."):
                 continue
             path = Path(directory, name)
             about = os.lstat(path)
