@@ -41,6 +41,7 @@ class LedgerReader:
         self.path = path
         self._connection = connection
         self._lock = threading.RLock()
+        self.told: Callable[[AccountingError], None] = lambda _: None  # whom errors are told, too
 
     def __enter__(self) -> Self:
         return self
@@ -101,12 +102,16 @@ class LedgerReader:
     @contextmanager
     def transaction(self, kind: str = "DEFERRED") -> Iterator[sqlite3.Connection]:
         """Let the block ask several questions of one state; ``IMMEDIATE`` to write. Raises AccountingError ``…ledger_…``."""
-        with (
-            self._lock,
-            store.ledger_errors(self.path),
-            store.transaction(self._connection, kind),
-        ):
-            yield self._connection
+        try:
+            with (
+                self._lock,
+                store.ledger_errors(self.path),
+                store.transaction(self._connection, kind),
+            ):
+                yield self._connection
+        except AccountingError as error:
+            self.told(error)
+            raise
 
 
 class Ledger(LedgerReader):
@@ -128,7 +133,25 @@ class Ledger(LedgerReader):
         self._memory: memory.Memory | None = None
         self.recovered: str | None = None
         self._lost = False  # the file could not be opened again after it was set aside or put back
+        self.doubt: AccountingError | None = None
         super().__init__(path, self._open())
+        self.told = self.note
+
+    def note(self, error: AccountingError) -> None:
+        """Take note of an error that somebody met who read the file: ``doubt`` keeps it where it is damage, until
+        ``check`` was asked or ``recover`` called.
+        """
+        if error.code == "accounting.ledger_damaged":
+            self.doubt = error
+
+    def check(self) -> None:
+        """Read the whole file (some six seconds per gigabyte). Raises AccountingError: ``accounting.ledger_damaged``
+        (call ``recover``), ``…ledger_…``.
+        """
+        with self._lock:
+            self._reopen()
+            store.check(self.path)
+            self.doubt = None
 
     def _open(self) -> sqlite3.Connection:
         # before it is opened, which may write what is left in its WAL
@@ -241,7 +264,13 @@ class Ledger(LedgerReader):
 
     def reader(self) -> LedgerReader:
         """Open the same file for reading only: what takes long then holds up no pass. Raises AccountingError."""
-        return Ledger.open_readonly(self.path)
+        try:
+            reader = Ledger.open_readonly(self.path)
+        except AccountingError as error:
+            self.note(error)
+            raise
+        reader.told = self.note
+        return reader
 
     def take_in(
         self, partition: str, guid: str, source: str, movements: Iterable[Movement], at: float
@@ -283,6 +312,7 @@ class Ledger(LedgerReader):
             self._let_go()
             self.recovered = sentence = _begin_anew(self.path, self._clock(), written, reason)
             self._reopen()
+            self.doubt = None
             return sentence
 
 

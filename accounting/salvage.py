@@ -1,6 +1,7 @@
 """Takes over from a damaged ledger what no counter says again: documents for the master, and what tenants said.
 
-What a pass recorded is not taken over: it can not be told from what the damage left of it. Row by row where a page is gone.
+What a pass recorded is not taken over: it can not be told from what the damage left of it. So days that had ended and had
+no documents yet get none; the sentence names them. Row by row where a page is gone.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ _ABSENT = 2000  # so many numbers in a row without a row: the end
 
 def take_over(path: Path, fresh: sqlite3.Connection) -> str:
     """Copy what can be read of ``TABLES``, with its numbers, in the caller's transaction; say what was copied."""
-    copied, lost = 0, 0
+    copied, lost, days = 0, 0, ""
     try:
         with closing(sqlite3.connect(path.absolute().as_uri() + "?mode=ro", uri=True)) as damaged:
             there = {
@@ -34,11 +35,25 @@ def take_over(path: Path, fresh: sqlite3.Connection) -> str:
                         copied += 1
                     else:
                         lost += 1
+            if "period" in there:
+                days = _unreported(damaged)
     except sqlite3.DatabaseError as error:
         return f"reports that were not sent yet are in that file, it can not be read ({error})"
     if lost:
-        return f"of its reports {copied} rows were taken over, {lost} or more could not be read"
-    return f"of its reports all {copied} rows were taken over"
+        return f"of its reports {copied} rows were taken over, {lost} or more could not be read{days}"
+    return f"of its reports all {copied} rows were taken over{days}"
+
+
+def _unreported(damaged: sqlite3.Connection) -> str:
+    """Name the days that had ended without documents."""
+    try:
+        rows = damaged.execute(
+            "SELECT day FROM period WHERE documented = 0 AND until_seq IS NOT NULL ORDER BY id"
+        )
+        days = [str(day) for (day,) in rows]
+    except sqlite3.DatabaseError as error:
+        return f"; of which days it had made none yet can not be read ({error})"
+    return f"; what was metered on {', '.join(days)} is in none and will be in none" if days else ""
 
 
 def _rows(

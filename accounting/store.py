@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sqlite3
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
@@ -267,6 +267,16 @@ def _prepare(connection: sqlite3.Connection, path: Path) -> None:
     with transaction(connection):
         # asked again: another process may have been first
         _upgrade(connection, _version(connection, path))
+    _check(connection, path)
+
+
+def check(path: Path) -> None:
+    """Read a whole ledger, past what an open connection has of it in memory. Raises AccountingError ``accounting.ledger_…``."""
+    with ledger_errors(path), closing(open_reader(path)) as connection:
+        _check(connection, path)
+
+
+def _check(connection: sqlite3.Connection, path: Path) -> None:
     answer = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
     if answer != "ok":
         raise _damaged(path, answer.strip())

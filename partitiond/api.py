@@ -21,11 +21,9 @@ import urllib.parse
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from accounting.ledger import Ledger
 from partitiond import event_reader, metrics, node_metrics, status, usage_query
 from partitiond.bounded_http import Refusal, Text, Unknown
 from partitiond.errors import WrongUseError
-from partitiond.metering import ledger_path
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -138,17 +136,17 @@ class Api:
         return {"events": _of_the_present_instance(found, own)}
 
     def _usage(self, request: _Request) -> Answer:
-        peer, path = request.peer, ledger_path(self._context.config.state_dir)
+        peer, meters = request.peer, self._context.meters
         query = usage_query.parse(request.query, time.time())
         if peer.sees_all:
-            with Ledger.open_readonly(path) as ledger:
+            with meters.reader() as ledger:
                 return usage_query.answer(ledger, query)
         own = _own(peer, query.partition)
         if len(query.spans) > _TENANTS_PERIODS:
             hint = f"ask for {_TENANTS_PERIODS} at most"
             raise WrongUseError("usage.query", f"these are {len(query.spans)} periods", hint=hint)
         guid = self._context.store.instance(own).instance_guid
-        with self._reads, Ledger.open_readonly(path) as ledger:
+        with self._reads, meters.reader() as ledger:
             # what an earlier instance used in this partition was somebody else's
             return usage_query.answer(ledger, replace(query, partition=own), only=lambda one: one == guid)
 

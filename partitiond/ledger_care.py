@@ -46,6 +46,8 @@ class LedgerCare:
 
     def post(self, ledger: Ledger, reading: Pass, events: EventLog) -> tuple[Gap, ...]:
         """Record a pass and join some old ones; begin a new ledger where it proves damaged. Raises AccountingError."""
+        if ledger.doubt is not None:
+            _look(ledger, ledger.doubt)
         try:
             gaps = ledger.record(reading)
         except AccountingError as error:
@@ -82,6 +84,18 @@ class LedgerCare:
                 hint=error.hint,
             )
         self._trouble = error
+
+
+def _look(ledger: Ledger, doubt: AccountingError) -> None:
+    """Begin a new ledger if the file is damaged, as somebody found who read what no pass does."""
+    try:
+        ledger.check()
+    except AccountingError as error:
+        if error.code != _DAMAGED:
+            raise
+        ledger.recover(str(error.__cause__ or error))
+    else:
+        logger.warning("usage: the ledger was checked and is sound, in spite of this: %s", doubt)
 
 
 def _thin(ledger: Ledger, at: float) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from accounting import documents
 from accounting.errors import AccountingError
-from accounting.ledger import Ledger
+from accounting.ledger import Ledger, LedgerReader
 from accounting.model import CountReading, GaugeReading, Pass, Received, TrafficReading
 from accounting.processes import ProcessMeter
 from netplan import counters
@@ -99,6 +99,16 @@ class Metering:
         with self._turn:
             return self._opened()
 
+    def reader(self) -> LedgerReader:
+        """The ledger for who only reads, also while a pass goes on. Raises AccountingError."""
+        try:
+            reader = Ledger.open_readonly(self.path)
+        except AccountingError as error:
+            self.note(error)
+            raise
+        reader.told = self.note
+        return reader
+
     def has_due(self) -> bool:
         """Whether a day has ended of which no documents are made yet. Raises AccountingError."""
         with self.ledger().transaction() as connection:
@@ -111,7 +121,14 @@ class Metering:
 
     def open_cases(self) -> list[str]:
         """What is wrong with the ledger."""
-        return self._care.cases()
+        doubt = None if self._ledger is None else self._ledger.doubt
+        found = [] if doubt is None else [f"{doubt}; the next pass of the meters looks at all of it"]
+        return found + self._care.cases()
+
+    def note(self, error: AccountingError) -> None:
+        """Hear of an error that somebody met who read the ledger: where it is damaged, the next pass begins a new one."""
+        if self._ledger is not None:
+            self._ledger.note(error)
 
     @property
     def passes(self) -> int:
@@ -125,7 +142,7 @@ class Metering:
         with self._telling:
             passes = self._passes
             if self._told[0] != passes:
-                with Ledger.open_readonly(self.path) as ledger:
+                with self.reader() as ledger:
                     totals = ledger.totals()
                 present = {entry.id for entry in totals}
                 denied = {key: count for key, count in self._denied.now().items() if key[0] in present}

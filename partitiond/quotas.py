@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 from accounting import allowance
 from accounting.allowance import EVENTS, Standing
 from accounting.errors import AccountingError
-from accounting.ledger import Ledger
 from netplan.model import RateLimit
 from partitiond import files
 
@@ -100,7 +99,7 @@ def judge(context: Context, target: Node) -> None:
         month = allowance.month_of(context.clock())
         if not book.is_due((config.quotas, owners, month)):
             return
-        with Ledger.open_readonly(context.meters.path) as ledger:
+        with context.meters.reader() as ledger:
             used = allowance.used(ledger.usage(month.start, month.end).partitions)
     except AccountingError as error:
         book.unread(str(error))

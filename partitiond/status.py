@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from accounting.errors import AccountingError
-from accounting.ledger import Ledger
 from netplan import holding
 from netplan.legacy_cases import OPEN_CASES as LEGACY_CASES
 from partitiond import (
@@ -21,7 +20,6 @@ from partitiond import (
     tunnels,
     usage_intake,
 )
-from partitiond.metering import ledger_path
 from partitiond.refusal import Refusal
 
 if TYPE_CHECKING:
@@ -209,7 +207,7 @@ def partition(context: Context, name: str) -> dict[str, Any] | None:
 def _incidents(context: Context) -> dict[str, list[dict[str, object]]]:
     """What is wrong, by partition; a ledger that cannot be read is an open case already."""
     try:
-        with Ledger.open_readonly(ledger_path(context.config.state_dir)) as ledger:
+        with context.meters.reader() as ledger:
             return incidents.as_json(ledger, context.clock())
     except AccountingError:
         return {}

@@ -1,5 +1,6 @@
 """The report lane against the strict master: every day arrives, in order, and none twice but what the operator sent again."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -16,7 +17,7 @@ import pytest
 import strict_master
 from accounting_world import a_pass, traffic
 
-from accounting import documents, outbox
+from accounting import AccountingError, documents, outbox
 from partitiond import cli, config, report_verbs, reports
 from partitiond.context import Context
 from partitiond.state import InstanceState
@@ -457,3 +458,70 @@ def test_meters_that_nobody_named_are_an_open_case(days):
     with days.context.meters.ledger().transaction() as connection:
         assert documents.due(connection) == ()
         assert outbox.count(connection) == {}
+
+
+def spoil_first_leaf(path, table):
+    """Overwrite a page that no pass touches: the first of a table of several."""
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        (root,) = connection.execute("SELECT rootpage FROM sqlite_schema WHERE name = ?", (table,)).fetchone()
+    with path.open("r+b") as file:
+        # https://sqlite.org/fileformat2.html, 1.6: an interior page begins its cells with the number of a page below
+        file.seek((root - 1) * 4096)
+        page = file.read(4096)
+        assert page[0] in (2, 5)
+        cell = int.from_bytes(page[12:14])
+        file.seek((int.from_bytes(page[cell : cell + 4]) - 1) * 4096)
+        file.write(b"\xa5" * 4096)
+
+
+def test_damage_that_only_reports_meet_is_told_and_recovered_from(days):
+    """A page of the first day, which no pass reads any more: reports must not stand still for it until somebody restarts."""
+    meters, context = days.context.meters, days.context
+    many = [traffic(f"slappart{number}", 5, address=f"2001:db8::{number}") for number in range(2, 100)]
+
+    def use(value):
+        reading = a_pass(days.now, traffic(value=value), *many, owners=days.owners)
+        with meters._turn, meters._care.watching(context.events):
+            meters._care.post(meters._opened(), reading, context.events)
+
+    for number in range(60):
+        many = [one._replace(bytes_in=number) for one in many]
+        use(number)
+        days.now += 10
+    days.now += DAY
+    use(1000)
+    ledger = meters.ledger()
+    ledger._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    ledger._connection.execute("PRAGMA shrink_memory")
+    spoil_first_leaf(meters.path, "sample")
+    days.now += 10
+    use(1001)
+    assert meters.open_cases() == []
+    assert days.report() == ["accounting.ledger_damaged"]
+    (case,) = meters.open_cases()
+    assert "malformed" in case
+    days.now += 10
+    use(1002)
+    assert "what was metered on 2026-11-10 is in none" in ledger.recovered
+    assert ledger.doubt is None
+    (case,) = meters.open_cases()
+    assert "is kept as" in case
+    told = [json.loads(line) for line in (context.config.log_dir / "events.jsonl").read_text().splitlines()]
+    assert [one["event"] for one in told if one["event"].startswith("usage.")] == ["usage.damaged"]
+    use(1003)
+    days.now += DAY
+    use(2003)
+    assert days.report() == []
+    assert days.arrived() == ["2026-11-11-node"]
+    assert days.master.total("in", "SOFTINST-0") == 0.001
+
+
+def test_damage_that_proves_none_costs_nothing(days):
+    days.use()
+    ledger = days.context.meters.ledger()
+    ledger.note(AccountingError("accounting.ledger_damaged", "somebody says so"))
+    assert len(days.context.meters.open_cases()) == 1
+    reading = a_pass(days.now, traffic(value=days.sent + 1), owners=days.owners)
+    days.context.meters._care.post(ledger, reading, days.context.events)
+    assert days.context.meters.open_cases() == []
+    assert ledger.recovered is None
