@@ -108,8 +108,9 @@ class Pass:
     ``at`` is in seconds of Unix time. ``owners`` lists every partition of the node with the GUID of its
     instance, ``None`` where it is free; what a partition that is not listed used is nobody's. A meter that
     failed leaves its readings out. ``processes`` must be whole or ``None``: a process that is missing in it
-    has ended. ``uptime`` is how long the kernel boot ``boot`` had been up, suspended time included
-    (CLOCK_BOOTTIME), in seconds: what tells a clock that was set from time that went by.
+    has ended, unless its pid is among the ``unreadable``, which were there and could not be read. ``uptime``
+    is how long the kernel boot ``boot`` had been up, suspended time included (CLOCK_BOOTTIME), in seconds:
+    what tells a clock that was set from time that went by.
     """
 
     at: float
@@ -120,6 +121,7 @@ class Pass:
     processes: tuple[ProcessReading, ...] | None = None
     boot: str = ""
     uptime: float | None = None
+    unreadable: frozenset[int] = frozenset()
 
 
 class AddressJson(TypedDict):

@@ -40,13 +40,13 @@ class ProcessScan:
     """What one scan saw.
 
     ``memory_bytes`` and ``counts`` (living processes, zombies left out) have every partition that was asked
-    for, with 0 where nothing runs. ``unreadable`` counts processes that were there but could not be read.
+    for, with 0 where nothing runs. ``unreadable`` has the pids of processes that were there but could not be read.
     """
 
     processes: tuple[ProcessReading, ...]
     memory_bytes: Mapping[str, int]
     counts: Mapping[str, int]
-    unreadable: int = 0
+    unreadable: frozenset[int] = frozenset()
 
     def gauges(self) -> tuple[GaugeReading, ...]:
         """Give memory and number of processes of each partition as readings for a pass."""
@@ -109,12 +109,12 @@ class ProcessMeter:
         readings: list[ProcessReading] = []
         memory = dict.fromkeys(users.values(), 0)
         counts: Counter[str] = Counter(memory)
-        unreadable = 0
+        unreadable = set()
         self._scans += 1
         last_io, self._last_io = self._last_io, {}
         for pid, partition, stat, io in self._found(users, last_io):
             if stat is None:
-                unreadable += 1
+                unreadable.add(pid)
                 continue
             cpu = stat.ticks * self._microseconds_per_tick
             readings.append(
@@ -125,7 +125,7 @@ class ProcessMeter:
             self._last_io[pid, stat.started] = io
             memory[partition] += stat.resident_pages * self._page
             counts[partition] += stat.state not in _ZOMBIES
-        return ProcessScan(tuple(readings), memory, dict(counts), unreadable)
+        return ProcessScan(tuple(readings), memory, dict(counts), frozenset(unreadable))
 
     def _found(
         self, users: Mapping[int, str], last_io: Mapping[tuple[int, int], _Io]

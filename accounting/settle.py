@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 from accounting.errors import AccountingError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Set
 
     from accounting.model import CountReading, GaugeReading, Pass, ProcessReading
 
@@ -127,7 +127,7 @@ def settle(reading: Pass, books: Books) -> Settlement:
         settlement.levels[meter] = level
     _settle_received(reading, books, settlement)
     if reading.processes is not None:
-        _settle_processes(reading.processes, books, settlement)
+        _settle_processes(reading.processes, reading.unreadable, books, settlement)
     check_gauges(reading.gauges)
     return settlement
 
@@ -243,7 +243,9 @@ def _quantity(count: CountReading) -> int:
         raise _refuse(where, f"is no number: {count.value}") from error
 
 
-def _settle_processes(processes: Iterable[ProcessReading], books: Books, settlement: Settlement) -> None:
+def _settle_processes(
+    processes: Iterable[ProcessReading], unreadable: Set[int], books: Books, settlement: Settlement
+) -> None:
     """Charge each process with what it used since the last pass; one that is new, with all it used so far."""
     present: dict[ProcessKey, ProcessReading] = {}
     for process in processes:
@@ -255,7 +257,13 @@ def _settle_processes(processes: Iterable[ProcessReading], books: Books, settlem
             where = f"{process.partition}/process {process.pid}"
             raise _refuse(where, f"is not within 0 and 2^63-1: {(cpu, read, written)}")
         present[key] = process
-    settlement.ended.extend(key for key in books.processes if key not in present)
+    # One that is there keeps its level: when it can be read again, it is charged with what was added. So does a child of
+    # such a one, until it is known what the parent got of it.
+    settlement.ended.extend(
+        key
+        for key, level in books.processes.items()
+        if key not in present and key.pid not in unreadable and level.parent not in unreadable
+    )
     waited_for = _waited_for(present, settlement.ended, books.processes)
     used: dict[tuple[str, str], int] = {}
     for key, process in present.items():

@@ -185,6 +185,7 @@ class Metering:
             counts=(*_denied(reading, node), *_denied_calls(node)),
             gauges=(*scan.gauges(), *(self._measured[one] for one in self._measured if one in known)),
             processes=scan.processes,
+            unreadable=scan.unreadable,
         )
 
     def _measure(self, trees: Mapping[str, Tree]) -> None:

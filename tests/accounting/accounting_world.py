@@ -27,7 +27,7 @@ def process(pid, cpu, *, partition="slappart0", started=1, boot="b1", io=(None, 
     return ProcessReading(partition, boot, pid, started, cpu, *io, parent)
 
 
-def a_pass(at, *readings, owners=None, processes=None, boot="", uptime=None):
+def a_pass(at, *readings, owners=None, processes=None, boot="", uptime=None, unreadable=()):
     """A pass of readings of any kind; partitions are free unless owners are given."""
     kinds = {TrafficReading: [], CountReading: [], GaugeReading: []}
     for reading in readings:
@@ -41,6 +41,7 @@ def a_pass(at, *readings, owners=None, processes=None, boot="", uptime=None):
         None if processes is None else tuple(processes),
         boot,
         uptime,
+        frozenset(unreadable),
     )
 
 

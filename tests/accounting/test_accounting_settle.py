@@ -5,7 +5,7 @@ import random
 import pytest
 from accounting_world import a_pass, count, gauge, process, traffic
 
-from accounting import Received, TrafficReading
+from accounting import Ledger, Received, TrafficReading
 from accounting.errors import AccountingError
 from accounting.settle import Books, Level, Meter, ProcessKey, ProcessLevel, restart_reasons, settle
 
@@ -223,6 +223,24 @@ def test_no_scan_ends_no_process_an_empty_scan_ends_all():
     known = {ProcessKey(7, 1, "b1"): ProcessLevel("slappart0", 400)}
     assert settle(a_pass(1), Books({}, known)).ended == []
     assert settle(a_pass(1, processes=[]), Books({}, known)).ended == [ProcessKey(7, 1, "b1")]
+
+
+def test_a_process_that_can_not_be_read_for_a_while_is_not_charged_anew(tmp_path):
+    parent = [process(1, 3_600_000_000, io=(10**12, 0)), process(1, 3_700_000_000, io=(10**12 + 5 + 3, 0))]
+    child = process(2, 1_000_000, io=(5, 0), parent=1)
+    with Ledger(tmp_path / "l") as ledger:
+        ledger.record(a_pass(1, processes=[parent[0], child]))
+        ledger.record(a_pass(2, processes=[child], unreadable=[1]))
+        ledger.record(
+            a_pass(3, processes=[], unreadable=[1, 7])
+        )  # the child has ended, and nobody knows what became of it
+        ledger.record(a_pass(4, processes=[parent[1]]))
+        (used,) = ledger.totals()
+        assert used.cpu_seconds == 3700 + 1
+        assert used.io_read_bytes == 10**12 + 5 + 3
+        ledger.record(a_pass(5, processes=[]))
+        ledger.record(a_pass(6, processes=[process(1, 1_000_000)]))  # ended, and the pid is used again
+        assert ledger.totals()[0].cpu_seconds == 3700 + 1 + 1
 
 
 def test_seconds_are_kept_in_whole_microseconds():
