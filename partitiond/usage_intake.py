@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING
 
 from accounting import rules, tioxml
 from accounting.errors import AccountingError
+from accounting.intake import Room
 from partitiond import files, refused_usage, usage_scripts
 from partitiond.errors import FAMILY, PartitiondError, sentence
 from partitiond.passes import Result
@@ -325,12 +326,14 @@ def _settle(taker: _Taker, here: int, claimed: dict[str, str], intake: Intake) -
     gone: list[str] = []
     sources: list[str] = []
     refused: list[Refused] = []
+    room = taker.ledger.intake_room(taker.partition.id, taker.guid) if claimed else Room()
+    counted = taker.ledger.intake_left().get(taker.partition.id, frozenset()) if claimed else frozenset()
     for ours, name in claimed.items():
         if time.monotonic() > intake.until:
             intake.more = True  # the next pass finds them under our names
             break
         try:
-            source, movements = _read(taker, here, ours)
+            source, movements = _read(taker, here, ours, room, counted)
         except FileNotFoundError:
             continue
         except _ChangingError:
@@ -367,8 +370,10 @@ def _put_aside(taker: _Taker, refused: Sequence[Refused], intake: Intake) -> Non
     intake.refused += refused_usage.keep(taker.config.state_dir, taker.partition.id, taker.guid, refused)
 
 
-def _read(taker: _Taker, here: int, ours: str) -> tuple[str, tuple[Movement, ...]]:
-    """Read a file and judge it: what tells it from every other, and what it says.
+def _read(
+    taker: _Taker, here: int, ours: str, room: Room, counted: frozenset[str]
+) -> tuple[str, tuple[Movement, ...]]:
+    """Read a file and judge it: what tells it from every other, and what it says. Those that are ``counted`` take no room.
 
     Raises FileNotFoundError, _RefusedError, _ChangingError.
     """
@@ -382,13 +387,16 @@ def _read(taker: _Taker, here: int, ours: str) -> tuple[str, tuple[Movement, ...
         raise _RefusedError(str(error)) from error
     if not taker.anyhow and _version(found) != _version(after):
         raise _ChangingError
+    source = f"{found.st_dev}:{found.st_ino}:{sha256(content).hexdigest()}"
     try:
         claims = tioxml.read_consumption(content)
         own_names = {taker.partition.id, taker.partition.user}
         movements = rules.accept(claims, guid=taker.guid, own_names=own_names, resources=taker.resources)
+        if source not in counted:
+            room.take(movements)
     except AccountingError as error:
         raise _RefusedError(error.message, content, len(content)) from error
-    return f"{found.st_dev}:{found.st_ino}:{sha256(content).hexdigest()}", movements
+    return source, movements
 
 
 def _judge(taker: _Taker, descriptor: int, found: os.stat_result) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from accounting import AccountingError, Ledger
+from accounting import AccountingError, Ledger, intake
 from partitiond import event_reader, execute, privacy, refused_usage, usage_intake, usage_scripts, verbs
 from partitiond.context import Context
 from partitiond.state import InstanceState
@@ -356,6 +356,26 @@ def test_refused_files_are_kept_with_their_reason_in_bounds(scene):
     assert said["instance_guid"] == "SOFTINST-0"
     events = scene.events("usage.refused")[before:]
     assert [(one["count"], one["partition"]) for one in events] == [(60, "slappart0")] * usage_intake._TOLD
+
+
+def test_files_that_make_the_document_of_an_instance_too_large_are_set_aside(scene, monkeypatch):
+    there = len(scene.ledger.intake_room("slappart0", "SOFTINST-0").told)
+    monkeypatch.setattr(intake, "MOST_MOVEMENTS", there + 5)
+    for number in range(8):
+        path = scene.put(0, f"file-{number}", usage(title=f"room {number}"))
+        os.utime(path, (number + 1, number + 1))
+    scene.put(0, "again", usage(title="room 3"))
+    scene.put(1, "other", usage(title="room 9"))
+    time.sleep(usage_intake._QUIET_SECONDS)
+    assert set(scene.run().done) == {
+        "slappart0: 6 usage files taken, 3 refused",
+        "slappart1: 1 usage files taken, 0 refused",
+    }
+    assert sorted(one[2].removeprefix("room ") for one in scene.new()) == ["0", "1", "2", "3", "3", "4", "9"]
+    assert f"{there + 6} different movements" in scene.events("usage.refused")[-1]["reason"]
+    place = refused_usage.directory(scene.context.config.state_dir, "slappart0")
+    assert len(list(place.glob("*.xml"))) == 3
+    assert list(scene.place().iterdir()) == []
 
 
 # --- everything at once -----------------------------------------------------------------------------------------------
