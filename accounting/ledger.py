@@ -240,6 +240,15 @@ class Ledger(LedgerReader):
         """Open the same file for reading only: what takes long then holds up no pass. Raises AccountingError."""
         return Ledger.open_readonly(self.path)
 
+    def try_out(self) -> None:
+        """Write to the file what changes nothing, before something is done that only counts if it can be written down.
+
+        Raises AccountingError ``accounting.ledger_…``.
+        """
+        with self.transaction("IMMEDIATE") as connection:
+            (version,) = connection.execute("PRAGMA user_version").fetchone()
+            connection.execute(f"PRAGMA user_version = {version}")
+
     def take_in(
         self, partition: str, guid: str, source: str, movements: Iterable[Movement], at: float
     ) -> bool:

@@ -47,7 +47,7 @@ MOST_FILES = 200
 """Of a partition and pass; the others have their turn in the next one."""
 _MOST_LISTED = 1000
 _QUIET_SECONDS = 2.0
-_LAST_SECONDS = 60.0  # of an instance that goes
+_LAST = usage_scripts.Limits(whole=300.0, all_files=60.0)  # of all that go
 _TOLD = 3  # events of a partition and pass
 _OURS = re.compile(r"\.taking-[0-9a-f]{16}")
 # what is being written, by the habits of those who write
@@ -101,19 +101,22 @@ def run(
     ledger: Ledger,
     resources: frozenset[str],
     limits: usage_scripts.Limits = usage_scripts.LIMITS,
+    *,
+    since: float = math.inf,
 ) -> Result:
     """Run the scripts of all instances and take their files in; without ``resources`` nothing is touched.
 
-    Failures are the node's own: what tenants do wrong is told as events. Raises AccountingError when the ledger cannot be used.
+    Scripts that ran ``since`` then (monotonic) are not run again. Failures are the node's own: what tenants do wrong is told as
+    events. Raises AccountingError when the ledger cannot be used.
     """
     result = Result([], [])
     if not resources:
         return result
-    ledger.intake_left()  # else scripts would have run for nothing
+    ledger.try_out()  # else scripts would run for nothing
     states = context.store.instances()
     known = {item.id: states.get(item.id) for item in node.partitions}
     there = [item for item in node.partitions if _reports(known[item.id])]
-    ran = usage_scripts.run(context, there, context.turns, limits)
+    ran = usage_scripts.run(context, _not_run(context, there, since), context.turns, limits)
     at = context.clock()
     takers = [
         _Taker(node.config, ledger, item, _guid(known[item.id]), resources, at, _written(ran.get(item.id)))
@@ -131,23 +134,50 @@ def run(
             fresh.append(one)
     if fresh and not context.stop.wait(_QUIET_SECONDS):
         for one in fresh:
-            _one(context, one, result, limits.files)
+            if (left := end - time.monotonic()) > 0:
+                _one(context, one, result, min(left, limits.files))
     return result
 
 
-def final(context: Context, partition: Partition, ledger: Ledger, resources: frozenset[str]) -> Result:
-    """Run the scripts of an instance that goes and take in all that it says. As :func:`run`; for before anything is removed."""
+def _not_run(context: Context, partitions: Iterable[Partition], since: float) -> list[Partition]:
+    return [item for item in partitions if context.turns.ran.get(item.id, -math.inf) < since]
+
+
+def final(
+    context: Context,
+    partitions: Iterable[Partition],
+    ledger: Ledger,
+    resources: frozenset[str],
+    limits: usage_scripts.Limits = _LAST,
+) -> Result:
+    """Run the scripts of the instances that go and take in all that they say, for before anything is removed. As :func:`run`.
+
+    However many there are, it is over in about ``limits.whole + limits.partition + limits.all_files`` seconds; whoever had no
+    time is not waited for. Tried again, it runs nobody's scripts a second time.
+    """
     result = Result([], [])
-    state = context.store.instance(partition.id)
-    if not resources or not state.instance_guid:
+    states = context.store.instances()
+    going = [(item, guid) for item in partitions if (guid := _guid(states.get(item.id)))]
+    if not resources or not going:
         return result
-    ran = usage_scripts.run(context, (partition,), context.turns)
-    written = _written(ran.get(partition.id))
-    at, guid = context.clock(), state.instance_guid
-    taker = _Taker(context.config, ledger, partition, guid, resources, at, written, anyhow=True)
-    end = time.monotonic() + _LAST_SECONDS
-    while (left := end - time.monotonic()) > 0 and _one(context, taker, result, left):
-        continue
+    ledger.try_out()
+    turns = context.turns
+    turns.begin_last(guid for _, guid in going)
+    rest = [item for item, guid in going if _not_run(context, (item,), turns.last[guid])]
+    ran = usage_scripts.run(context, rest, turns, limits)
+    at, end = context.clock(), time.monotonic() + limits.all_files
+    takers = [
+        _Taker(context.config, ledger, item, guid, resources, at, _written(ran.get(item.id)), anyhow=True)
+        for item, guid in going
+    ]
+    while takers:
+        again = []
+        for one in takers:
+            if (left := end - time.monotonic()) <= 0:
+                logger.warning("usage: the last files of %s had no time left", one.partition.id)
+            elif _one(context, one, result, min(left, limits.files)):
+                again.append(one)
+        takers = again
     return result
 
 
