@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from accounting.incidents import Changes, Incident, Look
-    from accounting.intake import Taken
+    from accounting.intake import Room, Taken
     from accounting.model import Gap, PartitionUsage, Pass, UsageReport
     from accounting.tioxml import Movement
 
@@ -98,6 +98,11 @@ class LedgerReader:
         """Give the sources of usage files that may still be there, by partition. Raises AccountingError."""
         with self.transaction("DEFERRED") as connection:
             return intake.left(connection)
+
+    def intake_room(self, partition: str, guid: str) -> Room:
+        """Give what the next document of an instance has of its files. Raises AccountingError ``accounting.ledger_…``."""
+        with self.transaction("DEFERRED") as connection:
+            return intake.room(connection, partition, guid)
 
     @contextmanager
     def transaction(self, kind: str = "DEFERRED") -> Iterator[sqlite3.Connection]:
@@ -271,6 +276,15 @@ class Ledger(LedgerReader):
             raise
         reader.told = self.note
         return reader
+
+    def try_out(self) -> None:
+        """Write to the file what changes nothing, before something is done that only counts if it can be written down.
+
+        Raises AccountingError ``accounting.ledger_…``.
+        """
+        with self.transaction("IMMEDIATE") as connection:
+            (version,) = connection.execute("PRAGMA user_version").fetchone()
+            connection.execute(f"PRAGMA user_version = {version}")
 
     def take_in(
         self, partition: str, guid: str, source: str, movements: Iterable[Movement], at: float

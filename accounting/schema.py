@@ -106,6 +106,7 @@ CREATE TABLE intake (
     movements TEXT NOT NULL, removed INTEGER NOT NULL DEFAULT 0, document INTEGER REFERENCES document
 ) STRICT;
 CREATE INDEX intake_left ON intake (source) WHERE removed = 0;
+CREATE INDEX intake_waiting ON intake (partition, guid) WHERE document IS NULL;
 
 -- What was wrong with an instance, from begun to ended (NULL: still is); seen: when it was last found so. reported: the
 -- microseconds of it that are in documents.

@@ -118,19 +118,29 @@ def write(document: Document) -> str:
         ET.SubElement(transaction, tag).text = clean(text)
     ET.SubElement(transaction, "arrow", {"type": _ARROW})
     for movement in document.movements:
-        element = ET.SubElement(transaction, "movement")
-        for tag, text in (
-            ("resource", movement.resource),
-            ("title", movement.title),
-            ("reference", movement.reference),
-            ("quantity", _plain(movement.quantity)),
-            ("price", _plain(movement.price)),
-            ("VAT", ""),
-            ("category", ""),
-        ):
-            ET.SubElement(element, tag).text = clean(text)
+        transaction.append(_element(movement))
     encoded: bytes = ET.tostring(journal, encoding="us-ascii")
     return f"{_DECLARATION}\n{encoded.decode('ascii')}"
+
+
+def size(movement: Movement) -> int:
+    """Give the bytes that a movement has in a document; raises as :func:`write`."""
+    return len(ET.tostring(_element(movement), encoding="us-ascii"))
+
+
+def _element(movement: Movement) -> ET.Element:
+    element = ET.Element("movement")
+    for tag, text in (
+        ("resource", movement.resource),
+        ("title", movement.title),
+        ("reference", movement.reference),
+        ("quantity", _plain(movement.quantity)),
+        ("price", _plain(movement.price)),
+        ("VAT", ""),
+        ("category", ""),
+    ):
+        ET.SubElement(element, tag).text = clean(text)
+    return element
 
 
 def _date(at: float) -> str:

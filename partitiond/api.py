@@ -15,9 +15,11 @@ tenant asks costs more than its share: looks at the whole node are shared by all
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 import urllib.parse
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +28,7 @@ from partitiond.bounded_http import Refusal, Text, Unknown
 from partitiond.errors import WrongUseError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     from partitiond.bounded_http import Answer
     from partitiond.config import Config
@@ -44,6 +46,7 @@ _PARTITIONS = "/1/partitions/"
 # what a request of a tenant costs; it may spend so many at once, and has one more each second
 _COSTS = {"/1/events": 10.0, "/1/usage": 5.0}
 _PURSE = 30.0
+_HALF_FORGOTTEN = 60.0  # seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +134,7 @@ class Api:
         if peer.sees_all:
             return {"events": event_reader.last(log_dir, int(limit), name)}
         own = _own(peer, name)
-        with self._reads:
+        with self._reads.turn(own):
             found = event_reader.last(log_dir, int(limit), own)
         return {"events": _of_the_present_instance(found, own)}
 
@@ -146,7 +149,7 @@ class Api:
             hint = f"ask for {_TENANTS_PERIODS} at most"
             raise WrongUseError("usage.query", f"these are {len(query.spans)} periods", hint=hint)
         guid = self._context.store.instance(own).instance_guid
-        with self._reads, meters.reader() as ledger:
+        with self._reads.turn(own), meters.reader() as ledger:
             # what an earlier instance used in this partition was somebody else's
             return usage_query.answer(ledger, replace(query, partition=own), only=lambda one: one == guid)
 
@@ -204,20 +207,53 @@ class _Paces:
 
 
 class _SlowLane:
-    """Lets one at a time through, who pauses for three times as long as it worked: all tenants together take a quarter of a
+    """Lets one at a time through, and pauses for three times as long as it worked: all tenants together take a quarter of a
     processor at most.
+
+    Of each tenant one request at most waits for its turn, the others wait for that one; and whose took the least time lately
+    comes first. So whoever asks much waits for itself, and everybody else for one of its requests at most.
     """
 
     def __init__(self) -> None:
-        self._turn = threading.Lock()
+        self._changed = threading.Condition()
+        self._own: dict[str, threading.Lock] = {}  # as many as there were partitions
+        self._waiting: set[str] = set()
+        self._busy = False
+        self._worked: dict[
+            str, tuple[float, float]
+        ] = {}  # seconds, half of which are forgotten in a minute, as of when
 
-    def __enter__(self) -> None:
-        self._turn.acquire()
-        self._began = time.monotonic()
+    @contextmanager
+    def turn(self, name: str) -> Iterator[None]:
+        """Wait for the turn of a tenant, and give it back at the end of the block."""
+        with self._changed:
+            own = self._own.setdefault(name, threading.Lock())
+        with own:
+            with self._changed:
+                self._waiting.add(name)
+                try:
+                    self._changed.wait_for(lambda: not self._busy and self._next() == name)
+                finally:
+                    self._waiting.discard(name)
+                self._busy = True
+            began = time.monotonic()
+            try:
+                yield
+            finally:
+                seconds = time.monotonic() - began
+                time.sleep(3 * seconds)
+                with self._changed:
+                    self._worked[name] = (self._cost(name) + seconds, time.monotonic())
+                    self._busy = False
+                    self._changed.notify_all()
 
-    def __exit__(self, *_: object) -> None:
-        time.sleep(3 * (time.monotonic() - self._began))
-        self._turn.release()
+    def _next(self) -> str:
+        """Whose turn it is of those who wait: of who took the least."""
+        return min(self._waiting, key=lambda name: (self._cost(name), name))
+
+    def _cost(self, name: str) -> float:
+        seconds, at = self._worked.get(name, (0.0, 0.0))
+        return seconds * math.exp2((at - time.monotonic()) / _HALF_FORGOTTEN)
 
 
 class _SharedLook:

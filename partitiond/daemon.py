@@ -179,7 +179,7 @@ class Daemon:
         self._api = Api(context, self._tally, verbs_of_post)
         self._listener = MetricsListener(
             lambda: metrics.everything(context, self._tally),
-            metrics_listener.Judge(lambda: context.node, self._software_uid),
+            metrics_listener.Judge(lambda: context.node, self._software),
         )
         context.troubles["metrics_listen"] = lambda: self._listener.trouble
 
@@ -190,9 +190,10 @@ class Daemon:
 
         return Lane(name, self._interval(name), body, self.context.stop, self._tally, after)
 
-    def _software_uid(self) -> int | None:
+    def _software(self) -> tuple[str, int] | None:
+        name = self.context.config.software_user
         try:
-            return pwd.getpwnam(self.context.config.software_user).pw_uid
+            return name, pwd.getpwnam(name).pw_uid
         except KeyError:
             return None
 

@@ -111,8 +111,12 @@ class Metering:
 
     def has_due(self) -> bool:
         """Whether a day has ended of which no documents are made yet. Raises AccountingError."""
+        return self.newest_due() is not None
+
+    def newest_due(self) -> int | None:
+        """The last of the days that have ended and of which no documents are made yet. Raises AccountingError."""
         with self.ledger().transaction() as connection:
-            return bool(documents.due(connection))
+            return max((period.id for period in documents.due(connection)), default=None)
 
     def _opened(self) -> Ledger:
         if self._ledger is None:

@@ -2,7 +2,7 @@
 
 Partitions' users do not get there: the packet filter refuses them.  Where it is missing or was flushed, this is the second
 wall: of a connection from this host the kernel is asked whose socket it is, and of one from elsewhere whether the address is a
-partition's, which its guest has.
+partition's, which its guest has.  The subordinate uids of partitions' users (subuid(5)) are refused by this wall alone.
 
 Promises: a port that is taken, or an address that the node does not have, is an open case and is tried again, and everything
 else goes on; an edited configuration is followed.
@@ -20,6 +20,7 @@ from netplan import sock_diag
 from netplan.errors import NetplanError
 from partitiond import metrics
 from partitiond.bounded_http import Answer, BoundedServer, Pool, Refusal, Text, Unknown
+from partitiond.subordinate import SubordinateUids
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _AGAIN = 10.0
+_ROOT = "uid 0"
 _REFUSED = Pool("refused", 2, "refused", 2, 1.0)
 
 
@@ -57,30 +59,39 @@ class _Server(BoundedServer[_Caller]):
 class Judge:
     """Tells who may be told: not the users of partitions, nor that which builds what tenants ask for, nor guests."""
 
-    def __init__(self, node: Callable[[], Node | None], software_uid: Callable[[], int | None]) -> None:
-        self._node, self._software_uid = node, software_uid
+    def __init__(
+        self,
+        node: Callable[[], Node | None],
+        software: Callable[[], tuple[str, int] | None],
+        subordinate: SubordinateUids | None = None,
+    ) -> None:
+        self._node, self._software = node, software
+        self._subordinate = subordinate or SubordinateUids()
 
     def __call__(self, connection: socket.socket) -> tuple[_Caller, Pool]:
         """Return whether to answer, and with whom the connection is counted.  Raises OSError: it is gone."""
         caller, own = (_endpoint(name) for name in (connection.getpeername(), connection.getsockname()))
-        if not self._allowed(caller, own):
-            return _Caller(False), _REFUSED
-        return _Caller(True), Pool(str(caller[0]), 8, "all", 16, 10.0)
-
-    def _allowed(self, caller: Endpoint, own: Endpoint) -> bool:
         try:
             found = [one for one in sock_diag.sessions([caller])[caller] if one.remote == own]
         except NetplanError as error:
             logger.warning("metrics: whose connection it is cannot be told, so it is refused: %s", error)
-            return False
-        node = self._node()
+            return _Caller(False), _REFUSED
         if not found:
             # it came from another host, or a guest; of this host, a socket that nobody has any more
-            return not caller[0].is_loopback and not _is_a_partitions(node, caller[0])
-        users = {item.uid for item in node.partitions} if node else set()
-        users |= {uid for uid in (self._software_uid(),) if uid is not None}
+            if caller[0].is_loopback or _is_a_partitions(self._node(), caller[0]):
+                return _Caller(False), _REFUSED
+            return _Caller(True), Pool(str(caller[0]), 8, "all", 16, 10.0)
         # a closed socket has no inode, and is root's to sock_diag (net/core/sock.c, sock_i_uid)
-        return all(one.inode and one.uid not in users for one in found)
+        if not all(one.inode and self._is_told(one.uid) for one in found):
+            return _Caller(False), _REFUSED
+        name = f"uid {found[0].uid}"
+        return _Caller(True), Pool(name, 8, name if name == _ROOT else "users", 16, 10.0)
+
+    def _is_told(self, uid: int) -> bool:
+        node = self._node()
+        users = {item.user: item.uid for item in node.partitions} if node else {}
+        users |= dict(filter(None, (self._software(),)))
+        return uid not in users.values() and self._subordinate.owner(uid, users) is None
 
 
 def _endpoint(name: Any) -> Endpoint:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from partitiond.context import Context
     from partitiond.node import Node
+    from partitiond.state import InstanceState
 
 logger = logging.getLogger(__name__)
 
@@ -61,14 +62,19 @@ def run_pass(
 
 def _take_in(context: Context, node: Node, result: Result, *, asked: bool) -> None:
     """Have partitions report, where it is time for that."""
-    now = context.clock()
+    now, turns = context.clock(), context.turns
     if context.taken_in_at is None:
         context.taken_in_at = now  # a daemon that is restarted does not have all of them report each time
     late = not 0 <= now - context.taken_in_at < _SOONER * context.config.intervals.report
-    if asked or late or context.meters.has_due():
+    due = context.meters.newest_due()
+    if asked or late or due not in (None, turns.period):
         context.taken_in_at = now
+        turns.period = due or turns.period
+        turns.begin()
+    if turns.open:
         resources = context.config.accounting.tariff.partition_resources
-        taken = usage_intake.run(context, node, context.meters.ledger(), resources)
+        taken = usage_intake.run(context, node, context.meters.ledger(), resources, since=turns.begun)
+        turns.open = False
         result.done += taken.done
         result.failures += taken.failures
 
@@ -95,14 +101,18 @@ def _make_last(context: Context, node: Node, result: Result) -> None:
     """Make the last documents of those that are about to be destroyed: later the master would not know them any more."""
     tariff, computer = context.config.accounting.tariff, context.config.computer_id
     ledger = context.meters.ledger()
-    for partition in node.partitions:
+    states = context.store.instances()
+    going = [item for item in node.partitions if _is_unsettled(states.get(item.id))]
+    if not going or context.stop.is_set():
+        return
+    taken = usage_intake.final(context, going, ledger, tariff.partition_resources)
+    result.done += taken.done
+    result.failures += taken.failures
+    context.meters.settle(context, node)
+    for partition in going:
         state = context.store.instance(partition.id)
-        if state.life != "destroying" or state.settled or not state.instance_guid or context.stop.is_set():
+        if context.stop.is_set() or not state.instance_guid or not _is_unsettled(state):
             continue
-        context.meters.settle(context, node)
-        taken = usage_intake.final(context, partition, ledger, tariff.partition_resources)
-        result.done += taken.done
-        result.failures += taken.failures
         now = context.clock()
         with ledger.reader() as reader, reader.transaction() as connection:
             drafts = documents.gather_last(connection, partition.id, state.instance_guid, tariff, now)
@@ -110,6 +120,12 @@ def _make_last(context: Context, node: Node, result: Result) -> None:
             made = documents.store(connection, drafts, tariff, computer, now) if drafts else []
         context.store.save_instance(replace(state, settled=True))
         result.done += [f"{partition.id}: its last usage is in document {reference}" for reference in made]
+
+
+def _is_unsettled(state: InstanceState | None) -> bool:
+    return (
+        state is not None and state.life == "destroying" and not state.settled and bool(state.instance_guid)
+    )
 
 
 def _waiting(context: Context, node: Node, *, force: bool) -> dict[str, frozenset[str]]:

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING
 
 from accounting import rules, tioxml
 from accounting.errors import AccountingError
+from accounting.intake import Room
 from partitiond import files, refused_usage, usage_scripts
 from partitiond.errors import FAMILY, PartitiondError, sentence
 from partitiond.passes import Result
@@ -46,7 +47,7 @@ MOST_FILES = 200
 """Of a partition and pass; the others have their turn in the next one."""
 _MOST_LISTED = 1000
 _QUIET_SECONDS = 2.0
-_LAST_SECONDS = 60.0  # of an instance that goes
+_LAST = usage_scripts.Limits(whole=300.0, all_files=60.0)  # of all that go
 _TOLD = 3  # events of a partition and pass
 _OURS = re.compile(r"\.taking-[0-9a-f]{16}")
 # what is being written, by the habits of those who write
@@ -100,19 +101,22 @@ def run(
     ledger: Ledger,
     resources: frozenset[str],
     limits: usage_scripts.Limits = usage_scripts.LIMITS,
+    *,
+    since: float = math.inf,
 ) -> Result:
     """Run the scripts of all instances and take their files in; without ``resources`` nothing is touched.
 
-    Failures are the node's own: what tenants do wrong is told as events. Raises AccountingError when the ledger cannot be used.
+    Scripts that ran ``since`` then (monotonic) are not run again. Failures are the node's own: what tenants do wrong is told as
+    events. Raises AccountingError when the ledger cannot be used.
     """
     result = Result([], [])
     if not resources:
         return result
-    ledger.intake_left()  # else scripts would have run for nothing
+    ledger.try_out()  # else scripts would run for nothing
     states = context.store.instances()
     known = {item.id: states.get(item.id) for item in node.partitions}
     there = [item for item in node.partitions if _reports(known[item.id])]
-    ran = usage_scripts.run(context, there, context.turns, limits)
+    ran = usage_scripts.run(context, _not_run(context, there, since), context.turns, limits)
     at = context.clock()
     takers = [
         _Taker(node.config, ledger, item, _guid(known[item.id]), resources, at, _written(ran.get(item.id)))
@@ -130,23 +134,50 @@ def run(
             fresh.append(one)
     if fresh and not context.stop.wait(_QUIET_SECONDS):
         for one in fresh:
-            _one(context, one, result, limits.files)
+            if (left := end - time.monotonic()) > 0:
+                _one(context, one, result, min(left, limits.files))
     return result
 
 
-def final(context: Context, partition: Partition, ledger: Ledger, resources: frozenset[str]) -> Result:
-    """Run the scripts of an instance that goes and take in all that it says. As :func:`run`; for before anything is removed."""
+def _not_run(context: Context, partitions: Iterable[Partition], since: float) -> list[Partition]:
+    return [item for item in partitions if context.turns.ran.get(item.id, -math.inf) < since]
+
+
+def final(
+    context: Context,
+    partitions: Iterable[Partition],
+    ledger: Ledger,
+    resources: frozenset[str],
+    limits: usage_scripts.Limits = _LAST,
+) -> Result:
+    """Run the scripts of the instances that go and take in all that they say, for before anything is removed. As :func:`run`.
+
+    However many there are, it is over in about ``limits.whole + limits.partition + limits.all_files`` seconds; whoever had no
+    time is not waited for. Tried again, it runs nobody's scripts a second time.
+    """
     result = Result([], [])
-    state = context.store.instance(partition.id)
-    if not resources or not state.instance_guid:
+    states = context.store.instances()
+    going = [(item, guid) for item in partitions if (guid := _guid(states.get(item.id)))]
+    if not resources or not going:
         return result
-    ran = usage_scripts.run(context, (partition,), context.turns)
-    written = _written(ran.get(partition.id))
-    at, guid = context.clock(), state.instance_guid
-    taker = _Taker(context.config, ledger, partition, guid, resources, at, written, anyhow=True)
-    end = time.monotonic() + _LAST_SECONDS
-    while (left := end - time.monotonic()) > 0 and _one(context, taker, result, left):
-        continue
+    ledger.try_out()
+    turns = context.turns
+    turns.begin_last(guid for _, guid in going)
+    rest = [item for item, guid in going if _not_run(context, (item,), turns.last[guid])]
+    ran = usage_scripts.run(context, rest, turns, limits)
+    at, end = context.clock(), time.monotonic() + limits.all_files
+    takers = [
+        _Taker(context.config, ledger, item, guid, resources, at, _written(ran.get(item.id)), anyhow=True)
+        for item, guid in going
+    ]
+    while takers:
+        again = []
+        for one in takers:
+            if (left := end - time.monotonic()) <= 0:
+                logger.warning("usage: the last files of %s had no time left", one.partition.id)
+            elif _one(context, one, result, min(left, limits.files)):
+                again.append(one)
+        takers = again
     return result
 
 
@@ -325,12 +356,14 @@ def _settle(taker: _Taker, here: int, claimed: dict[str, str], intake: Intake) -
     gone: list[str] = []
     sources: list[str] = []
     refused: list[Refused] = []
+    room = taker.ledger.intake_room(taker.partition.id, taker.guid) if claimed else Room()
+    counted = taker.ledger.intake_left().get(taker.partition.id, frozenset()) if claimed else frozenset()
     for ours, name in claimed.items():
         if time.monotonic() > intake.until:
             intake.more = True  # the next pass finds them under our names
             break
         try:
-            source, movements = _read(taker, here, ours)
+            source, movements = _read(taker, here, ours, room, counted)
         except FileNotFoundError:
             continue
         except _ChangingError:
@@ -367,8 +400,10 @@ def _put_aside(taker: _Taker, refused: Sequence[Refused], intake: Intake) -> Non
     intake.refused += refused_usage.keep(taker.config.state_dir, taker.partition.id, taker.guid, refused)
 
 
-def _read(taker: _Taker, here: int, ours: str) -> tuple[str, tuple[Movement, ...]]:
-    """Read a file and judge it: what tells it from every other, and what it says.
+def _read(
+    taker: _Taker, here: int, ours: str, room: Room, counted: frozenset[str]
+) -> tuple[str, tuple[Movement, ...]]:
+    """Read a file and judge it: what tells it from every other, and what it says. Those that are ``counted`` take no room.
 
     Raises FileNotFoundError, _RefusedError, _ChangingError.
     """
@@ -382,13 +417,16 @@ def _read(taker: _Taker, here: int, ours: str) -> tuple[str, tuple[Movement, ...
         raise _RefusedError(str(error)) from error
     if not taker.anyhow and _version(found) != _version(after):
         raise _ChangingError
+    source = f"{found.st_dev}:{found.st_ino}:{sha256(content).hexdigest()}"
     try:
         claims = tioxml.read_consumption(content)
         own_names = {taker.partition.id, taker.partition.user}
         movements = rules.accept(claims, guid=taker.guid, own_names=own_names, resources=taker.resources)
+        if source not in counted:
+            room.take(movements)
     except AccountingError as error:
         raise _RefusedError(error.message, content, len(content)) from error
-    return f"{found.st_dev}:{found.st_ino}:{sha256(content).hexdigest()}", movements
+    return source, movements
 
 
 def _judge(taker: _Taker, descriptor: int, found: os.stat_result) -> None:

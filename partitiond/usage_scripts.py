@@ -59,11 +59,29 @@ LIMITS = Limits()
 
 @dataclass(slots=True)
 class Turns:
-    """Whose turn it is: when the scripts of each partition ran last, and who took too long then; likewise the files."""
+    """Whose turn it is: when the scripts of each partition ran last, and who took too long then; likewise the files.
+
+    What a script says is billed, so in a round each runs once, however often the round is tried. ``begun`` is when the round
+    began, ``open`` whether its files are still to be taken, ``period`` the ended day that it was for, ``last`` when the last
+    rounds of instances that go began, by guid.
+    """
 
     ran: dict[str, float] = field(default_factory=dict)
     late: set[str] = field(default_factory=set)
     taken: dict[str, float] = field(default_factory=dict)
+    begun: float = 0.0
+    open: bool = False
+    period: int | None = None
+    last: dict[str, float] = field(default_factory=dict)
+
+    def begin(self) -> None:
+        """Begin a round."""
+        self.begun, self.open = time.monotonic(), True
+
+    def begin_last(self, guids: Iterable[str]) -> None:
+        """Begin the last rounds of instances, where they have not begun; those of others are over."""
+        now = time.monotonic()
+        self.last = {guid: self.last.get(guid, now) for guid in guids}
 
     def order(self, partitions: Iterable[Partition]) -> list[Partition]:
         """Those who waited the longest first, those who took too long after all others."""

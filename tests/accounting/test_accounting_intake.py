@@ -7,7 +7,8 @@ from decimal import Decimal
 import pytest
 
 from accounting import AccountingError, Ledger
-from accounting.intake import Said
+from accounting.intake import MOST_BYTES, MOST_MOVEMENTS, Said
+from accounting.tioxml import Document, Movement, write
 
 CPU = (Said("cpu", "hours of \u00e9", Decimal("1.000000001")), Said("disk", "", Decimal(10) ** 15))
 
@@ -90,3 +91,42 @@ def test_the_question_before_each_file_is_answered_by_an_index(ledger):
         "EXPLAIN QUERY PLAN SELECT 1 FROM intake WHERE removed = 0 AND source = ? AND partition = ?", ("", "")
     ).fetchall()
     assert "intake_left" in plan[0][3]
+
+
+def test_what_waits_to_be_reported_of_an_instance_is_bounded_by_what_its_document_will_be(ledger):
+    """Titles that grow when they are written: a document that fits is as large as is said, and one more does not fit."""
+    said = [
+        Movement("cpu", "SOFTINST-1", Decimal(10) ** 15, f"{number:0>4}" + "<" * 190)
+        for number in range(2000)
+    ]
+    room, taken = ledger.intake_room("slappart0", "SOFTINST-1"), []
+    while fits(room, said[len(taken)]):
+        taken.append(said[len(taken)])
+        ledger.take_in("slappart0", "SOFTINST-1", str(len(taken)), taken[-1:], 1.0)
+    assert not fits(room, said[-1]), "what was refused takes no room"
+    assert ledger.intake_room("slappart0", "SOFTINST-1") == room
+    assert ledger.intake_room("slappart0", "SOFTINST-2").document_bytes == 0
+    text = write(Document("R", "T", 0, 1, tuple(taken)))
+    assert 0.9 * MOST_BYTES < len(text) < 1.01 * MOST_BYTES
+
+
+def fits(room, *movements):
+    try:
+        room.take(movements)
+    except AccountingError as error:
+        if "bytes" in error.message:
+            return False
+        raise
+    return True
+
+
+def test_equal_movements_share_room_and_different_ones_are_counted(ledger):
+    room = ledger.intake_room("slappart0", "SOFTINST-1")
+    for _ in range(10):
+        room.take(
+            [Movement("cpu", "SOFTINST-1", Decimal(1), str(number)) for number in range(MOST_MOVEMENTS)]
+        )
+    with pytest.raises(AccountingError, match=f"{MOST_MOVEMENTS + 1} different movements"):
+        room.take([Movement("cpu", "SOFTINST-1", Decimal(1), "one more")])
+    same = [Movement("cpu", "SOFTINST-1", Decimal(1), str(number)) for number in range(1000)]
+    assert not all(fits(room, *same) for _ in range(100)), "rows that wait are not added up"

@@ -188,7 +188,7 @@ def killed(path, left, by):
 
 
 @pytest.mark.parametrize(
-    ("by", "steps"), [("statement", range(1, 200, 4)), ("instruction", [*range(1, 2500, 160)])]
+    ("by", "steps"), [("statement", range(1, 200, 4)), ("instruction", [*range(1, 3300, 160)])]
 )
 def test_killed_at_any_step_it_is_of_one_version_or_the_other(tmp_path, by, steps):
     truth = first(tmp_path / "first")

@@ -18,7 +18,7 @@ import strict_master
 from accounting_world import a_pass, traffic
 
 from accounting import AccountingError, documents, outbox
-from partitiond import cli, config, report_verbs, reports
+from partitiond import cli, config, report_verbs, reports, usage_intake
 from partitiond.context import Context
 from partitiond.state import InstanceState
 from slap_client.client import SlapClient
@@ -344,6 +344,46 @@ def test_a_ledger_that_fails_when_the_answer_comes(days, monkeypatch):
     assert days.report() == []
     assert days.states() == {"2026-11-10-node": "accepted"}
     assert days.arrived() == ["2026-11-10-node"]
+
+
+def test_partitions_report_once_for_a_day_however_often_it_is_tried(days, monkeypatch):
+    """Documents that cannot be made now are tried every half a minute, and each run of a tenant's scripts is billed."""
+    rounds, run = [], usage_intake.run
+    monkeypatch.setattr(usage_intake, "run", lambda *a, **k: rounds.append(k["since"]) or run(*a, **k))
+
+    def broken(*_, **__):
+        raise AccountingError("accounting.ledger_full", "full")
+
+    def report(asked=False):
+        assert days.client
+        return reports.run_pass(days.context, days.node, ask=days.ask, asked=asked)
+
+    days.use()
+    report()
+    assert rounds == []
+    days.now += DAY
+    days.use()
+    with monkeypatch.context() as patch:
+        patch.setattr(documents, "store", broken)
+        for _ in range(3):
+            assert [error.code for _, error in report().failures] == ["accounting.ledger_full"]
+            days.now += 30
+    assert len(rounds) == 1
+    assert report().failures == []
+    assert len(rounds) == 1
+    report(asked=True)
+    assert len(rounds) == 2
+    days.now += DAY
+    days.use()
+    ledger = type(days.context.meters.ledger())
+    with monkeypatch.context() as patch:
+        patch.setattr(ledger, "try_out", broken)
+        report()
+        report()
+    report()
+    report()
+    assert len(rounds) == 5
+    assert len(set(rounds)) == 3, "until its files are taken a round is the same one"
 
 
 def test_the_last_usage_goes_out_before_the_destroy_is_told(days, monkeypatch):

@@ -14,6 +14,7 @@ from netplan import counters
 from netplan.model import ClosedPort
 from partitiond import converge, metrics_listener
 from partitiond.context import Context
+from partitiond.subordinate import SubordinateUids
 
 LOOPBACK = ipaddress.ip_address("127.0.0.1")
 
@@ -31,9 +32,16 @@ def scene(module_node_config):
 
 
 @pytest.fixture
-def listener(scene):
-    software = pwd.getpwnam(scene.context.config.software_user).pw_uid
-    judge = metrics_listener.Judge(lambda: scene.context.node, lambda: software)
+def listener(scene, tmp_path):
+    name = scene.context.config.software_user
+    software = (name, pwd.getpwnam(name).pw_uid)
+    first, second = scene.partitions[:2]
+    subuid = tmp_path / "subuid"
+    subuid.write_text(
+        f"{first.user}:700000:65536\n{second.uid}:800000:10\nsomebody:900000:10\n:x:\n\n{name}:5:x\n"
+    )
+    known = SubordinateUids(subuid)
+    judge = metrics_listener.Judge(lambda: scene.context.node, lambda: software, known)
     made = metrics_listener.MetricsListener(lambda: b"# EOF\n", judge)
     made.start()
     yield made
@@ -65,7 +73,10 @@ def test_the_second_wall(scene, listener):
     software = pwd.getpwnam(scene.context.config.software_user).pw_uid
     for uid in (*(item.uid for item in scene.partitions), software):
         assert get(uid, "127.0.0.1", port) == 403
-    assert get(4999, "127.0.0.1", port) == 200
+    for uid in (4999, 900000, 800010, 699999):
+        assert get(uid, "127.0.0.1", port) == 200
+    for uid in (700000, 765535, 800009):  # of whoever is in a user namespace of a partition's user
+        assert get(uid, "127.0.0.1", port) == 403
 
 
 def test_addresses_of_partitions_are_refused_whoever_has_them(scene, listener):
@@ -126,6 +137,7 @@ def test_many_connections_are_bounded(scene, listener):
         time.sleep(0.2)
         assert threading.active_count() - before <= 8
         assert found[-1].recv(100).split()[1] == b"503"
+        assert get(4999, "127.0.0.1", port) == 200, "places are of each user"
     finally:
         for one in found:
             one.close()

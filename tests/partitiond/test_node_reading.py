@@ -227,6 +227,38 @@ def test_wrong_words(scene):
     assert "100 at most" in own[0][1]["hint"]
 
 
+def test_who_asks_for_much_at_once_waits_for_itself_and_nobody_else_does(monkeypatch):
+    """Reads of the ledger and logs go one at a time: of a tenant with many of them one at most comes before another's."""
+    lane, order, pauses = api._SlowLane(), [], []
+    monkeypatch.setattr(api.time, "sleep", pauses.append)
+    begun, go = threading.Event(), threading.Event()
+
+    def read(name):
+        with lane.turn(name):
+            order.append(name)
+            begun.set()
+            assert go.wait(20)
+
+    def start(*names):
+        made = [threading.Thread(target=read, args=(name,)) for name in names]
+        for one in made:
+            one.start()
+        return made
+
+    threads = start("greedy")
+    assert begun.wait(20)
+    threads += start(*["greedy"] * 4)
+    threads += start("other", "third")
+    end = time.monotonic() + 20
+    while lane._waiting != {"other", "third"}:
+        assert time.monotonic() < end
+    go.set()
+    for one in threads:
+        one.join(20)
+    assert order == ["greedy", "other", "third", *["greedy"] * 4]
+    assert len(pauses) == 7
+
+
 def test_who_asks_too_often_waits_and_nobody_else(scene):
     codes = [code for code, _ in ask(scene, scene.own.uid, *(["/1/node"] * 60))]
     assert codes[:30] == [200] * 30

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from accounting import AccountingError, Ledger
+from accounting import AccountingError, Ledger, intake
 from partitiond import event_reader, execute, privacy, refused_usage, usage_intake, usage_scripts, verbs
 from partitiond.context import Context
 from partitiond.state import InstanceState
@@ -102,6 +102,7 @@ class Scene:
         self.context.turns.ran.clear()
         self.context.turns.late.clear()
         self.context.turns.taken.clear()
+        self.context.turns.last.clear()
 
 
 @pytest.fixture(scope="module")
@@ -291,10 +292,60 @@ def test_the_last_pass_of_an_instance_takes_everything(scene):
     scene.script(0, "report", f'echo "{usage(title="script")}" > "$1"')
     for number in range(usage_intake.MOST_FILES + 50):
         scene.put(0, f"file-{number}", usage(title=str(number)))
-    result = usage_intake.final(scene.context, scene.partition(0), scene.ledger, RESOURCES)
+    result = usage_intake.final(scene.context, scene.node.partitions[:1], scene.ledger, RESOURCES)
     assert result.failures == []
     assert len(scene.new()) == usage_intake.MOST_FILES + 51
     assert list(scene.place().iterdir()) == []
+
+
+def test_those_that_go_together_are_done_together_and_hold_up_nobody(scene):
+    for number in range(3):
+        scene.script(number, "report", "sleep 4711" if number else f'echo "{usage()}" > "$1"')
+        scene.put(number, "file", usage(title=str(number)))
+    limits = Limits(script=0.5, partition=0.5, whole=0.3, side_by_side=1, all_files=20.0)
+    scene.context.turns.late |= {"slappart1", "slappart2"}
+    began = time.monotonic()
+    going = scene.node.partitions[:3]
+    assert usage_intake.final(scene.context, going, scene.ledger, RESOURCES, limits).failures == []
+    assert time.monotonic() - began < 15
+    assert sorted(one[0] for one in scene.new()) == ["SOFTINST-0", "SOFTINST-0", "SOFTINST-1", "SOFTINST-2"]
+    scene.put(0, "more", usage(title="more"))
+    usage_intake.final(scene.context, going, scene.ledger, RESOURCES, limits)
+    assert [one[2] for one in scene.new()] == ["more"], "no script runs a second time"
+    usage_intake.final(scene.context, going, scene.ledger, RESOURCES, Limits(all_files=0.0))
+    assert not scene.context.turns.last.keys() - {"SOFTINST-0", "SOFTINST-1", "SOFTINST-2"}
+
+
+def test_scripts_that_ran_since_are_not_run_again_and_none_runs_for_a_ledger_that_cannot_be_written(scene):
+    scene.script(0, "report", f'echo x >> "{scene.partition(0).path}/ran"; echo "{usage()}" > "$1"')
+    ran, turns = scene.partition(0).path / "ran", scene.context.turns
+    scene.ledger._connection.execute("PRAGMA query_only = ON")
+    try:
+        with pytest.raises(AccountingError):
+            scene.run()
+        with pytest.raises(AccountingError):
+            usage_intake.final(scene.context, scene.node.partitions[:1], scene.ledger, RESOURCES)
+    finally:
+        scene.ledger._connection.execute("PRAGMA query_only = OFF")
+    assert not ran.exists()
+    turns.begin()
+    try:
+        for _ in range(3):
+            usage_intake.run(scene.context, scene.node, scene.ledger, RESOURCES, since=turns.begun)
+        assert ran.read_text().count("x") == 1
+        turns.begin()
+        usage_intake.run(scene.context, scene.node, scene.ledger, RESOURCES, since=turns.begun)
+        assert ran.read_text().count("x") == 2
+    finally:
+        ran.unlink()
+    assert len(scene.new()) == 2
+
+
+def test_the_second_look_at_fresh_files_has_no_more_time_than_the_first(scene):
+    for number in range(3):
+        scene.put(number, "fresh", usage())
+    scene.run(Limits(all_files=1.0))
+    assert scene.new() == [], "its time was over before they were quiet"
 
 
 def test_of_very_many_files_the_oldest_come_first_and_the_others_in_the_next_pass(scene):
@@ -356,6 +407,26 @@ def test_refused_files_are_kept_with_their_reason_in_bounds(scene):
     assert said["instance_guid"] == "SOFTINST-0"
     events = scene.events("usage.refused")[before:]
     assert [(one["count"], one["partition"]) for one in events] == [(60, "slappart0")] * usage_intake._TOLD
+
+
+def test_files_that_make_the_document_of_an_instance_too_large_are_set_aside(scene, monkeypatch):
+    there = len(scene.ledger.intake_room("slappart0", "SOFTINST-0").told)
+    monkeypatch.setattr(intake, "MOST_MOVEMENTS", there + 5)
+    for number in range(8):
+        path = scene.put(0, f"file-{number}", usage(title=f"room {number}"))
+        os.utime(path, (number + 1, number + 1))
+    scene.put(0, "again", usage(title="room 3"))
+    scene.put(1, "other", usage(title="room 9"))
+    time.sleep(usage_intake._QUIET_SECONDS)
+    assert set(scene.run().done) == {
+        "slappart0: 6 usage files taken, 3 refused",
+        "slappart1: 1 usage files taken, 0 refused",
+    }
+    assert sorted(one[2].removeprefix("room ") for one in scene.new()) == ["0", "1", "2", "3", "3", "4", "9"]
+    assert f"{there + 6} different movements" in scene.events("usage.refused")[-1]["reason"]
+    place = refused_usage.directory(scene.context.config.state_dir, "slappart0")
+    assert len(list(place.glob("*.xml"))) == 3
+    assert list(scene.place().iterdir()) == []
 
 
 # --- everything at once -----------------------------------------------------------------------------------------------
