@@ -5,17 +5,19 @@ from __future__ import annotations
 from decimal import Decimal
 from typing import TYPE_CHECKING, NamedTuple
 
-from accounting.schema import AMOUNT_COLUMNS
+from accounting import balances
 from accounting.settle import CPU, MICROSECONDS, TRAFFIC
 
 if TYPE_CHECKING:
     import sqlite3
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Collection, Iterator, Mapping
+
+    from accounting.settle import Amounts
 
 LEVELS: Mapping[str, str] = {"memory_bytes": "memory", "disk_bytes": "disk"}
 """Meters that are levels, by the name of their gauge."""
 
-_SUMS = ", ".join(f"sum({column})" for column in AMOUNT_COLUMNS)
+_FEW = 1000  # accounts
 _COUNTS = {"io_read_bytes": "io_read", "io_write_bytes": "io_write"}
 _SPAN = 300  # seconds; a level is looked up at the end of each of these
 _HOUR = 3600
@@ -39,29 +41,32 @@ def of_samples(
     connection: sqlite3.Connection, first: int, until: int, told: Mapping[int, int]
 ) -> Iterator[tuple[int, str, Decimal]]:
     """Give owner, meter and amount (bytes, packets, seconds) of the passes ``first`` to ``until``; a meter may come more than
-    once. ``told``: up to which pass each owner's samples are told already.
+    once. ``told``: whose, and up to which pass each owner's samples are told already.
     """
     meters = {
         number: (owner, name, family, scope)
         for number, owner, name, family, scope in connection.execute(
             "SELECT id, owner, name, family, scope FROM account"
         )
+        if owner in told
     }
-    late = {owner: seq for owner, seq in told.items() if seq >= first}
-    whole = f"SELECT account, {_SUMS} FROM sample WHERE seq BETWEEN ? AND ? GROUP BY account"  # noqa: S608 - our own names
-    one = f"SELECT account, {_SUMS} FROM sample WHERE seq BETWEEN ? AND ? AND account = ? GROUP BY account"  # noqa: S608
-    for account, *values in connection.execute(whole, (first, until)):
-        owner, name, family, scope = meters[account]
-        if owner not in late:
-            yield from _named(owner, name, family, scope, values)
-            continue
-        # this owner has been told of up to some pass of the range
-        for _, *rest in connection.execute(one, (late[owner] + 1, until, account)):
-            yield from _named(owner, name, family, scope, rest)
+    late: dict[int, list[int]] = {}  # accounts of those who have been told of up to some pass of the range
+    for number, (owner, *_) in meters.items():
+        if told[owner] >= first:
+            late.setdefault(told[owner] + 1, []).append(number)
+    late_ones = {number for numbers in late.values() for number in numbers}
+    ranges = [(first, [number for number in meters if number not in late_ones]), *sorted(late.items())]
+    for begin, numbers in ranges:
+        # those of most are sooner found among all
+        few = None if len(numbers) > _FEW else numbers
+        found = balances.used_in(connection, begin, until, few)
+        for number in numbers:
+            if number in found:
+                yield from _named(*meters[number], found[number])
 
 
 def _named(
-    owner: int, name: str, family: str, scope: str, values: list[int]
+    owner: int, name: str, family: str, scope: str, values: Amounts
 ) -> Iterator[tuple[int, str, Decimal]]:
     if name == TRAFFIC:
         ways = _TAP if family == "tap" else _LOCAL if scope == "local" else _REMOTE
@@ -85,7 +90,7 @@ class _Span(NamedTuple):
 def of_levels(
     connection: sqlite3.Connection, first: int, until: int, told: Mapping[int, int], *, ended: bool
 ) -> Iterator[tuple[int, str, Decimal]]:
-    """Give owner, meter and byte-hours of the passes ``first`` to ``until``.
+    """Give owner, meter and byte-hours of the passes ``first`` to ``until``, of the owners of ``told``.
 
     A level counts for each span of five minutes in which there was a pass, with its value after the last pass of the span:
     times in which nobody looked count nothing. Where more passes may come (not ``ended``), the last span counts up to the
@@ -101,7 +106,7 @@ def of_levels(
     }
     ends, heard = _ends(connection), _heard(connection, told, first)
     now = _values_before(connection, first, gauges)
-    changes = _changes(connection, first, until)
+    changes = _changes(connection, first, until, gauges)
     sums = dict.fromkeys(gauges, 0.0)
     for span in spans:
         while changes and changes[-1][0] <= span.last:
@@ -150,11 +155,14 @@ def _ends(connection: sqlite3.Connection) -> dict[int, int]:
     return dict(connection.execute("SELECT id, until_seq FROM owner WHERE until_seq IS NOT NULL").fetchall())
 
 
-def _changes(connection: sqlite3.Connection, first: int, until: int) -> list[tuple[int, int, int]]:
-    """The last value of each gauge in each span in which it changed, the latest first."""
+def _changes(
+    connection: sqlite3.Connection, first: int, until: int, gauges: Collection[int]
+) -> list[tuple[int, int, int]]:
+    """The last value of each of the gauges in each span in which it changed, the latest first."""
+    among = f" AND gauge IN ({', '.join(map(str, gauges))})" if len(gauges) <= _FEW else ""
     rows = connection.execute(
         "SELECT max(gauge_sample.seq), gauge, value FROM pass CROSS JOIN gauge_sample ON gauge_sample.seq = pass.seq"  # noqa: S608 - a number
-        f" WHERE pass.seq BETWEEN ? AND ? GROUP BY gauge, at / {_SPAN * MICROSECONDS}",
+        f" WHERE pass.seq BETWEEN ? AND ?{among} GROUP BY gauge, at / {_SPAN * MICROSECONDS}",
         (first, until),
     )
     return sorted(rows, reverse=True)

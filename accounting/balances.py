@@ -14,7 +14,7 @@ from accounting.schema import AMOUNT_COLUMNS
 
 if TYPE_CHECKING:
     import sqlite3
-    from collections.abc import Iterator
+    from collections.abc import Collection, Iterator
 
     from accounting.settle import Amounts
 
@@ -85,11 +85,28 @@ def drop(connection: sqlite3.Connection, first: int, last: int) -> None:
 
 def used(connection: sqlite3.Connection, after: int, until: int) -> dict[int, Amounts]:
     """Give what each account got in passes after ``after`` and up to ``until`` (microseconds); who got nothing may lack."""
+    return _add_up(connection, list(_ranges(connection, after, until)), None)
+
+
+def used_in(
+    connection: sqlite3.Connection, first: int, last: int, accounts: Collection[int] | None = None
+) -> dict[int, Amounts]:
+    """Give what each account, or only those of ``accounts``, got in the passes ``first`` to ``last``.  Who got
+    nothing may lack.
+    """
+    if first > last or (accounts is not None and not accounts):
+        return {}
+    return _add_up(connection, [(first, last)], accounts)
+
+
+def _add_up(
+    connection: sqlite3.Connection, ranges: list[tuple[int, int]], accounts: Collection[int] | None
+) -> dict[int, Amounts]:
     anchors = _anchors(connection)
     terms: list[str] = []
     values: list[int] = []
-    for first, last in _ranges(connection, after, until):
-        for term, borders in _terms(connection, anchors, first, last):
+    for first, last in ranges:
+        for term, borders in _terms(connection, anchors, first, last, accounts):
             terms.append(term)
             values += borders
     if not terms:
@@ -134,24 +151,38 @@ def _ranges(connection: sqlite3.Connection, after: int, until: int) -> Iterator[
 
 
 def _terms(
-    connection: sqlite3.Connection, anchors: list[int], first: int, last: int
+    connection: sqlite3.Connection,
+    anchors: list[int],
+    first: int,
+    last: int,
+    accounts: Collection[int] | None,
 ) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Give what adds up to the usage of the passes ``first`` to ``last``, as few rows as can be."""
+    among = _among(accounts)
     before, after = _side(connection, anchors, first - 1), _side(connection, anchors, last)
     if _count(connection, first, last) <= before.passes + after.passes + 2:
-        yield _samples(first, last, 1)
+        yield _samples(first, last, 1, among)
         return
     for side, sign in ((after, 1), (before, -1)):
         if side.anchor is None:
-            yield f"SELECT id AS account, {_signed(sign)} FROM account", ()  # noqa: S608
+            yield f"SELECT id AS account, {_signed(sign)} FROM account WHERE true{among.format('id')}", ()  # noqa: S608
         elif side.anchor:
-            yield f"SELECT account, {_signed(sign)} FROM balance WHERE seq = ?", (side.anchor,)  # noqa: S608
+            which = f"seq = ?{among.format('account')}"
+            yield f"SELECT account, {_signed(sign)} FROM balance WHERE {which}", (side.anchor,)  # noqa: S608
         if side.passes:
-            yield _samples(side.first, side.last, -sign if side.backward else sign)
+            yield _samples(side.first, side.last, -sign if side.backward else sign, among)
 
 
-def _samples(first: int, last: int, sign: int) -> tuple[str, tuple[int, ...]]:
-    return f"SELECT account, {_signed(sign)} FROM sample WHERE seq BETWEEN ? AND ?", (first, last)  # noqa: S608
+def _among(accounts: Collection[int] | None) -> str:
+    """The condition of some accounts, with a place for the column."""
+    return "" if accounts is None else f" AND {{}} IN ({', '.join(map(str, sorted(accounts)))})"
+
+
+def _samples(first: int, last: int, sign: int, among: str) -> tuple[str, tuple[int, ...]]:
+    # of few accounts: looked up in each pass
+    rows = "pass CROSS JOIN sample ON sample.seq = pass.seq" if among else "sample"
+    which = f"{'pass' if among else 'sample'}.seq BETWEEN ? AND ?{among.format('account')}"
+    return f"SELECT account, {_signed(sign)} FROM {rows} WHERE {which}", (first, last)  # noqa: S608
 
 
 def _signed(sign: int) -> str:

@@ -32,7 +32,8 @@ class Traffic(NamedTuple):
     one), ``public4`` or ``routable4``, ``scope`` ``remote`` or ``local``.
 
     ``in`` is towards the partition.  ``address`` is that of the counters themselves, whatever the partition has by now.  Values
-    of one epoch and ``life`` can be compared: counters that went and came again have another.
+    of one epoch and ``life`` can be compared: counters that went and came again have another.  Both are empty for counters of
+    a release that did not name them so, which stay until the next load of the filter.
     """
 
     partition: str
@@ -187,20 +188,20 @@ def _places(keys: tuple[nfnetlink.CounterKey, ...]) -> tuple[_Place, ...]:
     global _placed  # noqa: PLW0603 - the last answer; a tuple, replaced whole
     of, places = _placed
     if of is not keys:
-        found: dict[tuple[str, str, str, str], dict[str, int]] = {}
+        found: dict[tuple[str, ...], dict[str, int]] = {}
         for number, key in enumerate(keys):
             what, *rest = key.name.split("/", 5)  # a range ends with its length
-            if what == "traffic" and len(rest) == 5:
-                partition, family, scope, direction, address = rest
-                found.setdefault((partition, family, scope, address), {})[direction] = number
+            if what == "traffic" and len(rest) in (4, 5):
+                partition, family, scope, direction, *named = rest
+                found.setdefault((partition, family, scope, *named), {})[direction] = number
         none = 2 * len(keys)
         places = tuple(
             _Place(
-                *(partition, family, scope, address_of(family, address)),
-                ".".join(str(keys[number].handle) for _, number in sorted(ways.items())),
+                *(partition, family, scope, address_of(family, "".join(address))),
+                ".".join(str(keys[number].handle) for _, number in sorted(ways.items())) if address else "",
                 *(2 * ways[way] if way in ways else none for way in DIRECTIONS),
             )
-            for (partition, family, scope, address), ways in found.items()
+            for (partition, family, scope, *address), ways in found.items()
         )
         _placed = (keys, places)
     return places

@@ -96,13 +96,13 @@ def metering(
 def _meters(partition: PartitionNetwork) -> dict[str, tuple[tuple[str, ...], tuple[str, ...]]]:
     """Return the counters and the elements of each family, by the place of scope and direction in ``_WAYS``."""
     found = {}
-    for family, address in _addresses(partition):
+    for family, address in addresses(partition):
         names = tuple(counter_name(partition.id, family, *way, address) for way in _WAYS)
         found[family] = (names, tuple(f'{address} : "{name}"' for name in names))
     return found
 
 
-def _addresses(partition: PartitionNetwork) -> Iterator[tuple[str, str]]:
+def addresses(partition: PartitionNetwork) -> Iterator[tuple[str, str]]:
     """Yield family and address for each address that is metered."""
     if partition.ipv6:
         yield "ipv6", text(partition.ipv6)

@@ -17,6 +17,7 @@ from accounting.processes import ProcessMeter
 from netplan import counters
 from netplan.bpf_state import Arrived, ReceivedShared, read_received, read_refusals
 from netplan.errors import NetplanError
+from netplan.metering import addresses
 from partitiond import storage
 from partitiond.disk_sizes import DiskSizes, Tree
 from partitiond.errors import sentence
@@ -185,7 +186,7 @@ class Metering:
             boot=_BOOT_ID.read_text("ascii").strip(),
             uptime=self.uptime(),
             owners=owners,
-            traffic=(*_addresses(reading), *_shared(reading, before, after, node), *_taps(owners)),
+            traffic=(*_addresses(reading, node), *_shared(reading, before, after, node), *_taps(owners)),
             counts=(*_denied(reading, node), *_denied_calls(node)),
             gauges=(*scan.gauges(), *(self._measured[one] for one in self._measured if one in known)),
             processes=scan.processes,
@@ -210,14 +211,20 @@ def _owner_of(partition: str, states: Mapping[str, InstanceState]) -> str | None
     return states[partition].instance_guid if partition in states else None
 
 
-def _addresses(reading: counters.CounterReading) -> Iterator[TrafficReading]:
+def _addresses(reading: counters.CounterReading, node: Node) -> Iterator[TrafficReading]:
+    unnamed = any(not one.address for one in reading.traffic)
+    todays = {item.id: dict(addresses(item.network)) for item in node.partitions} if unnamed else {}
     for traffic in reading.traffic:
+        # of the release before, which told them apart by what the partition has, and had no lives
+        address = traffic.address or todays.get(traffic.partition, {}).get(traffic.family)
+        if address is None:
+            continue
         yield TrafficReading(
             partition=traffic.partition,
-            address=traffic.address,
+            address=address,
             family="ipv6" if traffic.family in ("ipv6", "range") else "ipv4",
             scope="local" if traffic.scope == "local" else "remote",
-            epoch=f"{reading.epoch}/{traffic.life}",
+            epoch=f"{reading.epoch}/{traffic.life}" if traffic.life else reading.epoch,
             bytes_in=traffic.bytes_in,
             bytes_out=traffic.bytes_out,
             packets_in=traffic.packets_in,

@@ -1,6 +1,7 @@
 """Documents of ended days: each amount in exactly one of them, whatever happens to days, owners and files in between."""
 
 import json
+import random
 from datetime import UTC, datetime
 from decimal import Decimal
 
@@ -9,7 +10,7 @@ from accounting_world import a_pass, count, gauge, process, traffic
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from accounting import Ledger, documents, outbox, tioxml
+from accounting import Ledger, balances, documents, outbox, tioxml
 from accounting.errors import AccountingError
 from accounting.tariff import Rate, Tariff
 
@@ -212,6 +213,58 @@ def test_levels_are_told_once_by_last_documents_too(ledger):
     found = amounts(make(ledger, BEGIN + DAY)["2026-11-20-node"])
     assert found[(COMPUTER, "memory")] == 600 - 200
     assert found[("SOFTINST-1", "memory")] == 6
+
+
+def of_a_day(ledger, passes, partitions=10):
+    """A day under way of so many passes, in each of which every partition used something."""
+    names = {f"slappart{number}": f"SOFTINST-{number}" for number in range(partitions)}
+    for number in range(passes):
+        meters = [traffic(name, 100 * number) for name in names]
+        levels = [gauge("memory_bytes", 1000 + number, partition=name) for name in names]
+        record(ledger, BEGIN + 60.0 * number, *meters, *levels, owners=names)
+
+
+def test_a_last_document_does_not_add_up_the_day_of_all(tmp_path):
+    """It is made while a destroy waits; so its cost must not grow with what the others used."""
+    steps = []
+    for partitions in (2, 40):
+        with Ledger(tmp_path / f"{partitions}.sqlite") as ledger:
+            of_a_day(ledger, 200, partitions)
+            with ledger.transaction() as connection:
+                steps.append([])
+                connection.set_progress_handler(lambda: steps[-1].append(1), 100)
+                now = BEGIN + 60 * 200
+                drafts = documents.gather_last(connection, "slappart1", "SOFTINST-1", TARIFF, now)
+                connection.set_progress_handler(None, 0)
+            found = {one.resource: one.quantity for one in drafts.drafts[0].movements}
+            assert found["in"] == 100 * 199
+            assert found["memory"] > 0
+    few, many = map(len, steps)
+    assert many < 3 * few, (few, many)
+
+
+def test_amounts_of_some_accounts_are_the_sums_of_their_samples(ledger):
+    of_a_day(ledger, 150)
+    dice = random.Random(6)  # noqa: S311 - dice of a test
+    with ledger.transaction() as connection:
+        assert connection.execute("SELECT count(*) FROM balanced").fetchone()[0] > 1
+        every = [number for (number,) in connection.execute("SELECT id FROM account")]
+        for _ in range(60):
+            first, last = sorted(dice.choices(range(1, 151), k=2))
+            some = dice.sample(every, dice.randint(1, 8))
+            sums = dict(
+                connection.execute(
+                    "SELECT account, sum(bytes_in) FROM sample WHERE seq BETWEEN ? AND ? GROUP BY account",
+                    (first, last),
+                ).fetchall()
+            )
+            for among, asked in ((some, some), (None, every)):
+                found = {
+                    key: value[0] for key, value in balances.used_in(connection, first, last, among).items()
+                }
+                assert {key: value for key, value in found.items() if value} == {
+                    key: value for key, value in sums.items() if key in asked and value
+                }
 
 
 def test_what_a_partition_says_is_added_up_and_told_once(ledger):

@@ -2,6 +2,8 @@
 
 import contextlib
 import os
+import re
+import sqlite3
 from dataclasses import replace
 
 import pytest
@@ -11,9 +13,13 @@ from traffic_scene import GATEWAY4, PORT
 
 from netplan import observe
 from netplan.apply import apply
+from netplan.counters import read_counters
+from netplan.filter_state import load_filter, observe_filter
+from netplan.packet_filter import render
 from netplan.plan import plan
 from partitiond import converge
 from partitiond.context import Context
+from partitiond.metering import ledger_path
 
 
 @pytest.fixture
@@ -106,3 +112,55 @@ def test_a_teardown_books_what_was_used(scene):
     after = scene.counted()[0][label]
     assert tuple(a - b for a, b in zip(after, before, strict=True)) == sent
     assert scene.command("apply", "-c", scene.node.path).returncode == 0
+
+
+def as_named_before(text):
+    """The names of counters of the release before: without addresses."""
+    return re.sub(r"(traffic(?:/[^/\"]+){4})/[^\"]+", r"\1", text)
+
+
+def load_as_before(network):
+    """The same rules with counters under their old names."""
+    new = render(network)
+    old = replace(
+        new,
+        counters=frozenset(map(as_named_before, new.counters)),
+        elements={name: [as_named_before(one) for one in values] for name, values in new.elements.items()},
+        fingerprint="0" * 32,
+    )
+    load_filter(old, observe_filter(old).contents)
+
+
+def test_an_upgrade_from_counters_without_addresses_loses_nothing(scene):
+    kinds = ("ipv6", "range", "routable")
+    labels = [scene.label(0, kind, "remote", "out") for kind in kinds]
+    scene.a_pass()
+    before = scene.counted()[0]
+    load_as_before(scene.network)
+    expected = []
+    for kind in kinds:
+        sent = [send(scene, 0, kind, 10)]
+        scene.a_pass()
+        sent += [send(scene, 0, kind, 40)]
+        expected.append(tuple(map(sum, zip(*sent, strict=True))))
+    with contextlib.closing(sqlite3.connect(ledger_path(scene.node.state))) as ledger:
+        query = "SELECT DISTINCT epoch FROM level WHERE name = 'traffic' AND address = ?"
+        for label in labels:
+            assert ledger.execute(query, (label[1],)).fetchall() == [
+                (read_counters().epoch,)
+            ]  # as it was written
+    scene.context.meters.close()
+    done = scene.command("apply", "-c", scene.node.path)
+    assert done.returncode == 0, done.stderr
+    assert all(one.address for one in read_counters().traffic)
+    for label, kind, amount in zip(labels, kinds, expected, strict=True):
+        assert booked(scene, label, before) == amount
+        more = send(scene, 0, kind, 7)
+        scene.a_pass()
+        assert booked(scene, label, before) == tuple(a + b for a, b in zip(amount, more, strict=True))
+
+
+def booked(scene, label, before):
+    """Packets and bytes that the ledger has more than before."""
+    now, been = (had.get(label, (0, 0)) for had in (scene.counted()[0], before))
+    return tuple(a - b for a, b in zip(now, been, strict=True))
