@@ -159,6 +159,27 @@ def test_in_at_the_nodes_own_address(known, host, target):
     assert came["slappart1"] == COUNT
 
 
+def test_ipv4_that_the_world_reaches(known):
+    desired = limited("slappart0", ranges=False)
+    partitions = tuple(
+        replace(one, ipv6=None, public_ipv4=IPv4Address(f"192.0.2.{60 + one.index}"))
+        for one in desired.partitions
+    )
+    known.converge(replace(desired, partitions=partitions, host_ipv4=IPv4Address(HOST4)))
+    with ExitStack() as stack:
+        far = stack.enter_context(sink(known, NEIGHBOUR4))
+        for uid, address in ((A, "192.0.2.60"), (B, "192.0.2.61")):
+            as_user(uid, lambda own=address: blast(own, NEIGHBOUR4, far))
+            port = stack.enter_context(serving(uid, address, socket.SOCK_DGRAM))
+            with known.at_neighbour():
+                blast(None, address, port, 1)
+                blast(None, address, port)
+    for direction in ("out", "in"):
+        found = packets(direction)
+        assert BURST // (SIZE + 48) <= found["slappart0"] <= MOST
+        assert found["slappart1"] >= COUNT
+
+
 def test_both_families_share_one_bucket(known):
     known.converge(limited("slappart0"))
     with sink(known, NEIGHBOUR6) as six, sink(known, NEIGHBOUR4) as four:

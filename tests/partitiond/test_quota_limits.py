@@ -210,6 +210,37 @@ def test_a_new_month(node, far):
         context.meters.close()
 
 
+def test_what_was_refused_is_not_lost_with_its_counter(node, far):
+    """The counter of who can be limited no more goes with the next apply, which the ledger notices and says."""
+    context = Context.of(node.load())
+    try:
+        lanes.usage(context)
+        far.got("slapuser0")
+        context.quotas._judged = (0.0, None)
+        lanes.usage(context)
+        assert not converge.apply(context).failures
+        assert far.got("slapuser0") <= MOST
+        lanes.usage(context)
+        before = _denied(context)
+        assert before >= COUNT - MOST
+        node.write(quota={"slappart0": "100 kB"})
+        context.adopt(node.load())
+        assert not converge.apply(context).failures
+        context.quotas._judged = (0.0, None)
+        lanes.usage(context)
+        assert _denied(context) == before
+        with context.meters.ledger().reader() as ledger:
+            gaps = ledger.usage(None, None, "slappart0").gaps
+        assert [one.reason for one in gaps] == ["counters restarted (denied_packets)"]
+    finally:
+        context.meters.close()
+
+
+def _denied(context):
+    with context.meters.ledger().reader() as ledger:
+        return sum(one.denied_packets for one in ledger.totals() if one.id == "slappart0")
+
+
 def test_an_instance_that_comes_after_is_not_limited(node, far):
     context = Context.of(node.load())
     try:
