@@ -515,9 +515,9 @@ def spoil_first_leaf(path, table):
 
 
 def test_damage_that_only_reports_meet_is_told_and_recovered_from(days):
-    """A page of the first day, which no pass reads any more: reports must not stand still for it until somebody restarts."""
+    """A page of what was struck once, which no pass reads any more: reports must not stand still for it until somebody restarts."""
     meters, context = days.context.meters, days.context
-    many = [traffic(f"slappart{number}", 5, address=f"2001:db8::{number}") for number in range(2, 100)]
+    many = [traffic(f"slappart{number}", 5, address=f"2001:db8::{number}") for number in range(2, 400)]
 
     def use(value):
         reading = a_pass(days.now, traffic(value=value), *many, owners=days.owners)
@@ -533,7 +533,7 @@ def test_damage_that_only_reports_meet_is_told_and_recovered_from(days):
     ledger = meters.ledger()
     ledger._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     ledger._connection.execute("PRAGMA shrink_memory")
-    spoil_first_leaf(meters.path, "sample")
+    spoil_first_leaf(meters.path, "balance")
     days.now += 10
     use(1001)
     assert meters.open_cases() == []
