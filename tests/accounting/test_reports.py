@@ -515,7 +515,7 @@ def spoil_first_leaf(path, table):
 
 
 def test_damage_that_only_reports_meet_is_told_and_recovered_from(days):
-    """A page of what was struck once, which no pass reads any more: reports must not stand still for it until somebody restarts."""
+    """A page of what was struck once, which no pass reads any more: reports must not stand still for it."""
     meters, context = days.context.meters, days.context
     many = [traffic(f"slappart{number}", 5, address=f"2001:db8::{number}") for number in range(2, 400)]
 
