@@ -89,6 +89,12 @@ class LedgerReader:
             (version,) = connection.execute("PRAGMA user_version").fetchone()
             return incidents.open_ones(connection) if version > 1 else ()
 
+    def owners(self) -> dict[str, str | None]:
+        """Give who held the partitions in the last pass (``None``: nobody). Raises AccountingError ``accounting.ledger_…``."""
+        with self.transaction("DEFERRED") as connection:
+            rows = connection.execute("SELECT partition, guid FROM owner WHERE until_seq IS NULL").fetchall()
+            return {partition: guid or None for partition, guid in rows}
+
     def intake_waiting(self) -> tuple[Taken, ...]:
         """Give what usage files said that is in no document yet. Raises AccountingError ``accounting.ledger_…``."""
         with self.transaction("DEFERRED") as connection:

@@ -106,10 +106,11 @@ def observe(context: Context, node: Node, ledger: Ledger) -> None:
     now = context.clock()
     ahead = now - time.clock_gettime(time.CLOCK_BOOTTIME)
     jumped = watch.ahead is not None and abs(ahead - watch.ahead) > _JUMP
-    names = [item.id for item in node.partitions]
-    found, suspects = looks(names, context.store.instances(), looked.processes, watch.suspects, now)
+    states, damaged = context.store.readable()
+    names = [item.id for item in node.partitions if item.id not in damaged]
+    found, suspects = looks(names, states, looked.processes, watch.suspects, now)
     unseen = max(UNSEEN, 3 * context.config.intervals.meter)
-    changes = ledger.observe_incidents(SERVICE, now, found, jumped=jumped, unseen=unseen)
+    changes = ledger.observe_incidents(SERVICE, now, found, whole=not damaged, jumped=jumped, unseen=unseen)
     watch.last, watch.suspects, watch.ahead = looked, suspects, ahead
     tell(context, changes)
 

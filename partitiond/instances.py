@@ -325,7 +325,10 @@ def finish_destroyed(
     those that are ``untold`` are removed and the master is told later.
     """
     result = Result([], [])
+    _, damaged = context.store.readable()
     for partition in node.partitions:
+        if partition.id in damaged:
+            continue
         state = context.store.instance(partition.id)
         if state.life != "destroying" or context.stop.is_set():
             continue

@@ -184,7 +184,7 @@ def instance(context: Context, *, force: bool = False, only: frozenset[str] = fr
 
 def report(context: Context, *, asked: bool = False, force: bool = False) -> Result:
     """Tell the master what was used, and finish the destroyed partitions."""
-    node = converge.observe(context).node
+    node = context.node_in_force or converge.observe(context).node
     return reports.run_pass(context, node, ask=lambda: knock(context), asked=asked, force=force)
 
 

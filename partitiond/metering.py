@@ -20,7 +20,7 @@ from netplan.errors import NetplanError
 from netplan.metering import addresses
 from partitiond import storage
 from partitiond.disk_sizes import DiskSizes, Tree
-from partitiond.errors import sentence
+from partitiond.errors import PartitiondError, sentence
 from partitiond.ledger_care import LedgerCare
 from partitiond.rising_counts import RisingCounts
 
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from accounting.model import Gap, PartitionUsage
     from partitiond.context import Context
     from partitiond.node import Node
-    from partitiond.state import InstanceState
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +67,9 @@ class Metering:
     _care: LedgerCare = field(init=False)
     _denied: RisingCounts = field(default_factory=RisingCounts)
     _passes: int = 0
+    _damaged: Mapping[str, PartitiondError] = field(
+        default_factory=dict
+    )  # what is wrong with the state of which instance
     _told: tuple[int, Recorded] = (0, Recorded())  # as of so many passes
     _telling: threading.Lock = field(default_factory=threading.Lock)
 
@@ -92,7 +94,7 @@ class Metering:
         """Book what was used until now: before owners change, or counters go. What fails holds up nothing that it is for."""
         try:
             self.record(context, node)
-        except (AccountingError, NetplanError) as error:
+        except (AccountingError, NetplanError, PartitiondError) as error:
             logger.warning("usage: %s", sentence(error))
 
     def ledger(self) -> Ledger:
@@ -128,6 +130,10 @@ class Metering:
         """What is wrong with the ledger."""
         doubt = None if self._ledger is None else self._ledger.doubt
         found = [] if doubt is None else [f"{doubt}; the next pass of the meters looks at all of it"]
+        found += [
+            f"{partition}: the state of its instance {error}: its usage is that of the instance before; {error.hint}"
+            for partition, error in self._damaged.items()
+        ]
         return found + self._care.cases()
 
     def note(self, error: AccountingError) -> None:
@@ -168,17 +174,32 @@ class Metering:
                 self._ledger.close()
                 self._ledger = None
 
+    def holders(self, context: Context) -> dict[str, str | None]:
+        """Whose instance each partition has. Raises AccountingError."""
+        return self._holders(context, self.ledger)
+
+    def _holders(self, context: Context, ledger: Callable[[], Ledger]) -> dict[str, str | None]:
+        """By the states of the instances; of those that cannot be read, as it was."""
+        states, damaged = context.store.readable()
+        found = {partition: state.instance_guid for partition, state in states.items()}
+        if damaged:
+            before = ledger().owners()
+            found |= {partition: before.get(partition) for partition in damaged}
+        if damaged.keys() - self._damaged.keys():
+            for error in damaged.values():
+                logger.warning("usage: %s", sentence(error))
+        self._damaged = damaged
+        return found
+
     def _read(self, context: Context, node: Node) -> Pass:
-        states = context.store.instances()
-        owners = {item.id: _owner_of(item.id, states) for item in node.partitions}
+        holders = self._holders(context, self._opened)
+        owners = {item.id: holders.get(item.id) for item in node.partitions}
         known = {item.id: item for item in node.partitions}
         before = read_received()
         reading = counters.read_counters(node.config.packet_filter)
         after = read_received()
         # those that the node has no room for any more have counters until the next load of the filter
-        owners |= {
-            one: _owner_of(one, states) for one in {row.partition for row in reading.traffic} - known.keys()
-        }
+        owners |= {one: holders.get(one) for one in {row.partition for row in reading.traffic} - known.keys()}
         self._denied.take(refusals(reading, node) | refused_calls(node)[1])
         scan = self._processes.scan({item.uid: item.id for item in node.partitions})
         return Pass(
@@ -205,10 +226,6 @@ def _trees(node: Node) -> dict[str, Tree]:
         for place in data
         for item in node.partitions
     }
-
-
-def _owner_of(partition: str, states: Mapping[str, InstanceState]) -> str | None:
-    return states[partition].instance_guid if partition in states else None
 
 
 def _addresses(reading: counters.CounterReading, node: Node) -> Iterator[TrafficReading]:

@@ -89,13 +89,13 @@ def judge(context: Context, target: Node) -> None:
     config, book = context.config, context.quotas
     if not config.quotas:
         return
-    states = context.store.instances()
-    owners = {
-        item.id: guid
-        for item in target.partitions
-        if item.id in config.quotas and item.id in states and (guid := states[item.id].instance_guid)
-    }
     try:
+        holders = context.meters.holders(context)
+        owners = {
+            item.id: guid
+            for item in target.partitions
+            if item.id in config.quotas and (guid := holders.get(item.id))
+        }
         month = allowance.month_of(context.clock())
         if not book.is_due((config.quotas, owners, month)):
             return

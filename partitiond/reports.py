@@ -101,7 +101,8 @@ def _make_last(context: Context, node: Node, result: Result) -> None:
     """Make the last documents of those that are about to be destroyed: later the master would not know them any more."""
     tariff, computer = context.config.accounting.tariff, context.config.computer_id
     ledger = context.meters.ledger()
-    states = context.store.instances()
+    states, damaged = context.store.readable()
+    result.failures += damaged.items()
     going = [item for item in node.partitions if _is_unsettled(states.get(item.id))]
     if not going or context.stop.is_set():
         return
@@ -133,8 +134,8 @@ def _waiting(context: Context, node: Node, *, force: bool) -> dict[str, frozense
     nothing of them may go; ``untold`` those that a document names which is not sent yet: the master, once told, would reject
     all of it. Where nothing is reported, nobody waits; with ``force`` nobody either.
     """
-    states = [context.store.instance(partition.id) for partition in node.partitions]
-    going = [state for state in states if state.life == "destroying"]
+    states, _ = context.store.readable()
+    going = [one for item in node.partitions if (one := states.get(item.id)) and one.life == "destroying"]
     if force or not going or not context.config.accounting.tariff.resources:
         return {"unsettled": frozenset(), "untold": frozenset()}
     unsettled = frozenset(state.partition for state in going if state.instance_guid and not state.settled)

@@ -94,6 +94,17 @@ class Store:
         paths = sorted(self._instances.glob("*.json")) if self._instances.is_dir() else []
         return {path.stem: self.instance(path.stem) for path in paths}
 
+    def readable(self) -> tuple[dict[str, InstanceState], dict[str, PartitiondError]]:
+        """All known instances whose states can be read, and what is wrong with the others, by partition."""
+        states: dict[str, InstanceState] = {}
+        damaged: dict[str, PartitiondError] = {}
+        for path in sorted(self._instances.glob("*.json")) if self._instances.is_dir() else []:
+            try:
+                states[path.stem] = self.instance(path.stem)
+            except PartitiondError as error:
+                damaged[path.stem] = error
+        return states, damaged
+
     def save_instance(self, state: InstanceState) -> None:
         """Remember; a free partition is forgotten."""
         path = self._instances / f"{state.partition}.json"

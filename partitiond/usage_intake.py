@@ -113,7 +113,7 @@ def run(
     if not resources:
         return result
     ledger.try_out()  # else scripts would run for nothing
-    states = context.store.instances()
+    states, _ = context.store.readable()
     known = {item.id: states.get(item.id) for item in node.partitions}
     there = [item for item in node.partitions if _reports(known[item.id])]
     ran = usage_scripts.run(context, _not_run(context, there, since), context.turns, limits)

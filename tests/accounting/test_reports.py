@@ -565,3 +565,29 @@ def test_damage_that_proves_none_costs_nothing(days):
     days.context.meters._care.post(ledger, reading, days.context.events)
     assert days.context.meters.open_cases() == []
     assert ledger.recovered is None
+
+
+def test_a_state_that_can_not_be_read_holds_up_no_report_and_no_meter(days):
+    """Of another partition, too: what each uses is booked to whom it was before."""
+    nowhere = days.file.with_name("nowhere")
+    days.node = SimpleNamespace(
+        config=days.context.config,
+        partitions=tuple(SimpleNamespace(id=name, uid=0, gid=0, path=nowhere / name) for name in GUIDS),
+    )
+    store, meters = days.context.store, days.context.meters
+    for name, guid in GUIDS.items():
+        store.save_instance(InstanceState(name, life="started", instance_guid=guid))
+    days.use()
+    days.now += DAY
+    days.use()
+    assert meters.holders(days.context) == GUIDS
+    (days.context.config.state_dir / "instances" / "slappart1.json").write_bytes(b"\xa5")
+    for _ in range(2):
+        assert meters.holders(days.context) == GUIDS
+    (case,) = meters.open_cases()
+    assert case.startswith("slappart1: the state of its instance cannot be read")
+    assert days.report() == ["state.damaged"]
+    assert days.arrived() == ["2026-11-10-node"]
+    store.save_instance(InstanceState("slappart1", life="started", instance_guid="SOFTINST-2"))
+    assert meters.holders(days.context) == GUIDS | {"slappart1": "SOFTINST-2"}
+    assert meters.open_cases() == []

@@ -108,7 +108,7 @@ class Scene:
             incidents=IncidentWatch(),
             looked=None,
             clock=lambda: self.now,
-            store=SimpleNamespace(instances=lambda: self.states),
+            store=SimpleNamespace(readable=lambda: (self.states, {})),
             config=SimpleNamespace(intervals=SimpleNamespace(meter=10)),
             events=EventLog(self.root),
         )

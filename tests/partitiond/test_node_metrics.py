@@ -8,6 +8,7 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
 from partitiond import metrics
 from partitiond.context import Context
+from partitiond.state import InstanceState
 
 
 @pytest.fixture
@@ -75,4 +76,29 @@ def test_refusals_are_told_by_partition_and_rule(bridge, node_config, command):
     assert {key: value for key, value in found.items() if key[0] == name} == {
         (name, ("partition", thief.id), ("rule", "foreign")): 3
     }
+    context.meters.close()
+
+
+def test_one_state_that_can_not_be_read_does_not_stop_the_meters(bridge, node_config, command):
+    from partitiond import converge, lanes
+
+    node = node_config(2, quota={"default": "1 GB"})
+    done = command("-c", node.path, "apply")
+    assert done.returncode == 0, done.stderr
+    context = Context.of(node.load())
+    for name in ("slappart0", "slappart1"):
+        context.store.save_instance(InstanceState(name, life="stopped", instance_guid=f"SOFTINST {name}"))
+    context.looked = converge.observe(context)
+    context.node = target = context.looked.node
+    lanes.usage(context)
+    (node.state / "instances" / "slappart1.json").write_bytes(b"[]")
+    lanes.usage(context)
+    context.meters.settle(context, target)
+    assert context.meters.passes == 3
+    with context.meters.reader() as ledger:
+        assert {one.id: one.instance_guid for one in ledger.totals()} == {
+            "slappart0": "SOFTINST slappart0",
+            "slappart1": "SOFTINST slappart1",
+        }
+    assert len(context.meters.open_cases()) == 1
     context.meters.close()
