@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from accounting.errors import AccountingError
+from accounting.model import iso_utc
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -21,6 +22,8 @@ logger = logging.getLogger(__name__)
 
 _THIN_SECONDS = 0.05
 _DAMAGED = "accounting.ledger_damaged"
+_OF_THE_READING = "accounting.reading"
+_MOST_KEPT = 30  # passes; some 3 MB each at 500 partitions
 _EVENTS = {_DAMAGED: "usage.damaged", "accounting.ledger_full": "usage.full"}
 
 
@@ -31,6 +34,7 @@ class LedgerCare:
     path: Path
     _trouble: AccountingError | None = None
     _told: str | None = None
+    _kept: list[Pass] = field(default_factory=list)  # passes that could not be recorded, the oldest first
 
     @contextmanager
     def watching(self, events: EventLog) -> Iterator[None]:
@@ -48,19 +52,33 @@ class LedgerCare:
         """Record a pass and join some old ones; begin a new ledger where it proves damaged. Raises AccountingError."""
         if ledger.doubt is not None:
             _look(ledger, ledger.doubt)
-        try:
-            gaps = ledger.record(reading)
-        except AccountingError as error:
-            if error.code != _DAMAGED:
-                raise
-            ledger.recover(str(error.__cause__ or error))
-            gaps = ledger.record(reading)
+        gaps: tuple[Gap, ...] = ()
+        while self._kept:
+            gaps += _record(ledger, self._kept[0])
+            del self._kept[0]
+        gaps += _record(ledger, reading)
         _thin(ledger, reading.at)
         if ledger.recovered is not None and ledger.recovered != self._told:
             self._told = ledger.recovered
             logger.warning("usage: %s", ledger.recovered)
             events.record("usage.damaged", ledger.recovered, resource=str(self.path))
         return gaps
+
+    def keep(self, reading: Pass, error: AccountingError) -> None:
+        """Keep a pass that could not be recorded, for before the next one. Where that has all of its counters, and they are
+        whose they were, it makes up for this one; else they were read for the last time: a partition goes, or its owner.
+        """
+        if error.code == _OF_THE_READING:
+            return
+        known, owners = _counters(reading), reading.owners
+        self._kept = [one for one in self._kept if one.owners != owners or not _counters(one) <= known]
+        if reading not in self._kept:
+            self._kept.append(reading)
+        if len(self._kept) > _MOST_KEPT:
+            logger.warning(
+                "usage: a pass of %s is given up: it could not be recorded since", iso_utc(self._kept[0].at)
+            )
+            del self._kept[0]
 
     def cases(self) -> list[str]:
         """What stays open of it, for ``status``."""
@@ -84,6 +102,22 @@ class LedgerCare:
                 hint=error.hint,
             )
         self._trouble = error
+
+
+def _counters(reading: Pass) -> set[tuple[str, ...]]:
+    """All counters of a pass, each unlike those that were there before it."""
+    found = {(one.partition, one.address, one.family, one.scope, one.epoch) for one in reading.traffic}
+    return found | {(one.partition, one.name, one.epoch) for one in reading.counts}
+
+
+def _record(ledger: Ledger, reading: Pass) -> tuple[Gap, ...]:
+    try:
+        return ledger.record(reading)
+    except AccountingError as error:
+        if error.code != _DAMAGED:
+            raise
+        ledger.recover(str(error.__cause__ or error))
+        return ledger.record(reading)
 
 
 def _look(ledger: Ledger, doubt: AccountingError) -> None:

@@ -83,7 +83,12 @@ class Metering:
             trees = _trees(node)
             if not self._sizes.knows(trees):
                 self._measure(trees)
-            gaps = self._care.post(self._opened(), self._read(context, node), context.events)
+            reading = self._read(context, node)
+            try:
+                gaps = self._care.post(self._opened(), reading, context.events)
+            except AccountingError as error:
+                self._care.keep(reading, error)
+                raise
             self._measured.clear()
             self._passes += 1
             # the counters of a pass do not wait for walks

@@ -485,3 +485,54 @@ def test_killed_while_it_begins_anew_it_still_counts_nothing_twice(tmp_path):
             break
     assert child.returncode == 0
     assert step >= 4
+
+
+def test_a_partition_that_goes_while_nothing_can_be_recorded_is_recorded_afterwards(
+    ledger, path, tmp_path, monkeypatch
+):
+    """Its last reading was taken, and nothing shows it again; what is still there is made up for by the next pass anyhow."""
+    care, log = LedgerCare(path), EventLog(tmp_path)
+    gone = traffic("slappart1", 1000)
+    mine, other = {"slappart0": "A", "slappart1": "B"}, {"slappart0": "C"}
+    recorded = Ledger.record
+
+    def fail(*_):
+        message = "no room"
+        raise AccountingError("accounting.ledger_full", message, retryable=True)
+
+    def attempt(number, *readings, owners):
+        reading = a_pass(NOW + number, *readings, owners=owners)
+        try:
+            with care.watching(log):
+                care.post(ledger, reading, log)
+        except AccountingError as error:
+            care.keep(reading, error)
+
+    attempt(1, traffic(value=10), gone._replace(bytes_in=900), owners=mine)
+    monkeypatch.setattr(Ledger, "record", fail)
+    for number in range(2, 6):
+        attempt(number, traffic(value=10 * number), gone, owners=mine)
+    assert len(care._kept) == 1
+    for number in range(6, 9):
+        attempt(number, traffic(value=10 * number), owners=other)
+    attempt(9, traffic(value=5, epoch="e2"), owners=other)
+    attempt(10, traffic(value=6, epoch="e2"), owners=other)
+    assert len(care._kept) == 3
+    monkeypatch.setattr(Ledger, "record", recorded)
+    attempt(11, traffic(value=7, epoch="e2"), owners=other)
+    assert care._kept == []
+    assert bytes_in(ledger) == {
+        KEY: 1,
+        ("slappart0", "A"): 49,
+        ("slappart0", "C"): 37,
+        ("slappart1", "B"): 1000,
+    }
+    monkeypatch.setattr(Ledger, "record", fail)
+    for number in range(12, 80):
+        attempt(number, traffic(value=1, epoch=f"e{number}"), owners=other)
+    assert len(care._kept) == 30
+    # what can not be true is no pass at all
+    monkeypatch.setattr(Ledger, "record", recorded)
+    attempt(80, traffic(value=-1), owners=other)
+    assert care._kept == []
+    assert care.cases()[0].startswith("usage is not recorded")
