@@ -16,6 +16,7 @@ from decimal import ROUND_HALF_EVEN, Context, Decimal
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from accounting import amounts, incidents, rules, tioxml
+from accounting.errors import AccountingError
 from accounting.tariff import METERS
 from accounting.tioxml import Document, Movement
 
@@ -71,10 +72,11 @@ class Draft:
 
 @dataclass(frozen=True, slots=True)
 class Drafts:
-    """All documents of a period. They tell of ``owners`` up to its last pass, and of ``incidents`` so many microseconds more.
-    ``closes``: the period is done with.
+    """All documents of a period of a ``ledger``. They tell of ``owners`` up to its last pass, and of ``incidents`` so many
+    microseconds more. ``closes``: the period is done with.
     """
 
+    ledger: str
     period: Period
     drafts: tuple[Draft, ...]
     owners: tuple[int, ...] = ()
@@ -120,7 +122,7 @@ def gather(
     ]
     if last:
         drafts += _of_partitions(connection, tariff)
-    return _drafts(period, drafts, parts, closes=True)
+    return _drafts(connection, period, drafts, parts, closes=True)
 
 
 def gather_last(
@@ -141,12 +143,36 @@ def gather_last(
     said = [
         one for one in _of_partitions(connection, tariff) if (one.partition, one.guid) == (partition, guid)
     ]
-    return _drafts(period, [own, *said], parts, closes=False)
+    return _drafts(connection, period, [own, *said], parts, closes=False)
 
 
-def _drafts(period: Period, drafts: list[Draft], parts: Mapping[int, _Part], *, closes: bool) -> Drafts:
+def _drafts(
+    connection: sqlite3.Connection,
+    period: Period,
+    drafts: list[Draft],
+    parts: Mapping[int, _Part],
+    *,
+    closes: bool,
+) -> Drafts:
     told = tuple(one for part in parts.values() for one in part.incidents)
-    return Drafts(period, tuple(draft for draft in drafts if draft.movements), tuple(parts), told, closes)
+    filled = tuple(draft for draft in drafts if draft.movements)
+    return Drafts(_identity(connection), period, filled, tuple(parts), told, closes)
+
+
+def _identity(connection: sqlite3.Connection) -> str:
+    return str(connection.execute("SELECT id FROM identity").fetchone()[0])
+
+
+def _refuse_other(connection: sqlite3.Connection, drafts: Drafts) -> None:
+    """Refuse drafts of a ledger that is not there any more, damaged between ``gather`` and ``store``: all numbers are its."""
+    if _identity(connection) == drafts.ledger and (not drafts.closes or drafts.period in due(connection)):
+        return
+    raise AccountingError(
+        "accounting.ledger_changed",
+        f"the documents of {drafts.period.day} were made of what is not in use any more",
+        hint="the next pass makes what this one has",
+        retryable=True,
+    )
 
 
 def store(
@@ -154,8 +180,10 @@ def store(
 ) -> list[str]:
     """Write the documents, and what they are made of as told; give their references. In the caller's transaction.
 
-    One that the master would reject, which would be a mistake of ours, is kept as refused and spoils no other.
+    One that the master would reject, which would be a mistake of ours, is kept as refused and spoils no other. Raises
+    AccountingError ``accounting.ledger_changed`` where these are drafts of another ledger, or the period has its documents.
     """
+    _refuse_other(connection, drafts)
     made = []
     period, moment = drafts.period, round(now * 10**6)
     guids = {guid for (guid,) in connection.execute("SELECT guid FROM owner WHERE guid != ''")}

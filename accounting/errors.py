@@ -16,6 +16,7 @@ class AccountingError(Exception):
     accounting.ledger_unavailable  it can not be opened, read or written (rights, read-only, I/O)   yes
     accounting.ledger_damaged      the file is no sound database; ``Ledger.recover`` begins a new   no
     accounting.ledger_version      written by a newer partitiond, or not a ledger at all            no
+    accounting.ledger_changed      another ledger took its place between reading and writing        yes
     accounting.document            there is no such document, or it is where this cannot be done    no
     accounting.report              usage that can not be reported: not TioXML, foreign, unnamed     no
     =============================  ================================================================ =========

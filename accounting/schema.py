@@ -129,8 +129,12 @@ CREATE TABLE clock (
     id INTEGER PRIMARY KEY CHECK (id = 1), boot TEXT NOT NULL, uptime INTEGER NOT NULL, at INTEGER NOT NULL, jumped INTEGER
 ) STRICT;
 
+-- One row: what tells this ledger from every other, also from the one that took its place after damage.
+CREATE TABLE identity (id TEXT NOT NULL) STRICT;
+INSERT INTO identity VALUES (lower(hex(randomblob(16))));
+
 PRAGMA user_version = 2;
-"""
+"""  # noqa: S608 - names of our own
 
 _STEPS = (_FIRST, _SECOND)
 

@@ -156,7 +156,7 @@ def final(
     time is not waited for. Tried again, it runs nobody's scripts a second time.
     """
     result = Result([], [])
-    states = context.store.instances()
+    states, _ = context.store.readable()
     going = [(item, guid) for item in partitions if (guid := _guid(states.get(item.id)))]
     if not resources or not going:
         return result
@@ -185,7 +185,7 @@ def open_cases(context: Context, node: Node, resources: frozenset[str]) -> list[
     """What of usage files is open on this node, in words."""
     if resources:
         return []
-    states = context.store.instances()
+    states, _ = context.store.readable()
     waiting = [item.id for item in node.partitions if _reports(states.get(item.id)) and _says_something(item)]
     if not waiting:
         return []

@@ -436,3 +436,41 @@ def test_documents_that_went_out_stay_so(ledger):
         outbox.forget_old(connection, now + 401 * DAY)
         assert outbox.content(connection, reference) == ""
         assert outbox.content(connection, "nothing") is None
+
+
+@pytest.mark.parametrize("same_day", [True, False])
+def test_drafts_of_one_ledger_are_not_written_into_another(tmp_path, same_day):
+    """The lane of the meters finds damage while that of the reports has drafts in its hands: all numbers are others then."""
+    with Ledger(tmp_path / "l", clock=lambda: BEGIN + DAY) as ledger:
+        for number in range(3):
+            record(ledger, BEGIN + number * HOUR, traffic(value=1000 * number))
+        record(ledger, BEGIN + DAY, traffic(value=5000))
+        with ledger.transaction() as connection:
+            (period,) = documents.due(connection)
+            drafts = documents.gather(connection, period, TARIFF, COMPUTER, last=True)
+            last = documents.gather_last(connection, "slappart0", "SOFTINST-0", TARIFF, BEGIN + DAY)
+        ledger.recover("found by a test")
+        for number in range(3 if same_day else 0):
+            record(ledger, BEGIN + number * HOUR, traffic(value=6000 + number))
+        record(ledger, BEGIN + DAY + HOUR, traffic(value=7000))
+        for one in (drafts, last):
+            with pytest.raises(AccountingError) as caught, ledger.transaction("IMMEDIATE") as connection:
+                documents.store(connection, one, TARIFF, COMPUTER, BEGIN + DAY)
+            assert (caught.value.code, caught.value.retryable) == ("accounting.ledger_changed", True)
+        with ledger.transaction() as connection:
+            assert outbox.count(connection) == {}
+            assert {seq for (seq,) in connection.execute("SELECT reported_seq FROM owner")} == {0}
+        made = make(ledger, BEGIN + DAY + HOUR)
+        assert list(made) == (["2026-11-20-node"] if same_day else [])
+
+
+def test_a_period_has_its_documents_once(ledger):
+    record(ledger, BEGIN, traffic(value=1000))
+    record(ledger, BEGIN + DAY, traffic(value=5000))
+    with ledger.transaction() as connection:
+        (period,) = documents.due(connection)
+        drafts = documents.gather(connection, period, TARIFF, COMPUTER, last=True)
+    with ledger.transaction("IMMEDIATE") as connection:
+        assert documents.store(connection, drafts, TARIFF, COMPUTER, BEGIN + DAY) == ["2026-11-20-node"]
+        with pytest.raises(AccountingError, match="not in use any more"):
+            documents.store(connection, drafts, TARIFF, COMPUTER, BEGIN + DAY)
