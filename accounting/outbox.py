@@ -110,10 +110,23 @@ def drop(connection: sqlite3.Connection, reference: str, now: float) -> None:
 
 
 def forget_old(connection: sqlite3.Connection, now: float) -> None:
-    """Let go of the texts that the master has had for long; references stay, which are never given again."""
+    """Let go of what the master has had for long, and of what was wrong as long ago. References stay, which are never given
+    again, and rows of intake, which tell what a document is made of.
+    """
     before = round((now - _KEPT_DAYS * 86400) * 1e6)
     connection.execute(
         "UPDATE document SET content = '' WHERE state = 'accepted' AND changed < ? AND content != ''",
+        (before,),
+    )
+    connection.execute(
+        "UPDATE intake SET movements = '[]' WHERE at < ?1 AND removed = 1 AND movements != '[]'"
+        " AND document IN (SELECT id FROM document WHERE state = 'accepted' AND changed < ?1)",
+        (before,),
+    )
+    # once all days that have ended have their documents, nothing of an incident that ended so long ago will be in one
+    connection.execute(
+        "DELETE FROM incident WHERE ended < ?"
+        " AND NOT EXISTS (SELECT 1 FROM period WHERE until_seq IS NOT NULL AND documented = 0)",
         (before,),
     )
 

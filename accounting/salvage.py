@@ -7,7 +7,7 @@ no documents yet get none; the sentence names them. Row by row where a page is g
 from __future__ import annotations
 
 import sqlite3
-from contextlib import closing
+from contextlib import closing, suppress
 from itertools import count
 from typing import TYPE_CHECKING
 
@@ -73,7 +73,9 @@ def _rows(
 
 def _one_by_one(damaged: sqlite3.Connection, table: str, columns: str) -> Iterator[tuple[object, ...] | None]:
     absent = 0
-    for number in count(1):
+    # old rows may have been let go of
+    first, last = (_edge(damaged, table, which) for which in ("min", "max"))
+    for number in count(first or 1) if last is None else range(first or 1, last + 1):
         try:
             row = damaged.execute(f"SELECT {columns} FROM {table} WHERE id = ?", (number,)).fetchone()  # noqa: S608 (likewise)
         except sqlite3.DatabaseError:
@@ -83,8 +85,16 @@ def _one_by_one(damaged: sqlite3.Connection, table: str, columns: str) -> Iterat
             absent = absent + 1 if row is None else 0
             if row is not None:
                 yield row
-        if absent > _ABSENT:
+        if last is None and absent > _ABSENT:
             return
+
+
+def _edge(damaged: sqlite3.Connection, table: str, which: str) -> int | None:
+    """Give the first number or the last, if it can be read."""
+    with suppress(sqlite3.DatabaseError):
+        number: int | None = damaged.execute(f"SELECT {which}(id) FROM {table}").fetchone()[0]  # noqa: S608 (likewise)
+        return number
+    return None
 
 
 def _insert(fresh: sqlite3.Connection, table: str, row: dict[str, object]) -> bool:

@@ -115,6 +115,7 @@ CREATE TABLE incident (
     begun INTEGER NOT NULL, seen INTEGER NOT NULL, ended INTEGER, reported INTEGER NOT NULL DEFAULT 0, reason TEXT NOT NULL
 ) STRICT;
 CREATE UNIQUE INDEX incident_open ON incident (partition, kind, name) WHERE ended IS NULL;
+CREATE INDEX incident_ended ON incident (ended);
 
 -- What every account had after some passes (nothing: it had nothing), so that usage of a long interval is a difference and few
 -- samples. ends: the seconds of the longest stretch of the clock that ended with the pass: 10 minutes, an hour, a day, a week.

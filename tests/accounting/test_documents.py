@@ -10,7 +10,7 @@ from accounting_world import a_pass, count, gauge, process, traffic
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from accounting import Ledger, balances, documents, outbox, tioxml
+from accounting import Ledger, balances, documents, incidents, outbox, tioxml
 from accounting.errors import AccountingError
 from accounting.tariff import Rate, Tariff
 
@@ -474,3 +474,46 @@ def test_a_period_has_its_documents_once(ledger):
         assert documents.store(connection, drafts, TARIFF, COMPUTER, BEGIN + DAY) == ["2026-11-20-node"]
         with pytest.raises(AccountingError, match="not in use any more"):
             documents.store(connection, drafts, TARIFF, COMPUTER, BEGIN + DAY)
+
+
+def test_what_is_done_with_is_forgotten_after_400_days(ledger):
+    """Of files their movements, of incidents all; nothing that waits to be told, however old."""
+    record(ledger, BEGIN, traffic(value=1))
+    for number, guid in enumerate(("SOFTINST-0", "SOFTINST-1", "SOFTINST-9")):
+        take_in(ledger, f"slappart{number}", guid, ["users", "", str(number + 1)])
+    with ledger.transaction("IMMEDIATE") as connection:
+        connection.execute("UPDATE intake SET at = ?, removed = 1", (int(BEGIN * 1e6),))
+    for name, ended in (("old", HOUR), ("late", 401 * DAY), ("open", None)):
+        look = incidents.Look("SOFTINST-0", alive=True, troubles={name: "FATAL"})
+        ledger.observe_incidents(incidents.SERVICE, BEGIN + 60, {"slappart0": look}, whole=False)
+        if ended is not None:
+            with ledger.transaction("IMMEDIATE") as connection:
+                connection.execute(
+                    "UPDATE incident SET ended = ? WHERE ended IS NULL", (int((BEGIN + ended) * 1e6),)
+                )
+    record(ledger, BEGIN + DAY, traffic(value=2))
+    far = BEGIN + 402 * DAY
+
+    def left():
+        with ledger.transaction("IMMEDIATE") as connection:
+            outbox.forget_old(connection, far)
+            names = [name for (name,) in connection.execute("SELECT name FROM incident ORDER BY id")]
+            movements = [
+                text != "[]" for (text,) in connection.execute("SELECT movements FROM intake ORDER BY id")
+            ]
+        return names, movements
+
+    assert left() == (["old", "late", "open"], [True] * 3)  # the day has no documents yet
+    make(ledger, BEGIN + DAY)
+    with ledger.transaction("IMMEDIATE") as connection:
+        told = [one for one in outbox.entries(connection, "waiting") if one.partition == "slappart0"]
+        for one in told:
+            outbox.end(connection, one, "accepted", BEGIN + DAY)
+    assert left() == (["late", "open"], [False, True, True])
+    with ledger.transaction() as connection:
+        plan = connection.execute(
+            "EXPLAIN QUERY PLAN SELECT * FROM incident WHERE ended >= 1 ORDER BY ended DESC"
+        )
+        assert [row[-1] for row in plan] == ["SEARCH incident USING INDEX incident_ended (ended>?)"]
+    make(ledger, far)
+    assert left() == (["late", "open"], [False, True, True])

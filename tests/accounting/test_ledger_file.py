@@ -536,3 +536,16 @@ def test_a_partition_that_goes_while_nothing_can_be_recorded_is_recorded_afterwa
     attempt(80, traffic(value=-1), owners=other)
     assert care._kept == []
     assert care.cases()[0].startswith("usage is not recorded")
+
+
+def test_rows_are_taken_over_one_by_one_also_where_thousands_before_them_are_forgotten(ledger, path):
+    documents(ledger, 40)
+    ledger._connection.execute("UPDATE document SET id = id + 5000")
+    ledger._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    ledger.close()
+    spoil(path, path.read_bytes().index(b"20 xxxxx") // 4096 + 1)
+    with Ledger(path) as again:
+        taken = [number for (number,) in again._connection.execute("SELECT id FROM document ORDER BY id")]
+        assert 37 <= len(taken) < 40
+        assert taken[0] == 5001
+        assert taken[-1] == 5040
