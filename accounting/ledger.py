@@ -7,9 +7,10 @@ next pass, being absolute, makes up for one that is missing.
 
 from __future__ import annotations
 
+import sqlite3
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Self
 
 from accounting import incidents, intake, memory, posting, report, store, thinning
@@ -19,7 +20,6 @@ from accounting.salvage import take_over
 from accounting.settle import settle
 
 if TYPE_CHECKING:
-    import sqlite3
     from collections.abc import Callable, Iterable, Iterator, Mapping
     from pathlib import Path
     from types import TracebackType
@@ -192,9 +192,13 @@ class Ledger(LedgerReader):
             self._lost = False
 
     def close(self) -> None:
-        """Close the file, for good; may be called twice."""
+        """Close the file, for good; may be called twice. All is in the file itself then, also while somebody reads it."""
         with self._lock:
             self._lost = False
+            with suppress(
+                sqlite3.Error
+            ):  # what it cannot write stays in the log beside it, and is in the ledger all the same
+                self._connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
             super().close()
 
     @contextmanager

@@ -237,6 +237,8 @@ class Daemon:
                 watch.close()
                 self._processes.close()
                 self._listener.close()
+                # a lane that still waits for the master finds its ledger closed, and is told so as of any other
+                context.meters.close()
         if not self._torn_down:
             context.events.record("node.stopped", "the daemon ended; supervisord and what it runs go on")
         logger.info("ended" if self._torn_down else "ended; supervisord and what it runs go on")

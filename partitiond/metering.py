@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _OF_TAP = "tap-"
+_LAST_PASS = 5.0
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 _SHARED_ADDRESSES = {"ipv6": "::", "ipv4": "0.0.0.0"}  # noqa: S104 - nothing listens there
@@ -172,12 +173,17 @@ class Metering:
             self._measured.pop(partition, None)
 
     def close(self) -> None:
-        """Close the ledger; nothing is kept back in memory."""
-        with self._turn:
+        """Close the ledger; nothing is kept back in memory. A pass that hangs is not waited for longer than a few seconds."""
+        if not self._turn.acquire(timeout=_LAST_PASS):
+            logger.warning("usage: the ledger is not closed: a pass of the meters does not end")
+            return
+        try:
             self._sizes.close()
             if self._ledger is not None:
                 self._ledger.close()
                 self._ledger = None
+        finally:
+            self._turn.release()
 
     def holders(self, context: Context) -> dict[str, str | None]:
         """Whose instance each partition has. Raises AccountingError."""

@@ -328,3 +328,16 @@ def test_a_reader_sees_whole_passes_while_they_are_written(path, beside):
             reader.close()
     assert len(seen) > 10
     assert all(values == {end + 1} for values, end in seen)
+
+
+def test_closed_it_is_whole_without_its_log_while_somebody_reads(path):
+    with Ledger.open_readonly(path):
+        ledger = Ledger(path)
+        ledger.record(a_pass(1, traffic(value=7)))
+    with Ledger.open_readonly(path) as reader:
+        reader.totals()
+        ledger.close()
+        copy = path.with_name("copy.sqlite")
+        copy.write_bytes(path.read_bytes())
+    with Ledger(copy) as restored:
+        assert bytes_in(restored) == {KEY: 7}

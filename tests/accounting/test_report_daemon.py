@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import signal
+import sqlite3
 import time
 
 import pytest
@@ -87,6 +88,12 @@ def test_yesterday_is_with_the_master(node, command):
         done = command("report", "list", "--json", "-c", node.path)
         states = {one["kind"]: one["state"] for one in json.loads(done.stdout)["documents"]}
         said = command("events", "--json", "-c", node.path).stdout
+    # a copy of the file alone is a whole backup of a node that is stopped
+    assert not (node.state / "ledger.sqlite-wal").exists()
+    with contextlib.closing(
+        sqlite3.connect(f"file:{node.state}/ledger.sqlite?immutable=1", uri=True)
+    ) as copy:
+        assert copy.execute("SELECT DISTINCT state FROM document").fetchall() == [("accepted",)]
     assert master.violations == []
     assert master.duplicates == {}
     assert master.total("in", GUID) == 5.0
