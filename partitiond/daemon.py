@@ -33,6 +33,7 @@ from partitiond import (
     recovery,
     reload,
     report_verbs,
+    textfile,
     verbs,
 )
 from partitiond.api import Api
@@ -237,10 +238,18 @@ class Daemon:
                 watch.close()
                 self._processes.close()
                 self._listener.close()
+                self._remove_textfile()
         if not self._torn_down:
             context.events.record("node.stopped", "the daemon ended; supervisord and what it runs go on")
         logger.info("ended" if self._torn_down else "ended; supervisord and what it runs go on")
         return 0
+
+    def _remove_textfile(self) -> None:
+        """Leave nothing that would tell old values for ever."""
+        try:
+            textfile.remove(textfile.memory_path(self.context.config.state_dir))
+        except (*FAMILY, OSError) as error:
+            logger.warning("[metrics.textfile] what was written stays: %s", error)
 
     def _start_up(self) -> None:
         context = self.context
@@ -315,9 +324,10 @@ class Daemon:
         memory.trim()
 
     def _meter(self, context: Context) -> Result:
-        result = lanes.usage(context)
-        metrics.after_pass(context, self._tally)
-        return result
+        try:
+            return lanes.usage(context)
+        finally:
+            metrics.after_pass(context, self._tally)
 
     def _report(self, context: Context) -> Result:
         result = lanes.report(context)

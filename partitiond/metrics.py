@@ -19,7 +19,7 @@ from partitiond import metrics_text, node_metrics, supervision, tunnel_status, u
 from partitiond.errors import sentence
 from partitiond.metering import Recorded
 from partitiond.metrics_text import Family, family, labels
-from partitiond.textfile import Textfile
+from partitiond.textfile import Textfile, memory_path
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -115,13 +115,15 @@ def textfile(context: Context, tally: Tally) -> str:
 
 
 def after_pass(context: Context, tally: Tally) -> None:
-    """Make ready what those who scrape will ask for, right after a pass of the meters."""
+    """Make ready what those who scrape will ask for, right after a pass of the meters, however that ended."""
     try:
         tally.usage.prepare(context.meters)
     except AccountingError as error:
         logger.warning("metrics: usage stays as it was: %s", sentence(error))
     path = context.config.accounting.textfile
-    tally.textfile.update(path, "" if path is None else textfile(context, tally))
+    tally.textfile.update(
+        memory_path(context.config.state_dir), path, "" if path is None else textfile(context, tally)
+    )
 
 
 def of_partition(context: Context, partition: str | None) -> bytes:
