@@ -51,7 +51,18 @@ def accounting_keys(reader: Reader) -> AccountingKeys:
         elif key.startswith(_PRICE) and key.removeprefix(_PRICE) not in rates:
             reader.warnings.append(f"{place}: {key} has no effect without {key.removeprefix(_PRICE)}")
     tariff = Tariff(rates, _partition_resources(reader))
-    return AccountingKeys(tariff, resend, reader.optional_path(SECTION, "textfile"))
+    return AccountingKeys(tariff, resend, _textfile(reader))
+
+
+def _textfile(reader: Reader) -> Path | None:
+    path = reader.optional_path(SECTION, "textfile")
+    for key in ("instance_root", "software_root"):
+        root = reader.raw("slapos", key).rstrip("/")
+        if path and root and path.is_relative_to(root):
+            reader.bad(
+                SECTION, "textfile", str(path), f"a file outside of {key}, whose directory is root's own"
+            )
+    return path
 
 
 def _rate(reader: Reader, name: str) -> Rate | None:

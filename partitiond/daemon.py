@@ -33,6 +33,7 @@ from partitiond import (
     recovery,
     reload,
     report_verbs,
+    textfile,
     verbs,
 )
 from partitiond.api import Api
@@ -105,7 +106,7 @@ class Lane(threading.Thread):
             began, good = time.monotonic(), False
             try:
                 answer = body()
-                good = True
+                good = not _failures(answer)
             finally:
                 self._tally.lane(self.name, time.monotonic() - began, good=good)
             return answer
@@ -237,12 +238,20 @@ class Daemon:
                 watch.close()
                 self._processes.close()
                 self._listener.close()
+                self._remove_textfile()
                 # a lane that still waits for the master finds its ledger closed, and is told so as of any other
                 context.meters.close()
         if not self._torn_down:
             context.events.record("node.stopped", "the daemon ended; supervisord and what it runs go on")
         logger.info("ended" if self._torn_down else "ended; supervisord and what it runs go on")
         return 0
+
+    def _remove_textfile(self) -> None:
+        """Leave nothing that would tell old values for ever."""
+        try:
+            textfile.remove(textfile.memory_path(self.context.config.state_dir))
+        except (*FAMILY, OSError) as error:
+            logger.warning("[metrics.textfile] what was written stays: %s", error)
 
     def _start_up(self) -> None:
         context = self.context
@@ -317,9 +326,10 @@ class Daemon:
         memory.trim()
 
     def _meter(self, context: Context) -> Result:
-        result = lanes.usage(context)
-        metrics.after_pass(context, self._tally)
-        return result
+        try:
+            return lanes.usage(context)
+        finally:
+            metrics.after_pass(context, self._tally)
 
     def _report(self, context: Context) -> Result:
         result = lanes.report(context)
@@ -387,6 +397,11 @@ class Daemon:
         yield
         self._torn_down = True
         threading.Timer(0.2, self._end).start()
+
+
+def _failures(answer: Any) -> object:
+    """What failed in a pass that ended all the same, by its answer: a result or outcome, or the JSON of one."""
+    return answer.get("failures") if isinstance(answer, dict) else getattr(answer, "failures", None)
 
 
 def notify(state: str) -> None:

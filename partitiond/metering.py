@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from accounting import documents
+from accounting import documents, outbox
 from accounting.errors import AccountingError
 from accounting.ledger import Ledger, LedgerReader
 from accounting.model import CountReading, GaugeReading, Pass, Received, TrafficReading
@@ -47,10 +47,13 @@ def _uptime() -> float:
 
 @dataclass(frozen=True, slots=True)
 class Recorded:
-    """What the passes until now recorded: totals by partition, and refusals by partition and rule since the daemon began."""
+    """What the passes until now recorded: totals by partition, and refusals by partition and rule since the daemon began; and
+    how many documents for the master are in each state.
+    """
 
     totals: tuple[PartitionUsage, ...] = ()
     denied: Mapping[tuple[str, str], int] = field(default_factory=dict)
+    documents: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -161,9 +164,14 @@ class Metering:
             if self._told[0] != passes:
                 with self.reader() as ledger:
                     totals = ledger.totals()
+                    with ledger.transaction() as connection:
+                        counts = outbox.count(connection)
                 present = {entry.id for entry in totals}
                 denied = {key: count for key, count in self._denied.now().items() if key[0] in present}
-                self._told = (passes, Recorded(totals, denied))
+                self._told = (
+                    passes,
+                    Recorded(totals, denied, {state: counts.get(state, 0) for state in outbox.STATES}),
+                )
             return self._told[1]
 
     def forget(self, partition: str) -> None:

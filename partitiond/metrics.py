@@ -17,9 +17,10 @@ from accounting.errors import AccountingError
 from netplan.errors import NetplanError
 from partitiond import metrics_text, node_metrics, supervision, tunnel_status, usage_metrics
 from partitiond.errors import sentence
+from partitiond.incidents import watched_troubles
 from partitiond.metering import Recorded
 from partitiond.metrics_text import Family, family, labels
-from partitiond.textfile import Textfile
+from partitiond.textfile import Textfile, memory_path
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -86,7 +87,7 @@ class Tally:
         yield family(
             "partitiond_lane_last_success_timestamp_seconds",
             "gauge",
-            "When a pass of each lane last ended without an error.",
+            "When a pass of each lane last ended without any failure.",
             good,
             unit="seconds",
         )
@@ -115,13 +116,15 @@ def textfile(context: Context, tally: Tally) -> str:
 
 
 def after_pass(context: Context, tally: Tally) -> None:
-    """Make ready what those who scrape will ask for, right after a pass of the meters."""
+    """Make ready what those who scrape will ask for, right after a pass of the meters, however that ended."""
     try:
         tally.usage.prepare(context.meters)
     except AccountingError as error:
         logger.warning("metrics: usage stays as it was: %s", sentence(error))
     path = context.config.accounting.textfile
-    tally.textfile.update(path, "" if path is None else textfile(context, tally))
+    tally.textfile.update(
+        memory_path(context.config.state_dir), path, "" if path is None else textfile(context, tally)
+    )
 
 
 def of_partition(context: Context, partition: str | None) -> bytes:
@@ -197,13 +200,16 @@ def _up(context: Context, known: list[Partition]) -> Iterator[Family]:
     looked = context.looked
     if looked is None:
         return
-    trouble = {one.group for one in looked.processes if one.state != "RUNNING"}
+    # a group that supervisord does not have, or that cannot be told of because it does not answer, does not run either
+    there = {one.group for one in looked.processes}
+    expected = set(context.supervisor.group_names())
+    trouble = watched_troubles(looked.processes).keys() | (expected - there)
     states = context.store.instances()
     wanted = [item.id for item in known if item.id in states and states[item.id].wanted == "started"]
     yield family(
         "partitiond_partition_up",
         "gauge",
-        "Whether an instance that shall be started is, and each of its processes runs.",
+        "Whether an instance that shall be started is, and none of its services is out.",
         (
             (labels(("partition", name)), int(states[name].life == "started" and name not in trouble))
             for name in wanted

@@ -16,7 +16,7 @@ from partitiond.passes import Result, pause_after
 from slap_client.errors import SlapError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection
 
     from accounting.ledger import Ledger
     from accounting.outbox import Entry, State
@@ -110,13 +110,7 @@ def _deliver(context: Context, ledger: Ledger, entry: Entry, result: Result) -> 
         if state == "ambiguous":
             _tell_held(context, entry, str(error))
             return False
-        context.events.record(
-            "report.refused",
-            f"the master refused {entry.reference}: {error}",
-            resource=f"report/{entry.reference}",
-            partition=entry.partition or None,
-        )
-        logger.warning("report: the master refused %s: %s", entry.reference, sentence(error))
+        _tell_refused(context, entry, f"the master refused {entry.reference}: {error}")
         return True
     _note(context, ledger, entry, "accepted")
     context.master.note(True)
@@ -158,6 +152,28 @@ def _problem(entry: Entry, state: State, error: SlapError) -> PartitiondError:
         resource=entry.reference,
         hint=_HINT,
         retryable=True,
+    )
+
+
+def tell_refused_by_us(context: Context, made: Collection[str], result: Result) -> None:
+    """Tell of documents that were made and, by a mistake of ours, are such that a master would reject them."""
+    with context.meters.ledger().transaction() as connection:
+        refused = [one for one in outbox.entries(connection, "refused") if one.reference in made]
+    for entry in refused:
+        message = f"{entry.reference} was not sent, the master would reject it: {entry.reason}"
+        hint = "report it as a mistake of partitiond; partitiond report show prints it; other documents go on"
+        error = PartitiondError("report.refused", message, resource=entry.reference, hint=hint)
+        result.failures.append((f"report/{entry.reference}", error))
+        _tell_refused(context, entry, message)
+
+
+def _tell_refused(context: Context, entry: Entry, message: str) -> None:
+    logger.warning("report: %s", message)
+    context.events.record(
+        "report.refused",
+        message,
+        resource=f"report/{entry.reference}",
+        partition=entry.partition or None,
     )
 
 

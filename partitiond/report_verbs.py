@@ -77,7 +77,7 @@ def open_cases(config: Config) -> list[str]:
         return [*found, f"{error} ({error.hint})"]
     for state, why in (
         ("ambiguous", "wait for a decision: nobody knows whether the master has them"),
-        ("refused", "were refused by the master"),
+        ("refused", "were refused"),
     ):
         if counts.get(state):
             found.append(f"{counts[state]} usage documents {why} (partitiond report list)")

@@ -93,6 +93,7 @@ def _make(context: Context, result: Result) -> None:
         with ledger.transaction("IMMEDIATE") as connection:
             made = documents.store(connection, drafts, tariff, computer, context.clock())
             outbox.forget_old(connection, context.clock())
+        report_sending.tell_refused_by_us(context, made, result)
         if made:
             result.done.append(f"{period.day}: {len(made)} documents made")
 
@@ -120,6 +121,7 @@ def _make_last(context: Context, node: Node, result: Result) -> None:
         with ledger.transaction("IMMEDIATE") as connection:
             made = documents.store(connection, drafts, tariff, computer, now) if drafts else []
         context.store.save_instance(replace(state, settled=True))
+        report_sending.tell_refused_by_us(context, made, result)
         result.done += [f"{partition.id}: its last usage is in document {reference}" for reference in made]
 
 

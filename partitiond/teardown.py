@@ -21,6 +21,7 @@ from partitiond import (
     port_reservation,
     privacy,
     storage,
+    textfile,
     users,
 )
 from partitiond.converge import refuse_other_node
@@ -48,6 +49,7 @@ def run(context: Context, *, purge: bool) -> Outcome:
             ("namespaces", lambda: privacy.remove_all(context.config)),
             ("block devices", lambda: _devices(context, outcome)),
             *(() if purge else (("usage", lambda: _settle(context)),)),
+            ("metrics", lambda: textfile.remove(textfile.memory_path(context.config.state_dir))),
             ("network", lambda: _network(outcome)),
             ("reserved ports", lambda: port_reservation.remove(context.config)),
             *((("storage", lambda: storage.purge(context.config)),) if purge else ()),

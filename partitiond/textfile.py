@@ -8,13 +8,18 @@ that it does not know, ``info``, makes it refuse the whole file.
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import secrets
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from partitiond import files
+from partitiond.errors import PartitiondError
+
 if TYPE_CHECKING:
-    from pathlib import Path
+    from collections.abc import Set
 
 logger = logging.getLogger(__name__)
 
@@ -45,27 +50,63 @@ def write(path: Path, text: str) -> None:
 
 
 class Textfile:
-    """The file, written again after each pass of the meters; what goes wrong is said once, and again after it went well."""
+    """The file, written again after each pass of the meters; what goes wrong is said once, and again after it went well.
+
+    Files that are there are remembered in ``memory``, so that none tells old values, whoever ended how: see :func:`remove`.
+    """
 
     def __init__(self) -> None:
         self._failed = ""
-        self._left: set[Path] = set()
 
-    def update(self, path: Path | None, text: str) -> None:
-        """Write it; None: none is wanted, and those that were written are removed, else they would tell old values."""
-        for other in {one for one in self._left if one != path}:
-            with contextlib.suppress(FileNotFoundError):
-                other.unlink()
-            self._left.discard(other)
-        if path is None:
-            return
+    def update(self, memory: Path, path: Path | None, text: str) -> None:
+        """Write it; None: none is wanted. Those that were written elsewhere are removed."""
+        said = ""
         try:
-            write(path, text)
-        except OSError as error:
-            said = f"{path}: metrics are not written: {error.strerror or error}"
-            if said != self._failed:
-                logger.warning("[metrics.textfile] %s", said)
-            self._failed = said
-        else:
-            self._left.add(path)
-            self._failed = ""
+            if path is not None:
+                _remember(memory, {*remembered(memory), path})
+                write(path, text)
+        except (PartitiondError, OSError) as error:
+            said = f"{path}: metrics are not written: {error}"
+        try:
+            _remove(memory, but=path)
+        except (PartitiondError, OSError) as error:
+            said = said or f"old metrics are not removed: {error}"
+        if said and said != self._failed:
+            logger.warning("[metrics.textfile] %s", said)
+        self._failed = said
+
+
+def memory_path(state_dir: Path) -> Path:
+    """Where it is remembered which files are there."""
+    return state_dir / "textfiles.json"
+
+
+def remembered(memory: Path) -> frozenset[Path]:
+    """Return the files that may be there."""
+    try:
+        found = json.loads(memory.read_bytes())
+    except (FileNotFoundError, ValueError):
+        return frozenset()
+    return (
+        frozenset(Path(one) for one in found if isinstance(one, str))
+        if isinstance(found, list)
+        else frozenset()
+    )
+
+
+def remove(memory: Path) -> None:
+    """Remove what was written: nobody will write it anew.  Raises OSError."""
+    _remove(memory, but=None)
+
+
+def _remove(memory: Path, *, but: Path | None) -> None:
+    for one in remembered(memory) - {but}:
+        one.unlink(missing_ok=True)
+        _remember(memory, remembered(memory) - {one})
+
+
+def _remember(memory: Path, paths: Set[Path]) -> None:
+    if not paths:
+        files.remove_path(memory)
+    elif paths != remembered(memory):
+        files.write_path(memory, json.dumps(sorted(map(str, paths))).encode(), mode=0o600)

@@ -101,6 +101,11 @@ def _figures(totals: Sequence[PartitionUsage]) -> Iterable[Family]:
         yield family(f"partitiond_partition_{name}", kind, text, values, unit=unit)
 
 
+def _documents(counts: Mapping[str, int]) -> Family:
+    values = ((labels(("state", state)), count) for state, count in counts.items())
+    return family("partitiond_report_documents", "gauge", "Usage documents for the master, by state.", values)
+
+
 class UsageText:
     """The families of all partitions, as of the last pass.
 
@@ -135,6 +140,6 @@ class UsageText:
     def _refresh(self, meters: Metering) -> None:
         passes, recorded = meters.passes, meters.recorded()
         if self._of is not recorded:
-            self._families = families(recorded.totals, recorded.denied)
+            self._families = (*families(recorded.totals, recorded.denied), _documents(recorded.documents))
             self._of = recorded
         self._passes = passes

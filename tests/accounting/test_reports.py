@@ -18,7 +18,7 @@ import strict_master
 from accounting_world import a_pass, traffic
 
 from accounting import AccountingError, documents, outbox
-from partitiond import cli, config, report_verbs, reports, usage_intake
+from partitiond import cli, config, event_reader, report_verbs, reports, usage_intake
 from partitiond.context import Context
 from partitiond.state import InstanceState
 from slap_client.client import SlapClient
@@ -251,10 +251,29 @@ def test_one_that_is_refused_holds_up_no_other(days):
         "2026-11-11-node": "refused",
         "2026-11-12-node": "accepted",
     }
-    assert any("refused by the master" in one for one in report_verbs.open_cases(days.context.config))
+    assert any(
+        "1 usage documents were refused (" in one for one in report_verbs.open_cases(days.context.config)
+    )
     days.change("resend", "2026-11-11-node")
     assert days.report() == []
     assert days.arrived() == ["2026-11-10-node", "2026-11-12-node", "2026-11-11-node"]
+
+
+def test_one_that_we_refuse_ourselves_is_told_and_holds_up_no_other(days, monkeypatch):
+    days.use()
+    days.now += DAY
+    days.use()
+    with monkeypatch.context() as patch:
+        patch.setattr(documents.rules, "problems", lambda *_, **__: ("movement 1: it is odd",))
+        assert days.report() == ["report.refused"]
+    events = event_reader.last(days.context.config.log_dir, 100)
+    (event,) = [one for one in events if one["event"] == "report.refused"]
+    assert event["resource"] == "report/2026-11-10-node"
+    assert "it is odd" in event["message"]
+    days.now += DAY
+    days.use()
+    assert days.report() == [], "told once"
+    assert days.states() == {"2026-11-10-node": "refused", "2026-11-11-node": "accepted"}
 
 
 def test_resend_in_the_configuration(master, tmp_path):

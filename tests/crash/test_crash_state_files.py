@@ -10,7 +10,7 @@ from crash_points import Points
 from crash_state import pair
 
 from accounting.allowance import Standing
-from partitiond import destroy_guard, files, identities, users
+from partitiond import destroy_guard, files, identities, textfile, users
 from partitiond.master import MasterContact
 from partitiond.quotas import QuotaBook
 from partitiond.state import InstanceState, SoftwareState, Store
@@ -43,6 +43,10 @@ def _quotas(octets):
 def _used(root):
     found = QuotaBook(root / "quotas.json").standings()
     return {name: one.used for name, one in found.items()} or None
+
+
+def _textfiles(*names):
+    return lambda root: textfile._remember(root / "textfiles.json", {root / name for name in names})
 
 
 def _guard(*names):
@@ -86,6 +90,11 @@ _FILES = {
         lambda root: Store(root).instance("slappart0"),
     ),
     "what was used of quotas": (_quotas(800), _quotas(900), _used),
+    "which textfiles are there": (
+        _textfiles("a.prom"),
+        _textfiles("a.prom", "b.prom"),
+        lambda root: {path.name for path in textfile.remembered(root / "textfiles.json")} or None,
+    ),
     "an instance that is forgotten": (
         _instance(OLD),
         _instance(InstanceState("slappart0")),

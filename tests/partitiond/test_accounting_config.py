@@ -89,6 +89,8 @@ def test_every_meter_can_be_named(load):
         ("cpu = x\nprice_cpu = nan", "a number such as 0.05"),
         ("partition_resources = a, b\u00e4", "printable ASCII"),
         ("textfile = relative.prom", "an absolute path"),
+        ("textfile = /srv/t/instance/slappart0/x.prom", "outside of instance_root"),
+        ("textfile = /srv/t/software/x.prom", "outside of software_root"),
     ],
 )
 def test_bad_values_are_named(load, line, words):

@@ -1,14 +1,21 @@
 """``/metrics``: OpenMetrics that the library's own parser accepts, with what was counted."""
 
+import threading
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 from network_scene import attempts
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
+from accounting.errors import AccountingError
 from partitiond import metrics
 from partitiond.context import Context
+from partitiond.daemon import Lane
+from partitiond.node_plan import Outcome
+from partitiond.passes import Result
 from partitiond.state import InstanceState
+from partitiond.supervision import Process
 
 
 @pytest.fixture
@@ -56,6 +63,71 @@ def test_what_was_counted_is_there(context):
     assert found["partitiond_master_up",] == 0
     context.master.note(True)
     assert samples(context, tally)["partitiond_master_up",] == 1
+
+
+@pytest.mark.parametrize(
+    ("answer", "good"),
+    [
+        (Result(["a"], []), True),
+        (Result([], [("usage", AccountingError("accounting.ledger_full", "full"))]), False),
+        (Outcome(), True),
+        (Outcome(failures=[("tap", OSError())]), False),
+        ({"failures": ["tap"]}, False),
+        ({"failures": []}, True),
+        (None, True),
+    ],
+)
+def test_a_pass_with_failures_is_no_success(answer, good):
+    tally = metrics.Tally()
+    lane = Lane("report", 60.0, lambda: answer, threading.Event(), tally)
+    lane._pass()
+    assert lane.once(lambda: answer) is answer
+    name = "partitiond_lane_last_success_timestamp_seconds"
+    (told,) = [one for one in tally.families() if one.name == name]
+    assert bool(told.samples) is good
+
+
+def test_documents_are_told_by_state_and_not_to_tenants(context):
+    ledger = context.meters.ledger()
+    with ledger.transaction("IMMEDIATE") as connection:
+        for number, state in enumerate(("waiting", "waiting", "refused")):
+            connection.execute(
+                "INSERT INTO document (reference, day, kind, partition, guid, content, state, made, changed)"
+                " VALUES (?, '2026-11-22', 'node', '', '', '', ?, 0, 0)",
+                (str(number), state),
+            )
+    context.meters._passes += 1
+    found = samples(context, metrics.Tally())
+    name = "partitiond_report_documents"
+    assert found[name, ("state", "waiting")] == 2
+    assert found[name, ("state", "refused")] == 1
+    assert found[name, ("state", "ambiguous")] == 0
+    assert name.encode() not in metrics.of_partition(context, "slappart0")
+
+
+def test_a_partition_is_up_when_none_of_its_services_is_out(context):
+    """Also when supervisord is dead, or does not have the group; a program of etc/run that came to its end is none."""
+    names = [f"slappart{number}" for number in range(5)]
+    context.node = SimpleNamespace(partitions=[SimpleNamespace(id=name) for name in names])
+    for name in names:
+        life = "failed" if name == "slappart4" else "started"
+        context.store.save_instance(InstanceState(name, life, "started", instance_guid="SOFTINST-1"))
+    groups = context.supervisor.groups_directory
+    groups.mkdir(parents=True)
+    for name in names[:3]:
+        (groups / f"{name}.conf").touch()
+
+    def up(*processes):
+        context.looked = SimpleNamespace(processes=processes)
+        (found,) = metrics._up(context, context.node.partitions)
+        return "".join(line.rpartition(" ")[2] for line in found.samples.splitlines())
+
+    ran = Process("slappart0", "setup", "EXITED", 0, True)
+    service = Process("slappart1", "db-on-watch", "RUNNING", 1, True)
+    broken = Process("slappart2", "web-on-watch", "EXITED", 0, True)
+    assert up(ran, service, broken) == "11010"
+    assert up(ran, broken) == "10010", "supervisord does not have the group"
+    assert up() == "00010", "supervisord is dead: only who has no programs is as it shall be"
 
 
 def test_refusals_are_told_by_partition_and_rule(bridge, node_config, command):

@@ -14,6 +14,8 @@ def test_the_daemon(bridge, node_config, command):
     """From its start: served, refused to tenants, followed when the configuration changes, told when the port is taken."""
     first, second = free_port(), free_port()
     node = node_config(2, partitiond={"metrics_listen": f"127.0.0.1:{first}", "meter_interval": 1})
+    textfile = node.root / "partitiond.prom"
+    node.write(accounting={"textfile": textfile})
     daemon = command.start("run", "-c", node.path)
     try:
         until(lambda: daemon.poll() is not None or listens("127.0.0.1", first), "the daemon to be up")
@@ -32,6 +34,7 @@ def test_the_daemon(bridge, node_config, command):
         } <= scraped()
         uid = pwd.getpwnam("slapuser0").pw_uid
         assert get(uid, "127.0.0.1", first) == "ConnectionRefusedError"
+        until(textfile.exists, "the textfile")
         assert command("plan", "-c", node.path).returncode == 0
         with socket.create_server(("127.0.0.1", second)):
             node.write(partitiond={"metrics_listen": f"127.0.0.1:{second}"})
@@ -50,6 +53,7 @@ def test_the_daemon(bridge, node_config, command):
         daemon.terminate()
         said = daemon.communicate(timeout=30)[1]
     assert daemon.returncode == 0, said
+    assert not textfile.exists(), "what nobody writes anew tells old values"
     assert "Traceback" not in said
 
 

@@ -250,22 +250,71 @@ def test_a_link_is_replaced_and_not_followed(tmp_path):
 
 
 def test_failures_are_said_once_and_old_values_go(tmp_path, caplog):
-    kept = textfile.Textfile()
+    (tmp_path / "state").mkdir()
+    memory, kept = tmp_path / "state" / "memory", textfile.Textfile()
     path, missing = tmp_path / "partitiond.prom", tmp_path / "none" / "partitiond.prom"
     for _ in range(3):
-        kept.update(missing, "a 1\n")
+        kept.update(memory, missing, "a 1\n")
     assert sum("[metrics.textfile]" in one.message for one in caplog.records) == 1
-    kept.update(path, "a 1\n")
-    kept.update(missing, "a 1\n")
+    kept.update(memory, path, "a 1\n")
+    kept.update(memory, missing, "a 1\n")
     assert not path.exists(), "what is not written any more would tell old values"
-    kept.update(path, "a 2\n")
-    kept.update(None, "")
+    kept.update(memory, path, "a 2\n")
+    kept.update(memory, None, "")
+    assert [one.name for one in tmp_path.iterdir()] == ["state"]
+    assert list(memory.parent.iterdir()) == []
+
+
+def test_a_file_is_remembered_also_by_who_comes_after_a_kill(tmp_path):
+    memory, path, other = tmp_path / "memory", tmp_path / "a.prom", tmp_path / "b.prom"
+    textfile.Textfile().update(memory, path, "a 1\n")
+    textfile.Textfile().update(memory, other, "a 1\n")
+    assert (path.exists(), other.exists()) == (False, True)
+    textfile.remove(memory)
     assert list(tmp_path.iterdir()) == []
+    textfile.remove(memory)
+    memory.write_text("nonsense")
+    textfile.Textfile().update(memory, path, "a 1\n")
+    assert textfile.remembered(memory) == {path}
+
+
+def test_one_that_cannot_be_removed_harms_no_pass_and_is_tried_again(tmp_path, caplog):
+    memory, other = tmp_path / "memory", tmp_path / "a.prom"
+    memory.write_text(f'["{tmp_path}/directory"]')
+    (tmp_path / "directory").mkdir()
+    kept = textfile.Textfile()
+    for _ in range(2):
+        kept.update(memory, other, "a 1\n")
+        assert other.exists()
+    assert sum(f"{tmp_path}/directory" in one.message for one in caplog.records) == 1
+    (tmp_path / "directory").rmdir()
+    kept.update(memory, other, "a 1\n")
+    assert textfile.remembered(memory) == {other}
+
+
+def test_a_pass_that_fails_leaves_the_file_up_to_date(node_config, monkeypatch):
+    from partitiond import daemon
+    from partitiond.context import Context
+
+    node = node_config(1, interface="lo")
+    node.state.mkdir()
+    path = node.root / "partitiond.prom"
+    node.write(accounting={"textfile": path})
+    context, tally = Context.of(node.load()), metrics.Tally()
+    tally.drift({"tap": 3})
+
+    def fail(_):
+        raise AccountingError("accounting.ledger_full", "full")
+
+    monkeypatch.setattr(daemon.lanes, "usage", fail)
+    with pytest.raises(AccountingError, match="full"):
+        daemon.Daemon._meter(SimpleNamespace(_tally=tally), context)
+    assert values(of_0_0_4(path.read_text()))["partitiond_drift_total", ("resource", "tap")] == 3
 
 
 def test_the_daemons_file(bridge, node_config):
     """From a node's own meters to what node_exporter reads."""
-    from partitiond import converge, lanes
+    from partitiond import converge, lanes, verbs
     from partitiond.context import Context
 
     node = node_config(2)
@@ -284,4 +333,6 @@ def test_the_daemons_file(bridge, node_config):
         "partitiond_partition_network_receive_bytes_total",
     }
     assert not any(key[0].startswith("partitiond_node_") for key in found), "node_exporter knows the node"
+    assert verbs.tear_down(context, purge=False)["failures"] == []
+    assert not path.exists()
     context.meters.close()
