@@ -152,7 +152,7 @@ class Metering:
         owners = {item.id: _owner_of(item.id, states) for item in node.partitions}
         known = {item.id: item for item in node.partitions}
         before = read_received()
-        reading = counters.read_counters(node.config.packet_filter)
+        reading = counters.read_in_force(node.config.packet_filter)
         after = read_received()
         # those that the node has no room for any more have counters until the next load of the filter
         owners |= {
