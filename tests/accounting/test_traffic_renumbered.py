@@ -12,7 +12,7 @@ from importlib.util import find_spec
 import pytest
 from network_scene import NEIGHBOUR4, NEIGHBOUR6, ip_lines
 from traffic_flows import HEADERS, bound
-from traffic_scene import GATEWAY4, PORT
+from traffic_scene import GATEWAY4, HOSTS, PORT
 
 from netplan import counters, nftables, observe
 from netplan.apply import apply
@@ -44,16 +44,17 @@ def scene(make_scene, backend):
 
 def send(scene, index, kind, count, size=100):
     """Datagrams of a partition to the neighbour; the bytes of them all."""
-    target = NEIGHBOUR4 if kind == "routable" else NEIGHBOUR6
+    old = kind in ("routable", "host")
+    target = NEIGHBOUR4 if old else NEIGHBOUR6
     os.seteuid(scene.partitions[index].uid)
     try:
-        one = bound(scene.address(index, kind))
+        one = bound(HOSTS[kind] if kind in HOSTS else scene.address(index, kind))
     finally:
         os.seteuid(0)
     with one:
         for _ in range(count):
             one.sendto(bytes(size), (target, PORT))
-    return count, count * (size + HEADERS[4 if kind == "routable" else 6])
+    return count, count * (size + HEADERS[4 if old else 6])
 
 
 def bring_about(wanted):
@@ -98,9 +99,10 @@ def test_a_partition_that_went_and_came_again_begins_at_zero(scene):
 
 def test_what_goes_with_an_address_is_booked_first(scene):
     """Nobody metered since it was sent, and then the counters go: the address is another, the partition is no more."""
-    old, gone = (scene.label(index, kind, "remote", "out") for index, kind in ((0, "routable"), (2, "ipv6")))
+    those = ((0, "routable", 50), (2, "ipv6", 30), (2, "host", 20))
+    labels = [scene.label(index, kind, "remote", "out") for index, kind, _ in those]
     before = scene.counted()[0]
-    sent, more = send(scene, 0, "routable", 50), send(scene, 2, "ipv6", 30)
+    sent = [send(scene, *one) for one in those]
     scene.context.meters.close()
     scene.node.write(
         routable_ipv4={"slappart0": f"203.0.113.78/24 via {GATEWAY4}"}, slapformat={"partition_amount": 2}
@@ -108,7 +110,7 @@ def test_what_goes_with_an_address_is_booked_first(scene):
     done = scene.command("apply", "--force", "-c", scene.node.path)
     assert done.returncode == 0, done.stderr
     after, gaps = scene.counted()
-    for label, amount in ((old, sent), (gone, more)):
+    for label, amount in zip(labels, sent, strict=True):
         been = before.get(label, (0, 0))
         assert tuple(a - b for a, b in zip(after[label], been, strict=True)) == amount
     assert not gaps
