@@ -64,12 +64,17 @@ class TrafficReading(NamedTuple):
 
 
 class CountReading(NamedTuple):
-    """Any other number that only grows within ``epoch``: packets, or seconds (kept to the microsecond)."""
+    """Any other number that only grows within ``epoch``: packets, or seconds (kept to the microsecond).
+
+    ``part`` names what has a counter of its own where several make up one number, which a report adds up: such as the rule
+    that denied. One that is not read any more is no restart of the others, nor of itself.
+    """
 
     partition: str
     name: CountName
     epoch: str
     value: float
+    part: str = ""
 
 
 class ProcessReading(NamedTuple):

@@ -102,7 +102,7 @@ def _sums(
         if name == TRAFFIC:
             gathered.addresses.append(AddressUsage(address, family, scope, *amount[:4]))
         else:
-            gathered.counts[name] = amount[4]
+            gathered.counts[name] = gathered.counts.get(name, 0) + amount[4]
     return sums
 
 

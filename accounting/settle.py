@@ -45,7 +45,9 @@ IO_WRITE = "io_write_bytes"
 
 
 class Meter(NamedTuple):
-    """One kernel counter of a partition; the last three are empty where it belongs to no address."""
+    """One kernel counter of a partition; the last three are empty where it belongs to no address. ``address`` is the part of
+    what is counted in parts.
+    """
 
     partition: str
     name: str
@@ -125,6 +127,7 @@ def settle(reading: Pass, books: Books) -> Settlement:
             continue
         amounts[meter] = _difference(meter, level, last, settlement, skip_new=books.skip_new_readings)
         settlement.levels[meter] = level
+    _settle_parts(reading, books, settlement)
     _settle_received(reading, books, settlement)
     if reading.processes is not None:
         _settle_processes(reading.processes, reading.unreadable, books, settlement)
@@ -168,6 +171,24 @@ def _difference(
     return (a, b, c, d, e)
 
 
+def _settle_parts(reading: Pass, books: Books, settlement: Settlement) -> None:
+    """Count nothing again of parts that a ledger knows the sum of: the release before had one level for all."""
+    sums: dict[Meter, int] = {}
+    for count in reading.counts:
+        meter = Meter(count.partition, count.name, count.part)
+        whole = meter._replace(address="")
+        known = books.levels.get(whole)
+        if not count.part or known is None or not known.raw[4]:
+            continue
+        left = sums.setdefault(whole, known.raw[4] if known.epoch == count.epoch else 0)
+        _, _, _, _, new = settlement.amounts[meter]
+        if meter not in books.levels and left:
+            settlement.amounts[meter] = (0, 0, 0, 0, new - left) if new > left else NOTHING
+            sums[whole] = max(0, left - new)
+    # taken once
+    settlement.levels.update((whole, Level(books.levels[whole].epoch, NOTHING)) for whole in sums)
+
+
 def _settle_received(reading: Pass, books: Books, settlement: Settlement) -> None:
     restarted = set(settlement.restarted)
     for traffic in reading.traffic:
@@ -183,9 +204,10 @@ def _settle_received(reading: Pass, books: Books, settlement: Settlement) -> Non
         before = _known_before(level, last)
         if last is not None and last.epoch and before is None:
             settlement.restarted.append(meter)
-        # wholly only what surely began after the last pass, as the first one has counted until then; and whatever saw more
+        # wholly only what surely began after the last pass, as the first one has counted until then; and whatever saw more,
+        # as of the reading after the first one's: what comes between them is in the next pass
         began = first is None or (last is not None and meter in restarted)
-        if epoch and (before is not None or (began and octets >= traffic.bytes_in)):
+        if epoch and (before is not None or (began and later[0] >= traffic.bytes_in)):
             if before is None:
                 before = level.raw if books.skip_new_readings else NOTHING
             _, out, _, packets_out, _ = settlement.amounts[meter]
@@ -221,7 +243,7 @@ def _levels(reading: Pass) -> dict[Meter, Level]:
             )
         value = _quantity(count)
         _check(f"{count.partition}/{count.name}", value)
-        found[Meter(count.partition, count.name)] = Level(count.epoch, (0, 0, 0, 0, value))
+        found[Meter(count.partition, count.name, count.part)] = Level(count.epoch, (0, 0, 0, 0, value))
     if len(found) != len(reading.traffic) + len(reading.counts):
         raise _refuse(_given_twice(reading), "is given twice in one pass")
     return found
@@ -229,7 +251,7 @@ def _levels(reading: Pass) -> dict[Meter, Level]:
 
 def _given_twice(reading: Pass) -> str:
     names = Counter(f"{t.partition}/{t.address}/{t.family}/{t.scope}" for t in reading.traffic)
-    names.update(f"{count.partition}/{count.name}" for count in reading.counts)
+    names.update(f"{count.partition}/{count.name}/{count.part}".rstrip("/") for count in reading.counts)
     return names.most_common(1)[0][0]
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from netplan import nfnetlink, rtnetlink
+from netplan import legacy_tables, nfnetlink, rtnetlink
 from netplan.elements import SIZES
 from netplan.errors import NetplanError
 from netplan.legacy_filter import read_legacy_counters
@@ -20,6 +20,7 @@ from netplan.legacy_rules import SHARED as LEGACY_SHARED
 from netplan.metering import DIRECTIONS, SHARED, address_of
 from netplan.model import ALIAS_MARK, Backend
 from netplan.netlink import NETLINK_ROUTE, NetlinkSocket
+from netplan.observe import has_nft
 from netplan.rate_limits import COUNTED
 from netplan.ruleset import REFUSED
 
@@ -126,9 +127,19 @@ def read_counters(backend: Backend = "nftables") -> CounterReading:
     )
 
 
+def read_in_force(backend: Backend) -> CounterReading:
+    """Read all counters of the packet filter that is loaded: where a node is to go over to ``backend``, still the other one."""
+    found = read_counters(backend)
+    if found.epoch:
+        return found
+    if backend == "iptables":
+        return read_counters("nftables") if has_nft() else found
+    return _legacy_reading() if any(map(legacy_tables.is_there, legacy_tables.families())) else found
+
+
 def _legacy_reading() -> CounterReading:
     """The same of iptables; it has no rules about taps."""
-    since, values = read_legacy_counters()
+    since, values, lives = read_legacy_counters()
     if not since:
         return CounterReading("")
     refused = []
@@ -143,7 +154,15 @@ def _legacy_reading() -> CounterReading:
                     refused.append(Refused(int(uid), None, rule, one.packets))
                 case [kind, family, uid] if kind == LEGACY_SHARED and uid.isdecimal():
                     shared.append(Shared(int(uid), family, 0, one.bytes, 0, one.packets))
-    return CounterReading(f"{_boot_id()}/{since}", _traffic(traffic), tuple(refused), tuple(shared))
+    told = (
+        one._replace(life=lives.get(_of_life(one), one.life)) if one.life else one
+        for one in _traffic(traffic)
+    )
+    return CounterReading(f"{_boot_id()}/{since}", tuple(told), tuple(refused), tuple(shared))
+
+
+def _of_life(one: Traffic) -> str:
+    return f"{one.partition}/{one.family}/{one.scope}/{one.address.replace(':', '.')}"
 
 
 def _handles(sock: NetlinkSocket) -> dict[str, int]:

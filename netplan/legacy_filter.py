@@ -4,6 +4,7 @@ Nothing is remembered outside the tables.  A chain that no rule leads to has not
 
     wanted <fingerprint>     what was loaded
     epoch <number>           since when the counters count: made when our chains were made anew, in all families
+    life <number> <counters> since when those of one address do that came later, or came again
     found/<setting>/<value>  a kernel setting as we found it (netplan.sysctls), with IPv4 alone
 
 The kernel tells nobody of changes, and has no number that they would raise: each look compares every rule.
@@ -19,6 +20,7 @@ from typing import NamedTuple
 from netplan.errors import NetplanError
 from netplan.legacy_rules import PREFIX, LegacyFilter
 from netplan.legacy_tables import Edit, families, is_there, locked, read, write
+from netplan.metering import TRAFFIC
 from netplan.model import FilterState
 from netplan.nfnetlink import CounterValue
 from netplan.operations import Operation
@@ -28,6 +30,8 @@ from netplan.xtables import Chains, Counted, Entry, Rule, comment, entry
 _TRIES = 3
 _NOTES_CHAIN = PREFIX + "NOTES"
 _NOTHING = LegacyFilter({}, {}, "")
+_GONE = Entry(b"", "")
+"""What stands for a rule that is to be made again; it is like none."""
 
 
 class LegacyState(NamedTuple):
@@ -45,6 +49,11 @@ class LegacyOperation(Operation):
 
     wanted: LegacyFilter | None = None
     notes: tuple[str, ...] = ()
+
+    @property
+    def forgets(self) -> bool:
+        """Whether counters may go: a rule takes its own along, be it that it comes again at another place."""
+        return self.action != "create"
 
 
 def observe_legacy(wanted: LegacyFilter | None) -> LegacyState:
@@ -78,6 +87,25 @@ def _notes(chains: Chains, family: AddressFamily) -> list[str]:
 
 def _noted(notes: Iterable[str], what: str) -> str:
     return next((one.removeprefix(f"{what} ") for one in notes if one.startswith(f"{what} ")), "")
+
+
+def _counters(one: Entry, family: AddressFamily) -> str:
+    """Return what the counter of an address belongs to, with that of the other direction; "" for other rules."""
+    name = comment(one, family)
+    words = name.removeprefix(TRAFFIC).split("/", 4) if name.startswith(TRAFFIC) else []
+    return "/".join((*words[:3], words[4])) if len(words) == 5 else ""
+
+
+def _lives(notes: Iterable[str]) -> dict[str, str]:
+    """Return the lives of counters that are noted, by what they belong to."""
+    words = (one.split(" ", 2) for one in notes if one.startswith("life "))
+    return {one[2]: one[1] for one in words if len(one) == 3}
+
+
+def _beginning(found: Chains, wanted: Chains, family: AddressFamily) -> set[str]:
+    """Return whose counters the change makes anew."""
+    edits = (one for name, rules in wanted.items() for one in _difference(name, found.get(name, ()), rules))
+    return {_counters(one.entry, family) for one in edits if one.kind == "insert"} - {""}
 
 
 def _epoch(notes: Iterable[Iterable[str]]) -> str:
@@ -185,10 +213,19 @@ def _commit(
     family: AddressFamily, found: Chains, wanted: LegacyFilter, notes: Iterable[str], *, anew: bool = False
 ) -> None:
     """Change one family; again from what is there, when somebody who does not know the lock came between."""
-    lines = tuple(entry(Rule("RETURN", comment=one), family) for one in notes)
-    chains = {**wanted.chains.get(family, {}), **({_NOTES_CHAIN: lines} if lines else {})}
+    rules = wanted.chains.get(family, {})
     for left in range(_TRIES - 1, -1, -1):
-        steps = list(changes(found, chains, wanted.jumps.get(family, {}), anew=anew))
+        begin = set[str]() if anew else _beginning(found, rules, family)
+        lines = (*notes, *(() if anew else _notes_of_lives(found, rules, begin, family)))
+        chains = dict(rules)
+        if lines:
+            chains[_NOTES_CHAIN] = tuple(entry(Rule("RETURN", comment=one), family) for one in lines)
+        # both directions begin anew where one does: they have one life
+        known = {
+            name: tuple(_GONE if begin and _counters(one, family) in begin else one for one in have)
+            for name, have in found.items()
+        }
+        steps = list(changes(known, chains, wanted.jumps.get(family, {}), anew=anew))
         if not steps:
             return
         try:
@@ -201,8 +238,29 @@ def _commit(
             return
 
 
-def read_legacy_counters() -> tuple[str, list[CounterValue]]:
-    """Return since when, and all that is counted by name; "" when our rules are not whole.
+def _notes_of_lives(
+    found: Chains, wanted: Chains, begin: Iterable[str], family: AddressFamily
+) -> Iterator[str]:
+    """Yield the notes of the lives of wanted counters: those that go on, and of those that ``begin`` a new one."""
+    there = {_counters(one, family) for rules in wanted.values() for one in rules}
+    lives = {of: life for of, life in _lives(_notes(found, family)).items() if of in there}
+    lives |= dict.fromkeys(begin, secrets.token_hex(4))
+    yield from (f"life {life} {of}" for of, life in sorted(lives.items()))
+
+
+class LegacyCounters(NamedTuple):
+    """All that is counted by name, and since when; ``epoch`` is "" when our rules are not whole.
+
+    ``lives`` are those of counters that begun later, by partition, family, scope and address as in the name.
+    """
+
+    epoch: str
+    values: list[CounterValue]
+    lives: dict[str, str]
+
+
+def read_legacy_counters() -> LegacyCounters:
+    """Read the counters of our rules.
 
     Whoever changes a table, be it with rules of their own, takes its counters out and puts them back a moment
     later: without the lock, a reading in between would look like counters that began anew.
@@ -216,5 +274,8 @@ def read_legacy_counters() -> tuple[str, list[CounterValue]]:
                 if counter := comment(one.entry, family):
                     packets, octets = values.get(counter, (0, 0))
                     values[counter] = (packets + one.packets, octets + one.bytes)
-    notes = (_notes(_entries(found.get(family, {})), family) for family in families())
-    return _epoch(notes), [CounterValue(name, *value) for name, value in values.items()]
+    notes = [_notes(_entries(found.get(family, {})), family) for family in families()]
+    lives = {of: life for one in notes for of, life in _lives(one).items()}
+    return LegacyCounters(
+        _epoch(notes), [CounterValue(name, *value) for name, value in values.items()], lives
+    )

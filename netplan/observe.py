@@ -84,7 +84,7 @@ def observe(desired: DesiredNetwork, seen: Look | None = None) -> ObservedNetwor
     wanted = render(desired) if desired.filtered and not legacy else None
     nft = FilterState()
     notes: frozenset[str] = frozenset()
-    if wanted or _has_nft():
+    if wanted or has_nft():
         with nft_socket() as sock:
             notes = sysctls.read_notes(sock)
         nft = observe_filter(wanted)
@@ -104,7 +104,7 @@ def observe(desired: DesiredNetwork, seen: Look | None = None) -> ObservedNetwor
     )
 
 
-def _has_nft() -> bool:
+def has_nft() -> bool:
     """Whether this kernel has nf_tables at all, which legacy hosts may lack."""
     try:
         with nft_socket() as sock:

@@ -201,9 +201,12 @@ class FilterOperation(Operation):
 
     @property
     def forgets(self) -> bool:
-        """Whether counters of traffic go."""
-        stay = self.wanted.counters if self.wanted else frozenset[str]()
-        return any(name.startswith(TRAFFIC) for name in self.loaded.counters - stay)
+        """Whether counters may go: with addresses that are no one's any more, or with a table that may have to be replaced."""
+        if self.wanted is None:
+            return True
+        if self.loaded.chains and not self.loaded.intact:
+            return True
+        return any(name.startswith(TRAFFIC) for name in self.loaded.counters - self.wanted.counters)
 
 
 def _elements(verb: str, name: str, elements: Sequence[str]) -> str:

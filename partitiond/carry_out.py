@@ -11,6 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from netplan import apply as netplan_apply
+from netplan.legacy_filter import LegacyOperation
 from netplan.packet_filter import FilterOperation
 from partitiond import (
     device_access,
@@ -104,8 +105,8 @@ def run(context: Context, seen: Observation, planned: Plan) -> tuple[list[tuple[
 
 
 def _forgets(operation: Operation) -> bool:
-    """Whether counters go with it: those of addresses that are no one's any more, or those of a tap."""
-    if isinstance(operation, FilterOperation):
+    """Whether counters go with it: those of the packet filter, or those of a tap."""
+    if isinstance(operation, FilterOperation | LegacyOperation):
         return operation.forgets
     return operation.resource in ("tap", "tun") and operation.action == "remove"
 

@@ -18,14 +18,15 @@ from netplan import counters
 from netplan.bpf_state import Arrived, ReceivedShared, read_received, read_refusals
 from netplan.errors import NetplanError
 from netplan.metering import addresses
-from partitiond import storage
+from partitiond import storage, users
 from partitiond.disk_sizes import DiskSizes, Tree
 from partitiond.errors import PartitiondError, sentence
 from partitiond.ledger_care import LedgerCare
 from partitiond.rising_counts import RisingCounts
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Set as AbstractSet
 
     from accounting.model import Gap, PartitionUsage
     from partitiond.context import Context
@@ -215,19 +216,21 @@ class Metering:
         owners = {item.id: holders.get(item.id) for item in node.partitions}
         known = {item.id: item for item in node.partitions}
         before = read_received()
-        reading = counters.read_counters(node.config.packet_filter)
+        reading = counters.read_in_force(node.config.packet_filter)
         after = read_received()
         # those that the node has no room for any more have counters until the next load of the filter
         owners |= {one: holders.get(one) for one in {row.partition for row in reading.traffic} - known.keys()}
-        self._denied.take(refusals(reading, node) | refused_calls(node)[1])
-        scan = self._processes.scan({item.uid: item.id for item in node.partitions})
+        whose = _users(node, owners.keys() - known.keys())
+        refused, (epoch, calls) = refusals(reading, node, whose), refused_calls(whose)
+        self._denied.take(refused | calls)
+        scan = self._processes.scan(whose)
         return Pass(
             at=self.clock(),
             boot=_BOOT_ID.read_text("ascii").strip(),
             uptime=self.uptime(),
             owners=owners,
-            traffic=(*_addresses(reading, node), *_shared(reading, before, after, node), *_taps(owners)),
-            counts=(*_denied(reading, node), *_denied_calls(node)),
+            traffic=(*_addresses(reading, node), *_shared(reading, before, after, whose), *_taps(owners)),
+            counts=(*_denied(reading, refused), *_denied_calls(epoch, calls, whose.values())),
             gauges=(*scan.gauges(), *(self._measured[one] for one in self._measured if one in known)),
             processes=scan.processes,
             unreadable=scan.unreadable,
@@ -245,6 +248,15 @@ def _trees(node: Node) -> dict[str, Tree]:
         for place in data
         for item in node.partitions
     }
+
+
+def _users(node: Node, leaving: AbstractSet[str]) -> dict[int, str]:
+    """Whose a user's processes and packets are; of those that the node has no room for any more, as long as they count."""
+    whose = {item.uid: item.id for item in node.partitions}
+    for one in users.observe().users.values() if leaving else ():
+        if one.partition is not None and one.partition in leaving:
+            whose.setdefault(one.uid, one.partition)
+    return whose
 
 
 def _addresses(reading: counters.CounterReading, node: Node) -> Iterator[TrafficReading]:
@@ -269,20 +281,19 @@ def _addresses(reading: counters.CounterReading, node: Node) -> Iterator[Traffic
 
 
 def _shared(
-    reading: counters.CounterReading, before: ReceivedShared, after: ReceivedShared, node: Node
+    reading: counters.CounterReading, before: ReceivedShared, after: ReceivedShared, whose: Mapping[int, str]
 ) -> Iterator[TrafficReading]:
     """What left and came with the node's own addresses, by whose processes it was.  The packet filter counts both; of what
     came, the programs at the cgroup see more, where they count: they were read ``before`` it and ``after``.
     """
     if not reading.epoch:
         return
-    owners = {item.uid: item.id for item in node.partitions}
     found = {(one.uid, one.family): one for one in reading.shared}
     epoch = before.epoch if before.epoch == after.epoch else ""
     nothing = Arrived(0, 0)
     for key in sorted({*found, *before.counts, *after.counts}):
         uid, family = key
-        if uid not in owners:
+        if uid not in whose:
             continue
         one = found.get(key, counters.Shared(uid, family, 0, 0, 0, 0))
         came = Received("")
@@ -291,7 +302,7 @@ def _shared(
                 f"{epoch}/{uid}", *before.counts.get(key, nothing), *after.counts.get(key, nothing)
             )
         yield TrafficReading(
-            partition=owners[uid],
+            partition=whose[uid],
             address=_SHARED_ADDRESSES[family],
             family="ipv6" if family == "ipv6" else "ipv4",
             scope="remote",
@@ -304,11 +315,12 @@ def _shared(
         )
 
 
-def refusals(reading: counters.CounterReading, node: Node) -> dict[tuple[str, str], int]:
+def refusals(
+    reading: counters.CounterReading, node: Node, whose: Mapping[int, str]
+) -> dict[tuple[str, str], int]:
     """What was refused, by partition and rule (``tap-arp``: a guest's frame, ``tap-tun``: what came out of its tun);
     those who never tried are not there.
     """
-    users = {item.uid: item.id for item in node.partitions}
     taps = {
         link.name: item.id
         for item in node.partitions
@@ -317,42 +329,42 @@ def refusals(reading: counters.CounterReading, node: Node) -> dict[tuple[str, st
     }
     found: dict[tuple[str, str], int] = {}
     for one in reading.refused:
-        partition = users.get(one.uid) if one.uid is not None else taps.get(one.tap or "")
+        partition = whose.get(one.uid) if one.uid is not None else taps.get(one.tap or "")
         if partition is not None:
             key = (partition, one.rule if one.tap is None else f"{_OF_TAP}{one.rule}")
             found[key] = found.get(key, 0) + one.packets
     return found
 
 
-def refused_calls(node: Node) -> tuple[str, dict[tuple[str, str], int]]:
+def refused_calls(whose: Mapping[int, str]) -> tuple[str, dict[tuple[str, str], int]]:
     """What the programs at the cgroup refused, by partition and rule, and its epoch (empty: there are none)."""
-    users = {item.uid: item.id for item in node.partitions}
     epoch, counts = read_refusals()
-    return epoch, {(users[uid], rule): count for (uid, rule), count in counts.items() if uid in users}
+    return epoch, {(whose[uid], rule): count for (uid, rule), count in counts.items() if uid in whose}
 
 
-def _denied_calls(node: Node) -> Iterator[CountReading]:
-    epoch, refused = refused_calls(node)
+def _denied_calls(
+    epoch: str, refused: Mapping[tuple[str, str], int], partitions: Iterable[str]
+) -> Iterator[CountReading]:
     if not epoch:
         return
-    calls = dict.fromkeys((item.id for item in node.partitions), 0)
+    calls = dict.fromkeys(partitions, 0)
     for (partition, _), count in refused.items():
         calls[partition] += count
     for partition, count in calls.items():
         yield CountReading(partition, "denied_calls", epoch, count)
 
 
-def _denied(reading: counters.CounterReading, node: Node) -> Iterator[CountReading]:
-    """The sums of :func:`refusals` for each partition."""
+def _denied(
+    reading: counters.CounterReading, refused: Mapping[tuple[str, str], int]
+) -> Iterator[CountReading]:
+    """What :func:`refusals` gave, each rule by itself: one that goes, with its counters, takes no other's along."""
     if not reading.epoch:
         return
-    packets, frames = (dict.fromkeys((item.id for item in node.partitions), 0) for _ in range(2))
-    for (partition, rule), count in refusals(reading, node).items():
-        (frames if rule.startswith(_OF_TAP) else packets)[partition] += count
-    for item in node.partitions:
-        yield CountReading(item.id, "denied_packets", reading.epoch, packets[item.id])
-        if item.network.tap or item.network.tun:
-            yield CountReading(item.id, "denied_frames", reading.tap_epoch, frames[item.id])
+    for (partition, rule), count in refused.items():
+        if rule.startswith(_OF_TAP):
+            yield CountReading(partition, "denied_frames", reading.tap_epoch, count, rule)
+        else:
+            yield CountReading(partition, "denied_packets", reading.epoch, count, rule)
 
 
 def _taps(known: Mapping[str, str | None]) -> Iterator[TrafficReading]:

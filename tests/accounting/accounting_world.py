@@ -15,8 +15,8 @@ def traffic(
     return TrafficReading(partition, address, family, scope, epoch, value, 2 * value, value // 10, value // 5)
 
 
-def count(name, value, *, partition="slappart0", epoch="e1"):
-    return CountReading(partition, name, epoch, value)
+def count(name, value, *, partition="slappart0", epoch="e1", part=""):
+    return CountReading(partition, name, epoch, value, part)
 
 
 def gauge(name, value, *, partition="slappart0"):

@@ -314,3 +314,47 @@ def test_all_survives_being_closed_and_opened(path):
     with Ledger(path) as ledger:
         (entry,) = ledger.usage(None, None).partitions
         assert (entry.addresses[0].bytes_in, entry.cpu_seconds) == (30, 30e-6)
+
+
+def denied(value, rule, name="denied_packets", **more):
+    return count(name, value, part=rule, **more)
+
+
+def denied_of(ledger):
+    report = ledger.usage(None, None)
+    return {one.id: one.denied_packets for one in report.partitions}, report.gaps
+
+
+def test_a_rule_that_goes_takes_no_others_denials_along(ledger):
+    """Nor does it come back as one that began again, unless it did."""
+    ledger.record(a_pass(1, denied(100, "spoofed"), denied(10, "metrics")))
+    ledger.record(a_pass(2, denied(100, "spoofed")))
+    assert denied_of(ledger) == ({"slappart0": 110}, ())
+    ledger.record(a_pass(3, denied(101, "spoofed"), denied(10, "metrics"), denied(7, "quota")))
+    assert denied_of(ledger) == ({"slappart0": 118}, ())
+    ledger.record(a_pass(4, denied(101, "spoofed"), denied(2, "metrics")))
+    found, (gap,) = denied_of(ledger)
+    assert (found, gap.reason) == ({"slappart0": 120}, "counters restarted (denied_packets)")
+
+
+def test_a_rule_that_is_given_twice_is_refused(ledger):
+    ledger.record(
+        a_pass(1, denied(1, "spoofed"), denied(1, "spoofed", "denied_frames"), denied(1, "metrics"))
+    )
+    with pytest.raises(AccountingError, match="twice") as caught:
+        ledger.record(a_pass(2, denied(1, "spoofed"), denied(1, "spoofed")))
+    assert caught.value.resource == "slappart0/denied_packets/spoofed"
+
+
+@pytest.mark.parametrize(
+    ("epoch", "expected"), [("e1", 50 + 3 + 4), ("e2", 50 + 43 + 14)], ids=["goes on", "began again"]
+)
+def test_denials_that_were_kept_as_one_sum_are_not_counted_again(ledger, epoch, expected):
+    """The release before had one level for all rules of a partition."""
+    ledger.record(a_pass(1, count("denied_packets", 50), count("denied_packets", 0, partition="slappart1")))
+    ledger.record(a_pass(2, denied(43, "spoofed", epoch=epoch), denied(14, "metrics", epoch=epoch)))
+    ledger.record(a_pass(3, denied(43, "spoofed", epoch=epoch), denied(14, "metrics", epoch=epoch)))
+    found, gaps = denied_of(ledger)
+    assert (found["slappart0"], gaps) == (expected, ())
+    ledger.record(a_pass(4, denied(43, "spoofed", epoch=epoch), denied(9, "private", epoch=epoch)))
+    assert denied_of(ledger)[0]["slappart0"] == expected + 9

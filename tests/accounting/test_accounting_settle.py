@@ -71,6 +71,10 @@ def level_of(second, epoch="m1"):
         # nothing is known of either: the second one, wholly
         (None, None, both(100, 30), 30, 30, False),
         (None, None, both(100, 10, later=12), "first", 12, False),
+        # what came while they were read one after the other is in the next pass
+        (None, None, both(100, 10, later=15), 10, 10, False),
+        (None, None, both(100, 0, later=15), 0, 0, False),
+        (100, ("m0", 30), both(50, 5, later=8, first_epoch="e2"), 5, 5, True),
         # it counts, whatever the first one says that came, and though that began anew
         (100, 30, both(150, 40), 10, 40, False),
         (100, 30, both(100, 40), 10, 40, False),
