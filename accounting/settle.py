@@ -185,7 +185,7 @@ def _settle_received(reading: Pass, books: Books, settlement: Settlement) -> Non
             settlement.restarted.append(meter)
         # wholly only what surely began after the last pass, as the first one has counted until then; and whatever saw more
         began = first is None or (last is not None and meter in restarted)
-        if epoch and (before is not None or (began and octets >= traffic.bytes_in)):
+        if epoch and (before is not None or (began and later[0] >= traffic.bytes_in)):
             if before is None:
                 before = level.raw if books.skip_new_readings else NOTHING
             _, out, _, packets_out, _ = settlement.amounts[meter]

@@ -59,7 +59,8 @@ def back_to_version_1(path):
     with closing(sqlite3.connect(path, isolation_level=None)) as connection:
         for table in ("period", "thinned", "intake", "document", "incident", "balanced", "balance", "clock"):
             connection.execute(f"DROP TABLE {table}")
-        connection.execute("ALTER TABLE owner DROP COLUMN reported_seq")
+        for column in ("reported_seq", "gone"):
+            connection.execute(f"ALTER TABLE owner DROP COLUMN {column}")
         for column in ("io_read", "io_written", "parent"):
             connection.execute(f"ALTER TABLE process DROP COLUMN {column}")
         connection.execute("PRAGMA user_version = 1")

@@ -71,6 +71,8 @@ def level_of(second, epoch="m1"):
         # nothing is known of either: the second one, wholly
         (None, None, both(100, 30), 30, 30, False),
         (None, None, both(100, 10, later=12), "first", 12, False),
+        # it had come as far before the next pass, which counts the rest
+        (None, None, both(100, 0, later=15), 0, 0, False),
         # it counts, whatever the first one says that came, and though that began anew
         (100, 30, both(150, 40), 10, 40, False),
         (100, 30, both(100, 40), 10, 40, False),
