@@ -156,9 +156,9 @@ def read_received() -> ReceivedShared:
     """
     directory = _place(_known_cookie()) / version(ingress_everywhere=False)
     nothing = ReceivedShared("", {})
-    if not directory.exists():
-        return nothing
     try:
+        if not directory.exists():  # where we may not load any, bpf(2) would not even say that there is none
+            return nothing
         with bpf_syscall.pinned(f"{directory}/ingress") as link:
             if not bpf_syscall.link_info(link).cgroup:  # somebody has detached it
                 return nothing

@@ -239,8 +239,8 @@ def _files():
     found = {f"file /etc/{name}": "" for name in _listing("/etc")}
     for directory, below, names in os.walk(BASE):
         for name in (*below, *names):
-            # how far a log was read, and what was used, which is tested in tests/accounting: they are there when
-            # somebody was looked for, and when counters went
+            # how far a log was read, what happened, and what was used, which is tested in tests/accounting: they are
+            # there when somebody was looked for, when something failed, and when counters went
             if name == "sessions.json" or name.startswith("ledger."):
                 continue
             path = Path(directory, name)
