@@ -14,6 +14,7 @@ import subprocess
 import time
 from collections import Counter
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from network_scene import NEIGHBOUR4, NEIGHBOUR6, NODE4, NODE6, inside, ip_lines, mac
 from traffic_flows import PATIENCE, REFUSED, Agent, asking, bound, converse, echo, frames, guest, serve, udp
@@ -76,13 +77,23 @@ class Scene:
         for link in ("lo", "br0"):
             ip_lines(f"link set {link} gso_max_segs 1")  # else an aggregate of many packets counts one header
         self.wire.sees("link set wire gso_max_segs 1")
+        self._probe_for_lost_tails(off=True)
         return self
 
     def down(self):
         for agent in self.agents:
             agent.kill()
         ip_lines("link set lo gso_max_segs 65535")
+        self._probe_for_lost_tails(off=False)
         self.context.meters.close()
+
+    def _probe_for_lost_tails(self, *, off):
+        """Where nobody gets a processor for a while, TCP sends its last FIN again after a few ms (net.ipv4.tcp_early_retrans):
+        the acknowledgement of the second finds no socket, and is nobody's.
+        """
+        for namespace in (self.wire.name, None):
+            with inside(namespace) if namespace else contextlib.nullcontext():
+                Path("/proc/sys/net/ipv4/tcp_early_retrans").write_text("0" if off else "3")
 
     def _know_each_other(self):
         """Pin the MACs at both ends: no packet waits for one, and no neighbour solicitation is among those counted."""
