@@ -5,7 +5,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from netplan_scene import NEIGHBOUR6, NOTHING, UID, as_user, send, sink, wanted
+from netplan_scene import NEIGHBOUR6, NOTHING, UID, as_user, know_each_other, send, sink, wanted
 
 from netplan import nfbatch, nfnetlink, nftables
 from netplan.apply import apply
@@ -13,6 +13,7 @@ from netplan.counters import read_counters
 from netplan.errors import NetplanError
 from netplan.observe import observe
 from netplan.packet_filter import FilterOperation, render
+from netplan.plan import plan
 
 TABLE = "inet partitiond"
 
@@ -353,6 +354,24 @@ def test_rules_without_their_elements_are_no_filter(node, monkeypatch):
     nftables.run(f"delete table {TABLE}\n")
     node.converge(desired)
     assert _listing() == whole
+
+
+def test_rules_without_their_elements_refuse_nobody(node, monkeypatch):
+    """Neither what has an address nor what has a range: both are the host's, by the kernel's own table."""
+    desired = wanted(3, ranges=True)
+    node.converge(desired)
+    know_each_other(node)
+    nftables.run(f"delete table {TABLE}\n")
+    monkeypatch.setattr("netplan.filter_state.holding.commit", lambda *_: pytest.fail("the rules alone"))
+    with pytest.raises(pytest.fail.Exception):
+        apply(plan(desired, observe(desired)))
+    assert "meter6_remote_out" in _listing()
+    assert not read_counters().traffic
+    with sink(node) as port:
+        for source in ("2001:db8:1::2", "2001:db8:1:0:4001::5"):
+            assert as_user(UID, lambda source=source: send(source, NEIGHBOUR6, port, count=3)) == "ok"
+    monkeypatch.undo()
+    node.converge(desired)
 
 
 def test_a_table_that_appears_before_the_load_is_not_taken_for_empty(node):
