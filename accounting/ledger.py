@@ -13,7 +13,7 @@ import time
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Self
 
-from accounting import incidents, intake, memory, posting, report, store, thinning
+from accounting import accepted, incidents, intake, memory, posting, report, store, thinning
 from accounting.clock import keep_clock
 from accounting.errors import AccountingError
 from accounting.salvage import take_over
@@ -180,6 +180,10 @@ class Ledger(LedgerReader):
         try:
             self._place = store.place(self.path)
             store.note_begun(self.path)
+            with store.ledger_errors(self.path), store.transaction(connection):
+                at = store.microseconds(self._clock())
+                older = accepted.catch_up(connection, accepted.read(self.path), written, at)
+            self.recovered = older or self.recovered
         except BaseException:
             connection.close()
             raise
@@ -305,6 +309,11 @@ class Ledger(LedgerReader):
         """
         with self.transaction("IMMEDIATE") as connection:
             return intake.take_in(connection, partition, guid, source, movements, at)
+
+    def note_accepted(self, document: accepted.Accepted) -> None:
+        """Remember beside the file that the master has a document, before the ledger says so. Raises AccountingError."""
+        with store.ledger_errors(self.path):
+            accepted.append(self.path, document)
 
     def removed(self, partition: str, sources: Iterable[str]) -> None:
         """Say that usage files are not there any more. Raises AccountingError ``accounting.ledger_…``."""

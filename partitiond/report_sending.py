@@ -11,6 +11,7 @@ import logging
 from typing import TYPE_CHECKING
 
 from accounting import outbox
+from accounting.accepted import Accepted
 from partitiond.errors import PartitiondError, sentence
 from partitiond.passes import Result, pause_after
 from slap_client.errors import SlapError
@@ -120,6 +121,8 @@ def _deliver(context: Context, ledger: Ledger, entry: Entry, result: Result) -> 
 def _note(context: Context, ledger: Ledger, entry: Entry, state: State, reason: str = "") -> None:
     """Write down what became of a document; a ledger that fails right now is told with the next pass."""
     context.judged.append((entry, state, reason))
+    if state == "accepted":
+        ledger.note_accepted(Accepted(entry.reference, entry.day, entry.kind, entry.partition, entry.guid))
     with ledger.transaction("IMMEDIATE") as connection:
         outbox.end(connection, entry, state, context.clock(), reason)
     context.judged.pop()

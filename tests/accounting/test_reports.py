@@ -17,7 +17,8 @@ import pytest
 import strict_master
 from accounting_world import a_pass, traffic
 
-from accounting import AccountingError, documents, outbox
+from accounting import AccountingError, Ledger, accepted, documents, outbox
+from accounting.tariff import Rate, Tariff
 from partitiond import cli, config, event_reader, report_verbs, reports, usage_intake
 from partitiond.context import Context
 from partitiond.state import InstanceState
@@ -610,3 +611,99 @@ def test_a_state_that_can_not_be_read_holds_up_no_report_and_no_meter(days):
     store.save_instance(InstanceState("slappart1", life="started", instance_guid="SOFTINST-2"))
     assert meters.holders(days.context) == GUIDS | {"slappart1": "SOFTINST-2"}
     assert meters.open_cases() == []
+
+
+@pytest.mark.parametrize("sent_since", [0, 1, 2])
+def test_a_ledger_that_is_put_back_from_a_copy_tells_and_counts_nothing_again(days, sent_since):
+    """A copy of the eleventh, put back some days later; what was told of days in between the master has."""
+    meters, path = days.context.meters, days.context.meters.path
+    days.use()
+    days.now += DAY
+    days.use()
+    meters.ledger()
+    days.report()
+    meters.close()
+    copy = path.read_bytes()
+    for _ in range(sent_since):
+        days.now += DAY
+        days.use()
+        days.report()
+    meters.close()
+    path.write_bytes(copy)
+    days.now += HOUR
+    days.use(70)
+    days.now += DAY
+    days.use(7000)
+    assert days.report() == []
+    gaps = meters.ledger().usage(None, None).gaps
+    if sent_since:
+        assert "put back from a copy" in gaps[0].reason
+        assert len(gaps) == 1
+        assert meters.ledger().recovered == gaps[0].reason
+    else:
+        assert gaps == ()
+    assert days.master.duplicates == {}
+    # the pass after it was put back counts only what nobody was told of
+    expected = 1.0 * (1 + sent_since) if sent_since else 1.0 + 1.0 + 0.07
+    assert days.master.total("in", "SOFTINST-0") == pytest.approx(expected)
+    meters.close()
+    days.now += DAY
+    days.use()
+    assert days.report() == []
+    assert days.master.total("in", "SOFTINST-0") == pytest.approx(expected + 7.0)
+    assert len(meters.ledger().usage(None, None).gaps) == len(gaps)
+    assert meters.ledger().recovered is None
+
+
+def test_a_document_that_was_taken_right_before_the_end_is_known_as_taken(days, monkeypatch):
+    days.use()
+    days.now += DAY
+    days.use()
+
+    def killed(connection, entry, state, *_):
+        raise OSError(5, "ended here")
+
+    monkeypatch.setattr(outbox, "end", killed)
+    assert days.report() == ["accounting.ledger_unavailable"]
+    monkeypatch.undo()
+    days.context.judged.clear()
+    assert days.states() == {"2026-11-10-node": "sending"}
+    days.context.meters.close()
+    with days.context.meters.ledger().transaction() as connection:
+        assert outbox.count(connection) == {"accepted": 1}
+    assert days.report() == []
+    assert days.arrived() == ["2026-11-10-node"]
+
+
+def test_last_documents_that_a_copy_does_not_know_concern_their_instance_alone(tmp_path):
+    """The copy is of the morning; by the evening an instance is gone and told, and nothing of the day else."""
+    path, tariff = tmp_path / "ledger.sqlite", Tariff({"network_in": Rate("in")}, frozenset({"users"}))
+
+    def use(ledger, at, first, second):
+        ledger.record(a_pass(BEGIN + at, traffic(value=first), traffic("slappart1", second), owners=GUIDS))
+
+    with Ledger(path) as ledger:
+        use(ledger, 0, 1, 10)
+        ledger.take_in("slappart1", "SOFTINST-1", "a file", [], BEGIN)
+    copy = path.read_bytes()
+    for one in ("2026-11-10-slappart1-last", "instance"), ("2026-11-10-slappart1", "partition"):
+        accepted.append(path, accepted.Accepted(one[0], "2026-11-10", one[1], "slappart1", "SOFTINST-1"))
+    with path.with_name("ledger.accepted").open("a") as file:
+        file.write('["2026-11-11-no')
+    path.write_bytes(copy)
+    with Ledger(path, clock=lambda: BEGIN + 50) as ledger:
+        assert "put back from a copy" in ledger.recovered
+        use(ledger, 100, 5, 50)
+        use(ledger, 200, 6, 60)
+        use(ledger, DAY, 7, 70)
+        assert ledger.intake_waiting() == ()
+        with ledger.transaction("IMMEDIATE") as connection:
+            (period,) = documents.due(connection)
+            drafts = documents.gather(connection, period, tariff, "COMP-1", last=True)
+            made = documents.store(connection, drafts, tariff, "COMP-1", BEGIN + DAY)
+            assert made == ["2026-11-10-node"]
+            assert {one.reference: one.quantity for draft in drafts.drafts for one in draft.movements}[
+                "SOFTINST-0"
+            ] == 6
+        accepted.append(path, accepted.Accepted("2026-11-09-node", "2026-11-09", "node", "", ""))
+    assert [one.reference for one in accepted.read(path)][-1] == "2026-11-09-node"
