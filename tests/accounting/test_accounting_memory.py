@@ -37,7 +37,8 @@ def passes(seed, number=25):
 
 def content(path):
     with contextlib.closing(sqlite3.connect(path)) as connection:
-        return list(connection.iterdump())
+        # each ledger has a number of its own
+        return [line for line in connection.iterdump() if not line.startswith('INSERT INTO "identity"')]
 
 
 @pytest.fixture

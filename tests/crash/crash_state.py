@@ -241,7 +241,7 @@ def _files():
         for name in (*below, *names):
             # how far a log was read, what happened, and what was used, which is tested in tests/accounting: they are
             # there when somebody was looked for, when something failed, and when counters went
-            if name == "sessions.json" or name.startswith("ledger."):
+            if name in ("sessions.json", "events.jsonl") or name.startswith("ledger."):
                 continue
             path = Path(directory, name)
             about = os.lstat(path)
