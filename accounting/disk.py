@@ -13,6 +13,7 @@ which is fine.
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import time
@@ -32,6 +33,33 @@ _BLOCK = 512  # the unit of st_blocks, whatever the file system's: inode(7)
 _LOOK_AT_CLOCK = 256  # entries
 _INODE_COST = 100  # bytes, about what Python takes to remember one inode number
 _NAME_COST = 60  # bytes, about what it takes beyond the text to keep one name
+
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_OPENAT2, _NO_XDEV = 437, 0x01  # asm-generic/unistd.h, linux/openat2.h
+
+
+class _OpenHow(ctypes.Structure):
+    """struct open_how, linux/openat2.h."""
+
+    _fields_ = (("flags", ctypes.c_uint64), ("mode", ctypes.c_uint64), ("resolve", ctypes.c_uint64))
+
+
+_HOW = _OpenHow(_OPEN, 0, _NO_XDEV)
+
+
+def _open_here(directory: int, name: str) -> int:
+    """Open a directory in another, unless something is mounted there (EXDEV): a bind mount of the same file system has the
+    same device and shows what is somebody else's. openat2(2), Linux 5.6. Raises OSError.
+    """
+    path = os.fsencode(name)
+    found = _libc.syscall(_OPENAT2, directory, path, ctypes.byref(_HOW), ctypes.sizeof(_HOW))
+    if found >= 0:
+        return int(found)
+    number = ctypes.get_errno()
+    if number == errno.ENOSYS:
+        return os.open(name, _OPEN, dir_fd=directory)
+    raise OSError(number, os.strerror(number), name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,10 +262,10 @@ class _Walk:
         name = directory.pending.pop()
         self._memory_left += _NAME_COST + len(name)
         try:
-            below = os.open(name, _OPEN, dir_fd=self._here)
+            below = _open_here(self._here, name)
         except OSError as error:
-            # It vanished, or became a file or a link: then it uses nothing that was not counted.
-            if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+            # It vanished, became a file or a link, or something is mounted there: it uses nothing that was not counted.
+            if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EXDEV):
                 self._complete = False
             return
         self._enter(below, name)

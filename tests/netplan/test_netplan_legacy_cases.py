@@ -209,7 +209,7 @@ def test_case_unlocked_writer(legacy):
     """It has read the table, we change it, it writes what it has read: ours is gone, and found to be."""
     legacy.converge(wanted(2))
     one, two = wanted(2).partitions
-    swapped = replace(wanted(2), partitions=(replace(one, ipv6=two.ipv6), replace(two, ipv6=one.ipv6)))
+    swapped = replace(wanted(2), partitions=(replace(one, uid=two.uid), replace(two, uid=one.uid)))
     line = [sys.executable, "-c", _UNLOCKED]
     with subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as theirs:
         assert theirs.stdout.read(6) == "filter"
