@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from partitiond import (
     accounting_config,
+    config_grid,
     config_guard,
     config_network,
     config_reader,
@@ -28,6 +29,7 @@ from partitiond import (
     tunnel_config,
 )
 from partitiond.accounting_config import AccountingKeys
+from partitiond.config_grid import GridKeys
 from partitiond.config_reader import Reader
 from partitiond.errors import PartitiondError
 
@@ -66,7 +68,7 @@ _OWN_KEYS = frozenset(
         "bridge bridge_ports uid_base ipv4_partition_network state_dir log_dir run_dir packet_filter"
         " address_ownership tap_guard capacity_interval software_interval instances_interval report_interval"
         " meter_interval metrics_listen destroy_guard master_fingerprint buildout_version"
-        " report_ambiguous offline_builds private_namespaces"
+        " report_ambiguous offline_builds private_namespaces promise_interval keep_running"
     ).split()
 )
 # keys that change nothing yet; saying so is better than being silent
@@ -74,11 +76,6 @@ _NOT_YET = {
     "input_definition_file": "a definition of the node by file",
     "manager_list": "slapgrid's managers",
     "firewall": "the firewall by firewalld",
-    "partition_timeout": "a time limit for instances",
-    "promise_timeout": "promises",
-    "software_min_free_space": "a check of free space",
-    "instance_min_free_space": "a check of free space",
-    "master_fingerprint": "pinning the master's certificate",
 }
 _KNOWN: Mapping[str, frozenset[str]] = {
     "slapos": _SLAPOS_KEYS,
@@ -124,6 +121,7 @@ class Intervals:
     instances: float = 300
     report: float = 86400
     meter: float = 10
+    promise: float = 120
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,6 +168,7 @@ class Config:
     instance_storage_home: Path | None = None
     block_devices: tuple[OperatorDevice, ...] = ()
     shared_namespaces: frozenset[str] = frozenset()
+    grid: GridKeys = field(default_factory=GridKeys)
     accounting: AccountingKeys = field(default_factory=AccountingKeys)
     quotas: Mapping[str, Quota] = field(default_factory=dict)
     warnings: tuple[str, ...] = field(default=(), compare=False)
@@ -266,7 +265,6 @@ def _check_networks(config: Config, reader: Reader) -> None:
 
 # keys that are read to refuse nonsense already, although nothing acts on them yet
 _SHAPES = {
-    "master_fingerprint": (re.compile(r"sha256:[0-9a-f]{64}"), "sha256: and 64 lower-case hex digits"),
     "buildout_version": (re.compile(r"[0-9]+(?:\.[0-9]+)*"), "a version such as 4.2.0"),
 }
 # a node that was told to be left alone must not be changed
@@ -466,6 +464,7 @@ def _build(path: Path, reader: Reader) -> Config:
         instance_storage_home=reader.optional_path(_storage_section(reader), "instance_storage_home"),
         block_devices=device_config.block_devices(reader, partition_base, amount),
         shared_namespaces=privacy_config.shared_namespaces(reader, partition_base, amount),
+        grid=config_grid.read(reader, partitions),
         accounting=accounting_config.accounting_keys(reader),
         quotas=quota_config.quotas(reader, partition_base, amount),
         warnings=tuple(reader.warnings),

@@ -22,6 +22,7 @@ from partitiond import (
     execute,
     files,
     identities,
+    instance_build,
     privacy,
     programs,
     storage,
@@ -220,7 +221,7 @@ def _configure(
     try:
         privacy.ensure(context, partition)
         certificates.fetch(context, partition)
-        buildout.configure_instance(context, partition, entry)
+        instance_build.configure_instance(context, partition, entry)
         another = (state.software_release, state.software_type) != (url, following.software_type)
         _run(context, partition, entry, another=another)
     except (*FAMILY, OSError) as error:

@@ -7,7 +7,7 @@ import time
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from partitiond import buildout
+from partitiond import buildout, software_build
 from partitiond.errors import FAMILY, sentence
 from partitiond.passes import Result, pause_after, report
 
@@ -62,7 +62,7 @@ def _build(context: Context, state: SoftwareState, force: bool) -> str | None:
     report(lambda: context.client.software_building(url), url)
     logger.info("%s: building, log in %s", url, buildout.software_log(context.config, url))
     try:
-        buildout.build_software(context, url)
+        software_build.build_software(context, url)
     except (*FAMILY, OSError) as error:
         if not context.stop.is_set():
             _failed(context, state, error)
@@ -94,7 +94,7 @@ def _remove(context: Context, url: str) -> str | None:
     if users:
         logger.info("%s: to be removed, but used by %s", url, ", ".join(users))
         return None
-    buildout.remove_software(context.config, url)
+    software_build.remove_software(context.config, url)
     context.store.forget_software(url)
     context.client.software_destroyed(url)
     return "removed"

@@ -165,6 +165,10 @@ class SlapClient:
         """Ask the master to have the whole tree of an instance processed anew (softwareInstanceBang)."""
         self._report_partition("softwareInstanceBang", partition_id, message=message)
 
+    def computer_bang(self, message: str) -> None:
+        """Ask the master to have every instance of this node processed anew (computerBang), as after a reboot."""
+        self._transport.post("computerBang", {"computer_id": self.computer_id, "message": message})
+
     def partition_certificate(self, partition_id: str) -> CertificatePair:
         """Return the X509 pair of the instance in a partition (getComputerPartitionCertificate).
 

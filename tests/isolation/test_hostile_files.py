@@ -18,11 +18,12 @@ from hostile_scene import DIRECTORIES, FILES, KINDS, OPERATORS, PATIENCE, PROMPT
 
 from accounting.disk import DiskMeter
 from partitiond import (
-    buildout,
     certificates,
     event_reader,
+    instance_build,
     programs,
     recovery,
+    software_build,
     storage,
     usage_intake,
     verbs,
@@ -141,7 +142,7 @@ def _program(scene):
 
 
 def _configure(scene):
-    buildout.configure_instance(scene.context, scene.partition, scene.entry)
+    instance_build.configure_instance(scene.context, scene.partition, scene.entry)
     for name in ("buildout.cfg", "software_release"):
         assert (scene.path / name).lstat().st_uid == 0
     return "fine", ""
@@ -256,7 +257,9 @@ def _certificate(scene):
 
 
 def _eggs(scene):
-    buildout._link_eggs(scene.config.software_root, scene.software, scene.soft.pw_uid, scene.soft.pw_gid)
+    software_build._link_eggs(
+        scene.config.software_root, scene.software, scene.soft.pw_uid, scene.soft.pw_gid
+    )
     return "fine", ""
 
 
@@ -290,7 +293,7 @@ def _links_to_eggs(scene):
 @place(*TENANTS, failed=set(TENANTS) - {"empty_file", "junk", "closed_file", "attributed_file"})
 def _profile_of_a_release(scene):
     def profile():
-        return "fine", buildout.instance_profile(scene.context, scene.partition, scene.entry).decode(
+        return "fine", instance_build.instance_profile(scene.context, scene.partition, scene.entry).decode(
             "utf-8", "replace"
         )
 
@@ -303,7 +306,7 @@ def _profile_of_a_release(scene):
 def _removed_release(scene):
     def remove():
         try:
-            buildout.remove_software(scene.config, URL)
+            software_build.remove_software(scene.config, URL)
             assert not scene.software.exists()
         finally:
             scene.make_software()

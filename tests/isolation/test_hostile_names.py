@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from supervisor.options import ServerOptions, UnhosedConfigParser
 
-from partitiond import buildout, config, present, verbs
+from partitiond import config, instance_build, present, software_build, verbs
 from partitiond.errors import PartitiondError, printable, sentence
 from partitiond.state import software_name
 from partitiond.supervision import Group, Program
@@ -230,7 +230,7 @@ def instance_profile(release, url):
     (directory / "instance.cfg").write_text("[buildout]\nparts =\n")
     entry = SimpleNamespace(software_release=url, requested_state="started")
     context, partition = SimpleNamespace(config=release), SimpleNamespace(id="slappart1")
-    return buildout.instance_profile(context, partition, entry).decode("utf-8")
+    return instance_build.instance_profile(context, partition, entry).decode("utf-8")
 
 
 @settings(**COMMON)
@@ -239,7 +239,7 @@ def test_buildout(release, text):
     url = url_of(text)
     if url is None:
         return
-    read = read_by_buildout(buildout.software_profile(release, url))
+    read = read_by_buildout(software_build.software_profile(release, url))
     assert set(read) == {"buildout"}
     assert read["buildout"]["extends"].split() == [url]
     usual, read = (read_by_buildout(instance_profile(release, one)) for one in ("http://usual/", url))

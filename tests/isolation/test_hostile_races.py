@@ -18,7 +18,14 @@ from hostile_node import URL
 from hostile_scene import Canary, Hostile, HungError, swapping, within
 
 from accounting.disk import DiskMeter
-from partitiond import buildout, directories, files, programs, resource_file, tunnel_declarations
+from partitiond import (
+    directories,
+    files,
+    programs,
+    resource_file,
+    software_build,
+    tunnel_declarations,
+)
 from partitiond.directories import DirectorySpec
 from partitiond.errors import FAMILY
 
@@ -178,7 +185,9 @@ def race_directory_of_a_release(scene):
     link = scene.config.software_root / "link"
     link.symlink_to(scene.canary.directory)
     own = scene.soft.pw_uid, scene.soft.pw_gid
-    return Race(scene.software, link, scene.soft.pw_uid, lambda: buildout._prepare(scene.config, URL, own))
+    return Race(
+        scene.software, link, scene.soft.pw_uid, lambda: software_build._prepare(scene.config, URL, own)
+    )
 
 
 def race_owner_of_a_directory(scene):

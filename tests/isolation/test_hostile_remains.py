@@ -14,7 +14,7 @@ import hostile_scene
 import pytest
 from hostile_scene import PATIENCE, within
 
-from partitiond import buildout, converge, files, instances, programs, status, verbs
+from partitiond import buildout, converge, files, instances, programs, software_build, status, verbs
 from partitiond.errors import PartitiondError
 
 FRIEND = 61999  # another user, who is in league with the tenant
@@ -270,7 +270,9 @@ def test_an_egg_with_an_odd_name(scene, name):
     links = scene.software / "develop-eggs"
     for link in links.iterdir():
         link.unlink()
-    buildout._link_eggs(scene.config.software_root, scene.software, scene.soft.pw_uid, scene.soft.pw_gid)
+    software_build._link_eggs(
+        scene.config.software_root, scene.software, scene.soft.pw_uid, scene.soft.pw_gid
+    )
     for link in links.iterdir():
         assert link.name == "b.egg-link"
         assert link.read_text() == f"{scene.software}/eggs/b.egg\n.\n"

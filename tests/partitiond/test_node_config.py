@@ -69,7 +69,7 @@ def test_the_defaults_are_those_of_slapos_core_and_of_the_contract(load):
         Path("/var/log/partitiond"),
         Path("/run/partitiond"),
     )
-    assert dataclasses.astuple(found.intervals) == (86400, 300, 300, 86400, 10)
+    assert dataclasses.astuple(found.intervals) == (86400, 300, 300, 86400, 10, 120)
 
 
 BAD = [
@@ -204,8 +204,8 @@ def test_the_bridge_of_old_configurations_is_pointed_to_the_new_key(load):
 
 
 def test_what_is_known_but_does_nothing_yet_is_said(load):
-    text, _ = with_setting("partitiond", "master_fingerprint", f"sha256:{'0' * 64}")
-    assert "pinning the master's certificate is not acted on yet" in load(text).warnings[0]
+    text, _ = with_setting("slapformat", "input_definition_file", "/srv/node.cfg")
+    assert "a definition of the node by file is not acted on yet" in load(text).warnings[0]
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from json_schemas import schema
 from jsonschema import Draft202012Validator
 from supervisor.options import ServerOptions
 
-from partitiond import buildout, destroy_guard, directories, lock, present, teardown
+from partitiond import buildout, destroy_guard, directories, lock, present, software_build, teardown
 from partitiond.directories import DirectorySpec
 from partitiond.errors import PartitiondError, sentence
 from partitiond.state import InstanceState, SoftwareState, Store
@@ -350,10 +350,10 @@ def test_a_release_that_became_a_link_is_removed_as_a_link(tmp_path):
     (tmp_path / "precious" / "file").write_bytes(b"x")
     directory = buildout.software_directory(config, "http://r")
     directory.symlink_to(tmp_path / "precious")
-    buildout.remove_software(config, "http://r")
+    software_build.remove_software(config, "http://r")
     assert not directory.is_symlink()
     assert (tmp_path / "precious" / "file").exists()
-    buildout.remove_software(config, "http://r")
+    software_build.remove_software(config, "http://r")
 
 
 def test_a_build_does_not_take_what_a_link_points_to(tmp_path):
@@ -369,7 +369,7 @@ def test_a_build_does_not_take_what_a_link_points_to(tmp_path):
     config.software_root.mkdir()
     buildout.software_directory(config, "http://r").symlink_to(precious)
     with pytest.raises(PartitiondError) as caught:
-        buildout.build_software(SimpleNamespace(config=config), "http://r")
+        software_build.build_software(SimpleNamespace(config=config), "http://r")
     assert caught.value.code == "files.not_a_directory"
     assert precious.stat().st_uid == 0
     assert list(precious.iterdir()) == []
@@ -381,7 +381,7 @@ def test_a_release_is_removed_with_all_that_is_in_it(tmp_path):
     (directory / "parts" / "x").mkdir(parents=True)
     (directory / buildout.COMPLETED).write_bytes(b"")
     assert buildout.completed(config, "http://r")
-    buildout.remove_software(config, "http://r")
+    software_build.remove_software(config, "http://r")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 from json_schemas import parsed, validate
 
-from partitiond import buildout, config, converge, instances, lanes, storage, verbs
+from partitiond import buildout, config, converge, instance_build, instances, lanes, storage, verbs
 from partitiond.context import Context
 from partitiond.errors import PartitiondError
 
@@ -167,7 +167,7 @@ def test_software_and_master_are_told(node):
     release.mkdir()
     (release / "instance.cfg").write_text("[buildout]\n")
     entry = SimpleNamespace(software_release="http://r", requested_state="started")
-    profile = buildout.instance_profile(context, target.partitions[0], entry).decode()
+    profile = instance_build.instance_profile(context, target.partitions[0], entry).decode()
     assert f"[storage-configuration]\nstorage-home = {node.home}\n" in profile
     said = lanes.description(target, storage.observe(target.config), ("debian", "12", "Debian"))
     assert said["instance_storage_home"] == str(node.home)

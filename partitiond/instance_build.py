@@ -1,0 +1,114 @@
+"""Instances: the release's template with the sections that slapgrid appends, and buildout run on it as the partition's user.
+
+``offline = true``, as slapgrid has it; and no index, which a published zc.buildout would ask all the same.
+"""
+
+from __future__ import annotations
+
+import os
+import pwd
+from typing import TYPE_CHECKING
+
+from partitiond import buildout, certificates, execute, files, privacy
+from partitiond.errors import PartitiondError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from partitiond.context import Context
+    from partitiond.node import Partition
+    from slap_client.documents import PartitionDocument
+
+
+def instance_profile(context: Context, partition: Partition, entry: PartitionDocument) -> bytes:
+    """The ``buildout.cfg`` of an instance: the release's template and the sections of slapgrid."""
+    config = context.config
+    url = entry.software_release or ""
+    key, certificate = certificates.paths(context.config, partition) or ("", "")
+    directory = buildout.software_directory(config, url)
+    appended = f"""
+[buildout]
+bin-directory = ${{buildout:directory}}/sbin
+offline = true
+index = {buildout.NO_INDEX}
+
+[slap-connection]
+computer-id = {config.computer_id}
+partition-id = {partition.id}
+server-url = {config.master_url}
+software-release-url = {url}
+key-file = {key}
+cert-file = {certificate}
+shared-part-list = {" ".join(config.shared_part_list.split())}
+build-time-part-list = {" ".join(config.shared_part_list.split())}
+requested-state = {entry.requested_state}
+
+[slap_connection]
+computer_id = {config.computer_id}
+partition_id = {partition.id}
+server_url = {config.master_url}
+software_release_url = {url}
+key_file = {key}
+cert_file = {certificate}
+
+[storage-configuration]
+storage-home = {config.instance_storage_home or ""}
+
+[network-information]
+global-ipv4-network = {config.ipv4_network}
+"""
+    owner = pwd.getpwnam(config.software_user).pw_uid
+    with files.directory(config.software_root, directory.name) as descriptor:
+        for name in ("instance.cfg", "template.cfg"):
+            try:
+                # a link of the software user's to somebody's secret would be handed to the tenant
+                profile = files.read(name, dir_fd=descriptor, limit=buildout.PROFILE_LIMIT, reader=owner)
+                return profile + appended.encode()
+            except FileNotFoundError:
+                continue
+    raise PartitiondError(
+        "instance.no_profile",
+        "the software release has neither instance.cfg nor template.cfg",
+        resource=partition.id,
+        hint=f"look into {directory}",
+    )
+
+
+def configure_instance(context: Context, partition: Partition, entry: PartitionDocument) -> None:
+    """Write an instance's profile and run buildout on it as its user.
+
+    Raises PartitiondError ``instance.build`` with the end of the log, ``instance.no_profile``, or OSError.
+    """
+    config = context.config
+    directory = buildout.software_directory(config, entry.software_release or "")
+    profile = instance_profile(context, partition, entry)
+    with files.directory(partition.path) as descriptor:
+        files.write("buildout.cfg", profile, dir_fd=descriptor, mode=0o640, owner=(0, partition.gid))
+        _link_software(descriptor, directory)
+    env = execute.environment(str(partition.path), partition.user)
+    env["SLAPGRID_INSTANCE_ROOT"] = str(config.instance_root)
+    path = config.log_dir / partition.id / "buildout.log"
+    with buildout.Log(path, f"configuring {partition.id}") as log:
+        outcome = execute.as_user(
+            partition.user,
+            partition.user,
+            [str(directory / "bin" / "buildout"), "-U"],
+            cwd=partition.path,
+            env=env,
+            log=log,
+            stop=context.stop,
+            record=buildout.session_record(config, partition.id),
+            enter=privacy.entry(config, partition),
+        )
+    if not outcome.ok:
+        raise buildout.build_error("instance.build", partition.id, outcome, path)
+
+
+def _link_software(descriptor: int, directory: Path) -> None:
+    name = "software_release"
+    try:
+        if os.readlink(name, dir_fd=descriptor) == str(directory):
+            return
+    except OSError:
+        pass  # no link yet, or something else in its place
+    files.link(name, directory, dir_fd=descriptor)
