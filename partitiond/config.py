@@ -52,7 +52,7 @@ _SLAPOS_KEYS = frozenset(
         " certificate_repository_path master_ca_file partition_amount environment pidfile_software pidfile_instance"
         " pidfile_report software_min_free_space instance_min_free_space maximum_periodicity promise_timeout"
         " partition_timeout manager_list root_check force_stop forbid_supervisord_automatic_launch buildout_debug"
-        " firewall ipv6_prefixshift instance_storage_home"
+        " firewall ipv6_prefixshift instance_storage_home ipv4_global_network"
     ).split()
 )
 _FORMAT_KEYS = frozenset(

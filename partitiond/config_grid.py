@@ -28,6 +28,7 @@ class GridKeys:
     partition_timeout: float | None = None
     keep_running: frozenset[str] = frozenset()
     master_fingerprint: str = ""
+    ipv4_global_network: str = ""
 
 
 def read(reader: Reader, partitions: frozenset[str]) -> GridKeys:
@@ -40,6 +41,7 @@ def read(reader: Reader, partitions: frozenset[str]) -> GridKeys:
         partition_timeout=float(timeout) if timeout else None,
         keep_running=_names(reader, "keep_running", partitions),
         master_fingerprint=_fingerprint(reader),
+        ipv4_global_network=_network(reader),
     )
 
 
@@ -59,6 +61,15 @@ def _names(reader: Reader, key: str, partitions: frozenset[str]) -> frozenset[st
     for name in sorted(found - partitions):
         reader.bad("partitiond", key, name, "names of partitions of this node, separated by spaces")
     return found & partitions
+
+
+def _network(reader: Reader) -> str:
+    """What instances are told of the world's IPv4, as it stands there."""
+    value = reader.raw("slapos", "ipv4_global_network")
+    if value and not re.fullmatch(r"[0-9./]{7,31}", value):
+        reader.bad("slapos", "ipv4_global_network", value, "an IPv4 network such as 10.0.0.0/8")
+        return ""
+    return value
 
 
 def _fingerprint(reader: Reader) -> str:

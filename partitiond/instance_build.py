@@ -55,7 +55,7 @@ cert_file = {certificate}
 storage-home = {config.instance_storage_home or ""}
 
 [network-information]
-global-ipv4-network = {config.ipv4_network}
+global-ipv4-network = {config.grid.ipv4_global_network}
 """
     owner = pwd.getpwnam(config.software_user).pw_uid
     with files.directory(config.software_root, directory.name) as descriptor:
