@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from partitiond.config import Config
     from partitiond.node import Node
     from partitiond.node_plan import Looked
+    from partitiond.process_events import ProcessEnded
     from slap_client.client import SlapClient
 
 
@@ -37,6 +38,10 @@ def _text(path: Path | None) -> str | None:
 
 def _nobody() -> None:
     """Wake nobody: without a daemon there is no other lane."""
+
+
+def _unheard(_: ProcessEnded) -> None:
+    """Nobody wants to know of processes."""
 
 
 def _unknown() -> None:
@@ -91,6 +96,8 @@ class Context:
     wake_instances: Callable[[], None] = _nobody
     day_ended: Callable[[], None] = _nobody
     limits_changed: Callable[[], None] = _nobody
+    # called by the thread that hears of supervisord's processes, at once and for each: it has to return soon
+    process_ended: Callable[[ProcessEnded], None] = _unheard
     looking: Callable[[], None] = _nobody
     links: Callable[[], Mapping[str, Link] | None] = _unknown
     # what only a daemon knows to be open; each may be empty
