@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from partitiond.build_server import BuildServer
 from partitiond.events import SESSIONS, EventLog
 from partitiond.incidents import IncidentWatch
 from partitiond.master import MasterContact
@@ -85,6 +86,7 @@ class Context:
     sessions: SessionBook = field(default_factory=SessionBook)
     turns: Turns = field(default_factory=Turns)
     incidents: IncidentWatch = field(default_factory=IncidentWatch)
+    builds: BuildServer = field(default_factory=BuildServer)
     node: Node | None = None
     choice: Choice | None = None
     looked: Looked | None = None

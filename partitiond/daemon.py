@@ -163,6 +163,7 @@ class Daemon:
             "report": self._lane("report", self._report),
             "tunnels": self._lane("tunnels", TunnelLane(self._processes.attend).run),
         }
+        context.builds.patience = 0  # there will be more to build
         context.wake_report = self._lanes["report"].wake
         context.wake_instances = self._lanes["instances"].wake
         context.day_ended = self._day_ended
@@ -241,6 +242,7 @@ class Daemon:
                 self._remove_textfile()
                 # a lane that still waits for the master finds its ledger closed, and is told so as of any other
                 context.meters.close()
+                context.builds.close()
         if not self._torn_down:
             context.events.record("node.stopped", "the daemon ended; supervisord and what it runs go on")
         logger.info("ended" if self._torn_down else "ended; supervisord and what it runs go on")

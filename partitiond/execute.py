@@ -13,7 +13,7 @@ import signal
 import subprocess
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from partitiond import files, procfs
 from partitiond.errors import PartitiondError
@@ -39,6 +39,17 @@ class Outcome:
     def ok(self) -> bool:
         """Whether it ended by itself with status 0."""
         return self.status == 0 and self.cut_short is None
+
+
+class Running(Protocol):
+    """A program that leads a session of its own, as whoever started it can wait for it."""
+
+    @property
+    def pid(self) -> int:
+        """Its number, which nobody else gets as long as it is not waited for."""
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Its exit status, negative for a signal. Raises subprocess.TimeoutExpired."""
 
 
 def environment(home: str, user: str) -> dict[str, str]:
@@ -102,6 +113,18 @@ def as_user(
             resource=str(cwd),
             hint="is util-linux installed?",
         ) from error
+    return watch(process, user, stop=stop, timeout=timeout, record=record)
+
+
+def watch(
+    process: Running,
+    user: str,
+    *,
+    stop: threading.Event,
+    timeout: float | None = None,
+    record: Path | None = None,
+) -> Outcome:
+    """Wait for a program of a user's, and end it and its session as :func:`as_user` says."""
     try:
         if record is not None:
             _write_record(record, process.pid, user)
@@ -112,7 +135,7 @@ def as_user(
             record.unlink(missing_ok=True)
 
 
-def _wait(process: subprocess.Popen[bytes], stop: threading.Event, deadline: float | None) -> Outcome:
+def _wait(process: Running, stop: threading.Event, deadline: float | None) -> Outcome:
     pause = 0.01
     while True:
         try:
@@ -125,7 +148,7 @@ def _wait(process: subprocess.Popen[bytes], stop: threading.Event, deadline: flo
             return _end(process, "took too long")
 
 
-def _end(process: subprocess.Popen[bytes], why: str) -> Outcome:
+def _end(process: Running, why: str) -> Outcome:
     for number in (signal.SIGTERM, signal.SIGKILL):
         try:
             os.killpg(process.pid, number)

@@ -9,10 +9,11 @@ import os
 import pwd
 from typing import TYPE_CHECKING
 
-from partitiond import buildout, certificates, execute, files, privacy
+from partitiond import build_server, buildout, certificates, execute, files, privacy
 from partitiond.errors import PartitiondError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     from partitiond.context import Context
@@ -89,19 +90,42 @@ def configure_instance(context: Context, partition: Partition, entry: PartitionD
     env["SLAPGRID_INSTANCE_ROOT"] = str(config.instance_root)
     path = config.log_dir / partition.id / "buildout.log"
     with buildout.Log(path, f"configuring {partition.id}") as log:
-        outcome = execute.as_user(
-            partition.user,
-            partition.user,
-            [str(directory / "bin" / "buildout"), "-U"],
-            cwd=partition.path,
-            env=env,
-            log=log,
-            stop=context.stop,
-            record=buildout.session_record(config, partition.id),
-            enter=privacy.entry(config, partition),
-        )
+        outcome = _build(context, partition, directory, env, log)
     if not outcome.ok:
         raise buildout.build_error("instance.build", partition.id, outcome, path)
+
+
+def _build(
+    context: Context, partition: Partition, directory: Path, env: Mapping[str, str], log: int
+) -> execute.Outcome:
+    """Run the release's buildout, or have it done by the server of builds, which comes to the same."""
+    config = context.config
+    record = buildout.session_record(config, partition.id)
+    timeout = config.grid.partition_timeout
+    if build_server.fits(config, directory):
+        pinned = privacy.directory(config), partition.id
+        wanted = build_server.Build(
+            directory,
+            partition.user,
+            partition.path,
+            env,
+            pinned if privacy.is_private(config, partition) else None,
+        )
+        outcome = context.builds.build(wanted, log=log, stop=context.stop, timeout=timeout, record=record)
+        if outcome is not None:
+            return outcome
+    return execute.as_user(
+        partition.user,
+        partition.user,
+        [str(directory / "bin" / "buildout"), "-U"],
+        cwd=partition.path,
+        env=env,
+        log=log,
+        stop=context.stop,
+        timeout=timeout,
+        record=record,
+        enter=privacy.entry(config, partition),
+    )
 
 
 def _link_software(descriptor: int, directory: Path) -> None:

@@ -32,7 +32,7 @@ _COVERED = (
     *(("tmp", "/tmp"), ("var-tmp", "/var/tmp")),  # noqa: S108 - the private ones
     *(("shm", "/dev/shm"), ("lock", "/run/lock")),  # noqa: S108 - likewise
 )
-_IPC = "ipc"
+IPC = "ipc"
 _QUEUES = "/dev/mqueue"
 # a new IPC namespace begins with the kernel's defaults (ipc_namespaces(7)); what the operator has set is meant for tenants too
 _IPC_SETTINGS = (
@@ -137,7 +137,7 @@ def entry(directory: Path, name: str, cwd: Path) -> tuple[str, ...]:
     """
     return (
         *(NSENTER, f"--mount={directory}/{name}", "--"),
-        *(NSENTER, f"--ipc={directory}/{_IPC}", f"--wdns={cwd}", "--"),
+        *(NSENTER, f"--ipc={directory}/{IPC}", f"--wdns={cwd}", "--"),
     )
 
 
@@ -266,7 +266,7 @@ def _lay_out(directory: Path, shown: Sequence[Path], settings: dict[str, bytes],
         mounts.mount("mqueue", _QUEUES, "mqueue", MS_NOSUID | MS_NODEV | MS_NOEXEC)
     if hidden:
         _hide_processes()
-    pin = directory / _IPC
+    pin = directory / IPC
     pin.touch(mode=0o600)
     mounts.mount("/proc/thread-self/ns/ipc", str(pin), "", MS_BIND)
 
