@@ -11,6 +11,7 @@ from partitiond.events import SESSIONS, EventLog
 from partitiond.incidents import IncidentWatch
 from partitiond.master import MasterContact
 from partitiond.metering import Metering, ledger_path
+from partitiond.promise_book import PromiseBook
 from partitiond.quotas import QuotaBook
 from partitiond.slapformat import Copies
 from partitiond.state import Store
@@ -77,6 +78,7 @@ class Context:
     meters: Metering
     master: MasterContact
     quotas: QuotaBook
+    promises: PromiseBook
     sessions: SessionBook = field(default_factory=SessionBook)
     turns: Turns = field(default_factory=Turns)
     incidents: IncidentWatch = field(default_factory=IncidentWatch)
@@ -107,6 +109,7 @@ class Context:
             meters=Metering(ledger_path(state)),
             master=MasterContact(state / "master.json"),
             quotas=QuotaBook(state / "quotas.json"),
+            promises=PromiseBook(state / "promises"),
         )
 
     def adopt(self, config: Config) -> None:
