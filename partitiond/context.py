@@ -12,6 +12,7 @@ from partitiond.events import SESSIONS, EventLog
 from partitiond.incidents import IncidentWatch
 from partitiond.master import MasterContact
 from partitiond.metering import Metering, ledger_path
+from partitiond.promise_book import PromiseBook
 from partitiond.quotas import QuotaBook
 from partitiond.slapformat import Copies
 from partitiond.state import Store
@@ -83,6 +84,7 @@ class Context:
     meters: Metering
     master: MasterContact
     quotas: QuotaBook
+    promises: PromiseBook
     sessions: SessionBook = field(default_factory=SessionBook)
     turns: Turns = field(default_factory=Turns)
     incidents: IncidentWatch = field(default_factory=IncidentWatch)
@@ -116,6 +118,7 @@ class Context:
             meters=Metering(ledger_path(state)),
             master=MasterContact(state / "master.json"),
             quotas=QuotaBook(state / "quotas.json"),
+            promises=PromiseBook(state / "promises"),
         )
 
     def adopt(self, config: Config) -> None:

@@ -160,6 +160,7 @@ class Daemon:
             "capacity": capacity,
             "software": self._lane("software", lanes.software, capacity),
             "instances": self._lane("instances", lanes.instance, capacity),
+            "promises": self._lane("promises", lanes.promise),
             "report": self._lane("report", self._report),
             "tunnels": self._lane("tunnels", TunnelLane(self._processes.attend).run),
         }
@@ -203,7 +204,8 @@ class Daemon:
         intervals = self.context.config.intervals
         if lane == "tunnels":
             return SECONDS
-        return float(getattr(intervals, "meter" if lane == "usage" else lane, _SWEEP_SECONDS))
+        key = {"usage": "meter", "promises": "promise"}.get(lane, lane)
+        return float(getattr(intervals, key, _SWEEP_SECONDS))
 
     def run(self) -> int:
         """Run until SIGTERM or SIGINT; return the exit status. Raises a family error when the start fails."""

@@ -116,11 +116,16 @@ def observe(context: Context, node: Node, ledger: Ledger) -> None:
 
 
 def record_promises(
-    context: Context, ledger: Ledger, partition: str, guid: str, failing: Mapping[str, str]
+    context: Context, ledger: Ledger, failing: Mapping[str, tuple[str, Mapping[str, str]]]
 ) -> None:
-    """Post which promises of a partition fail, by name and reason, after they were run: all of them. Raises AccountingError."""
-    look = Look(guid, alive=True, troubles=failing)
-    changes = ledger.observe_incidents(PROMISE, context.clock(), {partition: look}, whole=False)
+    """Post which promises of partitions fail: of each its instance, and all that fail by name and reason.
+
+    Raises AccountingError.
+    """
+    looked = {name: Look(guid, alive=True, troubles=found) for name, (guid, found) in failing.items()}
+    intervals = context.config.intervals
+    unseen = max(UNSEEN, 3 * intervals.meter)
+    changes = ledger.observe_incidents(PROMISE, context.clock(), looked, whole=False, unseen=unseen)
     tell(context, changes)
 
 

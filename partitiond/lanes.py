@@ -11,7 +11,18 @@ from ipaddress import IPv4Interface
 from typing import TYPE_CHECKING
 
 from netplan.once import once, same
-from partitiond import __version__, converge, incidents, instances, quotas, reports, softwares, storage, trial
+from partitiond import (
+    __version__,
+    converge,
+    incidents,
+    instances,
+    promises,
+    quotas,
+    reports,
+    softwares,
+    storage,
+    trial,
+)
 from partitiond.errors import PartitiondError
 from partitiond.passes import Result
 from slap_client.capacity import (
@@ -188,6 +199,11 @@ def report(context: Context, *, asked: bool = False, force: bool = False) -> Res
     return reports.run_pass(context, node, ask=lambda: knock(context), asked=asked, force=force)
 
 
+def promise(context: Context) -> Result:
+    """Look at the promises of instances that run."""
+    return promises.run_pass(context, context.node_in_force or converge.observe(context).node)
+
+
 def usage(context: Context) -> Result:
     """Take one pass of all meters."""
     # every few seconds: the sweep looks at the whole node often enough
@@ -199,6 +215,7 @@ def usage(context: Context) -> Result:
     if context.meters.has_due():
         context.day_ended()
     incidents.observe(context, target, context.meters.ledger())
+    promises.observe(context, context.meters.ledger())
     return Result([f"usage of {len(target.partitions)} partitions recorded"], [])
 
 

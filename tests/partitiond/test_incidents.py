@@ -205,7 +205,7 @@ def incidents_waiting(connection):
 
 def test_a_partition_that_stops_has_no_outage_any_more(scene):
     scene.look(DOWN)
-    incidents.record_promises(scene.context, scene.ledger, "slappart0", GUID, {"http": "refused"})
+    incidents.record_promises(scene.context, scene.ledger, {"slappart0": (GUID, {"http": "refused"})})
     assert sorted(row.kind for row in scene.ledger.incidents()) == ["promise", "service"]
     scene.states = started(life="stopped", wanted="stopped")
     scene.look(DOWN)
@@ -214,11 +214,11 @@ def test_a_partition_that_stops_has_no_outage_any_more(scene):
 
 def test_promises_are_told_as_services_are(scene):
     for failing in ({"http": "refused", "dns": "no answer"}, {"http": "refused"}):
-        incidents.record_promises(scene.context, scene.ledger, "slappart0", GUID, failing)
+        incidents.record_promises(scene.context, scene.ledger, {"slappart0": (GUID, failing)})
         scene.now += 60.0
-    incidents.record_promises(scene.context, scene.ledger, "slappart0", GUID, {})
+    incidents.record_promises(scene.context, scene.ledger, {"slappart0": (GUID, {})})
     scene.now += 70.0
-    incidents.record_promises(scene.context, scene.ledger, "slappart0", GUID, {})
+    incidents.record_promises(scene.context, scene.ledger, {"slappart0": (GUID, {})})
     assert scene.told() == [
         ("incident.begun", None),
         ("incident.begun", None),
