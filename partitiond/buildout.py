@@ -80,11 +80,19 @@ class Log:
 
 def build_error(code: str, what: str, outcome: execute.Outcome, log: Path) -> PartitiondError:
     """The error of a buildout that failed, with the end of its log."""
-    ended = outcome.cut_short or (
-        f"exit status {outcome.status}" if outcome.status >= 0 else f"signal {-outcome.status}"
-    )
     return PartitiondError(
-        code, f"buildout failed ({ended}):\n{tail(log)}", resource=what, hint=f"read {log}", retryable=True
+        code,
+        f"buildout failed ({ended(outcome)}):\n{tail(log)}",
+        resource=what,
+        hint=f"read {log}",
+        retryable=True,
+    )
+
+
+def ended(outcome: execute.Outcome) -> str:
+    """How a program ended, in words."""
+    return outcome.cut_short or (
+        f"exit status {outcome.status}" if outcome.status >= 0 else f"signal {-outcome.status}"
     )
 
 

@@ -68,7 +68,7 @@ _OWN_KEYS = frozenset(
         "bridge bridge_ports uid_base ipv4_partition_network state_dir log_dir run_dir packet_filter"
         " address_ownership tap_guard capacity_interval software_interval instances_interval report_interval"
         " meter_interval metrics_listen destroy_guard master_fingerprint buildout_version"
-        " report_ambiguous offline_builds private_namespaces promise_interval keep_running"
+        " report_ambiguous offline_builds private_namespaces promise_interval keep_running prerm_timeout"
     ).split()
 )
 # keys that change nothing yet; saying so is better than being silent

@@ -26,6 +26,7 @@ class GridKeys:
     instance_min_free_space: int = _DEFAULT_SPACE
     promise_timeout: float = 20.0
     partition_timeout: float | None = None
+    prerm_timeout: float = 600.0
     keep_running: frozenset[str] = frozenset()
     master_fingerprint: str = ""
     ipv4_global_network: str = ""
@@ -39,6 +40,7 @@ def read(reader: Reader, partitions: frozenset[str]) -> GridKeys:
         instance_min_free_space=_size(reader, "instance_min_free_space"),
         promise_timeout=float(reader.number("slapos", "promise_timeout", 20, 1, 86400)),
         partition_timeout=float(timeout) if timeout else None,
+        prerm_timeout=float(reader.number("partitiond", "prerm_timeout", 600, 1, 10**6)),
         keep_running=_names(reader, "keep_running", partitions),
         master_fingerprint=_fingerprint(reader),
         ipv4_global_network=_network(reader),

@@ -6,6 +6,7 @@ opened non-blocking, must be regular, and are read up to a bound.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import logging
@@ -317,6 +318,25 @@ def empty(dir_fd: int, *, keep: frozenset[str] = frozenset()) -> None:
     mount = _mount_of(dir_fd)
     while _remove_entries(dir_fd, keep, mount):
         pass
+
+
+def remove(name: str, *, dir_fd: int) -> None:
+    """Remove what has that name in a directory that others may write to, with all below; what is not there is fine.
+
+    It is taken into a directory of root's first, where nobody else is at it. Raises as :func:`empty` does.
+    """
+    holder = f".removing-{secrets.token_hex(8)}"
+    os.mkdir(holder, 0o700, dir_fd=dir_fd)
+    descriptor = os.open(holder, _DIRECTORY, dir_fd=dir_fd)
+    try:
+        with _explaining(name), _ignoring_missing():
+            os.rename(name, name, src_dir_fd=dir_fd, dst_dir_fd=descriptor)
+        empty(descriptor)
+    finally:
+        os.close(descriptor)
+        # empty, unless something in it could not be removed
+        with contextlib.suppress(OSError):
+            os.rmdir(holder, dir_fd=dir_fd)
 
 
 def remove_emptied(path: Path) -> None:

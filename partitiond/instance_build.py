@@ -27,7 +27,10 @@ def instance_profile(context: Context, partition: Partition, entry: PartitionDoc
     url = entry.software_release or ""
     key, certificate = certificates.paths(context.config, partition) or ("", "")
     directory = buildout.software_directory(config, url)
+    shared = _lines(config.shared_part_list)
     appended = f"""
+
+# appended as slapgrid does
 [buildout]
 bin-directory = ${{buildout:directory}}/sbin
 offline = true
@@ -40,8 +43,10 @@ server-url = {config.master_url}
 software-release-url = {url}
 key-file = {key}
 cert-file = {certificate}
-shared-part-list = {" ".join(config.shared_part_list.split())}
-build-time-part-list = {" ".join(config.shared_part_list.split())}
+shared-part-list =
+{shared}
+build-time-part-list =
+{shared}
 requested-state = {entry.requested_state}
 
 [slap_connection]
@@ -73,6 +78,11 @@ global-ipv4-network = {config.grid.ipv4_global_network}
         resource=partition.id,
         hint=f"look into {directory}",
     )
+
+
+def _lines(value: str) -> str:
+    """Entries one a line: recipes divide these options by lines."""
+    return "\n".join(f"  {line.strip()}" for line in value.splitlines() if line.strip())
 
 
 def configure_instance(context: Context, partition: Partition, entry: PartitionDocument) -> None:

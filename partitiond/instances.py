@@ -2,31 +2,30 @@
 
 Promises: a partition is configured again only when its timestamp (opaque text), release or type changed, when its last try
 failed and its pause is over, or when its period is over; a failing one harms no other; nothing is removed but on the
-master's explicit word, and never twice as much as the destroy guard allows on one answer.
+master's explicit word, and never twice as much as the destroy guard allows on one answer. The end of instances:
+``destruction.py``; what is started and stopped: ``running.py``.
 """
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import time
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from netplan import learned
 from partitiond import (
     buildout,
     certificates,
     converge,
     destroy_guard,
-    execute,
-    files,
-    identities,
+    destruction,
+    free_space,
     instance_build,
+    marks,
+    periods,
     privacy,
-    programs,
-    storage,
-    tunnels,
+    retention,
+    running,
 )
 from partitiond.errors import FAMILY, PartitiondError, sentence
 from partitiond.passes import Result, pause_after, report
@@ -37,6 +36,7 @@ if TYPE_CHECKING:
 
     from partitiond.context import Context
     from partitiond.node import Node, Partition
+    from partitiond.periods import Periods
     from partitiond.state import InstanceLife
     from slap_client.documents import ComputerDocument, PartitionDocument
 
@@ -66,6 +66,7 @@ def run_pass(
         )
         result.failures.append((rejected.partition_id, error))
     wanted = {entry.partition_id: entry for entry in document.partitions}
+    period_of = periods.Periods(context.config)
     held = _held(context, document, result)
     for partition in node.partitions:
         entry = wanted.get(partition.id)
@@ -78,7 +79,7 @@ def run_pass(
         ):
             continue
         try:
-            done = _one(context, node, partition, entry, force)
+            done = _one(context, node, partition, entry, period_of, force=force)
         except FAMILY as error:
             result.failures.append((partition.id, error))
             logger.warning("%s: %s", partition.id, sentence(error))
@@ -126,75 +127,47 @@ def _held(context: Context, document: ComputerDocument, result: Result) -> froze
 
 
 def _one(
-    context: Context, node: Node, partition: Partition, entry: PartitionDocument, force: bool
+    context: Context,
+    node: Node,
+    partition: Partition,
+    entry: PartitionDocument,
+    period_of: Periods,
+    *,
+    force: bool,
 ) -> str | None:
     state = context.store.instance(partition.id)
+    if entry.free and state.life == "free":
+        marks.tidy(context, partition)
+        return None
     if entry.destroy_requested or entry.free:
-        return _retire(context, partition, state, entry)
+        return destruction.retire(context, partition, state, entry)
     if state.life == "destroying":
-        return None  # the report lane finishes first; then the partition is free for the new instance
-    if not _due(context, state, entry, force):
-        _tell(context, state)
+        back = destruction.revoke(context, state, entry)
+        if back is None:
+            return None  # the report lane finishes first; then the partition is free for the new instance
+        state = back
+    if not (force or _due(state, entry, period_of(entry.software_release or ""))):
+        _tell(context, state, entry.access_status)
         return None
     return _configure(context, node, partition, state, entry)
 
 
-def _due(context: Context, state: InstanceState, entry: PartitionDocument, force: bool) -> bool:
+def _due(state: InstanceState, entry: PartitionDocument, period: int) -> bool:
+    """Whether an instance is to be configured (again)."""
     now = time.time()
     changed = (
         state.timestamp != (entry.timestamp or None)
-        or not entry.timestamp
         or state.software_release != entry.software_release
         or state.software_type != (entry.software_type or None)
         or state.wanted != entry.requested_state
         or state.instance_guid != (entry.instance_guid or None)
     )
-    if force or changed:
+    if changed:
         return True
     if state.failures:
         return now >= state.next_try
-    period = context.config.maximum_periodicity
-    return 0 <= period <= now - state.processed_at
-
-
-def _retire(
-    context: Context, partition: Partition, state: InstanceState, entry: PartitionDocument
-) -> str | None:
-    """Stop an instance that is to be destroyed; the report lane removes it."""
-    if state.life == "free" and not entry.destroy_requested:
-        return None
-    if state.life == "destroying":
-        return None
-    stop(context, partition)
-    context.store.save_instance(
-        replace(
-            state,
-            life="destroying",
-            wanted="destroyed",
-            instance_guid=state.instance_guid or entry.instance_guid or None,
-            software_release=state.software_release or entry.software_release,
-        )
-    )
-    context.wake_report()
-    report(lambda: context.client.instance_stopped(partition.id), partition.id)
-    return "stopped, to be destroyed"
-
-
-def stop(context: Context, partition: Partition) -> None:
-    """Stop a partition's processes and tunnels, and make sure that nothing starts them again."""
-    names = [
-        name
-        for name in (partition.id, tunnels.group_name(partition.id))
-        if context.supervisor.group_text(name) is not None
-    ]
-    if names and context.supervisor.running():
-        for name in names:
-            context.supervisor.stop_group(name)
-    # two lanes that update supervisord at the same time get in each other's way
-    with context.applying:
-        changed = [name for name in names if context.supervisor.remove_group(name)]
-        if changed and context.supervisor.running():
-            context.supervisor.update()
+    # as in slapgrid: without a timestamp always, with a negative period never
+    return not entry.timestamp or 0 <= period <= now - state.processed_at
 
 
 def _configure(
@@ -215,23 +188,51 @@ def _configure(
         processed_at=time.time(),
     )
     if state.life == "free" or state.instance_guid != following.instance_guid:
+        taken_over = destruction.days_of_slapgrid(context, partition) if state.life == "free" else -1.0
+        following = replace(following, retention_days=taken_over)
         # from here on what is used is the new instance's, also when the first try fails or is cut short
         context.meters.settle(context, node)
         context.store.save_instance(replace(following, life="stopped", timestamp=None))
     try:
+        marks.begin(partition)
+        needed = context.config.grid.instance_min_free_space
+        free_space.require(
+            partition.path,
+            needed,
+            code="instance.no_space",
+            key="instance_min_free_space",
+            resource=partition.id,
+        )
         privacy.ensure(context, partition)
         certificates.fetch(context, partition)
         instance_build.configure_instance(context, partition, entry)
         another = (state.software_release, state.software_type) != (url, following.software_type)
-        _run(context, partition, entry, another=another)
+        following = _fix_retention(partition, following, entry)
+        if entry.requested_state == "started":
+            running.start(context, partition, another=another)
+        else:
+            running.stop(context, partition)
     except (*FAMILY, OSError) as error:
-        return _failed(context, partition, following, error)
+        return _failed(context, partition, following, entry, error)
     life: InstanceLife = "started" if entry.requested_state == "started" else "stopped"
     done = replace(following, life=life, failures=0, next_try=0.0, error=None, reported=False, cleaned=False)
     context.store.save_instance(done)
+    marks.succeeded(partition, entry.timestamp)
     _converge(context, partition)
     _tell(context, done)
     return life
+
+
+def _fix_retention(partition: Partition, state: InstanceState, entry: PartitionDocument) -> InstanceState:
+    """Fix how long the instance is kept after its end, the first time that its buildout succeeds, as slapgrid does."""
+    if state.retention_days >= 0:
+        return state
+    days = retention.days_asked(entry.filter)
+    if days is None:
+        value = ascii(entry.filter.get(retention.KEY))
+        logger.warning("%s: %s is %s, which is no number of days: 0", partition.id, retention.KEY, value)
+    marks.retention(partition, days or 0.0)
+    return replace(state, retention_days=days or 0.0)
 
 
 def _converge(context: Context, partition: Partition) -> None:
@@ -241,162 +242,52 @@ def _converge(context: Context, partition: Partition) -> None:
         logger.warning("%s: refused: %s", refusal.name, refusal.reason)
 
 
-def _failed(context: Context, partition: Partition, state: InstanceState, error: Exception) -> str | None:
+def _failed(
+    context: Context, partition: Partition, state: InstanceState, entry: PartitionDocument, error: Exception
+) -> str | None:
     if context.stop.is_set():
         raise error  # cut short by our own end: no failure of the instance
     if state.wanted != "started":
         # as in slapos.core: what is to be stopped is stopped even if its buildout fails
         try:
-            stop(context, partition)
+            running.stop(context, partition)
         except PartitiondError as problem:
             logger.warning("%s: %s", partition.id, sentence(problem))
-    failures = state.failures + 1
-    context.store.save_instance(
-        replace(
-            state,
-            life="failed",
-            failures=failures,
-            next_try=time.time() + pause_after(failures),
-            error=str(error)[-4000:],
-            reported=True,
-        )
+    failures, text = state.failures + 1, str(error)[-4000:]
+    # as long as it is the same that the master was told, and still shows, it is not told again
+    known = state.life == "failed" and state.reported and state.error == text
+    failed = replace(
+        state,
+        life="failed",
+        failures=failures,
+        next_try=time.time() + pause_after(failures),
+        error=text,
+        reported=known and (not entry.access_status or _is_error(entry.access_status)),
     )
-    report(lambda: context.client.instance_error(state.partition, str(error)), state.partition)
+    context.store.save_instance(failed)
+    marks.failed(partition, str(error))
+    _tell(context, failed)
     raise error
 
 
-def _tell(context: Context, state: InstanceState) -> None:
-    """Tell the master what it has not been told yet; kept until it was accepted."""
-    if state.reported or state.life not in ("started", "stopped"):
+def _is_error(access_status: str) -> bool:
+    return access_status.startswith("#error")
+
+
+def _tell(context: Context, state: InstanceState, access_status: str = "") -> None:
+    """Tell the master what it has not been told yet, or has taken for something else since; kept until it was accepted.
+
+    ``access_status`` is what it shows of the instance, "" where it says nothing of it, as slapproxy.
+    """
+    client, name = context.client, state.partition
+    if state.life == "failed":
+        told, text = state.reported, state.error or ""
+        done = told or report(lambda: client.instance_error(name, text), name)
+    elif state.life in ("started", "stopped"):
+        told = state.reported and not _is_error(access_status)
+        tell = client.instance_started if state.life == "started" else client.instance_stopped
+        done = told or report(lambda: tell(name), name)
+    else:
         return
-    tell = context.client.instance_started if state.life == "started" else context.client.instance_stopped
-    if report(lambda: tell(state.partition), state.partition):
+    if done and not state.reported:
         context.store.save_instance(replace(state, reported=True))
-
-
-def _run(context: Context, partition: Partition, entry: PartitionDocument, *, another: bool) -> None:
-    """Start or stop what the buildout made; ``another``: of another release or type than what may still run.
-
-    What runs and began before its partition was private is left to run as it does as long as it stays the same.
-    """
-    if entry.requested_state != "started":
-        stop(context, partition)
-        return
-    group = programs.group(context, partition)
-    with context.applying:
-        if not group.programs:
-            context.supervisor.remove_group(group.name)
-        elif another or not privacy.is_late(context.supervisor, group):
-            context.supervisor.write_group(group)
-        if another:
-            # its stunnel has run on outside until now, too
-            privacy.relaunch(context, partition, tunnels.group_name(partition.id))
-        # also when the file is as it was: one who was killed after writing it has told supervisord nothing
-        context.supervisor.update()
-        if group.programs:
-            context.supervisor.start_group(group.name)
-            _look(context, partition)
-
-
-def _look(context: Context, partition: Partition) -> None:
-    """Fail when supervisord could not even start a program (it has no descriptors left, or the file cannot be run)."""
-    dead = [
-        process.name
-        for process in context.supervisor.processes()
-        if process.group == partition.id and process.state in ("FATAL", "BACKOFF")
-    ]
-    if dead:
-        raise PartitiondError(
-            "instance.start",
-            f"could not be started: {', '.join(sorted(dead))}",
-            resource=partition.id,
-            hint=f"read {context.supervisor.log}",
-            retryable=True,
-        )
-
-
-def finish_destroyed(
-    context: Context,
-    node: Node,
-    *,
-    unsettled: frozenset[str] = frozenset(),
-    untold: frozenset[str] = frozenset(),
-) -> Result:
-    """Remove the instances that are to be destroyed, and tell the master so: nothing yet of those that are ``unsettled``, and
-    those that are ``untold`` are removed and the master is told later.
-    """
-    result = Result([], [])
-    _, damaged = context.store.readable()
-    for partition in node.partitions:
-        if partition.id in damaged:
-            continue
-        state = context.store.instance(partition.id)
-        if state.life != "destroying" or context.stop.is_set():
-            continue
-        if partition.id in unsettled:
-            result.failures.append((partition.id, _unsettled(partition)))
-            continue
-        try:
-            if not state.cleaned:
-                _clean(context, node, partition)
-                context.store.save_instance(replace(state, cleaned=True))
-            if partition.id in untold:
-                continue
-            context.client.instance_destroyed(partition.id)
-        except (*FAMILY, OSError) as error:
-            result.failures.append((partition.id, error))
-            logger.warning("%s: not destroyed yet: %s", partition.id, sentence(error))
-            continue
-        context.store.save_instance(replace(state, life="free"))
-        # what every free partition has (its resource file, a new identity) is made again at once
-        _converge(context, partition)
-        result.done.append(f"{partition.id}: destroyed")
-        logger.info("%s: destroyed", partition.id)
-        _record(context, state, "destroyed", "destroyed")
-    return result
-
-
-def _unsettled(partition: Partition) -> PartitiondError:
-    return PartitiondError(
-        "instances.unsettled",
-        "not destroyed yet: its last usage is in no document yet",
-        resource=partition.id,
-        hint="mend what keeps usage from being reported; partitiond sync report --force destroys it all the same",
-        retryable=True,
-    )
-
-
-def _clean(context: Context, node: Node, partition: Partition) -> None:
-    stop(context, partition)
-    # the last bytes belong to the instance that goes, not to the one that comes
-    context.meters.settle(context, node)
-    context.meters.forget(partition.id)
-    execute.end_processes_of(partition.uid, partition.gid)
-    privacy.forget(context.config, partition)
-    if partition.network.tap:
-        with (
-            context.applying
-        ):  # between its release and the load that follows, nobody else may take the filter
-            learned.forget(partition.network.tap.name)
-    certificates.remove(context, partition)
-    identities.remove(context.config, partition)
-    context.sessions.forget(partition.id)
-    _remove_directory(partition)
-    storage.empty(context.config, partition.id)
-    logs = context.config.log_dir / partition.id
-    if logs.is_dir():
-        with files.directory(logs) as descriptor:
-            files.empty(descriptor)
-
-
-def _remove_directory(partition: Partition) -> None:
-    """Remove the partition's directory with all below; the plan makes another one for whoever comes.
-
-    Another one, because what the last tenant did to the directory itself (an access control list, an opening from a time when
-    its mode was another) would open it to others.
-    """
-    with contextlib.suppress(FileNotFoundError):
-        with files.directory(partition.path) as descriptor:
-            files.seal(descriptor)
-            files.empty(descriptor)
-        files.remove_emptied(partition.path)

@@ -7,12 +7,13 @@ is not told of its end before it has them.
 from __future__ import annotations
 
 import logging
+import time
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from accounting import documents, outbox, tioxml
 from accounting.errors import AccountingError
-from partitiond import instances, report_sending, usage_intake
+from partitiond import destruction, report_sending, usage_intake
 from partitiond.errors import sentence
 from partitiond.passes import Result
 from slap_client.errors import SlapError
@@ -52,7 +53,8 @@ def run_pass(
         logger.warning("report: %s", sentence(error))
     except SlapError as error:
         away = error
-    finished = instances.finish_destroyed(context, node, **_waiting(context, node, force=force))
+    waiting = _waiting(context, node, force=force)
+    finished = destruction.finish(context, node, **waiting, force=force)
     result.done += finished.done
     result.failures += finished.failures
     if away is not None:
@@ -110,24 +112,33 @@ def _make_last(context: Context, node: Node, result: Result) -> None:
     taken = usage_intake.final(context, going, ledger, tariff.partition_resources)
     result.done += taken.done
     result.failures += taken.failures
+    destruction.take_leave(context, going)
     context.meters.settle(context, node)
     for partition in going:
-        state = context.store.instance(partition.id)
-        if context.stop.is_set() or not state.instance_guid or not _is_unsettled(state):
-            continue
-        now = context.clock()
-        with ledger.reader() as reader, reader.transaction() as connection:
-            drafts = documents.gather_last(connection, partition.id, state.instance_guid, tariff, now)
-        with ledger.transaction("IMMEDIATE") as connection:
-            made = documents.store(connection, drafts, tariff, computer, now) if drafts else []
-        context.store.save_instance(replace(state, settled=True))
+        with context.applying:  # the master may want it back, until here
+            state = context.store.instance(partition.id)
+            if context.stop.is_set() or not state.instance_guid or not _is_unsettled(state):
+                continue
+            if not state.prerm_ran:
+                continue  # it had no turn: what it does is still to be told
+            now = context.clock()
+            with ledger.reader() as reader, reader.transaction() as connection:
+                drafts = documents.gather_last(connection, partition.id, state.instance_guid, tariff, now)
+            with ledger.transaction("IMMEDIATE") as connection:
+                made = documents.store(connection, drafts, tariff, computer, now) if drafts else []
+            context.store.save_instance(replace(state, settled=True))
         report_sending.tell_refused_by_us(context, made, result)
         result.done += [f"{partition.id}: its last usage is in document {reference}" for reference in made]
 
 
 def _is_unsettled(state: InstanceState | None) -> bool:
+    """Whether its last usage is to be told now; of one that is kept it is not the last yet."""
     return (
-        state is not None and state.life == "destroying" and not state.settled and bool(state.instance_guid)
+        state is not None
+        and state.life == "destroying"
+        and not state.settled
+        and bool(state.instance_guid)
+        and not destruction.kept(state, time.time())
     )
 
 

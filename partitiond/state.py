@@ -27,7 +27,9 @@ InstanceLife = Literal["free", "started", "stopped", "destroying", "failed"]
 class InstanceState:
     """The last outcome of a partition's instance; ``timestamp`` is the master's, opaque; times are Unix seconds.
 
-    Of one that is to be destroyed: ``settled``, its last usage is in documents; ``cleaned``, what it had is removed.
+    ``retention_days`` is fixed when the instance is first deployed, negative until then. Of one that is to be destroyed:
+    ``keep_until``, nothing of it is removed before; ``prerm_ran``, it has taken its leave; ``settled``, its last usage is in
+    documents; ``removing``, there is no way back; ``cleaned``, what it had is removed.
     """
 
     partition: str
@@ -44,6 +46,10 @@ class InstanceState:
     reported: bool = True
     cleaned: bool = False
     settled: bool = False
+    retention_days: float = -1.0
+    keep_until: float = 0.0
+    prerm_ran: bool = False
+    removing: bool = False
 
 
 @dataclass(frozen=True, slots=True)

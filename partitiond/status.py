@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ from netplan import holding
 from netplan.legacy_cases import OPEN_CASES as LEGACY_CASES
 from partitiond import (
     converge,
+    destruction,
     incidents,
     last_good,
     port_reservation,
@@ -73,6 +75,7 @@ def node(context: Context) -> dict[str, Any]:
                 *_without_programs(seen),
                 *privacy.open_cases(config, seen.node.partitions, seen.processes),
                 *_few_sessions(context),
+                *destruction.open_cases(context.store.readable()[0].values(), time.time()),
                 *port_reservation.open_cases(port_reservation.deal(seen.ports, todo.declared.values())),
                 *_refused_resources(todo),
                 *context.meters.open_cases(),

@@ -160,7 +160,7 @@ def _run(context: Context, partition: Partition, name: str, ran: Ran, seconds: f
     file = f"slapreport.{secrets.token_hex(4)}"
     target = str(partition.path.joinpath(*PLACE, file))
     title = f"--- {time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())} etc/report/{name}\n"
-    with _heard() as (descriptor, said):
+    with heard() as (descriptor, said):
         outcome = execute.as_user(
             partition.user,
             partition.user,
@@ -185,7 +185,7 @@ def _run(context: Context, partition: Partition, name: str, ran: Ran, seconds: f
 
 
 @contextmanager
-def _heard() -> Iterator[tuple[int, bytearray]]:
+def heard() -> Iterator[tuple[int, bytearray]]:
     """A descriptor to write to, and the first of what is written; the rest is read too, so that nobody waits.
 
     Who still has it open afterwards, because it left the session of its script, is not listened to.

@@ -21,6 +21,7 @@ from accounting import AccountingError, Ledger, accepted, documents, outbox
 from accounting.tariff import Rate, Tariff
 from partitiond import cli, config, event_reader, report_verbs, reports, usage_intake
 from partitiond.context import Context
+from partitiond.node_plan import Outcome
 from partitiond.state import InstanceState
 from slap_client.client import SlapClient
 from slap_client.errors import SlapError
@@ -418,9 +419,9 @@ def test_the_last_usage_goes_out_before_the_destroy_is_told(days, monkeypatch):
     meters = type(context.meters)
     monkeypatch.setattr(meters, "settle", lambda *_: days.use(0 if settled else 500) or settled.append(1))
     monkeypatch.setattr(
-        reports.instances,
-        "finish_destroyed",
-        lambda *_, unsettled, untold: (
+        reports.destruction,
+        "finish",
+        lambda *_, unsettled, untold, **__: (
             told.append((unsettled, untold)) or SimpleNamespace(done=[], failures=[])
         ),
     )
@@ -446,8 +447,8 @@ def test_nothing_of_an_instance_goes_while_its_last_usage_cannot_be_told(days, m
     days.context.store.save_instance(state)
     monkeypatch.setattr(type(days.context.meters), "settle", lambda *_: None)
     gone = []
-    monkeypatch.setattr(reports.instances, "_clean", lambda *_: gone.append("cleaned"))
-    monkeypatch.setattr(reports.instances, "_converge", lambda *_: None)
+    monkeypatch.setattr(reports.destruction.instance_cleanup, "clean", lambda *_: gone.append("cleaned"))
+    monkeypatch.setattr(reports.destruction.converge, "apply", lambda *_, **__: Outcome())
     gather = documents.gather_last
 
     def full(*_):

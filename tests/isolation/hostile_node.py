@@ -8,7 +8,7 @@ from collections import Counter
 
 from hostile_scene import Canary
 
-from partitiond import buildout, instances, lanes, present, status, tunnel_status, verbs
+from partitiond import buildout, instance_cleanup, lanes, present, status, tunnel_status, verbs
 from partitiond.context import Context
 from slap_client.documents import PartitionDocument
 
@@ -100,7 +100,7 @@ class Scene:
     def removed(self):
         """Remove the partition as when its instance is destroyed, and have it made again."""
         try:
-            instances._clean(self.context, self.context.node, self.partition)
+            instance_cleanup.clean(self.context, self.context.node, self.partition)
             assert not self.path.exists()
         finally:
             verbs.apply(self.context, [])

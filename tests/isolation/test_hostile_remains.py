@@ -14,7 +14,7 @@ import hostile_scene
 import pytest
 from hostile_scene import PATIENCE, within
 
-from partitiond import buildout, converge, files, instances, programs, software_build, status, verbs
+from partitiond import buildout, converge, files, instance_cleanup, programs, software_build, status, verbs
 from partitiond.errors import PartitiondError
 
 FRIEND = 61999  # another user, who is in league with the tenant
@@ -80,7 +80,7 @@ def test_who_had_it_open_does_not_see_the_next_tenant(scene, which):
     held = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         give_away(path, scene.partition.uid)
-        instances._clean(scene.context, scene.context.node, scene.partition)
+        instance_cleanup.clean(scene.context, scene.context.node, scene.partition)
         assert verbs.apply(scene.context, [])["left"] == []
         (path / "of-the-next-tenant").write_bytes(b"")
         assert os.listdir(held) == []  # noqa: PTH208 - of a descriptor
@@ -100,7 +100,7 @@ def test_a_directory_that_is_a_mount_is_kept_and_stripped(scene):
         assert verbs.apply(scene.context, [])["left"] == []
         (scene.path / "data").write_bytes(b"x")
         give_away(scene.path, scene.partition.uid)
-        instances._clean(scene.context, scene.context.node, scene.partition)
+        instance_cleanup.clean(scene.context, scene.context.node, scene.partition)
         assert verbs.apply(scene.context, [])["left"] == []
         assert [one.name for one in scene.path.iterdir()] == [".slapos-resource"]
         assert os.listxattr(scene.path) == []
@@ -120,7 +120,7 @@ def test_a_mount_with_more_attributes_than_can_be_listed_is_no_obstacle(scene, c
         hostile_scene.burden(scene.path, scene.partition.uid)
         (scene.path / "data").write_bytes(b"x")
         assert verbs.plan(scene.context)["operations"][0]["resource"] == "directory"
-        instances._clean(scene.context, scene.context.node, scene.partition)
+        instance_cleanup.clean(scene.context, scene.context.node, scene.partition)
         assert [one for one in caplog.messages if str(scene.path) in one and "too many" in one]
         assert verbs.apply(scene.context, [])["left"] == []
         assert [one.name for one in scene.path.iterdir()] == [".slapos-resource"]
@@ -167,7 +167,7 @@ def test_who_fills_a_directory_while_it_is_emptied_is_kept_out(scene):
     try:
         assert friend.stdout.readline() == b"filling\n"
         _, error, _ = within(
-            PATIENCE, lambda: instances._clean(scene.context, scene.context.node, scene.partition)
+            PATIENCE, lambda: instance_cleanup.clean(scene.context, scene.context.node, scene.partition)
         )
         assert error is None, error
         assert not scene.path.exists()

@@ -11,12 +11,11 @@ import sys
 import textwrap
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from json_schemas import parsed
 
-from partitiond import converge, execute, instances, mounts, namespaces, privacy, status
+from partitiond import converge, execute, mounts, namespaces, privacy, running, status
 from partitiond import programs as declared
 from partitiond.context import Context
 from partitiond.state import InstanceState
@@ -533,8 +532,7 @@ def test_a_tenant_of_an_older_version_runs_on_and_is_private_when_supervisord_st
 
 def configure(scene, *, another=False):
     """Start what partition 2 has, as at the end of its configuration; ``another``: it has a new release."""
-    entry = SimpleNamespace(requested_state="started")
-    instances._run(scene.context, scene.partition(2), entry, another=another)
+    running.start(scene.context, scene.partition(2), another=another)
 
 
 @pytest.mark.parametrize("reason", ["another release", "another program", "it had ended"])

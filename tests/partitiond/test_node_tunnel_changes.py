@@ -18,7 +18,7 @@ from test_node_tunnels import LISTENER, as_user, declare, ipv6, pin, resource, u
 from partitiond import (
     event_reader,
     identities,
-    instances,
+    instance_cleanup,
     metrics,
     tunnel_declarations,
     tunnel_process,
@@ -503,7 +503,7 @@ def test_a_destroyed_partition_is_somebody_else_afterwards(scene):
     talk = scene.talk(1)
     before = resource(scene.node, "slappart0")["certificate"]
     scene.context.store.save_instance(InstanceState("slappart0", "destroying", wanted="destroyed"))
-    instances._clean(scene.context, scene.context.node, scene.context.node.partitions[0])
+    instance_cleanup.clean(scene.context, scene.context.node, scene.context.node.partitions[0])
     scene.context.store.save_instance(InstanceState("slappart0", "free"))
     assert not talk.lives()
     assert list(scene.directory(0).iterdir()) == []

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 from json_schemas import parsed, validate
 
-from partitiond import buildout, config, converge, instance_build, instances, lanes, storage, verbs
+from partitiond import buildout, config, converge, instance_build, instance_cleanup, lanes, storage, verbs
 from partitiond.context import Context
 from partitiond.errors import PartitiondError
 
@@ -189,7 +189,7 @@ def test_what_lies_there_is_metered_and_goes_with_the_instance(node):
         used = {one.id: disk_bytes(context, one.id) for one in target.partitions}
         assert 2**20 < used["slappart0"] < 2**21
         assert 0 < used["slappart1"] < 2**17
-        instances._clean(context, target, target.partitions[0])
+        instance_cleanup.clean(context, target, target.partitions[0])
         lanes.usage(context)
         assert disk_bytes(context, "slappart0") < 2**17
     finally:

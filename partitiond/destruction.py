@@ -1,0 +1,382 @@
+"""The end of an instance: stopped at once, kept as long as was agreed, its leave taken, its usage told, then removed.
+
+Promises: nothing is removed before the retention delay is over and its last usage is in documents, and until then the master
+may want it back; what was begun is finished, however often it is cut short; its end is told to the master last of all, and
+counts only when the master has taken it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from accounting.model import iso_utc
+from partitiond import (
+    buildout,
+    converge,
+    execute,
+    files,
+    instance_cleanup,
+    marks,
+    privacy,
+    programs,
+    retention,
+    running,
+    usage_scripts,
+    users,
+)
+from partitiond.errors import FAMILY, PartitiondError, sentence
+from partitiond.passes import Result, pause_after, report
+from partitiond.supervision import MOST_PROGRAMS
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from partitiond.context import Context
+    from partitiond.node import Node, Partition
+    from partitiond.state import InstanceState
+    from slap_client.documents import PartitionDocument
+
+logger = logging.getLogger(__name__)
+
+LOG = "_prerm.log"  # no tenant's program has a name that begins so
+_SIDE_BY_SIDE = 4
+_WHOLE_SECONDS = 900.0  # of a pass: whoever has no turn in it has it in the next
+_PRERM, _DESTROY = ("etc", "prerm"), ("sbin", "destroy")
+
+
+# --- wanted destroyed, and wanted back --------------------------------------------------------------------------------
+
+
+def retire(
+    context: Context, partition: Partition, state: InstanceState, entry: PartitionDocument
+) -> str | None:
+    """Stop an instance that is to be destroyed; the report lane removes it. Return what was done. Raises PartitiondError."""
+    if state.life == "destroying":
+        if state.keep_until and not state.removing and not kept(state, time.time()):
+            context.wake_report()
+        return None
+    if state.life == "free" and not entry.destroy_requested:
+        return None
+    running.stop(context, partition)
+    now = time.time()
+    until = retention.keep_until(state.retention_days, now)
+    if state.life == "free":
+        until = _kept_by_slapgrid(context, partition, now)
+    context.store.save_instance(
+        replace(
+            state,
+            life="destroying",
+            wanted="destroyed",
+            instance_guid=state.instance_guid or entry.instance_guid or None,
+            software_release=state.software_release or entry.software_release,
+            keep_until=until,
+            failures=0,
+            next_try=0.0,
+            error=None,
+        )
+    )
+    if until:
+        marks.kept(partition, until)
+        try:
+            # for days nobody else would end what has left its supervisor
+            execute.end_processes_of(partition.uid, partition.gid)
+        except PartitiondError as error:
+            logger.warning("%s: %s", partition.id, sentence(error))
+    context.wake_report()
+    report(lambda: context.client.instance_stopped(partition.id), partition.id)
+    return f"stopped, kept until {iso_utc(until)}" if until else "stopped, to be destroyed"
+
+
+def _kept_by_slapgrid(context: Context, partition: Partition, now: float) -> float:
+    """Until when slapgrid would have kept an instance that nobody here has ever known."""
+    owners = frozenset((0, *_software_uid(context)))
+    date = marks.of_slapgrid(partition, marks.RETENTION_DATE, owners)
+    if date is not None and (until := retention.date(date, now)) is not None:
+        return until
+    return retention.keep_until(days_of_slapgrid(context, partition), now)
+
+
+def days_of_slapgrid(context: Context, partition: Partition) -> float:
+    """The delay that slapgrid has fixed for what is in a partition; negative where it has fixed none."""
+    owners = frozenset((0, *_software_uid(context)))
+    text = marks.of_slapgrid(partition, marks.RETENTION_DELAY, owners)
+    found = None if text is None else retention.days(text)
+    return retention.NOT_FIXED if found is None else found
+
+
+def _software_uid(context: Context) -> tuple[int, ...]:
+    # slapgrid gives these files to the owner of the software
+    numbers = users.observe().numbers()
+    found = numbers.get(context.config.software_user)
+    return () if found is None else (found[0],)
+
+
+def revoke(context: Context, state: InstanceState, entry: PartitionDocument) -> InstanceState | None:
+    """Give an instance back that was to be destroyed and is wanted again, as one to be configured; None when it is too late:
+    then the partition is free for what is wanted as soon as the report lane has finished.
+
+    Raises PartitiondError ``instances.kept`` for another instance than the one that is kept.
+    """
+    with context.applying:
+        state = context.store.instance(state.partition)
+        if state.life != "destroying" or state.settled or state.removing or state.cleaned:
+            return None
+        if (state.instance_guid or "") != entry.instance_guid:
+            if state.keep_until > time.time():
+                raise PartitiondError(
+                    "instances.kept",
+                    f"another instance is wanted where {state.instance_guid or 'one'} is kept until"
+                    f" {iso_utc(state.keep_until)}",
+                    resource=state.partition,
+                    hint="the master was never told that it is destroyed; give the new one another partition",
+                    retryable=True,
+                )
+            return None
+        back = replace(state, life="stopped", timestamp=None, keep_until=0.0, prerm_ran=False)
+        context.store.save_instance(back)
+    logger.info("%s: not to be destroyed any more", state.partition)
+    return back
+
+
+def kept(state: InstanceState | None, now: float) -> bool:
+    """Whether an instance that is to be destroyed is still kept. Pure."""
+    return state is not None and state.life == "destroying" and not state.removing and now < state.keep_until
+
+
+def open_cases(states: Iterable[InstanceState], now: float) -> list[str]:
+    """What is kept, in words. Pure."""
+    return [
+        f"{state.partition} is to be destroyed and kept until {iso_utc(state.keep_until)}, as was agreed when it was deployed"
+        f" (retention_delay of {state.retention_days:g} days)"
+        if state.retention_days > 0
+        else f"{state.partition} is to be destroyed and kept until {iso_utc(state.keep_until)}, as slapgrid has it"
+        for state in states
+        if kept(state, now)
+    ]
+
+
+# --- its leave --------------------------------------------------------------------------------------------------------
+
+
+def take_leave(context: Context, partitions: Sequence[Partition]) -> None:
+    """Have the instances that go run their ``etc/prerm``, each once, some side by side, within bounds.
+
+    For before the last usage is told: what these programs use is the instance's, too.
+    """
+    end = time.monotonic() + _WHOLE_SECONDS
+
+    def one(partition: Partition) -> None:
+        if time.monotonic() >= end or context.stop.is_set():
+            return
+        with context.steady():
+            _run_prerm(context, partition)
+        if context.stop.is_set():
+            return  # cut short by our own end: it has its turn again
+        with context.applying:
+            state = context.store.instance(partition.id)
+            if state.life == "destroying":
+                context.store.save_instance(replace(state, prerm_ran=True))
+
+    going = [item for item in partitions if not context.store.instance(item.id).prerm_ran]
+    if len(going) == 1:
+        one(going[0])
+    elif going:
+        with ThreadPoolExecutor(_SIDE_BY_SIDE, "prerm") as pool:
+            for _ in pool.map(one, going):
+                pass
+
+
+def _run_prerm(context: Context, partition: Partition) -> None:
+    end = time.monotonic() + context.config.grid.prerm_timeout
+    faults = []
+    try:
+        for name in programs.executables(context, partition, *_PRERM)[:MOST_PROGRAMS]:
+            left = end - time.monotonic()
+            if left <= 0:
+                faults.append(f"etc/prerm/{name}: no time was left")
+                break
+            outcome = _run(context, partition, (*_PRERM, name), left)
+            if context.stop.is_set():
+                return
+            if not outcome.ok:
+                faults.append(f"etc/prerm/{name}: {buildout.ended(outcome)}")
+    except (*FAMILY, OSError) as error:
+        faults.append(sentence(error))
+    for fault in faults[:3]:
+        logger.warning("%s: before it is destroyed: %s", partition.id, fault)
+        context.events.record(
+            "instance.prerm_failed",
+            f"{partition.id}: {fault}",
+            partition=partition.id,
+            resource=f"instance/{partition.id}",
+        )
+
+
+def _run(context: Context, partition: Partition, below: tuple[str, ...], seconds: float) -> execute.Outcome:
+    """Run a program of the instance as its user, and keep the first of what it says. Raises PartitiondError, OSError."""
+    privacy.ensure(context, partition)
+    with usage_scripts.heard() as (descriptor, said):
+        outcome = execute.as_user(
+            partition.user,
+            partition.user,
+            [str(partition.path.joinpath(*below))],
+            cwd=partition.path,
+            env=execute.environment(str(partition.path), partition.user),
+            log=descriptor,
+            stop=context.stop,
+            timeout=seconds,
+            record=buildout.session_record(context.config, f"{partition.id}.prerm"),
+            enter=privacy.entry(context.config, partition),
+        )
+    with buildout.Log(context.config.log_dir / partition.id / LOG, "/".join(below)) as log:
+        os.write(log, said)
+    return outcome
+
+
+def _run_destroy(context: Context, partition: Partition) -> None:
+    """Run ``sbin/destroy`` where there is one. Raises PartitiondError ``instance.destroy_program``, OSError."""
+    try:
+        with files.directory(partition.path, _DESTROY[0]) as descriptor:
+            os.lstat(_DESTROY[1], dir_fd=descriptor)
+    except (FileNotFoundError, PartitiondError):
+        return
+    outcome = _run(context, partition, _DESTROY, context.config.grid.prerm_timeout)
+    if not outcome.ok:
+        raise PartitiondError(
+            "instance.destroy_program",
+            f"its own sbin/destroy failed ({buildout.ended(outcome)}); nothing is removed yet",
+            resource=partition.id,
+            hint=f"read {context.config.log_dir / partition.id / LOG}; partitiond sync report --force goes on without it",
+            retryable=True,
+        )
+
+
+# --- its end ----------------------------------------------------------------------------------------------------------
+
+
+def finish(
+    context: Context,
+    node: Node,
+    *,
+    unsettled: frozenset[str] = frozenset(),
+    untold: frozenset[str] = frozenset(),
+    force: bool = False,
+) -> Result:
+    """Remove the instances that are to be destroyed, and tell the master so: nothing yet of those that are ``unsettled``, and
+    those that are ``untold`` are removed and the master is told later. ``force``: also those whose own ``sbin/destroy`` fails.
+    """
+    result = Result([], [])
+    states, _ = context.store.readable()
+    now = time.time()
+    going = [
+        item
+        for item in node.partitions
+        if (state := states.get(item.id)) and state.life == "destroying" and not kept(state, now)
+    ]
+    take_leave(context, [item for item in going if item.id not in unsettled and not states[item.id].removing])
+    for partition in going:
+        if context.stop.is_set():
+            break
+        if partition.id in unsettled:
+            result.failures.append((partition.id, _unsettled(partition)))
+            continue
+        if not force and (waits := _waits(context.store.instance(partition.id))):
+            result.failures.append((partition.id, waits))
+            continue
+        try:
+            done = _finish_one(context, node, partition, tell=partition.id not in untold, force=force)
+        except (*FAMILY, OSError) as error:
+            result.failures.append((partition.id, error))
+            logger.warning("%s: not destroyed yet: %s", partition.id, sentence(error))
+            continue
+        if done:
+            result.done.append(f"{partition.id}: destroyed")
+    return result
+
+
+def _finish_one(context: Context, node: Node, partition: Partition, *, tell: bool, force: bool) -> bool:
+    state = _begin_removal(context, partition)
+    if state is None:
+        return False
+    if not state.cleaned:
+        try:
+            _run_destroy(context, partition)
+        except PartitiondError as error:
+            if context.stop.is_set() or not force:
+                _note_failure(context, state, error)
+                raise
+            logger.warning("%s: removed all the same: %s", partition.id, sentence(error))
+        instance_cleanup.clean(context, node, partition)
+        state = replace(state, cleaned=True, error=None)
+        context.store.save_instance(state)
+    if not tell:
+        return False
+    context.client.instance_destroyed(partition.id)
+    context.store.save_instance(replace(state, life="free"))
+    # what every free partition has (its resource file, a new identity) is made again at once
+    outcome = converge.apply(context, only=frozenset((partition.id,)))
+    for refusal in outcome.refused:
+        logger.warning("%s: refused: %s", refusal.name, refusal.reason)
+    logger.info("%s: destroyed", partition.id)
+    context.events.record(
+        "instance.destroyed",
+        f"{partition.id}: destroyed",
+        partition=partition.id,
+        resource=f"instance/{partition.id}",
+        instance_guid=state.instance_guid,
+        software_release=state.software_release,
+    )
+    return True
+
+
+def _waits(state: InstanceState) -> PartitiondError | None:
+    """What keeps one from being removed whose last try failed not long ago."""
+    if not state.error or state.cleaned or time.time() >= state.next_try:
+        return None
+    return PartitiondError(
+        "instances.not_destroyed",
+        state.error,
+        resource=state.partition,
+        hint=f"tried again at {iso_utc(state.next_try)}; partitiond sync report --force tries now",
+        retryable=True,
+    )
+
+
+def _begin_removal(context: Context, partition: Partition) -> InstanceState | None:
+    """Close the way back; None when it was taken, or has not taken its leave."""
+    with context.applying:
+        state = context.store.instance(partition.id)
+        if state.life != "destroying" or not (state.prerm_ran or state.removing):
+            return None
+        if not state.removing:
+            state = replace(state, removing=True)
+            context.store.save_instance(state)
+        return state
+
+
+def _note_failure(context: Context, state: InstanceState, error: PartitiondError) -> None:
+    """Try again later and later; the master is told once."""
+    if context.stop.is_set():
+        return
+    failures = state.failures + 1
+    text = str(error)
+    if state.error != text:
+        report(lambda: context.client.instance_error(state.partition, text), state.partition)
+    context.store.save_instance(
+        replace(state, failures=failures, next_try=time.time() + pause_after(failures), error=text)
+    )
+
+
+def _unsettled(partition: Partition) -> PartitiondError:
+    return PartitiondError(
+        "instances.unsettled",
+        "not destroyed yet: its last usage is in no document yet",
+        resource=partition.id,
+        hint="mend what keeps usage from being reported; partitiond sync report --force destroys it all the same",
+        retryable=True,
+    )
