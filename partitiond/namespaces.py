@@ -143,7 +143,7 @@ def entry(directory: Path, name: str, cwd: Path) -> tuple[str, ...]:
 
 def ipc_pin(directory: Path) -> Path:
     """Where the IPC namespace of whoever is in the mount namespace is pinned: seen from inside only."""
-    return directory / _IPC
+    return directory / IPC
 
 
 def make(
