@@ -14,7 +14,6 @@ from traffic_scene import CHURN, DATAGRAMS, HOSTS, ROUTABLE, STAY, compare
 from netplan import counters, nftables
 from partitiond.metering import ledger_path
 
-LANE_KILLS = 100
 DAEMON_KILLS = 8
 NAIVE_PASSES = 60
 
@@ -127,19 +126,20 @@ def judged(scene, sent, table, title):
     assert not others, f"counted, and nobody sent it: {others}"
 
 
-def test_the_filter_is_loaded_anew_and_the_meter_killed(traffic, table):
+@pytest.mark.parametrize("kills", [40, pytest.param(100, marks=pytest.mark.full)])
+def test_the_filter_is_loaded_anew_and_the_meter_killed(traffic, table, kills):
     """The lane of the daemon that meters, killed with SIGKILL at any moment, between loads of the whole filter."""
     scene = traffic
     before = scene.reloads
     scene.begin()
-    for _ in range(LANE_KILLS):
+    for _ in range(kills):
         child = scene.start_meter()
         scene.change_filter()
         scene.change_filter()
         time.sleep(scene.dice.random() / 50)
         scene.kill(child)
     sent = told(scene)
-    title = f"conservation: {scene.reloads - before} loads of the filter, the meter killed {LANE_KILLS} times"
+    title = f"conservation: {scene.reloads - before} loads of the filter, the meter killed {kills} times"
     judged(scene, sent, table, title)
 
 

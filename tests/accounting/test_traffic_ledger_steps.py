@@ -78,11 +78,11 @@ def added(scene, before):
     return {key: value for key, value in found.items() if value and key[0][1] not in scene.taps()}
 
 
-def strike_all(scene, burst, body, how):
-    """Strike at each step in turn, and compare after each; return how many there were."""
+def strike_all(scene, burst, body, how, stride=1):
+    """Strike at each step in turn (or each so many), and compare after each; return how many there were."""
     a_pass(scene)
     before, _ = scene.counted()
-    for step in range(MOST_STEPS):
+    for step in range(0, MOST_STEPS, stride):
         earlier = dict(burst.sent)
         burst()
         reached = struck(body, str(ledger_path(scene.node.state)), step, how)
@@ -95,16 +95,17 @@ def strike_all(scene, burst, body, how):
     raise AssertionError("no end of steps")
 
 
-def test_killed_at_each_step(scene, burst, table):
+@pytest.mark.parametrize("stride", [3, pytest.param(1, marks=pytest.mark.full)])
+def test_killed_at_each_step(scene, burst, table, stride):
     def meter():
         own = Context.of(scene.context.config)
         own.node = scene.found
         lanes.usage(own)
         own.meters.close()
 
-    steps = strike_all(scene, burst, meter, signal.SIGKILL)
+    steps = strike_all(scene, burst, meter, signal.SIGKILL, stride)
     assert steps > 30
-    table("conservation: the ledger's write", [told("killed", steps, burst)])
+    table(f"conservation: the ledger's write, each {stride}. step", [told("killed", steps, burst)])
 
 
 @pytest.mark.skipif(not CAN_FAIL, reason="how a system call is made to fail is known here of x86-64 alone")

@@ -19,16 +19,16 @@ MOVED = "bridge, route, remove"
 
 @pytest.mark.parametrize("name", [*ROUNDS, "tunnel"])
 def test_one_partition(matrix, name):
-    matrix(rounds(1)[name], 1, {KILLED: every, TAKEN_BACK: some(15), REFUSED: refusable})
+    matrix(rounds(1)[name], 1, {KILLED: every, TAKEN_BACK: some(10), REFUSED: some(25)})
 
 
 def test_partitions_that_are_limited(matrix):
     """Who has used up a quota: two of three."""
-    matrix(rounds(3)["limit, lift"], 3, {KILLED: every, TAKEN_BACK: some(15), REFUSED: refusable})
+    matrix(rounds(3)["limit, lift"], 3, {KILLED: every, TAKEN_BACK: some(10), REFUSED: some(10)})
 
 
 def test_an_uplink_that_moves(matrix):
-    matrix(rounds(1)[MOVED], 1, {KILLED: every, REFUSED: refusable})
+    matrix(rounds(1)[MOVED], 1, {KILLED: some(80), REFUSED: some(30)})
 
 
 def test_one_partition_whose_data_stays(matrix):
@@ -37,12 +37,12 @@ def test_one_partition_whose_data_stays(matrix):
 
 @pytest.mark.parametrize("name", ROUNDS)
 def test_ten_partitions(matrix, name):
-    matrix(rounds(10)[name], 10, {KILLED: thinned})
+    matrix(rounds(10)[name], 10, {KILLED: some(40)})
 
 
 @pytest.mark.parametrize("name", ROUNDS)
 def test_a_hundred_partitions(matrix, name):
-    matrix(rounds(100)[name], 100, {KILLED: some(5)}, lanes=2)
+    matrix(rounds(100)[name], 100, {KILLED: some(3)}, lanes=2)
 
 
 @pytest.mark.full
@@ -55,6 +55,12 @@ def test_one_partition_whole(matrix, name):
 @pytest.mark.parametrize("count", [1, 10])
 def test_an_uplink_that_moves_whole(matrix, count):
     matrix(rounds(count)[MOVED], count, {KILLED: every, REFUSED: every})
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", ROUNDS)
+def test_ten_partitions_at_the_network(matrix, name):
+    matrix(rounds(10)[name], 10, {KILLED: thinned, REFUSED: refusable})
 
 
 @pytest.mark.full
