@@ -19,7 +19,7 @@ MOVED = "bridge, route, remove"
 
 @pytest.mark.parametrize("name", [*ROUNDS, "tunnel"])
 def test_one_partition(matrix, name):
-    matrix(rounds(1)[name], 1, {KILLED: every, TAKEN_BACK: some(10), REFUSED: some(25)})
+    matrix(rounds(1)[name], 1, {KILLED: every, TAKEN_BACK: some(5), REFUSED: some(12)})
 
 
 def test_partitions_that_are_limited(matrix):
@@ -28,21 +28,20 @@ def test_partitions_that_are_limited(matrix):
 
 
 def test_an_uplink_that_moves(matrix):
-    matrix(rounds(1)[MOVED], 1, {KILLED: some(80), REFUSED: some(30)})
+    matrix(rounds(1)[MOVED], 1, {KILLED: some(40), REFUSED: some(12)})
 
 
 def test_one_partition_whose_data_stays(matrix):
-    matrix(rounds(1)["take down, set up"], 1, {KILLED: some(20), TAKEN_BACK: some(10), REFUSED: some(10)})
+    matrix(rounds(1)["take down, set up"], 1, {KILLED: some(12), TAKEN_BACK: some(5), REFUSED: some(5)})
 
 
 @pytest.mark.parametrize("name", ROUNDS)
 def test_ten_partitions(matrix, name):
-    matrix(rounds(10)[name], 10, {KILLED: some(40)})
+    matrix(rounds(10)[name], 10, {KILLED: some(15)})
 
 
-@pytest.mark.parametrize("name", ROUNDS)
-def test_a_hundred_partitions(matrix, name):
-    matrix(rounds(100)[name], 100, {KILLED: some(3)}, lanes=2)
+def test_a_hundred_partitions(matrix):
+    matrix(rounds(100)["grow, shrink"], 100, {KILLED: some(3)}, lanes=2)
 
 
 @pytest.mark.full
