@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from partitiond.build_server import BuildServer
 from partitiond.events import SESSIONS, EventLog
 from partitiond.incidents import IncidentWatch
-from partitiond.master import MasterContact
+from partitiond.master import Connection, MasterContact
 from partitiond.metering import Metering, ledger_path
 from partitiond.promise_book import PromiseBook
 from partitiond.quotas import QuotaBook
@@ -19,10 +19,10 @@ from partitiond.state import Store
 from partitiond.supervision import Supervisor
 from partitiond.tunnel_sessions import SessionBook
 from partitiond.usage_scripts import Turns
+from partitiond.wishes import Wishes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
-    from pathlib import Path
 
     from accounting.outbox import Entry, State
     from netplan.model import Link
@@ -32,10 +32,6 @@ if TYPE_CHECKING:
     from partitiond.node_plan import Looked
     from partitiond.process_events import ProcessEnded
     from slap_client.client import SlapClient
-
-
-def _text(path: Path | None) -> str | None:
-    return None if path is None else str(path)
 
 
 def _nobody() -> None:
@@ -86,6 +82,8 @@ class Context:
     master: MasterContact
     quotas: QuotaBook
     promises: PromiseBook
+    connection: Connection = field(default_factory=Connection)
+    wishes: Wishes = field(default_factory=Wishes)
     sessions: SessionBook = field(default_factory=SessionBook)
     turns: Turns = field(default_factory=Turns)
     incidents: IncidentWatch = field(default_factory=IncidentWatch)
@@ -137,6 +135,21 @@ class Context:
         finally:
             self._local.settings = before
 
+    @contextmanager
+    def in_lane(self, name: str) -> Iterator[None]:
+        """Let this thread be the one of a lane until the end of the block: it goes along with what others learn."""
+        self._local.lane = name
+        try:
+            yield
+        finally:
+            self._local.lane = ""
+
+    @property
+    def lane(self) -> str:
+        """The lane that this thread works for by itself; empty where somebody asked for the pass."""
+        name: str = getattr(self._local, "lane", "")
+        return name
+
     def clock(self) -> float:
         """The time in Unix seconds, as the meters have it."""
         return self.meters.clock()
@@ -179,20 +192,5 @@ class Context:
 
     @property
     def client(self) -> SlapClient:
-        """The connection to the master, one per thread: a lane that waits for an answer holds up no other."""
-        config = self.config
-        held: tuple[Config, SlapClient] | None = getattr(self._local, "client", None)
-        if held is None or held[0] is not config:
-            from slap_client.client import SlapClient  # noqa: PLC0415 - verbs that talk to no master need no HTTP
-
-            if held is not None:
-                held[1].close()
-            client = SlapClient(
-                config.master_url,
-                config.computer_id,
-                cert_file=_text(config.cert_file),
-                key_file=_text(config.key_file),
-                ca_file=_text(config.master_ca_file),
-            )
-            self._local.client = held = (config, client)
-        return held[1]
+        """The client of the master; all lanes share its connection."""
+        return self.connection.of(self.config)

@@ -40,15 +40,15 @@ from partitiond.api import Api
 from partitiond.bounded_http import Unknown
 from partitiond.context import Context
 from partitiond.daemon_trials import Trials
-from partitiond.errors import FAMILY, sentence
+from partitiond.errors import FAMILY, printable, sentence
 from partitiond.heal import Healer
 from partitiond.metrics_listener import MetricsListener
 from partitiond.peers import Judge
+from partitiond.polling import FIRST_PAUSE, Pace, first_pause
 from partitiond.process_watch import ProcessWatch
 from partitiond.reflexes import Reflexes
 from partitiond.tunnel_lane import SECONDS, TunnelLane
 from partitiond.watch import Watch
-from slap_client.backoff import Backoff
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -61,8 +61,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _SWEEP_SECONDS = 60.0
-_SOON = 5.0
-_LONGEST_PAUSE = 300.0
 # a build is given 5 s to end by itself, and as much after a SIGKILL
 _LAST_WORDS = 12.0
 _REPORTS_WITHIN = 3600.0  # after midnight UTC
@@ -73,8 +71,8 @@ _SWITCH_SECONDS = 0.0005
 class Lane(threading.Thread):
     """A kind of work, done again and again.
 
-    One pass never runs twice at the same time, also when somebody asks for one by hand. ``interval`` may be set anew, which
-    holds from the next pass on.
+    One pass never runs twice at the same time, also when somebody asks for one by hand. The interval of its ``pace`` may be
+    set anew, which holds from the next pass on; ``delay`` seconds are waited for before the first.
     """
 
     def __init__(
@@ -87,18 +85,23 @@ class Lane(threading.Thread):
         after: Lane | None = None,
     ) -> None:
         super().__init__(name=name, daemon=True)
-        self.interval = interval
+        self.pace = Pace(interval)
+        self.delay = 0.0
+        self._due = float("inf")
         self._body, self._halt, self._tally = body, stop, tally
         self._wake = threading.Event()
         self._after = after
         self.tried = threading.Event()
         self._one_at_a_time = threading.Lock()
-        # what failed is tried again within minutes, also in a lane that has work only once a day
-        self._backoff = Backoff(base=min(_SOON, interval), cap=_LONGEST_PAUSE)
 
     def wake(self) -> None:
         """Ask for a pass soon."""
         self._wake.set()
+
+    def join_in(self) -> None:
+        """Take a pass with what another lane just learnt, if one is due soon or waits for the master to answer."""
+        if self.pace.joins(self._due - time.monotonic()):
+            self.wake()
 
     def once(self, body: Callable[[], Any]) -> Any:
         """Run a body in this lane's turn."""
@@ -115,10 +118,13 @@ class Lane(threading.Thread):
         """Until the daemon stops: a pass, then a jittered pause, longer and longer while passes fail."""
         while self._after and not self._after.tried.wait(0.2) and not self._halt.is_set():
             continue
+        self._wake.wait(self.delay)
         while not self._halt.is_set():
             pause = self._pass()
             self.tried.set()
+            self._due = time.monotonic() + pause
             self._wake.wait(pause)
+            self._due = float("inf")
             self._wake.clear()
 
     def _pass(self) -> float:
@@ -127,17 +133,17 @@ class Lane(threading.Thread):
         except FAMILY as error:
             if self._halt.is_set():
                 return 0.0
-            pause = self._backoff.next()
-            logger.warning("%s: %s; again in %.0f s", self.name, sentence(error), pause)
+            pause = self.pace.bad(getattr(error, "retry_after", None))
+            # said once, and not at each try
+            hint = f" ({error.hint})" if error.hint and self.pace.failures == 1 else ""
+            logger.warning("%s: %s; again in %.0f s%s", self.name, sentence(error), pause, printable(hint))
             return pause
         except Exception:
             # a lane must not end because of a mistake of ours: what it keeps up would rot in silence
-            pause = self._backoff.next()
+            pause = self.pace.bad()
             logger.exception("%s: unexpected error; again in %.0f s", self.name, pause)
             return pause
-        self._backoff.reset()
-        # jittered, so that nodes that started together do not ask the master together
-        return self.interval * random.uniform(0.9, 1.1)  # noqa: S311 - jitter, no secret
+        return self.pace.good()
 
 
 class Daemon:
@@ -165,6 +171,10 @@ class Daemon:
             "tunnels": self._lane("tunnels", TunnelLane(self._processes.attend).run),
         }
         context.builds.patience = 0  # there will be more to build
+        if "NOTIFY_SOCKET" in os.environ:  # started by systemd, so perhaps with the machine
+            capacity.delay = first_pause(time.clock_gettime(time.CLOCK_BOOTTIME))
+        context.wishes.answered = self._answered
+        context.troubles["master"] = lambda: context.wishes.trouble
         context.wake_report = self._lanes["report"].wake
         context.wake_instances = self._lanes["instances"].wake
         context.day_ended = self._day_ended
@@ -188,10 +198,16 @@ class Daemon:
 
     def _lane(self, name: str, work: Callable[[Context], object], after: Lane | None = None) -> Lane:
         def body() -> object:
-            with self.context.steady():
+            with self.context.steady(), self.context.in_lane(name):
                 return work(self.context)
 
         return Lane(name, self._interval(name), body, self.context.stop, self._tally, after)
+
+    def _answered(self, lane: str) -> None:
+        """Let the others that want the master's wishes go along with the one that asked."""
+        for name in ("capacity", "software", "instances"):
+            if name != lane and (name != "capacity" or self._lanes[name].pace.failures):
+                self._lanes[name].join_in()
 
     def _software(self) -> tuple[str, int] | None:
         name = self.context.config.software_user
@@ -244,6 +260,7 @@ class Daemon:
                 self._remove_textfile()
                 # a lane that still waits for the master finds its ledger closed, and is told so as of any other
                 context.meters.close()
+                context.connection.close()
                 context.builds.close()
         if not self._torn_down:
             context.events.record("node.stopped", "the daemon ended; supervisord and what it runs go on")
@@ -306,8 +323,8 @@ class Daemon:
         """Let everything that holds something of the configuration follow it."""
         for name, lane in self._lanes.items():
             interval = self._interval(name)
-            if interval != lane.interval:
-                lane.interval = interval
+            if interval != lane.pace.interval:
+                lane.pace.interval = interval
                 lane.wake()
         self._listener.attend(self.context.config.metrics_listen)
         self._lanes["capacity"].wake()  # the master has to know what is offered now
@@ -338,7 +355,7 @@ class Daemon:
     def _report(self, context: Context) -> Result:
         result = lanes.report(context)
         if result.failures:
-            again = threading.Timer(_SOON * 6, self._lanes["report"].wake)
+            again = threading.Timer(FIRST_PAUSE * 6, self._lanes["report"].wake)
             again.daemon = True  # the process does not wait for it when it ends
             again.start()
         return result

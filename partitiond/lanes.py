@@ -47,14 +47,19 @@ logger = logging.getLogger(__name__)
 
 
 def knock(context: Context) -> ComputerDocument:
-    """What the master says of this computer, whatever that is. Raises SlapError."""
+    """What the master says of this computer, whatever that is; lanes share it. Raises SlapError."""
     try:
-        document = context.client.computer()
+        document = context.wishes.ask(context.client, context.lane, _first_pause(context))
     except SlapError:
         context.master.note(False)
         raise
     context.master.note(True)
     return document
+
+
+def _first_pause(context: Context) -> float:
+    intervals = context.config.intervals
+    return min(intervals.software, intervals.instances)
 
 
 def ask(context: Context) -> ComputerDocument:
@@ -85,7 +90,9 @@ def capacity(context: Context) -> Result:
             "capacity.nothing", "there are no partitions to offer", hint="set partition_amount"
         )
     data = same(storage.observe(target.config).data)
-    context.client.post_capacity(_document(target, data, same(_distribution())))
+    context.wishes.spare(context.lane)
+    with context.wishes.watched(_first_pause(context)):
+        context.client.post_capacity(_document(target, data, same(_distribution())))
     context.master.note(True)
     return Result([f"capacity of {len(target.partitions)} partitions posted"], [])
 

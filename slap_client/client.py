@@ -6,7 +6,7 @@ with the computer's certificate, also those about a partition.
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import TypeVar
 
 from slap_client import documents, failures
@@ -31,11 +31,13 @@ class SlapClient:
 
     ``master_url`` may have a path, and a bare IPv6 host. ``cert_file`` and ``key_file`` are the computer's
     X509 pair (both or none), ``ca_file`` the authorities to trust in place of the system's; the master's
-    certificate is always verified. ``timeout`` (seconds) bounds each wait for bytes, ``time_limit``
-    (seconds, twice the timeout if not given) the answer as a whole, ``max_body`` (bytes) its size.
+    certificate is always verified, with ``fingerprint`` by that alone. ``timeout`` (seconds) bounds each wait for
+    bytes, ``time_limit`` (seconds, twice the timeout if not given) the answer as a whole, ``max_body`` (bytes)
+    its size.
 
     Every method raises SlapError with the codes of :mod:`slap_client.errors`; there are no retries. Nothing
-    is sent before the first call. Threads may share a client. Close it after use; it is a context manager.
+    is sent before the first call. Threads may share a client, and so its connection. Close it after use, at any time; it is
+    a context manager.
     """
 
     def __init__(
@@ -46,6 +48,7 @@ class SlapClient:
         cert_file: str | None = None,
         key_file: str | None = None,
         ca_file: str | None = None,
+        fingerprint: str = "",
         timeout: float = 60.0,
         time_limit: float | None = None,
         max_body: int = MAX_BYTES,
@@ -60,10 +63,17 @@ class SlapClient:
             self._url,
             cert=(cert_file, key_file) if cert_file and key_file else None,
             ca_file=ca_file or None,
+            pin=fingerprint,
             timeout=timeout,
             time_limit=2 * timeout if time_limit is None else time_limit,
             max_body=max_body,
         )
+        self._last: tuple[str, ComputerDocument] | None = None
+
+    @property
+    def posted(self) -> int:
+        """How often the master was told something: what it said before may have changed by that."""
+        return self._transport.posted
 
     @property
     def master_url(self) -> str:
@@ -86,10 +96,15 @@ class SlapClient:
         """Return all that is wanted of this node (getFullComputerInformation).
 
         A master whose cache is cold answers 503: ``slap.unavailable``. An answer about another computer is
-        ``slap.garbage``.
+        ``slap.garbage``. While the master says by an ETag that nothing changed, the document is the same object as before.
         """
         endpoint = "getFullComputerInformation"
-        document = self._ask(endpoint, {"computer_id": self.computer_id}, documents.parse_computer)
+        last = self._last
+        fields = {"computer_id": self.computer_id}
+        answer = self._transport.get(endpoint, fields, last[0] if last else "")
+        if answer.unchanged and last is not None:
+            return last[1]
+        document = self._parse(endpoint, answer.body, documents.parse_computer)
         if document.computer_id != self.computer_id:
             raise SlapError(
                 "slap.garbage",
@@ -97,6 +112,7 @@ class SlapClient:
                 resource=self._url.endpoint(endpoint),
                 hint="check for a cache between the master and this node; nothing was changed here",
             )
+        self._last = (answer.etag, document) if answer.etag else None
         return document
 
     def post_capacity(self, document: str) -> None:
@@ -175,14 +191,13 @@ class SlapClient:
         ``slap.not_found`` when the partition is free; both texts are empty with slapproxy.
         """
         fields = self._partition_fields(partition_id)
-        return self._ask("getComputerPartitionCertificate", fields, documents.parse_certificate)
+        endpoint = "getComputerPartitionCertificate"
+        answer = self._transport.get(endpoint, fields)
+        return self._parse(endpoint, answer.body, documents.parse_certificate)
 
     # ---
 
-    def _ask(
-        self, endpoint: str, fields: Mapping[str, str], parse: Callable[[Value], _Document]
-    ) -> _Document:
-        body = self._transport.get(endpoint, fields)
+    def _parse(self, endpoint: str, body: bytes, parse: Callable[[Value], _Document]) -> _Document:
         try:
             return parse(loads(body))
         except SlapError as error:

@@ -11,7 +11,7 @@ class SlapError(Exception):
     ====================  =========================================================== =========
     slap.unreachable      no connection, or it was lost in mid-answer                 yes
     slap.timeout          no complete answer in time                                  yes
-    slap.unavailable      HTTP 5xx, a cold cache of the master included               yes
+    slap.unavailable      HTTP 5xx, a cold cache included; 429, too many requests     yes
     slap.not_ready        HTTP 408                                                    yes
     slap.not_found        HTTP 404 (may be a bug of the master: never a destroy)      no
     slap.refused          any other HTTP 4xx, and redirects                           no
@@ -24,7 +24,7 @@ class SlapError(Exception):
     ``message`` is one sentence, ``resource`` says what it is about (master URL and endpoint, never with
     credentials), ``hint`` is the next step, ``retryable`` says whether the same call may succeed later.
     ``status`` is the HTTP status that was answered, None where none was; ``unsent``: the request never left, so that
-    the master has certainly not acted on it.
+    the master has certainly not acted on it. ``retry_after``: so many seconds the master asked us to wait, or None.
     """
 
     def __init__(
@@ -37,6 +37,7 @@ class SlapError(Exception):
         retryable: bool = False,
         status: int | None = None,
         unsent: bool = False,
+        retry_after: float | None = None,
     ) -> None:
         super().__init__(code, message)
         self.code = code
@@ -46,6 +47,7 @@ class SlapError(Exception):
         self.retryable = retryable
         self.status = status
         self.unsent = unsent
+        self.retry_after = retry_after
 
     def __str__(self) -> str:
         return self.message

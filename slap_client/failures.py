@@ -4,15 +4,19 @@ The codes follow the reference client where it has some (SLAP classic, slapos.co
 not ready, 5xx server error); it leaves other answers raw.
 """
 
+import email.utils
 import re
 import ssl
+import time
 from collections.abc import Iterator
+from datetime import UTC
 
 import requests
 import urllib3
 
 from slap_client.errors import SlapError
 
+LONGEST_WAIT = 3600.0
 _SENTENCE = 200
 
 
@@ -25,8 +29,11 @@ def sentence(body: bytes) -> str:
     return text if len(text) <= _SENTENCE else f"{text[: _SENTENCE - 3]}..."
 
 
-def from_status(status: int, reason: str, resource: str) -> SlapError:
-    """Return the error for an HTTP status that is no success; ``reason`` is what the server said."""
+def from_status(status: int, reason: str, resource: str, retry_after: str = "") -> SlapError:
+    """Return the error for an HTTP status that is no success; ``reason`` is what the server said.
+
+    ``retry_after`` is the header of that name: seconds or a date (RFC 9110, 10.2.3).
+    """
     said = f"the master answered {status}" + (f": {reason}" if reason else "")
     code, retryable = "slap.refused", False
     if status == 404:
@@ -35,6 +42,9 @@ def from_status(status: int, reason: str, resource: str) -> SlapError:
     elif status == 408:
         code, retryable = "slap.not_ready", True
         hint = "the master is still preparing it; ask again later"
+    elif status == 429:
+        code, retryable = "slap.unavailable", True
+        hint = "wait: the master has too many requests; what runs keeps running"
     elif status >= 500:
         code, retryable = "slap.unavailable", True
         hint = "wait: the master may be starting, filling its cache, or broken; what runs keeps running"
@@ -42,7 +52,23 @@ def from_status(status: int, reason: str, resource: str) -> SlapError:
         hint = "check computer_id, and that cert_file and key_file are this computer's and not revoked"
     else:
         hint = "check master_url and computer_id"
-    return SlapError(code, said, resource=resource, hint=hint, retryable=retryable, status=status)
+    pause = seconds_to_wait(retry_after) if retryable else None
+    return SlapError(
+        code, said, resource=resource, hint=hint, retryable=retryable, status=status, retry_after=pause
+    )
+
+
+def seconds_to_wait(header: str) -> float | None:
+    """Read ``Retry-After``; None where it says nothing of use, and never more than an hour: it is a stranger's word."""
+    text = header.strip()
+    if re.fullmatch("[0-9]{1,12}", text):
+        return min(float(text), LONGEST_WAIT)
+    try:
+        until = email.utils.parsedate_to_datetime(text)
+        left = (until if until.tzinfo else until.replace(tzinfo=UTC)).timestamp() - time.time()
+    except (ValueError, OverflowError):
+        return None
+    return max(0.0, min(left, LONGEST_WAIT))
 
 
 def from_redirect(status: int, location: str, resource: str) -> SlapError:
@@ -62,7 +88,7 @@ def too_large(limit: int, resource: str, status: int) -> SlapError:
 
 def from_exception(error: Exception, resource: str) -> SlapError:
     """Return the error for what requests, urllib3, ssl or the system raised during a call."""
-    causes = list(_causes(error))
+    causes = list(chain(error))
     detail = _detail(causes)
     unsent = any(isinstance(cause, _BEFORE) for cause in causes)
     if any(isinstance(cause, _TIMEOUTS) for cause in causes):
@@ -98,6 +124,25 @@ def from_exception(error: Exception, resource: str) -> SlapError:
     return SlapError("slap.tls", f"our own certificates: {detail}", resource=resource, hint=hint, unsent=True)
 
 
+def refused_certificate(causes: list[BaseException]) -> str:
+    """Say by which alert (RFC 8446, 6.2) the server refused our certificate, or the lack of one; "" where that is not it."""
+    for cause in causes:
+        if isinstance(cause, ssl.SSLError) and (reason := str(cause.reason or "")) in _ALERTS:
+            return _ALERTS[reason]
+    return ""
+
+
+# as OpenSSL names alerts that it received
+_ALERTS = {
+    "TLSV13_ALERT_CERTIFICATE_REQUIRED": "it shows none",
+    "SSLV3_ALERT_BAD_CERTIFICATE": "bad certificate",
+    "SSLV3_ALERT_UNSUPPORTED_CERTIFICATE": "unsupported certificate",
+    "SSLV3_ALERT_CERTIFICATE_REVOKED": "certificate revoked",
+    "SSLV3_ALERT_CERTIFICATE_EXPIRED": "certificate expired",
+    "SSLV3_ALERT_CERTIFICATE_UNKNOWN": "certificate unknown",
+    "TLSV1_ALERT_UNKNOWN_CA": "issued by an authority that the master does not know",
+    "TLSV1_ALERT_ACCESS_DENIED": "access denied",
+}
 _TIMEOUTS = (requests.exceptions.Timeout, urllib3.exceptions.ReadTimeoutError, TimeoutError)
 # What is raised before there is a connection.  A certificate is refused by us before we send; one of ours that the master
 # refuses may be told of after the request (TLS 1.3, RFC 8446 section 4.4.2.4).
@@ -119,7 +164,7 @@ _CONNECTION = (
 )
 
 
-def _causes(error: BaseException) -> Iterator[BaseException]:
+def chain(error: BaseException) -> Iterator[BaseException]:
     """The error and all that it wraps; requests and urllib3 keep causes in arguments and in ``reason``."""
     seen: set[int] = set()
     todo: list[object] = [error]

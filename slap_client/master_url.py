@@ -24,6 +24,13 @@ class MasterUrl:
         """Return the URL of an endpoint; a path in the master's URL is kept."""
         return urljoin(self.base, name)
 
+    @property
+    def place(self) -> str:
+        """The host and port, as they may be shown."""
+        parts = urlsplit(self.base)
+        host = parts.netloc.removesuffix(f":{parts.port}") if parts.port else parts.netloc
+        return f"{host}:{parts.port or (443 if parts.scheme == 'https' else 80)}"
+
     def __repr__(self) -> str:
         return f"MasterUrl({self.base!r})"
 

@@ -45,7 +45,21 @@ def test_other_threads_see_the_new_one_at_once(node):
 def test_the_connection_to_the_master_follows(node):
     context = Context.of(node.load())
     first = context.client
-    assert context.client is first
-    context.adopt(edited(node, slapos={"master_url": "http://127.0.0.1:2/"}))
-    assert context.client is not first
-    context.client.close()
+    others = []
+    thread = threading.Thread(target=lambda: others.append(context.client))
+    thread.start()
+    thread.join()
+    assert others == [first], "all threads have one connection"
+    context.adopt(edited(node, slapformat={"partition_amount": 3}))
+    assert context.client is first, "what says nothing of the master changes nothing"
+    with context.steady():
+        context.adopt(edited(node, slapos={"master_url": "http://127.0.0.1:2/"}))
+        assert context.client is first, "a pass ends with the one that it began with"
+    second = context.client
+    assert second is not first
+    pin = f"sha256:{'0' * 64}"
+    context.adopt(
+        edited(node, slapos={"master_url": "https://127.0.0.1:2/"}, partitiond={"master_fingerprint": pin})
+    )
+    assert context.client is not second
+    context.connection.close()

@@ -36,7 +36,7 @@ def failure(call) -> SlapError:
         (404, "slap.not_found", False),
         (405, "slap.refused", False),
         (408, "slap.not_ready", True),
-        (429, "slap.refused", False),
+        (429, "slap.unavailable", True),
         (500, "slap.unavailable", True),
         (502, "slap.unavailable", True),
         (503, "slap.unavailable", True),
@@ -335,7 +335,7 @@ def test_an_unknown_master_is_not_trusted_and_gets_nothing(tls_master):
     with SlapClient(tls_master.url, "COMP-7", timeout=5) as client:
         error = failure(client.computer)
     assert (error.code, error.retryable) == ("slap.tls", False)
-    assert "certificate verify failed" in error.message
+    assert "is not trusted: self-signed certificate" in error.message
     assert error.unsent
     assert tls_master.seen == []
 
