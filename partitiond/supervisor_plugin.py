@@ -228,10 +228,18 @@ class Interface:
         """Have descriptors for all programs; nothing else of supervisord's hangs on how many there may be."""
         programs = sum(len(one.processes) for one in self._supervisord.process_groups.values())
         need = _FILES_BESIDES + 2 * programs  # its output, and its pidfd if it was taken over
+        self._options.minfds = max(self._options.minfds, need)
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        if need > soft:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (need, max(need, hard)))
-            self._options.minfds = max(self._options.minfds, need)
+        if soft == resource.RLIM_INFINITY or soft >= need:
+            return
+        above = hard if hard == resource.RLIM_INFINITY else max(need, hard)
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (need, above))
+        except (OSError, ValueError):
+            # in a container that may not raise it; a program that lacks one is tried again, and says so
+            self._options.logger.critical(
+                "%(need)d files should be open, %(hard)d may be", need=need, hard=hard
+            )
 
     # --- what supervisord tells itself --------------------------------------------------------------------------------
 

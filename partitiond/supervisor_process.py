@@ -108,6 +108,7 @@ class Process(Subprocess):  # type: ignore[misc]
     """A process of one of our groups; ``pidfd`` is there while it is one that another supervisord has started."""
 
     pidfd: int | None = None
+    pipes: dict[str, Any]
 
     @property
     def is_kept(self) -> bool:
@@ -168,8 +169,8 @@ class Process(Subprocess):  # type: ignore[misc]
         self.laststart = min(note.at, time.time() - self.config.startsecs - 1)
         self.dispatchers = {pidfd: Ended(self, pidfd, note.pid)}
         output = survivors.output_of(note)
+        self.pipes = {"stdin": None, "stdout": output, "stderr": None}
         if output is not None:
-            self.pipes = {"stdout": output}
             self.dispatchers[output] = _reader(self, output)
         # it may be a child of ours, when supervisord has begun anew in place (SIGHUP)
         self.config.options.pidhistory[note.pid] = self
