@@ -270,6 +270,8 @@ class Supervisor(Link):
         return False
 
     def _is_server(self, pid: int) -> bool:
+        if procfs.user_of(pid) != os.getuid():
+            return False  # a tenant could keep us waiting for its arguments, which lie in memory of its own
         words = procfs.words(pid, "cmdline")
         ours = _MODULE.encode() in words and str(self.configuration).encode() in words
         return ours and procfs.is_alive(pid)

@@ -15,18 +15,21 @@ import contextlib
 import os
 import signal
 import stat
+import threading
 import time
 from dataclasses import dataclass, field
+from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING
 
 from partitiond import procfs
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator
+    from collections.abc import Collection, Iterator, Sequence
     from pathlib import Path
 
 _GRACE = 5.0
 _PAUSE = 0.05
+_LONGEST_LOOK = 1.0
 _BOOT_ID = "/proc/sys/kernel/random/boot_id"
 _SERVER = "supervisord"  # no process's: theirs have a colon
 
@@ -169,10 +172,10 @@ class _Search:
     kept: Collection[int]
     mark: bytes
     table: dict[int, procfs.Family] = field(default_factory=dict)
-    marked: dict[int, bool] = field(default_factory=dict)
+    marked: set[int] = field(default_factory=set)
+    silent: set[int] = field(default_factory=set)  # what kept us waiting for its environment once
 
     def run(self) -> set[int]:
-        self.marked = {}
         self.table = {pid: family for pid in procfs.pids() if (family := procfs.family_of(pid)) is not None}
         living = [one for one in self.notes.processes if self._is(one.pid, one.start)]
         going_on = {one.pid for one in living if one.pid in self.kept}
@@ -180,7 +183,7 @@ class _Search:
         # what a process of theirs leaves behind that ended together with supervisord: it is about to be started again
         gone = {one.pid for one in self.notes.processes if one.pid not in self.table}
         users = {procfs.user_of(pid) for pid in going_on} - {0, None}
-        session = self._session()
+        self._mark(going_on | ending)
         found = set()
         for pid, family in self.table.items():
             line = tuple(self._line(pid))
@@ -190,7 +193,7 @@ class _Search:
                     found.add(pid)
             elif family.group in going_on:
                 continue
-            elif (family.group in ending or any(self._is_marked(one, session) for one in line)) and (
+            elif (family.group in ending or not self.marked.isdisjoint(line)) and (
                 family.group in gone or procfs.user_of(pid) not in users
             ):
                 found.add(pid)
@@ -213,11 +216,43 @@ class _Search:
             yield pid
             pid = self.table[pid].parent
 
-    def _is_marked(self, pid: int, session: int) -> bool:
-        if pid not in self.marked:
-            ours = bool(session) and self.table[pid].session == session
-            self.marked[pid] = ours or self.mark in procfs.words(pid, "environ")
-        return self.marked[pid]
+    def _mark(self, decided: Collection[int]) -> None:
+        """Find who is of that supervisord by its session or environment."""
+        session = self._session()
+        self.marked = {pid for pid, family in self.table.items() if session and family.session == session}
+        left = self.table.keys() - self.marked - self.silent - {os.getpid(), *decided}
+        found, silent = _marked(sorted(left), self.mark)
+        self.marked |= found
+        self.silent |= silent
+
+
+def _marked(pids: Sequence[int], mark: bytes) -> tuple[set[int], set[int]]:
+    """Which processes have this in their environment, and which keep whoever reads it waiting.
+
+    It is read from the process's own memory, and a tenant may have mapped that from a file system of its own that never answers
+    (FUSE in a user namespace): such a one is left to itself, with the thread that waits for it.
+    """
+    found, silent, left = set(), set(), list(pids)
+    while left:
+        answers: SimpleQueue[bool] = SimpleQueue()
+        stop = threading.Event()
+        threading.Thread(target=_look, args=(tuple(left), mark, answers, stop), daemon=True).start()
+        try:
+            while left:
+                if answers.get(timeout=_LONGEST_LOOK):
+                    found.add(left[0])
+                del left[0]
+        except Empty:
+            stop.set()
+            silent.add(left.pop(0))
+    return found, silent
+
+
+def _look(pids: Sequence[int], mark: bytes, answers: SimpleQueue[bool], stop: threading.Event) -> None:
+    for pid in pids:
+        answers.put(mark in procfs.words(pid, "environ"))
+        if stop.is_set():
+            return
 
 
 def mark_of(server_url: str) -> bytes:

@@ -5,8 +5,10 @@ Without partitions: the programs are small ones of ``nobody``'s.
 
 import os
 import resource
+import shutil
 import signal
 import subprocess
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -438,6 +440,33 @@ def test_a_zombie_is_no_survivor(made):
         assert not survivors.Note("g", "p", child, int(fields[19]), 0, 0.0).lives
     finally:
         os.waitpid(child, 0)
+
+
+def test_a_process_that_keeps_us_waiting_for_its_environment_is_left_to_itself(made, monkeypatch):
+    """As one can whose memory is a file of a FUSE of its own: the others are ended all the same."""
+    node = made()
+    node.start()
+    node.write("slappart2", node.script("away", "(setsid sleep 1009 &); (setsid sleep 1010 &); exec sleep 1011"))
+    node.supervisor.update()
+    node.all_run()
+    until(lambda: node.running("sleep", "1009") and node.running("sleep", "1010"))
+    (silent,) = node.running("sleep", "1009")
+    notes = node.supervisor.directory / "processes"
+    node.kill()
+    shutil.rmtree(notes)
+    answered, words = threading.Event(), procfs.words
+    monkeypatch.setattr(
+        procfs,
+        "words",
+        lambda pid, name: answered.wait() and [] if (pid, name) == (silent, "environ") else words(pid, name),
+    )
+    try:
+        survivors.end(survivors.read(notes), f"unix://{node.supervisor.socket}")
+        assert procfs.is_alive(silent)
+        assert not node.running("sleep", "1010") | node.running("sleep", "1011")
+    finally:
+        answered.set()
+        os.kill(silent, 9)
 
 
 def test_output_is_read_from_supervisords_own_pipe_only(tmp_path):
