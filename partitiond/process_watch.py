@@ -1,71 +1,66 @@
-"""The thread that hears at once when supervisord or a stunnel ends: else it takes a second, or a minute, to be found.
+"""The thread that hears at once when a process of supervisord's ends, or supervisord itself: nobody is asked for it.
 
-supervisord looks at its children once a second, and takes two looks to start one again (supervisor 4.2, ``runforever``), but
-also whenever somebody asks it something; so it is asked. That it is gone itself is found by the sweep only, so that is woken.
+Our plug-in in supervisord sends a datagram for each process that ended; what is sent while no daemon listens is lost, and found
+by the sweep. That supervisord is gone is told by the kernel (pidfd_open(2)); to start it again is the sweep's, which is woken.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import select
+import socket
 import threading
 import time
 from typing import TYPE_CHECKING
 
-from partitiond.errors import PartitiondError
+from partitiond.process_events import ProcessEnded
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+    from pathlib import Path
 
     from partitiond.context import Context
 
 logger = logging.getLogger(__name__)
 
 SUPERVISOR = ""
-"""The name of supervisord among those that are watched; the others are groups."""
+"""The name of supervisord among those that are watched."""
 
-_ASKED = 20
-_PAUSE = 0.02
+EVENTS = "events.sock"
+_DATAGRAM = 65536
 _AFTER_ERROR = 5.0
 
 
 class ProcessWatch(threading.Thread):
-    """Watches the processes that :meth:`attend` names; ``wake`` is called when supervisord ends."""
+    """Calls ``context.process_ended`` for each process that ended, and ``wake`` when supervisord has."""
 
     def __init__(self, context: Context, wake: Callable[[], None]) -> None:
         super().__init__(name="processes", daemon=True)
         self._context, self._wake = context, wake
         self._turn = threading.Lock()
-        self._watched: dict[
-            str, tuple[int, int]
-        ] = {}  # by name: process id and a descriptor of it, pidfd_open(2)
+        self._watched: tuple[int, int] | None = None  # supervisord's process id and a descriptor of it
         self._read, self._write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        self._events: socket.socket | None = None
         self._stopping = False
 
     def attend(self, pids: Mapping[str, int]) -> None:
-        """Watch just these processes from now on; one that is gone already is passed over.
-
-        Of one that was heard of since the caller looked, it is the newer that is watched on.
-        """
+        """Watch this supervisord from now on; one that is gone already is passed over."""
+        pid = pids.get(SUPERVISOR, 0)
         with self._turn:
-            for name in self._watched.keys() - pids.keys():
-                os.close(self._watched.pop(name)[1])
-            for name, pid in pids.items():
-                self._watch(name, pid)
+            if self._watched is not None and self._watched[0] == pid:
+                return
+            self._let_go()
+            with contextlib.suppress(ProcessLookupError):
+                self._watched = (pid, os.pidfd_open(pid)) if pid else None
         self._poke()
 
-    def _watch(self, name: str, pid: int) -> None:
-        before = self._watched.get(name)
-        if before is not None and before[0] == pid:
-            return
-        try:
-            self._watched[name] = (pid, os.pidfd_open(pid))
-        except ProcessLookupError:
-            return
-        if before is not None:
-            os.close(before[1])
+    def _let_go(self) -> None:
+        if self._watched is not None:
+            os.close(self._watched[1])
+            self._watched = None
 
     def _poke(self) -> None:
         with contextlib.suppress(BlockingIOError):  # it is full: there is something to read
@@ -75,57 +70,52 @@ class ProcessWatch(threading.Thread):
         """Wait for the end of a process, until :meth:`close`."""
         while not self._stopping:
             try:
-                self._round()
+                if self._events is None:
+                    self._events = _listen(self._context.supervisor.directory)
+                self._round(self._events)
             except Exception:
                 # who watches must not end because of a mistake of ours: nobody would miss it
                 logger.exception("watching processes: unexpected error")
                 time.sleep(_AFTER_ERROR)
 
-    def _round(self) -> None:
+    def _round(self, sender: socket.socket) -> None:
         poll = select.poll()
         poll.register(self._read, select.POLLIN)
+        poll.register(sender, select.POLLIN)
         with self._turn:
-            names = {descriptor: name for name, (_, descriptor) in self._watched.items()}
-        for descriptor in names:
-            poll.register(descriptor, select.POLLIN)
+            watched = self._watched
+        if watched is not None:
+            poll.register(watched[1], select.POLLIN)
         ready = {descriptor for descriptor, what in poll.poll() if what & select.POLLIN}
         if self._read in ready:
             with contextlib.suppress(BlockingIOError):
                 os.read(self._read, 4096)
-        gone: dict[str, int] = {}
+        gone = False
         with self._turn:
-            for descriptor in ready & names.keys():
-                name = names[descriptor]
-                # who attends may have closed it meanwhile, and its number may be another's by now
-                if self._watched.get(name, (0, -1))[1] == descriptor and _has_ended(descriptor):
-                    gone[name] = self._watched.pop(name)[0]
-                    os.close(descriptor)
+            # who attends may have closed it meanwhile, and its number may be another's by now
+            if watched is not None and watched == self._watched and _has_ended(watched[1]):
+                self._let_go()
+                gone = True
         if self._stopping or self._context.stop.is_set():
             return
-        if SUPERVISOR in gone:
+        if sender.fileno() in ready:
+            self._tell(sender)
+        if gone:
             logger.warning("supervisord ended; it is started again")
             self._wake()
-        elif gone:
-            self._hasten(gone)
 
-    def _hasten(self, gone: Mapping[str, int]) -> None:
-        """Let supervisord take its turns now; what it does not start again is the sweep's to find."""
-        supervisor, began = self._context.supervisor, time.monotonic()
-        left = dict(gone)
-        try:
-            for _ in range(_ASKED):
-                found = {item.group: item.pid for item in supervisor.processes() if item.group in left}
-                for name, pid in found.items():
-                    if pid not in (0, left[name]):
-                        logger.info("%s ended and runs again after %.3f s", name, time.monotonic() - began)
-                        del left[name]
-                        with self._turn:
-                            self._watch(name, pid)
-                if not left:
-                    return
-                time.sleep(_PAUSE)
-        except PartitiondError as error:
-            logger.info("supervisord does not answer: %s", error)
+    def _tell(self, sender: socket.socket) -> None:
+        while True:
+            try:
+                told = sender.recv(_DATAGRAM)
+            except BlockingIOError:
+                return
+            try:
+                ended = ProcessEnded(**json.loads(told))
+            except (ValueError, TypeError):  # of a supervisord with a plug-in of another version
+                logger.warning("supervisord told what nobody understands: %r", told[:200])
+                continue
+            self._context.process_ended(ended)
 
     def close(self) -> None:
         """End the thread and let go of everything."""
@@ -133,12 +123,34 @@ class ProcessWatch(threading.Thread):
         self._poke()
         if self.is_alive():
             self.join(2.0)
-        self.attend({})
+        with self._turn:
+            self._let_go()
+        if self._events is not None:
+            self._events.close()
+            (self._context.supervisor.directory / EVENTS).unlink(missing_ok=True)
         os.close(self._read)
         os.close(self._write)
+
+
+def _listen(directory: Path) -> socket.socket:
+    """A socket in a directory of root's: nobody else can send to it. Raises OSError."""
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    directory.chmod(0o700)
+    made = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
+    held = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        (directory / EVENTS).unlink(missing_ok=True)
+        # by the descriptor: a path may be longer than the address of a socket can be
+        made.bind(f"/proc/self/fd/{held}/{EVENTS}")
+    except OSError:
+        made.close()
+        raise
+    finally:
+        os.close(held)
+    return made
 
 
 def _has_ended(descriptor: int) -> bool:
     poll = select.poll()
     poll.register(descriptor, select.POLLIN)
-    return any(what & select.POLLIN for _, what in poll.poll(0))
+    return bool(poll.poll(0))

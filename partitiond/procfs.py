@@ -7,6 +7,16 @@ reason.
 from __future__ import annotations
 
 import os
+from typing import NamedTuple
+
+
+class Family(NamedTuple):
+    """Where a process belongs: its parent, process group and session, and when it started, in ticks since the machine did."""
+
+    parent: int
+    group: int
+    session: int
+    start: int
 
 
 def pids() -> list[int]:
@@ -28,6 +38,17 @@ def is_stopped(pid: int) -> bool:
         return _stat(pid)[:1] in ([b"T"], [b"t"])
     except (FileNotFoundError, ProcessLookupError):
         return False
+
+
+def family_of(pid: int) -> Family | None:
+    """The family of a process that is not a zombie."""
+    try:
+        fields = _stat(pid)
+    except OSError:
+        return None
+    if fields[0] in (b"Z", b"X"):
+        return None
+    return Family(int(fields[1]), int(fields[2]), int(fields[3]), int(fields[19]))
 
 
 def session_of(pid: int) -> int | None:

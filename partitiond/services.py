@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from partitiond import files, privacy
 from partitiond.operation import Operation
+from partitiond.supervision import running_groups
 from partitiond.tunnels import group_name
 
 if TYPE_CHECKING:
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from partitiond.context import Context
     from partitiond.node import Node, Partition
     from partitiond.operation import Action
-    from partitiond.supervision import Process
+    from partitiond.supervision import Process, Supervisor
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +48,11 @@ def plan(
         *(["its configuration is missing"] if text is None else []),
         *(["its configuration is another"] if text not in (None, supervisor.render()) else []),
         *([] if running else ["it does not run"]),
+        *(
+            ["it is of another version, and runs nothing"]
+            if running and _may_go(supervisor, processes)
+            else []
+        ),
     ]
     if reasons:
         operations.append(
@@ -91,6 +97,11 @@ def plan(
     return tuple(operations)
 
 
+def _may_go(supervisor: Supervisor, processes: tuple[Process, ...]) -> bool:
+    """Whether a supervisord without our plug-in can be replaced: nobody would notice."""
+    return supervisor.is_outdated() and not running_groups(processes)
+
+
 def _operation(group: str, action: Action, reason: str, owner: Partition | None = None) -> ServiceOperation:
     return ServiceOperation(
         id=f"processes/{group}",
@@ -116,7 +127,11 @@ class Start:
         """Write its configuration, and start it where it does not run."""
         supervisor = self._supervisor
         files.write_path(supervisor.configuration, supervisor.render().encode(), mode=0o600)
-        if not supervisor.running():
+        running = supervisor.running()
+        if running and _may_go(supervisor, supervisor.processes()):
+            supervisor.shutdown()
+            running = False
+        if not running:
             self._ready = supervisor.start()
 
     def wait(self) -> None:

@@ -8,26 +8,26 @@ configuration changed. Layout and programme settings are those of slapos.core 1.
 from __future__ import annotations
 
 import contextlib
-import http.client
 import logging
 import os
 import re
 import resource
+import select
 import signal
+import site
 import subprocess
 import sys
 import time
-import xmlrpc.client
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-from xml.parsers.expat import ExpatError
+from typing import TYPE_CHECKING
 
-from partitiond import execute, files, keyring, procfs
+from partitiond import execute, files, keyring, procfs, survivors
 from partitiond.errors import PartitiondError
 from partitiond.namespaces import NSENTER
-from partitiond.unix_http import UnixConnection
+from partitiond.supervisor_link import Link
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -38,11 +38,15 @@ logger = logging.getLogger(__name__)
 
 # of one partition; each takes three descriptors of supervisord, which all partitions share
 MOST_PROGRAMS = 100
-_MOST_DESCRIPTORS = 20000
+_DESCRIPTORS = 1024
 _NO_LIMIT = 60000
 _ANSWER_SECONDS = 90
 _REACHABLE_SECONDS = 5
 _STARTS_WITHIN = 5.0
+_ROUNDS = 5
+_MOMENT = 0.002
+_NOTES = "processes"
+_TUNNEL_SUFFIX = "-tunnel"
 _MODULE = "supervisor.supervisord"
 PROGRAM_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,99}")
 _GROUP_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,99}")
@@ -161,18 +165,7 @@ def _unusable(text: str) -> PartitiondError:
     )
 
 
-class _UnixTransport(xmlrpc.client.Transport):
-    def __init__(self, path: str) -> None:
-        super().__init__()
-        self._path = path
-
-    def make_connection(self, host: Any) -> http.client.HTTPConnection:
-        connection = UnixConnection(self._path, _ANSWER_SECONDS)
-        self._connection = (host, connection)  # where the base class finds what it has to close
-        return connection
-
-
-class Supervisor:
+class Supervisor(Link):
     """The node's supervisord.
 
     Methods raise PartitiondError ``supervisor.down`` when it does not answer and ``supervisor.fault`` when it refuses.
@@ -182,22 +175,26 @@ class Supervisor:
         root = config.instance_root
         self.configuration = root / "etc" / "supervisord.conf"
         self.groups_directory = root / "etc" / "supervisord.conf.d"
-        self.socket = root / "sv.sock"
-        self.log = root / "var" / "log" / "supervisord.log"
+        super().__init__(root / "sv.sock", root / "var" / "log" / "supervisord.log")
         self.pidfile = root / "var" / "run" / "supervisord.pid"
-        # each descriptor up to minfds is closed one by one before every exec: near the need, not far above
-        self._minfds = min(
-            1024 + 100 * config.partition_amount, _MOST_DESCRIPTORS, max(256, _own_limit() - 8)
+        self._outdated = False
+        self.directory = config.run_dir / "supervisor"
+        self._kept = sorted(
+            name for one in config.grid.keep_running for name in (one, f"{one}{_TUNNEL_SUFFIX}")
         )
 
     def render(self) -> str:
         """Return the text of supervisord.conf."""
         return (
             f"[unix_http_server]\nfile={self.socket}\nchmod=0700\n\n"
-            f"[supervisord]\nlogfile={self.log}\npidfile={self.pidfile}\nminfds={self._minfds}\numask=022\n"
+            # the plug-in has more where they are needed; what programs may open without asking is what it is with slapos.core
+            f"[supervisord]\nlogfile={self.log}\npidfile={self.pidfile}\nminfds={_DESCRIPTORS}\numask=022\n"
             f"nocleanup=true\n\n"
             "[rpcinterface:supervisor]\n"
             "supervisor.rpcinterface_factory=supervisor.rpcinterface:make_main_rpcinterface\n\n"
+            "[rpcinterface:partitiond]\nsupervisor.rpcinterface_factory=partitiond.supervisor_plugin:make\n"
+            f"directory={self.directory}\ngroups={self.groups_directory}\n"
+            f"keep={' '.join(self._kept)}\n\n"
             f"[supervisorctl]\nserverurl=unix://{self.socket}\n\n"
             f"[include]\nfiles={self.groups_directory}/*.conf\n"
         )
@@ -224,19 +221,13 @@ class Supervisor:
             )
         if self._wait_for_another():
             return lambda: None
-        end_orphans(self.socket)
         keyring.leave()
         environment = {"PATH": execute.PATH, "LANG": "C.UTF-8", "HOME": "/root"}
-        command = [
-            sys.executable,
-            "-I",
-            "-W",
-            "ignore",
-            "-m",
-            _MODULE,
-            "-c",
-            str(self.configuration),
-        ]
+        package = str(Path(__file__).parent.parent)
+        if package not in site.getsitepackages():  # its plug-in is ours: it must be of the same version
+            environment["PYTHONPATH"] = package
+        options = ("-P", "-s", "-W", "ignore", "-m", _MODULE)
+        command = [sys.executable, *options, "-c", str(self.configuration)]
         started = subprocess.Popen(
             command,
             cwd="/",
@@ -279,6 +270,8 @@ class Supervisor:
         return False
 
     def _is_server(self, pid: int) -> bool:
+        if procfs.user_of(pid) != os.getuid():
+            return False  # a tenant could keep us waiting for its arguments, which lie in memory of its own
         words = procfs.words(pid, "cmdline")
         ours = _MODULE.encode() in words and str(self.configuration).encode() in words
         return ours and procfs.is_alive(pid)
@@ -303,10 +296,11 @@ class Supervisor:
     def shutdown(self) -> None:
         """End it with all its processes and wait until it is gone."""
         if not self.running() and not self._wait_for_another():
-            end_orphans(self.socket)
+            survivors.end(survivors.read(self.directory / _NOTES), f"unix://{self.socket}")
             return
         pid = int(self._call("supervisor.getPID"))
-        self._call("supervisor.shutdown")
+        if self._ask("shutdown") is None:
+            self._call("supervisor.shutdown")
         deadline = time.monotonic() + 90
         while time.monotonic() < deadline:
             if not procfs.is_alive(pid):
@@ -319,6 +313,10 @@ class Supervisor:
     def processes(self) -> tuple[Process, ...]:
         """All processes; empty when supervisord does not run."""
         try:
+            lines = self._ask("states")
+            self._outdated = lines is None
+            if lines is not None:
+                return tuple(_process(line) for line in str(lines).splitlines())
             rows = self._call("supervisor.getAllProcessInfo")
         except PartitiondError as error:
             if error.code == "supervisor.down":
@@ -328,6 +326,10 @@ class Supervisor:
             Process(row["group"], row["name"], row["statename"], int(row["pid"]), bool(row["start"]))
             for row in rows
         )
+
+    def is_outdated(self) -> bool:
+        """Whether the one that :meth:`processes` last asked lacks our plug-in; it may be replaced when it runs nothing."""
+        return self._outdated
 
     def group_file(self, name: str) -> Path:
         """Where a group's configuration lies."""
@@ -372,7 +374,31 @@ class Supervisor:
         return True
 
     def update(self) -> frozenset[str]:
-        """Make supervisord run what the files say; only groups whose file changed are stopped. Return those started (anew)."""
+        """Make supervisord run what the files say; only groups whose file changed are stopped. Return those started (anew).
+
+        One file more is one file read, however many there are.
+        """
+        started: set[str] = set()
+        for _ in range(_ROUNDS):
+            answer = self._ask("reload")
+            if answer is None:
+                return self._update_by_name()
+            started.update(answer["done"])
+            if not (waiting := answer["waiting"]):
+                for name, why in answer["refused"].items():
+                    logger.warning("%s: supervisord refuses: %s; read %s", name, why, self.log)
+                return frozenset(started)
+            self.stop_groups(waiting)
+        raise PartitiondError(
+            "supervisor.fault",
+            "is started again and again while it is to be changed",
+            resource=min(waiting),
+            hint=f"read {self.log}",
+            retryable=True,
+        )
+
+    def _update_by_name(self) -> frozenset[str]:
+        """The same for a supervisord without our plug-in: it reads all files, and is told of each group that is another."""
         added, changed, removed = self._call("supervisor.reloadConfig")[0]
         for name in (*changed, *removed):
             self.stop_group(name)
@@ -383,10 +409,23 @@ class Supervisor:
 
     def start_group(self, name: str) -> None:
         """Start what is not running in a group."""
-        self._call("supervisor.startProcessGroup", name, False)
+        if self._ask("start", name) is None:
+            self._call("supervisor.startProcessGroup", name, False)
 
     def stop_groups(self, names: Sequence[str]) -> None:
         """Stop several groups side by side, and wait; those that do not exist are stopped already."""
+        deadline = time.monotonic() + _ANSWER_SECONDS
+        while left := self._ask("stop", list(names)):
+            if time.monotonic() > deadline:
+                raise PartitiondError(
+                    "supervisor.fault", "does not end", resource=min(left)[0], hint=f"read {self.log}"
+                )
+            _await_end([pid for _, pid in left], deadline)
+        if left is None:
+            self._stop_by_name(names)
+
+    def _stop_by_name(self, names: Sequence[str]) -> None:
+        """The same for a supervisord without our plug-in."""
         # in one call that waited, each would be stopped when the one before is gone
         self._call_all([("supervisor.stopProcessGroup", name, False) for name in names], but="BAD_NAME")
         deadline = time.monotonic() + _ANSWER_SECONDS
@@ -399,11 +438,7 @@ class Supervisor:
 
     def stop_group(self, name: str) -> None:
         """Stop a group and wait; a group that does not exist is stopped already."""
-        try:
-            self._call("supervisor.stopProcessGroup", name)
-        except PartitiondError as error:
-            if "BAD_NAME" not in str(error):
-                raise
+        self.stop_groups([name])
 
     def hang_up(self, group: str, process: str, pid: int) -> bool:
         """Send SIGHUP to a process when it handles it, as one that is starting does not yet; return whether it was there."""
@@ -419,43 +454,25 @@ class Supervisor:
         """Whether a process has a handler for SIGHUP; None when it is gone."""
         return procfs.handles(pid, signal.SIGHUP)
 
-    def _call_all(self, calls: Sequence[tuple[object, ...]], *, but: str = "\n") -> dict[str, str]:
-        """Make several calls at once: each would wait for what supervisord does after the one before, such as 100 forks.
 
-        Return what it refused and why, by the first argument, without what has ``but`` in it; that is in the log, too.
-        """
-        asked = [{"methodName": method, "params": list(arguments)} for method, *arguments in calls]
-        answers = self._call("system.multicall", asked) if asked else []
-        # as xmlrpclib has it: a fault is a struct among the values
-        refused = {
-            str(words[1]): str(answer["faultString"])
-            for words, answer in zip(calls, answers, strict=True)
-            if isinstance(answer, dict) and "faultString" in answer and but not in str(answer["faultString"])
-        }
-        for name, why in refused.items():
-            logger.warning("%s: supervisord refuses: %s; read %s", name, why, self.log)
-        return refused
+def _process(line: str) -> Process:
+    """A line of the plug-in's states."""
+    group, name, state, pid, started = line.split("\t")
+    return Process(group, name, state, int(pid), started == "1")
 
-    def _call(self, method: str, *arguments: object) -> Any:
-        transport = _UnixTransport(str(self.socket))
-        try:
-            with xmlrpc.client.ServerProxy("http://localhost", transport=transport) as proxy:
-                return getattr(proxy, method)(*arguments)
-        except xmlrpc.client.Fault as error:
-            raise PartitiondError(
-                "supervisor.fault",
-                f"{method}: {error.faultString}",
-                resource=str(arguments[0]) if arguments else "",
-                hint=f"read {self.log}",
-            ) from error
-        except (OSError, http.client.HTTPException, xmlrpc.client.Error, ExpatError) as error:
-            raise PartitiondError(
-                "supervisor.down",
-                f"supervisord does not answer: {error}",
-                resource=str(self.socket),
-                hint="run partitiond apply",
-                retryable=True,
-            ) from error
+
+def _await_end(pids: Iterable[int], deadline: float) -> None:
+    """Wait until all of these processes have ended; supervisord, which has to take note of it, is given a moment, too."""
+    with ExitStack() as stack:
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                descriptor = os.pidfd_open(pid) if pid else None
+                if descriptor is not None:
+                    stack.callback(os.close, descriptor)
+                    poll = select.poll()
+                    poll.register(descriptor, select.POLLIN)
+                    poll.poll(max(0.0, deadline - time.monotonic()) * 1000)
+    time.sleep(_MOMENT)
 
 
 def running_groups(processes: Iterable[Process]) -> frozenset[str]:
@@ -466,26 +483,3 @@ def running_groups(processes: Iterable[Process]) -> frozenset[str]:
 def _own_limit() -> int:
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     return _NO_LIMIT if hard == resource.RLIM_INFINITY else hard
-
-
-def end_orphans(server_socket: Path) -> None:
-    """End processes that a killed supervisord left, before a new one would start them a second time.
-
-    supervisord puts its own URL into the environment of each child (``SUPERVISOR_SERVER_URL``), which marks them.
-    """
-    mark = f"SUPERVISOR_SERVER_URL=unix://{server_socket}".encode()
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        deadline = time.monotonic() + 5
-        while found := [pid for pid in procfs.pids() if pid != os.getpid() and mark in _environ(pid)]:
-            for pid in found:
-                try:
-                    os.kill(pid, number)
-                except ProcessLookupError:
-                    continue
-            if time.monotonic() > deadline:
-                break
-            time.sleep(0.05)
-
-
-def _environ(pid: int) -> list[bytes]:
-    return procfs.words(pid, "environ") if procfs.is_alive(pid) else []

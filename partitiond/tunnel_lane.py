@@ -7,7 +7,7 @@ import time
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from partitiond import tunnel_events, tunnel_expiry, tunnels
+from partitiond import tunnel_events, tunnel_expiry
 from partitiond.errors import FAMILY, sentence
 from partitiond.pacing import Allowance
 from partitiond.process_watch import SUPERVISOR
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
     from partitiond.context import Context
     from partitiond.node import Partition
-    from partitiond.node_plan import Looked
     from partitiond.tunnel_expiry import Expiry
 
 logger = logging.getLogger(__name__)
@@ -45,7 +44,7 @@ class TunnelLane:
         looked = context.looked
         if looked is None:
             return
-        self._attend(_to_watch(context, looked))
+        self._attend({SUPERVISOR: context.supervisor.pid()})
         plan, now = looked.plan, datetime.now(UTC)
         following = tunnel_expiry.successors(plan.published.values())
         unreadable = set()
@@ -79,11 +78,3 @@ class TunnelLane:
             self._expiries.take(partition, 1)
             logger.warning("%s: %s", one.tunnel, one.sentence(now))
             tunnel_events.tell_expiry(context.events, one, now)
-
-
-def _to_watch(context: Context, looked: Looked) -> dict[str, int]:
-    """supervisord and the stunnels that run, by process id."""
-    groups = {tunnels.group_name(name) for name, one in looked.plan.declared.items() if one.files}
-    found = {item.group: item.pid for item in looked.processes if item.group in groups and item.pid}
-    supervisord = context.supervisor.pid()
-    return {SUPERVISOR: supervisord, **found} if supervisord else found

@@ -877,8 +877,7 @@ def comes_and_goes(here, before, after, parts):
     else:
         own = {f"slappart{index}" for index in range(low, high)}
         assert {planned[name]["partition"] for name in wanted if not name.startswith("rule/")} == own
-    # supervisord's own limit of descriptors follows the number of partitions
-    assert set(planned) - {"bpf/cgroup"} == wanted | {"filter/partitiond", "supervisord"}
+    assert set(planned) - {"bpf/cgroup"} == wanted | {"filter/partitiond"}
     assert {planned[name]["action"] for name in wanted} == {"create" if after > before else "remove"}
     here.apply()
 

@@ -1,6 +1,7 @@
 """A stunnel or a supervisord that is killed is noticed at once, by the process itself and not by a look at it."""
 
 import os
+import socket
 import threading
 
 import pytest
@@ -8,7 +9,7 @@ from test_node_tunnels import declare, pin, until
 
 from partitiond import verbs
 from partitiond.context import Context
-from partitiond.process_watch import SUPERVISOR, ProcessWatch
+from partitiond.process_watch import EVENTS, SUPERVISOR, ProcessWatch
 
 
 @pytest.fixture
@@ -32,6 +33,7 @@ def watch(context):
     made = ProcessWatch(context, woken.set)
     made.woken = woken
     made.start()
+    until((context.supervisor.directory / EVENTS).exists)
     yield made
     made.close()
 
@@ -40,43 +42,47 @@ def pids(context):
     return {one.group: one.pid for one in context.supervisor.processes() if one.pid}
 
 
-def test_supervisord_is_hastened(context, watch):
-    """Asked as rarely as once in this test, it has taken its turns nevertheless: somebody else asked it."""
-    asked = []
-    supervisor = type(context.supervisor)
-    original = supervisor.processes
-
-    def counted(self):
-        asked.append(1)
-        return original(self)
-
+def test_the_end_of_a_process_is_told_by_supervisord_which_nobody_asks(context, watch):
+    told = []
     before = pids(context)
-    watch.attend(before)
+
+    context.process_ended = told.append
+    original, context.supervisor._call = context.supervisor._call, None  # whoever asks supervisord fails
     try:
-        supervisor.processes = counted
         os.kill(before["slappart0-tunnel"], 9)
-        until(lambda: asked)
+        until(lambda: told)
     finally:
-        supervisor.processes = original
-    until(lambda: pids(context).get("slappart0-tunnel", 0) not in (0, before["slappart0-tunnel"]))
-    after = pids(context)
-    assert after["slappart1-tunnel"] == before["slappart1-tunnel"]
+        context.supervisor._call = original
+    (ended,) = told
+    assert (ended.group, ended.name, ended.state) == ("slappart0-tunnel", "stunnel", "EXITED")
+    assert (ended.pid, ended.expected) == (before["slappart0-tunnel"], False)
+    until(lambda: pids(context).get("slappart0-tunnel", 0) not in (0, ended.pid))
+    assert pids(context)["slappart1-tunnel"] == before["slappart1-tunnel"]
     assert not watch.woken.is_set()
-    # the one that there is now is watched already, also when somebody names the one before
-    watch.attend(before)
-    until(lambda: {name: pid for name, (pid, _) in watch._watched.items()} == after)
-    watch.attend(before)
-    assert {name: pid for name, (pid, _) in watch._watched.items()} == after
-    watch.attend({})
-    assert watch._watched == {}
+
+
+def test_what_is_no_event_is_passed_over(context, watch):
+    told = []
+    context.process_ended = told.append
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
+        for text in (b"", b"{", b"[]", b'{"group": "x"}', b"\xff"):
+            sender.sendto(text, str(context.supervisor.directory / EVENTS))
+    # a group that is stopped has not ended by itself, which nobody is told of
+    context.supervisor.stop_group("slappart1-tunnel")
+    os.kill(pids(context)["slappart0-tunnel"], 9)
+    until(lambda: told)
+    assert [one.group for one in told] == ["slappart0-tunnel"]
+    assert (context.supervisor.directory.stat().st_mode & 0o777, watch.is_alive()) == (0o700, True)
 
 
 def test_the_sweep_is_woken_for_supervisord(context, watch):
     found = context.supervisor.pid()
     assert found
-    watch.attend({SUPERVISOR: found, **pids(context)})
+    watch.attend({SUPERVISOR: found})
+    watch.attend({SUPERVISOR: found})
     os.kill(found, 9)
     until(watch.woken.is_set)
+    assert watch._watched is None
     assert context.supervisor.pid() == 0
     outcome = verbs.apply(context, [])
     assert (outcome["failures"], outcome["left"]) == ([], [])
@@ -88,5 +94,7 @@ def test_one_that_is_gone_already_is_passed_over(context, watch):
     if child == 0:
         os._exit(0)
     os.waitpid(child, 0)
-    watch.attend({"slappart0-tunnel": child})
-    assert watch._watched == {}
+    watch.attend({SUPERVISOR: child})
+    assert watch._watched is None
+    watch.attend({SUPERVISOR: 0})
+    assert watch._watched is None
