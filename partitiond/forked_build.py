@@ -24,6 +24,7 @@ import select
 import signal
 import socket
 import sys
+import sysconfig
 import types
 from typing import Any, NoReturn
 
@@ -193,12 +194,9 @@ def build(request: dict[str, Any]) -> NoReturn:
     sys.modules["__main__"] = main
     # the directory of a script comes first, and before that what generated scripts put there
     sys.path[:0] = [request["packages"], os.path.dirname(script)]
-    working_set = pkg_resources.working_set
-    working_set.entries[:] = []
-    working_set.entry_keys.clear()
-    working_set.by_key.clear()
-    for entry in sys.path:
-        working_set.add_entry(entry)
+    # all but the release's is in there; it has it in the order of the path
+    pkg_resources.working_set.add_entry(sys.path[1])
+    pkg_resources.working_set.entries[:] = sys.path
     sys.exit(zc.buildout.buildout.main())
 
 
@@ -218,6 +216,9 @@ def _preload() -> None:
     # not by a statement: pkg_resources would warn that it is deprecated
     for name in ("pkg_resources", "zc.buildout.buildout"):
         importlib.import_module(name)
+    # A release links to our packages as to some under development, so into the signature of each part goes a hash of all of
+    # them: most of the time of a build of ours (measured). They are the same as long as this server is.
+    sys.modules["zc.buildout.buildout"]._dir_hash(sysconfig.get_path("purelib"))  # noqa: SLF001 - it has its own memory
 
     # what is there now is never looked through again, so its pages stay shared
     gc.collect()
