@@ -43,7 +43,7 @@ bench-tunnels: $(B)/bench.stamp ## what a tunnel costs, beside stunnel's default
 bench-accounting: $(B)/bench.stamp ## what metering costs, beside nft and psutil, and how its ledger grows, in private namespaces
 	$(RUN) $(PREFIX)/bin/python3 -P $(CURDIR)/tests/bench/meters.py $(ARGS)
 
-install: ## an environment at PREFIX that partition users can execute, with all that builds need offline (EXTRAS=iptables)
+install: ## an environment at PREFIX that partition users can execute, with all that builds need offline (EXTRAS="iptables networkcache")
 	tools/environment --prefix $(PREFIX) --python $(PYTHON) --with master $(addprefix --with ,$(EXTRAS))
 
 SOURCES := pyproject.toml setup.py tools/environment tools/guest $(wildcard requirements/*.txt) \
