@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import stat
 import tarfile
+import zlib
 from dataclasses import dataclass, field
 from typing import IO, TYPE_CHECKING
 
@@ -27,6 +28,10 @@ _DIRECTORY, _FILE, _PROGRAM = 0o755, 0o644, 0o755
 
 class RefusedError(ValueError):
     """An archive that is not unpacked, and why."""
+
+
+FAULTS = (RefusedError, OSError, EOFError, ValueError, tarfile.TarError, zlib.error)
+"""What unpacking raises."""
 
 
 @dataclass(slots=True)
@@ -98,6 +103,7 @@ class _Unpacking:
                 if self.size > self.most_bytes:
                     raise RefusedError(f"it holds more than {self.most_bytes} bytes")
                 sink.write(piece)
+            sink.flush()  # what is written later would set the time again
             # interpreters compare the age of a source with what they compiled of it
             os.utime(sink.fileno(), (member.mtime, member.mtime))
         self.files.add(path)
@@ -135,8 +141,7 @@ def unpack(
 ) -> None:
     """Unpack a compressed tar file into ``target``, a new directory, without its first component ``name``.
 
-    Raises RefusedError, or what reading a damaged file raises (OSError, EOFError, tarfile.TarError, zlib.error); what is there
-    by then is the caller's to remove.
+    Raises RefusedError, or another of FAULTS for one that is damaged; what is there by then is the caller's to remove.
     """
     target.mkdir(mode=_DIRECTORY)
     work = _Unpacking(target, name, final, most_bytes, most_members, skip)
