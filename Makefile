@@ -47,7 +47,7 @@ bench-accounting: $(B)/bench.stamp ## what metering costs, beside nft and psutil
 bench-supervisor: $(B)/bench.stamp ## hundreds of groups under one supervisord, beside one without our plug-in, in private namespaces
 	$(RUN) $(PREFIX)/bin/python3 -P $(CURDIR)/tests/bench/supervisor.py $(ARGS)
 
-install: ## an environment at PREFIX that partition users can execute, with all that builds need offline (EXTRAS=iptables)
+install: ## an environment at PREFIX that partition users can execute, with all that builds need offline (EXTRAS="iptables networkcache")
 	tools/environment --prefix $(PREFIX) --python $(PYTHON) --with master $(addprefix --with ,$(EXTRAS))
 
 SOURCES := pyproject.toml setup.py tools/environment tools/guest $(wildcard requirements/*.txt) \

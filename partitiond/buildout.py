@@ -5,14 +5,17 @@ The contract is that of slapgrid (slapos.core 1.26). Releases: ``software_build.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+import shutil
 import stat
 import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from partitiond import files, log_digest
 from partitiond.errors import PartitiondError
 from partitiond.state import software_name
 
@@ -22,7 +25,10 @@ if TYPE_CHECKING:
 
 COMPLETED = ".completed"
 _TAIL = 4000
+_DIGESTED = 64 * 1024
 _LOG_LIMIT = 5 * 1024 * 1024
+# of one build alone; what is older is in the file put aside, which has as much
+_BUILD_LIMIT = 64 * 1024 * 1024
 PROFILE_LIMIT = 4 * 1024 * 1024
 # the line that begins each build in a log
 _HEAD = re.compile(r"^--- \d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ (?:building|configuring) .*\n", re.MULTILINE)
@@ -78,11 +84,48 @@ class Log:
         os.close(self._descriptor)
 
 
+def remove_tree(root: Path, name: str) -> None:
+    """Remove what stands below a directory of the software user's, whatever it is; nothing there is fine. Raises OSError."""
+    path = root / name
+    try:
+        if not stat.S_ISDIR(path.lstat().st_mode):
+            path.unlink()
+            return
+        with files.directory(root, name) as descriptor:
+            # the mark goes first: half a release must not look whole
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(COMPLETED, dir_fd=descriptor)
+            files.empty(descriptor)
+    except FileNotFoundError:
+        return
+    path.rmdir()
+
+
+def note(log: int, text: str) -> None:
+    """Write a line of our own into a log."""
+    os.write(log, f"--- {text}\n".encode("utf-8", "backslashreplace"))
+
+
+def bound(path: Path, limit: int = _BUILD_LIMIT) -> None:
+    """Put aside what a build has written so far, when that is much. Raises OSError.
+
+    Copied and cut off: those who write have the file itself open, and append (open(2), O_APPEND). A line that comes in between
+    is lost.
+    """
+    with contextlib.suppress(FileNotFoundError), path.open("r+b") as stream:
+        if os.fstat(stream.fileno()).st_size > limit:
+            with path.with_name(f"{path.name}.1").open("wb") as aside:
+                shutil.copyfileobj(stream, aside)
+            stream.truncate(0)
+
+
 def build_error(code: str, what: str, outcome: execute.Outcome, log: Path) -> PartitiondError:
-    """The error of a buildout that failed, with the end of its log."""
+    """The error of a buildout that failed: its cause, how it ended, and the end of its log."""
+    # a compiler's complaint may stand far above what came of it
+    cause = log_digest.cause(tail(log, _DIGESTED)) or "it said nothing"
     return PartitiondError(
         code,
-        f"buildout failed ({ended(outcome)}):\n{tail(log)}",
+        f"{cause}\nbuildout failed ({ended(outcome)}):\n{log_digest.plain(tail(log))}",
         resource=what,
         hint=f"read {log}",
         retryable=True,

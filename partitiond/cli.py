@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from partitiond import cli_logs
 from partitiond.cli_parser import DEFAULT_FILE, WRONG_USE, parser
 from partitiond.errors import FAMILY, PartitiondError, WrongUseError, printable
 
@@ -399,6 +400,7 @@ _VERBS: dict[str, Callable[[argparse.Namespace], int]] = {
     "show": _show,
     "usage": _usage,
     "events": _events,
+    "logs": cli_logs.run,
     "tunnel": _tunnel,
     "report": _report,
     "teardown": _teardown,

@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING, NoReturn
 
-from partitiond import __version__
+from partitiond import __version__, cli_logs
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -101,6 +101,7 @@ def _add_reading(verb: Add) -> None:
     show = verb("show", "one partition")
     show.add_argument("partition", metavar="PARTITION")
     _add_usage(verb("usage", "metered usage per partition and address"))
+    cli_logs.add(verb("logs", "what a partition's programs and buildouts say, and builds of releases"))
     events = verb("events", "what happened, as text or JSON lines")
     events.add_argument("-f", "--follow", action="store_true", help="go on with what happens from now on")
     events.add_argument("--partition", metavar="ID", help="only what concerns this partition")

@@ -22,6 +22,7 @@ from partitiond import (
     config_guard,
     config_network,
     config_reader,
+    config_software,
     device_config,
     metrics_config,
     privacy_config,
@@ -31,6 +32,7 @@ from partitiond import (
 from partitiond.accounting_config import AccountingKeys
 from partitiond.config_grid import GridKeys
 from partitiond.config_reader import Reader
+from partitiond.config_software import SoftwareKeys
 from partitiond.errors import PartitiondError
 
 if TYPE_CHECKING:
@@ -49,6 +51,7 @@ _RUN_DIR_LENGTH = 90
 _SLAPOS_KEYS = frozenset(
     (
         "computer_id master_url master_rest_url software_root instance_root shared_part_list key_file cert_file"
+        " build_time_part_list signature_private_key_file"
         " certificate_repository_path master_ca_file partition_amount environment pidfile_software pidfile_instance"
         " pidfile_report software_min_free_space instance_min_free_space maximum_periodicity promise_timeout"
         " partition_timeout manager_list root_check force_stop forbid_supervisord_automatic_launch buildout_debug"
@@ -86,7 +89,7 @@ _KNOWN: Mapping[str, frozenset[str]] = {
 _OPEN_SECTIONS = (
     "slapproxy",
     "slapconsole",
-    "networkcache",
+    config_software.SECTION,
     "tinc",
     accounting_config.SECTION,
     "firewall",
@@ -169,6 +172,7 @@ class Config:
     block_devices: tuple[OperatorDevice, ...] = ()
     shared_namespaces: frozenset[str] = frozenset()
     grid: GridKeys = field(default_factory=GridKeys)
+    software: SoftwareKeys = field(default_factory=SoftwareKeys)
     accounting: AccountingKeys = field(default_factory=AccountingKeys)
     quotas: Mapping[str, Quota] = field(default_factory=dict)
     warnings: tuple[str, ...] = field(default=(), compare=False)
@@ -263,7 +267,7 @@ def _check_networks(config: Config, reader: Reader) -> None:
         reader.bad("slapformat", "tap_base_name", "slaptun", "another name: tun interfaces are called so")
 
 
-# keys that are read to refuse nonsense already, although nothing acts on them yet
+# the forms of values that are read as text
 _SHAPES = {
     "buildout_version": (re.compile(r"[0-9]+(?:\.[0-9]+)*"), "a version such as 4.2.0"),
 }
@@ -465,6 +469,7 @@ def _build(path: Path, reader: Reader) -> Config:
         block_devices=device_config.block_devices(reader, partition_base, amount),
         shared_namespaces=privacy_config.shared_namespaces(reader, partition_base, amount),
         grid=config_grid.read(reader, partitions),
+        software=config_software.read(reader),
         accounting=accounting_config.accounting_keys(reader),
         quotas=quota_config.quotas(reader, partition_base, amount),
         warnings=tuple(reader.warnings),

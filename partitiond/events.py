@@ -34,9 +34,9 @@ NAMES = frozenset(
     (
         "apply.done apply.failed block-device.refused config.refused config.reloaded directory.refused drift.failed"
         " drift.fight drift.found drift.repaired instance.destroyed instance.destroying instance.failed instance.started"
-        " instance.stopped node.removed node.started node.stopped software.available software.failed software.removed"
-        " incident.begun incident.ended promise.failed promise.ok usage.damaged usage.failed usage.full usage.refused"
-        " usage.resumed usage.unrecorded"
+        " instance.stopped node.removed node.started node.stopped software.available software.failed software.kept"
+        " software.removed incident.begun incident.ended promise.failed promise.ok usage.damaged usage.failed usage.full"
+        " usage.refused usage.resumed usage.unrecorded"
         " quota.exceeded quota.near quota.renewed report.held report.refused report.sent storage.refused"
         " trial.begun trial.confirmed trial.rolled_back"
         " tunnel.cut tunnel.expiring tunnel.failed tunnel.refused tunnel.rejected tunnel.session"

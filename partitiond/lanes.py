@@ -190,7 +190,7 @@ def _tap(partition: Partition, target: Node) -> CapacityTap:
 
 def software(context: Context, *, force: bool = False) -> Result:
     """Build and remove software releases."""
-    return softwares.run_pass(context, ask(context), force=force)
+    return softwares.run_pass(context, ask(context), force=force, ask=lambda: ask(context))
 
 
 def instance(context: Context, *, force: bool = False, only: frozenset[str] = frozenset()) -> Result:

@@ -60,6 +60,21 @@ def session_of(pid: int) -> int | None:
     return None if fields[0] in (b"Z", b"X") else int(fields[3])
 
 
+def started(pid: int) -> int | None:
+    """When a process that is no zombie started, in clock ticks since boot: with its number that is one process and no other."""
+    try:
+        fields = _stat(pid)
+    except OSError:
+        return None
+    return None if fields[0] in (b"Z", b"X") else int(fields[19])
+
+
+def boot() -> str:
+    """The boot that the machine is in."""
+    with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as stream:
+        return stream.read().strip()
+
+
 def user_of(pid: int) -> int | None:
     """The real user of a process that is not a zombie."""
     try:

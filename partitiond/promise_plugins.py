@@ -244,8 +244,8 @@ def _load(folder, name, path):
     exec(code, module.__dict__)  # noqa: S102 - that is what it is for
     if not hasattr(module, "RunPromise"):
         raise AttributeError("Class RunPromise not found in promise %s" % name)
-    from slapos.grid.promise import interface  # type: ignore[import-not-found]  # noqa: PLC0415 - what the plugin's path has
-    from slapos.grid.promise.generic import GenericPromise  # type: ignore[import-not-found]  # noqa: PLC0415 - likewise
+    from slapos.grid.promise import interface  # noqa: PLC0415 - what the plugin's path has
+    from slapos.grid.promise.generic import GenericPromise  # noqa: PLC0415 - likewise
 
     if not interface.IPromise.implementedBy(module.RunPromise):
         raise RuntimeError("RunPromise of %s does not implement the interface IPromise" % name)

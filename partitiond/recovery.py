@@ -45,6 +45,7 @@ def remove_leftovers(config: Config) -> None:
         config.instance_root / "etc" / "supervisord.conf.d",
         config.state_dir / "instances",
         config.state_dir / "software",
+        config.state_dir / "builds",
         *filter(None, (config.certificate_repository,)),
     ):
         _remove(directory)

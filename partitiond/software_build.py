@@ -1,5 +1,7 @@
-"""Software releases: built as the software user, in place, with what a published zc.buildout needs beyond slapgrid's contract
-(links to eggs without metadata, no index: ``docs/design/software-releases.md``).
+"""Software releases: taken from a network cache or built, as the software user, in place, with what a published zc.buildout
+needs beyond slapgrid's contract (links to eggs without metadata, no index: ``docs/design/software-releases.md``).
+
+Runs in the process that ``build_keeper`` starts, for hours perhaps.
 """
 
 from __future__ import annotations
@@ -11,23 +13,27 @@ import pwd
 import re
 import sys
 import time
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from partitiond import buildout, execute, files
+from partitiond import binary_cache, buildout, execute, files
 from partitiond.errors import PartitiondError
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    import threading
 
     from partitiond.config import Config
-    from partitiond.context import Context
 
 # what build steps, as the software user, may have put there is not taken for more than it can be
 _MOST_EGGS = 10_000
 _EGG = re.compile(r"[A-Za-z0-9_.+!-]+\.egg")
 _PROJECT = re.compile(r"[A-Za-z0-9_.-]+")
-# slapgrid copies the user's .netrc into each software; ours reads the one of the software user's home itself
+_NETRC_LIMIT = 64 * 1024
+# the kernel reads so much of a script's first line (BINPRM_BUF_SIZE)
+_SHEBANG = 256
 _COMPILE = "import compileall, sys; compileall.compile_dir(sys.argv[1], quiet=2, workers=1)"
+_BOOTSTRAP = "import sys; from zc.buildout.buildout import main; sys.argv[0] = 'buildout'; main()"
 
 
 def software_profile(config: Config, url: str) -> str:
@@ -37,42 +43,108 @@ def software_profile(config: Config, url: str) -> str:
         lines.append(f"find-links += {buildout.wheels()}")
     if config.offline_builds:
         lines += [f"index = {buildout.NO_INDEX}", "allow-hosts ="]
-    if config.shared_part_list:
-        lines.append("shared-part-list =\n  " + "\n  ".join(config.shared_part_list.split()))
+    # slapgrid has both in any case: recipes of SlapOS (slapos.recipe.cmmi) ask for them by name
+    lines.append(_lines_of("shared-part-list", config.shared_part_list))
+    lines.append(_lines_of("build-time-part-list", config.software.build_time_part_list))
     return "\n".join(lines) + "\n"
 
 
-def build_software(context: Context, url: str) -> None:
-    """Build a release in place, as the software user.
+def _lines_of(key: str, value: str) -> str:
+    return "\n  ".join((f"{key} =", *value.split()))
 
-    Raises PartitiondError ``software.build`` with the end of the log, or OSError.
+
+def options_of(config: Config, directory: Path, *, force: bool) -> list[str]:
+    """What buildout is told on its command line, as slapgrid has it; by force also newer versions are looked for."""
+    found = [f"buildout:extends-cache={directory}/extends-cache", f"buildout:directory={directory}"]
+    if config.software.cache.options:
+        found.append("buildout:networkcache-section=networkcache")
+        found += (f"networkcache:{name}={value}" for name, value in config.software.cache.options)
+    if config.software.buildout_version:
+        found.append(f"versions:zc.buildout={config.software.buildout_version}")
+    return ["-U", *([] if force else ["-N"]), "-c", "buildout.cfg", *found]
+
+
+@dataclass(frozen=True, slots=True)
+class _Steps:
+    """How programs of a build are run: as the software user, in the release's directory, into its log."""
+
+    config: Config
+    directory: Path
+    log: int
+    stop: threading.Event
+    session: Path | None
+
+    def run(self, command: list[str]) -> execute.Outcome:
+        config = self.config
+        return execute.as_user(
+            config.software_user,
+            config.software_user,
+            command,
+            cwd=self.directory,
+            env=_environment(config, self.directory),
+            log=self.log,
+            stop=self.stop,
+            record=self.session,
+        )
+
+
+def build_software(
+    config: Config, url: str, *, stop: threading.Event, force: bool = False, session: Path | None = None
+) -> str:
+    """Bring a release to the disk, as the software user; return ``built`` or ``cached``.
+
+    ``session`` is a file that names the session of the step under way. Raises PartitiondError ``software.build`` with the cause
+    and the end of the log, ``software.cache_only`` for one that must not be built, or OSError.
     """
-    config = context.config
     directory = buildout.software_directory(config, url)
     owner = pwd.getpwnam(config.software_user)
-    _prepare(config, url, (owner.pw_uid, owner.pw_gid))
-    options = ["-U", "-N", "-c", "buildout.cfg", f"buildout:directory={directory}"]
-    start = "import sys; from zc.buildout.buildout import main; sys.argv[0] = 'buildout'; main()"
-    steps = (
-        [sys.executable, "-I", "-W", "ignore", "-c", start, *options, "bootstrap"],
-        [str(directory / "bin" / "buildout"), *options],
-    )
+    numbers = (owner.pw_uid, owner.pw_gid)
+    cached = False
     with buildout.Log(buildout.software_log(config, url), f"building {url}") as log:
-        for command in steps:
-            outcome = _as_software_user(context, directory, command, log)
-            if not outcome.ok:
-                raise buildout.build_error("software.build", url, outcome, buildout.software_log(config, url))
-        _link_eggs(config.software_root, directory, owner.pw_uid, owner.pw_gid)
+        if not force:
+            cached = binary_cache.fetch(config, url, stop=stop, log=log, session=session)
+        _prepare(config, url, numbers)
+        steps = _Steps(config, directory, log, stop, session)
+        if not cached:
+            _run_buildout(steps, url, options_of(config, directory, force=force))
+        _link_eggs(config.software_root, directory, *numbers)
         # eggs come without bytecode and partition users cannot write it: a third of each instance's time (measured).
         # Some eggs hold files of other Pythons, which do not compile: no failure.
-        compile_all = [sys.executable, "-I", "-c", _COMPILE, str(directory / "eggs")]
-        _as_software_user(context, directory, compile_all, log)
-    with files.directory(config.software_root, directory.name) as descriptor:
-        content = time.asctime().encode() + b"\n"
-        numbers = (owner.pw_uid, owner.pw_gid)
-        # thousands of files, for which the mark is about to vouch, also after a power cut
+        outcome = steps.run([sys.executable, "-I", "-c", _COMPILE, str(directory / "eggs")])
+        if outcome.cut_short:
+            raise buildout.build_error("software.build", url, outcome, buildout.software_log(config, url))
+    _mark(config, directory.name, numbers)
+    return "cached" if cached else "built"
+
+
+def _run_buildout(steps: _Steps, url: str, options: list[str]) -> None:
+    bootstrap = [sys.executable, "-I", "-W", "ignore", "-c", _BOOTSTRAP, *options, "bootstrap"]
+    for made in (False, True):
+        outcome = steps.run([*_started_by(steps), *options] if made else bootstrap)
+        if not outcome.ok:
+            log = buildout.software_log(steps.config, url)
+            raise buildout.build_error("software.build", url, outcome, log)
+
+
+def _started_by(steps: _Steps) -> list[str]:
+    """The release's own buildout; its interpreter by name, for its path may be longer than the kernel reads of a script."""
+    program = steps.directory / "bin" / "buildout"
+    root, uid = steps.config.software_root, pwd.getpwnam(steps.config.software_user).pw_uid
+    with files.directory(root, steps.directory.name, "bin") as descriptor:
+        text = files.read("buildout", dir_fd=descriptor, limit=buildout.PROFILE_LIMIT, reader=uid)
+    first = text.partition(b"\n")[0]
+    if first.startswith(b"#!") and len(first) >= _SHEBANG:
+        return [*first[2:].decode("utf-8", "surrogateescape").split(), str(program)]
+    return [str(program)]
+
+
+def _mark(config: Config, name: str, owner: tuple[int, int]) -> None:
+    """Say that a release is whole, also after a power cut."""
+    content = time.asctime().encode() + b"\n"
+    with files.directory(config.software_root, name) as descriptor:
+        # thousands of files, for which the mark is about to vouch
         files.flush(descriptor)
-        files.write(buildout.COMPLETED, content, dir_fd=descriptor, mode=0o644, owner=numbers, durable=True)
+        files.write(buildout.COMPLETED, content, dir_fd=descriptor, mode=0o644, owner=owner, durable=True)
 
 
 def _prepare(config: Config, url: str, owner: tuple[int, int]) -> None:
@@ -88,27 +160,30 @@ def _prepare(config: Config, url: str, owner: tuple[int, int]) -> None:
             os.unlink(buildout.COMPLETED, dir_fd=descriptor)
         profile = software_profile(config, url).encode()
         files.write("buildout.cfg", profile, dir_fd=descriptor, mode=0o644, owner=owner)
+        with contextlib.suppress(FileExistsError):
+            os.mkdir("extends-cache", 0o755, dir_fd=descriptor)
+        with files.directory(config.software_root, directory.name, "extends-cache") as cache:
+            os.fchown(cache, *owner)
+        _take_netrc(descriptor, owner)
 
 
-def _as_software_user(context: Context, directory: Path, command: list[str], log: int) -> execute.Outcome:
-    config = context.config
-    return execute.as_user(
-        config.software_user,
-        config.software_user,
-        command,
-        cwd=directory,
-        env=_environment(config, directory),
-        log=log,
-        stop=context.stop,
-        record=buildout.session_record(config, "software"),
-    )
+def _take_netrc(descriptor: int, owner: tuple[int, int]) -> None:
+    """Copy the software user's credentials, as slapgrid does: HOME of a build is the release's own directory."""
+    try:
+        with files.directory(Path(pwd.getpwuid(owner[0]).pw_dir)) as home:
+            content = files.read(".netrc", dir_fd=home, limit=_NETRC_LIMIT, owners=frozenset((0, owner[0])))
+    except (FileNotFoundError, NotADirectoryError):
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(".netrc", dir_fd=descriptor)
+        return
+    files.write(".netrc", content, dir_fd=descriptor, mode=0o600, owner=owner)
 
 
 def _environment(config: Config, directory: Path) -> dict[str, str]:
     env = execute.environment(str(directory), config.software_user)
     if config.offline_builds:
         # buildout starts pip for what is no wheel, and pip would ask the network for build requirements
-        env |= {"PIPbuildout.NO_INDEX": "1", "PIP_FIND_LINKS": str(buildout.wheels())}
+        env |= {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(buildout.wheels())}
     return env
 
 
@@ -152,17 +227,8 @@ def _project_of(root: Path, *egg: str, owner: int) -> str | None:
 
 
 def remove_software(config: Config, url: str) -> None:
-    """Remove a release from the disk."""
-    directory = buildout.software_directory(config, url)
-    if directory.is_symlink():
-        directory.unlink()
-        return
-    try:
-        with files.directory(config.software_root, directory.name) as descriptor:
-            # the mark goes first: half a release must not look whole
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(buildout.COMPLETED, dir_fd=descriptor)
-            files.empty(descriptor)
-    except FileNotFoundError:
-        return
-    directory.rmdir()
+    """Remove a release from the disk, and what was said while it was built."""
+    buildout.remove_tree(config.software_root, buildout.software_directory(config, url).name)
+    log = buildout.software_log(config, url)
+    for path in (log, log.with_name(f"{log.name}.1")):
+        path.unlink(missing_ok=True)

@@ -54,7 +54,7 @@ class InstanceState:
 
 @dataclass(frozen=True, slots=True)
 class SoftwareState:
-    """The last outcome of building a software release."""
+    """The last outcome of building a software release; ``kept_for``: the partitions because of which it is not removed."""
 
     url: str
     available: bool = False
@@ -62,6 +62,8 @@ class SoftwareState:
     failures: int = 0
     next_try: float = 0.0
     error: str | None = None
+    listed: bool = True
+    kept_for: str = ""
 
 
 _INSTANCE_HINT = "move it away; the instance is configured again"

@@ -18,6 +18,7 @@ from partitiond import (
     privacy,
     quotas,
     report_verbs,
+    software_status,
     trial,
     tunnels,
     usage_intake,
@@ -87,6 +88,7 @@ def node(context: Context) -> dict[str, Any]:
             "drift": [operation.id for operation in todo if operation.partition is None],
         },
         "partitions": partitions,
+        "software": software_status.releases(context),
     }
 
 

@@ -12,6 +12,7 @@ from netplan import plan as netplan_plan
 from netplan.model import DesiredNetwork
 from partitiond import (
     block_devices,
+    build_keeper,
     converge,
     device_access,
     execute,
@@ -44,6 +45,7 @@ def run(context: Context, *, purge: bool) -> Outcome:
     refuse_other_node(context, users.observe())
     with context.applying:
         steps: list[tuple[str, Callable[[], None]]] = [
+            ("software builds", lambda: _builds(context.config)),
             ("supervisord", lambda: _supervisord(context)),
             ("processes", _processes),
             ("namespaces", lambda: privacy.remove_all(context.config)),
@@ -75,6 +77,10 @@ def _supervisord(context: Context) -> None:
     context.supervisor.configuration.unlink(missing_ok=True)
     for name in context.supervisor.group_names():
         context.supervisor.remove_group(name)
+
+
+def _builds(config: Config) -> None:
+    build_keeper.end(config)
 
 
 def _processes() -> None:

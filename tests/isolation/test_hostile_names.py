@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from supervisor.options import ServerOptions, UnhosedConfigParser
 
 from partitiond import config, instance_build, present, software_build, verbs
+from partitiond.config_software import SoftwareKeys
 from partitiond.errors import PartitiondError, printable, sentence
 from partitiond.state import software_name
 from partitiond.supervision import Group, Program
@@ -221,6 +222,7 @@ def release(tmp_path_factory):
         instance_storage_home=None,
         ipv4_network="10.0.0.0/16",
         offline_builds=True,
+        software=SoftwareKeys(),
     )
 
 

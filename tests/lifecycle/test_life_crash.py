@@ -111,17 +111,22 @@ def _established(port):
 
 
 def test_killed_during_a_software_build(node):
-    url = node.release("tiny", build="sleep 601")
+    fifo = node.base / "fifo"
+    os.mkfifo(fifo)
+    fifo.chmod(0o644)
+    url = node.release("tiny", build=f"cat {fifo}")
     tenants = node.tenants()
     node.supply(url)
     user = Path(node.base, "software").stat().st_uid
-    (pid,) = node.wait(lambda: _sleeping(user, "601"), "the build to be busy")
+    waiting = lambda: [pid for pid, line in processes_of(user).items() if line.endswith(f"cat {fifo}")]  # noqa: E731
+    (pid,) = node.wait(waiting, "the build to be busy")
     node.kill()
-    node.build_says(url, "sleep 1")
     node.start()
-    node.wait((node.software(url) / ".completed").exists, "the software to be built after all")
-    assert not alive(pid), "a process of the build that was cut off goes on beside the new one"
-    assert not processes_of(user)
+    node.settled()
+    assert waiting() == [pid], "the build does not go on, or a second one was begun"
+    os.close(os.open(fifo, os.O_WRONLY))
+    node.wait((node.software(url) / ".completed").exists, "the software to be built")
+    node.wait(lambda: not processes_of(user), "the build to be over")
     assert node.tenants() == tenants
     converged(node)
 

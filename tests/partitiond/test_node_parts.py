@@ -17,6 +17,7 @@ from jsonschema import Draft202012Validator
 from supervisor.options import ServerOptions
 
 from partitiond import buildout, destroy_guard, directories, lock, present, software_build, teardown
+from partitiond.config_software import SoftwareKeys
 from partitiond.directories import DirectorySpec
 from partitiond.errors import PartitiondError, sentence
 from partitiond.state import InstanceState, SoftwareState, Store
@@ -344,7 +345,7 @@ def test_a_command_that_would_end_its_line_is_refused(bad):
 
 def test_a_release_that_became_a_link_is_removed_as_a_link(tmp_path):
     """The software user owns the directory of releases; what its builds put there is not followed."""
-    config = SimpleNamespace(software_root=tmp_path / "software")
+    config = SimpleNamespace(software_root=tmp_path / "software", log_dir=tmp_path)
     config.software_root.mkdir()
     (tmp_path / "precious").mkdir()
     (tmp_path / "precious" / "file").write_bytes(b"x")
@@ -364,25 +365,26 @@ def test_a_build_does_not_take_what_a_link_points_to(tmp_path):
         software_user="daemon",
         log_dir=tmp_path,
         offline_builds=False,
+        software=SoftwareKeys(),
         shared_part_list="",
     )
     config.software_root.mkdir()
     buildout.software_directory(config, "http://r").symlink_to(precious)
     with pytest.raises(PartitiondError) as caught:
-        software_build.build_software(SimpleNamespace(config=config), "http://r")
+        software_build.build_software(config, "http://r", stop=threading.Event())
     assert caught.value.code == "files.not_a_directory"
     assert precious.stat().st_uid == 0
     assert list(precious.iterdir()) == []
 
 
 def test_a_release_is_removed_with_all_that_is_in_it(tmp_path):
-    config = SimpleNamespace(software_root=tmp_path)
+    config = SimpleNamespace(software_root=tmp_path / "software", log_dir=tmp_path)
     directory = buildout.software_directory(config, "http://r")
     (directory / "parts" / "x").mkdir(parents=True)
     (directory / buildout.COMPLETED).write_bytes(b"")
     assert buildout.completed(config, "http://r")
     software_build.remove_software(config, "http://r")
-    assert list(tmp_path.iterdir()) == []
+    assert list(config.software_root.iterdir()) == []
 
 
 # --- text and schemas -----------------------------------------------------------------------------------------------------

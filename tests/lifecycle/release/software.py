@@ -1,16 +1,16 @@
 """Run by the build of the software, with ``self``, ``base`` and ``here`` of software.cfg."""
 # ruff: noqa: F821, SIM115 - names of software.cfg
 
-# "build", beside the profile, says how this build behaves: "fail TEXT", or "sleep SECONDS" in a process of its own
+# "build", beside the profile, says how this build behaves: "fail TEXT", or in a process of its own "sleep SECONDS", "cat FIFO"
 said = (
     open(os.path.join(base, "build")).read().split(None, 1)
     if os.path.exists(os.path.join(base, "build"))
     else []
 )
-if said and said[0] == "sleep":
+if said and said[0] in ("sleep", "cat"):
     import subprocess
 
-    subprocess.check_call(["/bin/sleep", said[1].strip()])
+    subprocess.check_call([f"/bin/{said[0]}", said[1].strip()])
 if said and said[0] == "fail":
     import zc.buildout
 
