@@ -11,6 +11,7 @@ from partitiond import last_good, rollback, trial, verbs
 
 if TYPE_CHECKING:
     from partitiond.context import Context
+    from partitiond.passes import Wish
     from partitiond.trial import Trial
 
 
@@ -36,9 +37,9 @@ def try_out(context: Context, timeout: float, *, force: bool) -> dict[str, Any]:
     return verbs.try_out(context, config, timeout, force=force, before=before, lasting=False)
 
 
-def sync(context: Context, lane: str, *, force: bool) -> dict[str, Any]:
+def sync(context: Context, lane: str, wish: Wish) -> dict[str, Any]:
     """``sync``: by what is in force."""
     _settled(context)
     last_good.refuse_rejected(context.config)
     context.adopt(rollback.in_force(context.config))
-    return verbs.sync(context, lane, force=force)
+    return verbs.sync(context, lane, wish)

@@ -11,10 +11,11 @@ import logging
 import os
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from partitiond import cli_logs
+from partitiond import cli_logs, cli_node_parser
 from partitiond.cli_parser import DEFAULT_FILE, WRONG_USE, parser
 from partitiond.errors import FAMILY, PartitiondError, WrongUseError, printable
 
@@ -29,13 +30,16 @@ OK, ERROR, CHANGES, DEGRADED = 0, 1, 2, 3
 _WAIT_FOR_OTHERS = 30.0
 _ANSWER_SECONDS = 2.0
 _BEFORE = 10
+# what there is on a node that owns nothing of the machine
+_UNMANAGED = ("node", "sync", "status", "show")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit status."""
     options = parser().parse_args(arguments)
+    file = os.environ.get("SLAPOS_CONFIGURATION") if options.verb == "node" or os.geteuid() != 0 else None
     for name, value in (
-        ("cfg", DEFAULT_FILE),
+        ("cfg", file or DEFAULT_FILE),
         ("verbose", 0),
         ("quiet", False),
         ("json", False),
@@ -89,7 +93,7 @@ class _PlainFormatter(logging.Formatter):
 
 
 def _log_to_stderr(options: argparse.Namespace) -> None:
-    running = options.verb in ("run", "demo")
+    running = options.verb in ("run", "demo", "node")
     level = logging.INFO if running or options.verbose else logging.WARNING
     if options.quiet:
         level = logging.ERROR
@@ -129,14 +133,34 @@ def _print(
 def _config(options: argparse.Namespace) -> Config:
     from partitiond import config  # noqa: PLC0415 - only what a verb needs is imported: start-up time counts
 
-    if os.geteuid() != 0:
-        raise PartitiondError(
-            "cli.root", "this verb needs root", resource=options.verb, hint="run it with sudo"
-        )
-    found = config.load(Path(options.cfg))
+    overrides = cli_node_parser.overrides(options) if options.verb == "node" else {}
+    load = partial(config.load, Path(options.cfg), overrides)
+    found = load() if os.geteuid() == 0 else _own_config(options, load)
     log = logging.getLogger(__name__)
     for warning in found.warnings:
         log.warning("%s", warning)
+    return found
+
+
+def _own_config(options: argparse.Namespace, load: Callable[[], Config]) -> Config:
+    """The configuration of a node that an ordinary user may have: one that owns nothing of the machine."""
+    root = PartitiondError("cli.root", "this verb needs root", resource=options.verb, hint="run it with sudo")
+    try:
+        found = load()
+    except PartitiondError as error:
+        # what an ordinary user may not even read is not its own node
+        if options.verb == "node" or (options.verb in _UNMANAGED and error.code != "config.unreadable"):
+            raise
+        raise root from None
+    if found.unmanaged is None:
+        raise root
+    if options.verb not in _UNMANAGED:
+        raise PartitiondError(
+            "node.unmanaged",
+            "this node owns nothing of the machine: alter_user and alter_network are false",
+            resource=options.verb,
+            hint=f"there are {', '.join(_UNMANAGED)}",
+        )
     return found
 
 
@@ -233,10 +257,16 @@ def _confirm(options: argparse.Namespace) -> int:
 
 def _sync(options: argparse.Namespace) -> int:
     from partitiond import alone, present  # noqa: PLC0415 - as above
+    from partitiond.passes import Wish  # noqa: PLC0415 - as above
 
-    lane, force = options.lane, options.force
-    body = {"lane": lane, "force": force}
-    value = _changing(options, "/1/sync", body, lambda context: alone.sync(context, lane, force=force))
+    lane, wish = options.lane, Wish(force=options.force)
+    if os.geteuid() != 0:
+        from partitiond import unmanaged, unmanaged_verbs  # noqa: PLC0415 - as above
+
+        value = unmanaged_verbs.sync(unmanaged.context(_config(options)), lane, wish)
+    else:
+        body = {"lane": lane, **wish.as_json()}
+        value = _changing(options, "/1/sync", body, lambda context: alone.sync(context, lane, wish))
     _print(options, "sync", value, present.synced)
     return _exit(value)
 
@@ -255,6 +285,9 @@ def _teardown(options: argparse.Namespace) -> int:
 def _status(options: argparse.Namespace) -> int:
     from partitiond import control, present, status  # noqa: PLC0415 - as above
 
+    if os.geteuid() != 0:
+        _print(options, "status", _unmanaged_status(options), present.status)
+        return OK
     context = _reading(options)
     # the daemon knows when the master last answered
     value = control.call(context.config.run_dir / "control.sock", "GET", "/1/status") or status.node(context)
@@ -265,7 +298,11 @@ def _status(options: argparse.Namespace) -> int:
 def _show(options: argparse.Namespace) -> int:
     from partitiond import present, status  # noqa: PLC0415 - as above
 
-    value = status.partition(_reading(options), options.partition)
+    if os.geteuid() != 0:
+        own = _unmanaged_status(options)["partitions"]
+        value = next((item for item in own if item["id"] == options.partition), None)
+    else:
+        value = status.partition(_reading(options), options.partition)
     if value is None:
         raise PartitiondError(
             "show.unknown_partition",
@@ -275,6 +312,28 @@ def _show(options: argparse.Namespace) -> int:
         )
     _print(options, "show", value, present.show)
     return OK
+
+
+def _unmanaged_status(options: argparse.Namespace) -> dict[str, Any]:
+    from partitiond import unmanaged, unmanaged_verbs  # noqa: PLC0415 - as above
+
+    return unmanaged_verbs.status(unmanaged.context(_config(options)))
+
+
+def _node(options: argparse.Namespace) -> int:
+    from partitiond import cli_node, present  # noqa: PLC0415 - as above
+
+    texts = {"plan": present.plan, "apply": present.applied, "sync": present.synced}
+    try:
+        return cli_node.run(
+            options,
+            lambda: _config(options),
+            lambda path, body, alone: _changing(options, path, body, alone),
+            lambda name, value: _print(options, name, value, texts[name]),
+        )
+    except FAMILY as error:
+        _complain(options, error.code, str(error), error.resource, error.hint, error)
+        return cli_node.exit_status(options, error)
 
 
 def _usage(options: argparse.Namespace) -> int:
@@ -403,6 +462,7 @@ _VERBS: dict[str, Callable[[argparse.Namespace], int]] = {
     "logs": cli_logs.run,
     "tunnel": _tunnel,
     "report": _report,
+    "node": _node,
     "teardown": _teardown,
     "demo": _demo,
 }

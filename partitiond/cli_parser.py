@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING, NoReturn
 
-from partitiond import __version__, cli_logs
+from partitiond import __version__, cli_logs, cli_node_parser
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -72,6 +72,7 @@ def parser() -> argparse.ArgumentParser:
     _add_reading(verb)
     _add_tunnel(verb("tunnel", "the encrypted tunnels"), common)
     _add_report(verb("report", "the usage documents for the master"), common)
+    cli_node_parser.add(verb("node", "the verbs of slapos node, with their options"), common, _Parser)
     teardown = verb("teardown", "remove all that partitiond made from the system")
     teardown.add_argument("--purge", action="store_true", help="data, too")
     demo = verb("demo", "the whole way through, in private namespaces")

@@ -23,6 +23,7 @@ from partitiond import (
     config_network,
     config_reader,
     config_software,
+    config_unmanaged,
     device_config,
     metrics_config,
     privacy_config,
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from netplan.model import Backend, ClosedPort
     from partitiond.config_guard import GuardKeys
     from partitiond.config_network import NetworkKeys
+    from partitiond.config_unmanaged import Unmanaged
     from partitiond.device_config import OperatorDevice
     from partitiond.tunnel_config import OperatorTunnel
 
@@ -76,7 +78,6 @@ _OWN_KEYS = frozenset(
 )
 # keys that change nothing yet; saying so is better than being silent
 _NOT_YET = {
-    "input_definition_file": "a definition of the node by file",
     "manager_list": "slapgrid's managers",
     "firewall": "the firewall by firewalld",
 }
@@ -175,13 +176,15 @@ class Config:
     software: SoftwareKeys = field(default_factory=SoftwareKeys)
     accounting: AccountingKeys = field(default_factory=AccountingKeys)
     quotas: Mapping[str, Quota] = field(default_factory=dict)
+    # of a node that owns nothing of the machine
+    unmanaged: Unmanaged | None = None
     warnings: tuple[str, ...] = field(default=(), compare=False)
     # file and drop-ins as one text, which reads back as the same configuration
     text: str = field(default="", compare=False, repr=False)
 
 
-def load(path: Path) -> Config:
-    """Read a configuration file and its drop-ins ``<file>.d/*.cfg``.
+def load(path: Path, overrides: Mapping[tuple[str, str], str] | None = None) -> Config:
+    """Read a configuration file and its drop-ins ``<file>.d/*.cfg``; ``overrides`` are values by section and key.
 
     Raises PartitiondError ``config.unreadable``, ``config.syntax`` or ``config.value`` (every bad value in one message).
     """
@@ -190,6 +193,8 @@ def load(path: Path) -> Config:
     parser = configparser.ConfigParser(interpolation=None, strict=True, inline_comment_prefixes=(";", "#"))
     for file in files:
         config_reader.read(parser, file)
+    for (section, key), value in (overrides or {}).items():
+        parser.read_dict({section: {key: value}}, source="the command line")
     reader = Reader(parser, files)
     _warn_unknown(reader)
     _check_shapes(reader)
@@ -217,7 +222,7 @@ def _check_together(config: Config, reader: Reader) -> None:
         )
     _check_networks(config, reader)
     members = {f"{config.user_base}{index}" for index in range(config.partition_amount)}
-    if config.software_user in members:
+    if config.software_user in members and config.unmanaged is None:
         reader.bad("slapformat", "software_user", config.software_user, "no user of a partition")
     seen: dict[Path, str] = {}
     for section, key in _OWN_DIRECTORIES:
@@ -285,8 +290,9 @@ def _check_shapes(reader: Reader) -> None:
         value = reader.raw("partitiond", key)
         if value and not shape.fullmatch(value):
             reader.bad("partitiond", key, value, words)
+    left_alone = config_unmanaged.KEYS if config_unmanaged.chosen(reader) else ()
     for key, (refused, why, allowed) in _REFUSED.items():
-        if reader.truth("slapformat", key, not refused) == refused:
+        if key not in left_alone and reader.truth("slapformat", key, not refused) == refused:
             reader.bad("slapformat", key, reader.raw("slapformat", key), f"{allowed} ({why})")
 
 
@@ -295,7 +301,7 @@ def _warn_unknown(reader: Reader) -> None:
     for section in reader.parser.sections():
         if section in _KNOWN:
             _warn_keys(reader, section, _KNOWN[section])
-        elif section not in sections and not section.startswith(("tunnel ", "manager:")):
+        elif section not in sections and not section.startswith(("tunnel ", "manager:", "multimaster/")):
             reader.warnings.append(
                 f"{reader.place(section, '')}: unknown section{_suggest(section, sections)}"
             )
@@ -311,6 +317,9 @@ def _warn_keys(reader: Reader, section: str, known: frozenset[str]) -> None:
             reader.warnings.append(f"{reader.place(section, key)}: unknown key {key!r}{_suggest(key, known)}")
         elif key in _NOT_YET and reader.raw(section, key).lower() not in ("", "false", "no", "off", "0"):
             reader.warnings.append(f"{reader.place(section, key)}: {_NOT_YET[key]} is not acted on yet")
+        elif key == "input_definition_file" and not config_unmanaged.chosen(reader):
+            words = "a definition of the node by file is for nodes with alter_user and alter_network = false"
+            reader.warnings.append(f"{reader.place(section, key)}: {words}")
 
 
 def _suggest(word: str, known: frozenset[str] | tuple[str, ...]) -> str:
@@ -406,13 +415,22 @@ def _intervals(reader: Reader) -> Intervals:
     )
 
 
+def _own_directory(reader: Reader, key: str, default: str, unmanaged: Unmanaged | None) -> Path:
+    if unmanaged is not None:
+        default = config_unmanaged.directory(
+            reader.own_path("slapos", "instance_root", None), key.removesuffix("_dir")
+        )
+    return reader.own_path("partitiond", key, default)
+
+
 def _build(path: Path, reader: Reader) -> Config:
-    amount = _amount(reader)
-    interface = _link(reader, "slapformat", "interface_name", None)
+    own = config_unmanaged.read(reader)
+    amount = len(own.partitions) if own else _amount(reader)
+    interface = _link(reader, "slapformat", "interface_name", "" if own else None)
     bridge = _link(reader, "partitiond", "bridge", "")
     local_network = _ipv4_network(reader, amount)
     ipv6_interface = _link(reader, "slapformat", "ipv6_interface", interface) or interface
-    partition_base = _name(reader, "partition_base_name", "slappart")
+    partition_base = own.base if own else _name(reader, "partition_base_name", "slappart")
     tap_words = "1 to 11 characters"
     tap_base = reader.text("slapformat", "tap_base_name", "slaptap", _TAP_NAME, tap_words)
     uid_base = reader.number("partitiond", "uid_base", 5000, 100, 2**31 - 1 - 10000)
@@ -438,18 +456,18 @@ def _build(path: Path, reader: Reader) -> Config:
             partitions=partitions,
         ),
         guard=config_guard.read(reader, bridge=bridge or None, partitions=partitions),
-        create_tap=reader.truth("slapformat", "create_tap", True),
+        create_tap=reader.truth("slapformat", "create_tap", True) and own is None,
         ipv6_range=reader.truth("slapformat", "partition_has_ipv6_range", True),
         ipv6_prefixshift=shift,
         ipv4_network=local_network,
         partition_base=partition_base,
         user_base=_name(reader, "user_base_name", "slapuser"),
         tap_base=tap_base,
-        software_user=_name(reader, "software_user", "slapsoft"),
+        software_user=own.user if own else _name(reader, "software_user", "slapsoft"),
         uid_base=uid_base,
-        state_dir=reader.own_path("partitiond", "state_dir", "/var/lib/partitiond"),
-        log_dir=reader.own_path("partitiond", "log_dir", "/var/log/partitiond"),
-        run_dir=reader.own_path("partitiond", "run_dir", "/run/partitiond"),
+        state_dir=_own_directory(reader, "state_dir", "/var/lib/partitiond", own),
+        log_dir=_own_directory(reader, "log_dir", "/var/log/partitiond", own),
+        run_dir=_own_directory(reader, "run_dir", "/run/partitiond", own),
         packet_filter=_packet_filter(reader),
         address_ownership=_enforced(reader),
         destroy_guard=reader.truth("partitiond", "destroy_guard", True),
@@ -467,11 +485,14 @@ def _build(path: Path, reader: Reader) -> Config:
         tunnels=tuple(tunnel_config.operator_tunnels(reader)),
         instance_storage_home=reader.optional_path(_storage_section(reader), "instance_storage_home"),
         block_devices=device_config.block_devices(reader, partition_base, amount),
-        shared_namespaces=privacy_config.shared_namespaces(reader, partition_base, amount),
+        shared_namespaces=partitions
+        if own
+        else privacy_config.shared_namespaces(reader, partition_base, amount),
         grid=config_grid.read(reader, partitions),
         software=config_software.read(reader),
         accounting=accounting_config.accounting_keys(reader),
         quotas=quota_config.quotas(reader, partition_base, amount),
+        unmanaged=own,
         warnings=tuple(reader.warnings),
         text=config_reader.merged(reader.parser),
     )

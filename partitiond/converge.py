@@ -35,6 +35,7 @@ from partitiond import (
     tun_device,
     tunnel_declarations,
     tunnels,
+    unmanaged,
     users,
 )
 from partitiond.directories import DirectoryOperation, DirectorySpec
@@ -449,6 +450,8 @@ def apply(
     ``first``: what a look gave that was taken since ``applying`` is held. Raises a family error when nothing can be done
     at all.
     """
+    if context.config.unmanaged is not None:
+        return unmanaged.apply(context)
     outcome = Outcome()
     # the settings in force now, also in a pass that began with others: it would take back what came since
     with context.applying, context.steady():

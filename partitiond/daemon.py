@@ -43,6 +43,7 @@ from partitiond.daemon_trials import Trials
 from partitiond.errors import FAMILY, printable, sentence
 from partitiond.heal import Healer
 from partitiond.metrics_listener import MetricsListener
+from partitiond.passes import Wish
 from partitiond.peers import Judge
 from partitiond.polling import FIRST_PAUSE, Pace, first_pause
 from partitiond.process_watch import ProcessWatch
@@ -385,11 +386,11 @@ class Daemon:
         name = str(body.get("lane"))
         if name not in lanes.LANES:
             raise Unknown
-        force = bool(body.get("force"))
+        wish = Wish.read(body)
 
         def once() -> dict[str, Any]:
             with self.context.steady():
-                return verbs.sync(self.context, name, force=force)
+                return verbs.sync(self.context, name, wish)
 
         answer: dict[str, Any] = self._lanes[name].once(once)
         return answer

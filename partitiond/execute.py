@@ -66,7 +66,12 @@ def environment(home: str, user: str) -> dict[str, str]:
 
 
 def switch(user: str, group: str, *options: str) -> tuple[str, ...]:
-    """The words before a command that let root run it as a user, with that user's groups and no way to gain more."""
+    """The words before a command that let root run it as a user, with that user's groups and no way to gain more.
+
+    An ordinary user runs what it runs as itself (``setpriv`` takes options alone, too).
+    """
+    if os.geteuid() != 0:
+        return (SETPRIV, *options, "--") if options else ()
     return (
         *(SETPRIV, "--reuid", user, "--regid", group, "--init-groups", *options),
         *("--no-new-privs", "--"),
@@ -210,6 +215,8 @@ def end_processes_of(uid: int, gid: int) -> None:
     ``/proc`` cannot promise. Raises PartitiondError ``execute.survivors``, or ``execute.root`` for root, of whose
     processes we are one.
     """
+    if uid == os.geteuid() != 0:
+        return  # of an unmanaged node, whose user has much else that runs; supervisord has ended what was the partition's
     if uid <= 0:
         raise PartitiondError(
             "execute.root", "root's processes are not ended", hint="give the user a uid of its own"

@@ -151,7 +151,7 @@ def write(
             view = memoryview(content)
             while view:
                 view = view[os.write(descriptor, view) :]
-            os.fchown(descriptor, *owner)
+            _give(descriptor, owner)
             os.fchmod(descriptor, mode)
             if durable:
                 os.fsync(descriptor)
@@ -164,6 +164,12 @@ def write(
         raise
     if durable:
         os.fsync(dir_fd)
+
+
+def _give(descriptor: int, owner: tuple[int, int]) -> None:
+    """Make it the owner's; an ordinary user, who can give nothing away, has all that is written for itself. Raises OSError."""
+    if os.geteuid() == 0:
+        os.fchown(descriptor, *owner)
 
 
 def flush(dir_fd: int) -> None:
@@ -253,7 +259,7 @@ def seal(dir_fd: int) -> None:
     Who still has it open can neither make nor rename anything in it any more: that is asked at each name, not at the opening
     (path_resolution(7)).
     """
-    os.fchown(dir_fd, 0, 0)
+    _give(dir_fd, (0, 0))
     remove_acl(dir_fd)
     os.fchmod(dir_fd, 0o700)
 
@@ -414,6 +420,9 @@ def _mounted(name: str) -> PartitiondError:
 def _remove_tree(dir_fd: int, name: str, mount: bytes) -> None:
     """Remove one directory with all files in it; directories in it are moved up first, which bounds the depth."""
     with _explaining(name):
+        if os.geteuid() != 0:
+            # root opens whatever it likes; what an ordinary user has closed to itself it may open again
+            os.chmod(name, 0o700, dir_fd=dir_fd)
         descriptor = os.open(name, _DIRECTORY, dir_fd=dir_fd)
         try:
             if _mount_of(descriptor) != mount:

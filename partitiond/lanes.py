@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import platform
+from dataclasses import replace
 from ipaddress import IPv4Interface
 from typing import TYPE_CHECKING
 
@@ -14,17 +15,20 @@ from netplan.once import once, same
 from partitiond import (
     __version__,
     converge,
+    destruction,
     incidents,
     instances,
     promises,
     quotas,
     reports,
+    software_build,
     softwares,
     storage,
     trial,
 )
 from partitiond.errors import PartitiondError
-from partitiond.passes import Result
+from partitiond.passes import Result, Wish
+from partitiond.state import software_name
 from slap_client.capacity import (
     CapacityNode,
     CapacityPartition,
@@ -44,6 +48,8 @@ if TYPE_CHECKING:
     from slap_client.values import Value
 
 logger = logging.getLogger(__name__)
+
+_NOTHING_SPECIAL = Wish()
 
 
 def knock(context: Context) -> ComputerDocument:
@@ -110,6 +116,8 @@ def description(target: Node, data: storage.Observed, distribution: tuple[str, s
     """
     config, keys = target.config, target.config.network
     address = target.host_ipv4 if keys.partition_network else target.base
+    if config.unmanaged is not None:
+        address = config.unmanaged.address
     if address is None:
         family = "IPv4" if keys.partition_network else "IPv6"
         interface = keys.ipv4_interface if keys.partition_network else keys.interface
@@ -188,20 +196,52 @@ def _tap(partition: Partition, target: Node) -> CapacityTap:
     return CapacityTap(name, ipv6=ipv6, ipv6_gateway=guest)
 
 
-def software(context: Context, *, force: bool = False) -> Result:
+def software(context: Context, wish: Wish = _NOTHING_SPECIAL) -> Result:
     """Build and remove software releases."""
-    return softwares.run_pass(context, ask(context), force=force, ask=lambda: ask(context))
+    document = ask(context)
+    whole = document
+    if wish.only:
+        chosen = tuple(one for one in document.software if wish.only & {one.url, software_name(one.url)})
+        document = replace(document, software=chosen)
+    result = softwares.run_pass(context, document, force=wish.force, ask=lambda: ask(context))
+    if wish.collect and not whole.rejected_software:
+        _collect(context, frozenset(one.url for one in whole.software), result)
+    return result
+
+
+def _collect(context: Context, listed: frozenset[str], result: Result) -> None:
+    """Remove the releases that the master does not list and that nobody uses."""
+    used = {state.software_release for state in context.store.instances().values()}
+    for url in sorted({state.url for state in context.store.softwares()} - listed - used):
+        try:
+            software_build.remove_software(context.config, url)
+        except (PartitiondError, OSError) as error:
+            result.failures.append((url, error))
+            continue
+        context.store.forget_software(url)
+        result.done.append(f"{url}: removed, as the master does not list it")
 
 
 def instance(context: Context, *, force: bool = False, only: frozenset[str] = frozenset()) -> Result:
     """Configure, start and stop instances."""
     known, wishes = context.store.instances(), ask(context)
-    target = converge.observe(context).node
+    target = _target(context)
     return instances.run_pass(context, target, wishes, known=known, force=force, only=only)
+
+
+def _target(context: Context) -> Node:
+    """The node as it is now; an unmanaged one is as its definition says."""
+    given = context.node_in_force if context.config.unmanaged is not None else None
+    return given or converge.observe(context).node
 
 
 def report(context: Context, *, asked: bool = False, force: bool = False) -> Result:
     """Tell the master what was used, and finish the destroyed partitions."""
+    if context.config.unmanaged is not None:
+        knock(
+            context
+        )  # nothing is metered; and nothing of an instance goes that the master cannot be told of
+        return destruction.finish(context, _target(context))
     node = context.node_in_force or converge.observe(context).node
     return reports.run_pass(context, node, ask=lambda: knock(context), asked=asked, force=force)
 
@@ -226,16 +266,29 @@ def usage(context: Context) -> Result:
     return Result([f"usage of {len(target.partitions)} partitions recorded"], [])
 
 
-def run(context: Context, lane: str, *, force: bool = False) -> Result:
+def run(context: Context, lane: str, wish: Wish) -> Result:
     """Take one pass of a lane by its name in ``sync``."""
+    if wish.again:
+        _forgive(context)
     passes: dict[str, Callable[[], Result]] = {
         "capacity": lambda: capacity(context),
-        "software": lambda: software(context, force=force),
-        "instances": lambda: instance(context, force=force),
-        "report": lambda: report(context, asked=True, force=force),
+        "software": lambda: software(context, wish),
+        "instances": lambda: instance(context, force=wish.force, only=wish.only),
+        "report": lambda: report(context, asked=True, force=wish.force),
         "usage": lambda: usage(context),
     }
     return passes[lane]()
+
+
+def _forgive(context: Context) -> None:
+    """Let what failed be tried in the next pass."""
+    states, _ = context.store.readable()
+    for state in states.values():
+        if state.failures and state.next_try:
+            context.store.save_instance(replace(state, next_try=0.0))
+    for release in context.store.softwares():
+        if release.failures and release.next_try:
+            context.store.save_software(replace(release, next_try=0.0))
 
 
 LANES = ("capacity", "software", "instances", "usage", "report")

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from partitiond.errors import sentence
 from slap_client.errors import SlapError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
 logger = logging.getLogger(__name__)
 
@@ -23,6 +23,35 @@ class Result:
 
     done: list[str]
     failures: list[tuple[str, Exception]]
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """What somebody who asks for a pass wants of it.
+
+    ``force``: also what is not due. ``only``: these partitions, or releases by URL or its MD5. ``again``: what failed is tried
+    now, and not when its pause is over. ``collect``: releases that the master does not list any more go.
+    """
+
+    force: bool = False
+    only: frozenset[str] = frozenset()
+    again: bool = False
+    collect: bool = False
+
+    def as_json(self) -> dict[str, object]:
+        """What :meth:`read` takes."""
+        return {"force": self.force, "only": sorted(self.only), "again": self.again, "collect": self.collect}
+
+    @classmethod
+    def read(cls, body: Mapping[str, Any]) -> Wish:
+        """Make one of the body of a request."""
+        named = body.get("only", [])
+        return cls(
+            force=bool(body.get("force")),
+            only=frozenset(map(str, named)) if isinstance(named, list) else frozenset(),
+            again=bool(body.get("again")),
+            collect=bool(body.get("collect")),
+        )
 
 
 def pause_after(failures: int) -> float:

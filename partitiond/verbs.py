@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from partitiond.config import Config
     from partitiond.context import Context
     from partitiond.node_plan import Observation, Outcome, Plan
+    from partitiond.passes import Wish
 
 
 def plan(context: Context) -> dict[str, Any]:
@@ -107,9 +108,19 @@ def _failures(found: Iterable[tuple[str, Exception]]) -> list[dict[str, str]]:
     ]
 
 
-def sync(context: Context, lane: str, *, force: bool) -> dict[str, Any]:
-    """``sync LANE``: one pass."""
-    result = lanes.run(context, lane, force=force)
+def sync(context: Context, lane: str, wish: Wish) -> dict[str, Any]:
+    """``sync LANE``: one pass. Raises PartitiondError ``sync.unknown_partition``."""
+    if lane == "instances":
+        config = context.config
+        known = {f"{config.partition_base}{index}" for index in range(config.partition_amount)}
+        if unknown := sorted(wish.only - known):
+            raise PartitiondError(
+                "sync.unknown_partition",
+                "there is no such partition",
+                resource=", ".join(unknown),
+                hint="partitiond status lists them",
+            )
+    result = lanes.run(context, lane, wish)
     return {"lane": lane, "done": result.done, "failures": _failures(result.failures)}
 
 

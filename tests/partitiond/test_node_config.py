@@ -205,7 +205,7 @@ def test_the_bridge_of_old_configurations_is_pointed_to_the_new_key(load):
 
 def test_what_is_known_but_does_nothing_yet_is_said(load):
     text, _ = with_setting("slapformat", "input_definition_file", "/srv/node.cfg")
-    assert "a definition of the node by file is not acted on yet" in load(text).warnings[0]
+    assert "a definition of the node by file is for nodes with" in load(text).warnings[0]
 
 
 @pytest.mark.parametrize(

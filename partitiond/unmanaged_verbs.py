@@ -1,0 +1,187 @@
+"""The verbs on a node that owns nothing of the machine: ``node``, ``sync``, ``status`` and ``show``, as whoever runs it."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sys
+from typing import TYPE_CHECKING, Any
+
+from partitiond import lock, recovery, services, unmanaged, verbs
+from partitiond.errors import PartitiondError, WrongUseError, sentence
+from partitiond.passes import Wish
+from partitiond.unmanaged_supervisor import UnmanagedSupervisor
+from slap_client.errors import SlapError
+
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Callable, Iterator
+
+    from partitiond.config import Config
+    from partitiond.context import Context
+    from partitiond.node import Partition
+    from partitiond.supervision import Process
+
+logger = logging.getLogger(__name__)
+
+SYNCED = ("capacity", "software", "instances", "report")
+
+
+def run(
+    options: argparse.Namespace,
+    config: Config,
+    show: Callable[[str, dict[str, Any]], None],
+    take_pass: Callable[..., int],
+) -> int:
+    """Run a verb of ``node``; ``take_pass`` is what the passes have in common with those of other nodes."""
+    name = options.node_verb
+    if name in ("collect", "bang", "promise"):
+        raise WrongUseError(
+            "node.elsewhere",
+            "is not among the verbs of a node without meters and daemon",
+            resource=name,
+            hint="partitiond node --help",
+        )
+    context = unmanaged.context(config)
+    if name == "supervisord":
+        return _supervisord(context, foreground=options.nodaemon)
+    if name == "format":
+        if options.dry_run:
+            for one in unmanaged.plan(context):
+                logger.info("%s: %s", one.path, one.reason)
+            return 0
+        value = sync(context, "capacity", Wish(), told=not options.local)
+        show("sync", value)
+        return 0
+
+    return take_pass(options, config, lambda lane, wish: sync(context, lane, wish), show)
+
+
+def sync(context: Context, lane: str, wish: Wish, *, told: bool = True) -> dict[str, Any]:
+    """One pass of a lane, with the node made before it; ``told``: the master is told of its capacity.
+
+    Raises PartitiondError ``node.busy`` when the same goes on already, SlapError.
+    """
+    if lane not in SYNCED:
+        raise WrongUseError(
+            "node.unmanaged",
+            "nothing is metered on this node",
+            resource=lane,
+            hint=f"one of {', '.join(SYNCED)}",
+        )
+    with _turn(context.config, lane):
+        unmanaged.apply(context)
+        if lane == "capacity" and not told:
+            return {"lane": lane, "done": [], "failures": []}
+        if lane in ("instances", "report"):
+            _have_supervisor(context)
+        try:
+            return verbs.sync(context, lane, wish)
+        except SlapError as error:
+            if lane == "instances" and error.retryable:
+                _start_all(context)
+            raise
+
+
+@contextlib.contextmanager
+def _turn(config: Config, lane: str) -> Iterator[None]:
+    """One pass of a kind at a time; a build of hours holds up nothing else, the others wait for each other."""
+    state = config.state_dir
+    state.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with lock.exclusive(state / f"pass-{lane}", f"node {lane}"):
+        if lane == "software":
+            yield
+            return
+        with recovery.exclusive(config, f"node {lane}", wait=float("inf")):
+            yield
+
+
+def _have_supervisor(context: Context) -> None:
+    own, supervisor = context.config.unmanaged, context.supervisor
+    if own is not None and own.starts_supervisord:
+        start = services.Start(context)
+        start.begin()
+        start.wait()
+    elif isinstance(supervisor, UnmanagedSupervisor):
+        supervisor.need()
+
+
+def _start_all(context: Context) -> None:
+    """Start what is to run: the master's absence must not keep it from running."""
+    for state in context.store.instances().values():
+        if state.wanted == "started" and context.supervisor.has_group(state.partition):
+            try:
+                context.supervisor.start_group(state.partition)
+            except PartitiondError as error:
+                logger.warning("%s: %s", state.partition, sentence(error))
+
+
+def _supervisord(context: Context, *, foreground: bool) -> int:
+    unmanaged.apply(context)
+    if foreground:
+        file = str(context.supervisor.configuration)
+        words = [sys.executable, "-I", "-m", "supervisor.supervisord", "--nodaemon", "-c", file]
+        sys.stdout.flush()
+        os.execv(words[0], words)  # noqa: S606 - our own interpreter
+    start = services.Start(context)
+    start.begin()
+    start.wait()
+    return 0
+
+
+def status(context: Context) -> dict[str, Any]:
+    """The contract's ``status`` object of such a node."""
+    config = context.config
+    processes = context.supervisor.processes()
+    node = context.node_in_force or unmanaged.node(config)
+    return {
+        "node": {
+            "computer_id": config.computer_id,
+            "master": {"url": config.master_url, **context.master.as_json()},
+            "interface": "",
+            "bridge": None,
+            "source_selection": "kernel",
+            "trial": None,
+            "bridge_ports": [],
+            "open_cases": [
+                "alter_user and alter_network are false: nothing keeps partitions apart or is metered"
+            ],
+            "drift": [],
+        },
+        "partitions": [_partition(context, item, processes) for item in node.partitions],
+    }
+
+
+def _partition(context: Context, item: Partition, processes: tuple[Process, ...]) -> dict[str, Any]:
+    state = context.store.instance(item.id)
+    network = item.network
+    spread = network.ipv6_range
+    return {
+        "id": item.id,
+        "index": item.index,
+        "state": state.life,
+        "error": state.error,
+        "user": {"name": item.user, "uid": item.uid},
+        "path": str(item.path),
+        "ipv6": str(item.ipv6) if item.ipv6 else None,
+        "ipv6_prefixlen": network.ipv6.network.prefixlen if network.ipv6 else None,
+        "ipv6_range": str(spread.network_address) if spread else None,
+        "ipv6_range_prefixlen": spread.prefixlen if spread else None,
+        "ipv4": str(item.ipv4),
+        **dict.fromkeys(_NONE),
+        "block_devices": [],
+        "software_release": state.software_release,
+        "instance_guid": state.instance_guid,
+        "processes": [
+            {"name": one.name, "state": one.state, "pid": one.pid or None}
+            for one in processes
+            if one.group == item.id
+        ],
+        "incidents": [],
+        "tunnels": [],
+        "drift": [],
+    }
+
+
+_NONE = ("tap", "tun", "public_ipv4", "routable_ipv4", "routable_ipv4_prefixlen", "vpn_ipv4", "quota")
