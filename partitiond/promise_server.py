@@ -19,9 +19,12 @@ import select
 import signal
 import socket
 import time
-from typing import Any
+from typing import TYPE_CHECKING
 
 from partitiond import mounts, promise_runner
+
+if TYPE_CHECKING:
+    from typing import Any
 
 # include/uapi/linux/prctl.h
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 1, 36, 38

@@ -20,9 +20,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from partitiond import buildout, certificates, execute, files, incidents, namespaces, privacy
-from partitiond.errors import FAMILY, PartitiondError, sentence
+from partitiond.errors import FAMILY, PartitiondError, printable, sentence
 from partitiond.passes import Result, pause_after, report
-from partitiond.promise_book import Standing, stand
+from partitiond.promise_book import ALL, Standing, stand
 from partitiond.promise_process import Place, PromiseServer
 from partitiond.promise_results import shown
 from partitiond.promise_runner import MOST
@@ -42,6 +42,8 @@ logger = logging.getLogger(__name__)
 _AT_PROCESSING = 5  # times the limit of one promise, for all of a partition
 _IN_BETWEEN = 2
 _MOST_REPORTED = 4000
+_MOST_LOGGED = 300
+_PLACE = (".slapgrid", "promise")
 _SCRIPT_LIMIT = 1 << 20
 
 
@@ -110,6 +112,15 @@ def check_all(
         if server is not None:
             server.close()
     return found
+
+
+def take_mended(context: Context, partition: str) -> bool:
+    """Whether an instance whose processing failed by its promises has good ones by now: once for each time."""
+    try:
+        context.promises.mended.remove(partition)
+    except KeyError:
+        return False
+    return True
 
 
 def _stopping(partition: Partition) -> PartitiondError:
@@ -227,6 +238,7 @@ def _another(now: InstanceState, before: InstanceState) -> bool:
 def _run(context: Context, server: PromiseServer, turn: _Turn, release: str) -> Ran:
     config, item, page = context.config, turn.partition, turn.page
     privacy.ensure(context, item)
+    _hand_over(item)
     pin = str(privacy.directory(config) / item.id) if privacy.is_private(config, item) else ""
     try:
         groups = tuple(os.getgrouplist(item.user, item.gid))
@@ -259,6 +271,17 @@ def _run(context: Context, server: PromiseServer, turn: _Turn, release: str) -> 
     ran = server.run(place, job, context.stop)
     page.slow = ran.seconds > timeout / 2
     return ran
+
+
+def _hand_over(partition: Partition) -> None:
+    """Let what root has made on the way to the results be the user's, as slapgrid does. Raises OSError, PartitiondError."""
+    for depth in range(len(_PLACE)):
+        try:
+            with files.directory(partition.path, *_PLACE[: depth + 1]) as here:
+                if os.fstat(here).st_uid == 0 != partition.uid:
+                    os.fchown(here, partition.uid, partition.gid)
+        except FileNotFoundError:
+            return
 
 
 def _configuration(context: Context, partition: Partition) -> dict[str, str | None]:
@@ -303,16 +326,17 @@ def _take_in(context: Context, partition: str, page: Page, ran: Ran | None, *, f
     kept = (
         before if ran is not None and (not ran.whole or ran.left) else ran.spared if ran is not None else ()
     )
-    after |= {key: before[key] for key in kept if key in before and key not in after}
-    page.standings = after
-    page.ran_at = time.monotonic()
-    page.fault = "" if ran is None else _fault(ran, force=force)
+    after |= {key: before[key] for key in kept if key in before and key not in after and key != ALL}
+    fault = "" if ran is None else _fault(ran, force=force)
+    page.faults = page.faults + 1 if fault else 0
+    # in between, one time is none: it may have been a bad moment of the machine
+    if fault and (force or page.faults > 1):
+        since = before[ALL].since if ALL in before else now
+        after[ALL] = Standing(failed=True, message=fault, since=since, seconds=ran.seconds if ran else 0.0)
+    page.standings, page.ran_at = after, time.monotonic()
     page.last = frozenset(results) if ran is not None and ran.left else frozenset()
-    changed = [
-        key for key, one in after.items() if one.failed != (before[key].failed if key in before else False)
-    ]
-    for key in sorted(changed):
-        _record(context, partition, key, after[key], before.get(key), now)
+    for key in sorted(before.keys() | after.keys()):
+        _record(context, partition, key, after.get(key), before.get(key), now)
     if {key: one.failed for key, one in before.items()} != {key: one.failed for key, one in after.items()}:
         _save(context, partition, page)
 
@@ -327,25 +351,25 @@ def _fault(ran: Ran, *, force: bool) -> str:
 
 
 def _record(
-    context: Context, partition: str, key: str, one: Standing, before: Standing | None, now: float
+    context: Context, partition: str, key: str, one: Standing | None, before: Standing | None, now: float
 ) -> None:
+    """Record a change between good and bad; what is gone is not bad any more."""
+    was, fails = before is not None and before.failed, one is not None and one.failed
     allowance = context.promises.allowance
-    if allowance.left(partition) <= 0:
+    if was == fails or allowance.left(partition) <= 0:
         return
     allowance.take(partition, 1)
     name = shown(key)
-    what = f"fails: {one.message}" if one.failed else "is good again"
-    seconds = None if one.failed or before is None else round(now - before.since, 3)
+    what = f"fails: {one.message}" if one and fails else "is good again" if one else "is there no more"
     context.events.record(
-        "promise.failed" if one.failed else "promise.ok",
+        "promise.failed" if fails else "promise.ok",
         f"{partition}: promise {name} {what}",
         partition=partition,
         resource=f"promise/{partition}/{name}",
-        seconds=seconds,
+        seconds=round(now - before.since, 3) if before and was else None,
     )
-    logger.log(
-        logging.WARNING if one.failed else logging.INFO, "%s: promise %s %s", partition, name, what[:200]
-    )
+    level = logging.WARNING if fails else logging.INFO
+    logger.log(level, "%s: promise %s %s", partition, name, printable(what[:_MOST_LOGGED]))
 
 
 def _save(context: Context, partition: str, page: Page) -> None:
@@ -360,7 +384,8 @@ def _tell_master(context: Context, turn: _Turn) -> None:
     partition, page = turn.partition.id, turn.page
     failing = page.failing()
     if not turn.anomaly:
-        if page.broken and not failing and partition not in context.promises.mended:
+        if page.broken and not failing:
+            page.broken = False
             context.promises.mended.add(partition)
             context.wake_instances()
         return
@@ -394,7 +419,7 @@ def _bang(context: Context, partition: str, page: Page) -> None:
 
 def observe(context: Context, ledger: Ledger) -> None:
     """Post which promises fail as incidents, in the lane of the meters. Raises AccountingError: then the next pass does."""
-    pages = {name: page for name in context.promises.ran() if (page := context.promises.known(name))}
+    pages = context.promises.ran()
     failing = {name: (page.guid, page.failing()) for name, page in pages.items()}
     told = {name: found for name, found in failing.items() if found[1] or pages[name].posted}
     if not told:
