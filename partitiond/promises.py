@@ -136,15 +136,14 @@ def run_pass(context: Context, node: Node) -> Result:
     if not turns:
         return result
     began = time.monotonic()
+    waiting = sorted(turns, key=lambda turn: turn.page.ran_at)
+    # at once: who hangs now is not to be run again by that
+    swift, hung = [[turn for turn in waiting if turn.page.slow == slow] for slow in (False, True)]
     bound = 2 * (os.cpu_count() or 1)
     with _serving() as server, ThreadPoolExecutor(bound, "promises") as pool:
         # those that had hung wait for all others, and are begun only as long as the next pass is not due
-        for slow in (False, True):
-            runs = {
-                pool.submit(_one, context, server, turn, began if slow else None): turn
-                for turn in sorted(turns, key=lambda turn: turn.page.ran_at)
-                if turn.page.slow == slow
-            }
+        for band, until in ((swift, None), (hung, began + context.config.intervals.promise / 2)):
+            runs = {pool.submit(_one, context, server, turn, until): turn for turn in band}
             for done in as_completed(runs):
                 turn = runs[done]
                 try:
@@ -213,10 +212,10 @@ def _may_have(partition: Partition) -> bool:
     return False
 
 
-def _one(context: Context, server: PromiseServer, turn: _Turn, began: float | None) -> bool:
+def _one(context: Context, server: PromiseServer, turn: _Turn, until: float | None) -> bool:
     """Make one run, where it is the partition's turn and there is time; whether it was made."""
     name = turn.partition.id
-    if began is not None and time.monotonic() > began + context.config.intervals.promise / 2:
+    if until is not None and time.monotonic() > until:
         return False
     with context.steady(), context.promises.turn(name, wait=False) as got:
         # one that is being processed is tested there
@@ -274,14 +273,14 @@ def _run(context: Context, server: PromiseServer, turn: _Turn, release: str) -> 
 
 
 def _hand_over(partition: Partition) -> None:
-    """Let what root has made on the way to the results be the user's, as slapgrid does. Raises OSError, PartitiondError."""
+    """Let what root has made on the way to the results be the user's, as slapgrid does. Raises OSError."""
     for depth in range(len(_PLACE)):
         try:
             with files.directory(partition.path, *_PLACE[: depth + 1]) as here:
                 if os.fstat(here).st_uid == 0 != partition.uid:
                     os.fchown(here, partition.uid, partition.gid)
-        except FileNotFoundError:
-            return
+        except (FileNotFoundError, PartitiondError):
+            return  # a link, say: where that leads its user may write itself, or not
 
 
 def _configuration(context: Context, partition: Partition) -> dict[str, str | None]:
