@@ -7,7 +7,7 @@ RUN := $(ENV)/bin/python3 -I -m partitiond.sandbox --bind $(CURDIR):$(CURDIR) --
 ARGS ?=
 EXTRAS ?=
 
-.PHONY: help demo test test-full lint bench bench-node bench-packets bench-tunnels bench-accounting install clean
+.PHONY: help demo test test-full lint bench bench-node bench-packets bench-tunnels bench-accounting bench-promises install clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -25,11 +25,12 @@ lint: $(B)/test.stamp ## ruff, mypy --strict, import-linter
 	$(RUN) sh -ec 'cd $(CURDIR); PATH=$(PREFIX)/bin:$$PATH; ruff check .; ruff format --check .; mypy; lint-imports'
 
 bench: $(B)/bench.stamp ## all that follows, one after the other; ARGS are given to one alone
-	$(if $(ARGS),$(error ARGS are for one of them: make bench-node, bench-packets, bench-tunnels or bench-accounting))
+	$(if $(ARGS),$(error ARGS are for one of them: make bench-node, bench-packets, bench-tunnels, bench-accounting or bench-promises))
 	$(MAKE) bench-node
 	$(MAKE) bench-packets
 	$(MAKE) bench-tunnels
 	$(MAKE) bench-accounting
+	$(MAKE) bench-promises
 
 bench-node: $(B)/bench.stamp ## what partitions cost, beside the floor and slapos.core, in private namespaces
 	$(RUN) $(PREFIX)/bin/python3 -P $(CURDIR)/tests/bench/node.py $(ARGS)
@@ -42,6 +43,9 @@ bench-tunnels: $(B)/bench.stamp ## what a tunnel costs, beside stunnel's default
 
 bench-accounting: $(B)/bench.stamp ## what metering costs, beside nft and psutil, and how its ledger grows, in private namespaces
 	$(RUN) $(PREFIX)/bin/python3 -P $(CURDIR)/tests/bench/meters.py $(ARGS)
+
+bench-promises: $(B)/bench.stamp ## what a pass over promises costs, beside slapgrid's own, in private namespaces
+	$(RUN) $(PREFIX)/bin/python3 -P $(CURDIR)/tests/bench/promises.py $(ARGS)
 
 install: ## an environment at PREFIX that partition users can execute, with all that builds need offline (EXTRAS=iptables)
 	tools/environment --prefix $(PREFIX) --python $(PYTHON) --with master $(addprefix --with ,$(EXTRAS))

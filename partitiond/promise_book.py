@@ -10,6 +10,7 @@ import json
 import logging
 import threading
 import time
+from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -86,6 +87,7 @@ class PromiseBook:
         self._pages: dict[str, Page] = {}
         self._turns: dict[str, threading.Lock] = {}
         self.allowance = Allowance(_MOST_TOLD, _HOUR)
+        self._resting: Counter[str] = Counter()
         # partitions whose last processing failed by promises that have become good since
         self.mended: set[str] = set()
 
@@ -100,6 +102,22 @@ class PromiseBook:
         finally:
             if got:
                 lock.release()
+
+    @contextmanager
+    def resting(self, partition: str) -> Iterator[None]:
+        """Find no anomalies of a partition during the block: it is being processed, and tested at the end of that."""
+        with self._lock:
+            self._resting[partition] += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._resting[partition] -= 1
+
+    def rests(self, partition: str) -> bool:
+        """Whether a partition is being processed."""
+        with self._lock:
+            return self._resting[partition] > 0
 
     def page(self, partition: str, guid: str) -> Page:
         """The page of a partition's instance: a new one for another instance."""

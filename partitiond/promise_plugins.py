@@ -85,7 +85,12 @@ def main():
 
 def _prepare(folder, names):
     # type: (str, list[str]) -> None
-    """Import what all plugins of a partition need once, from where the first one says; else each imports it itself."""
+    """Import what all plugins of a partition need once, from where the first one says; else each imports it itself.
+
+    As they are written they forget some of it again and import that anew: for one alone nothing would be gained.
+    """
+    if len(names) < 2:
+        return
     try:
         with open(os.path.join(folder, names[0]), "rb") as stream:
             tree = ast.parse(stream.read())

@@ -114,15 +114,6 @@ def check_all(
     return found
 
 
-def take_mended(context: Context, partition: str) -> bool:
-    """Whether an instance whose processing failed by its promises has good ones by now: once for each time."""
-    try:
-        context.promises.mended.remove(partition)
-    except KeyError:
-        return False
-    return True
-
-
 def _stopping(partition: Partition) -> PartitiondError:
     return PartitiondError(
         "promises.stopped", "the daemon is stopping", resource=partition.id, hint="", retryable=True
@@ -218,19 +209,20 @@ def _one(context: Context, server: PromiseServer, turn: _Turn, until: float | No
     if until is not None and time.monotonic() > until:
         return False
     with context.steady(), context.promises.turn(name, wait=False) as got:
-        # one that is being processed is tested there
-        if not got or context.stop.is_set():
+        if not got or _is_off(context, name, turn.state):
             return False
         ran = _run(context, server, turn, turn.state.software_release or "")
-        now = context.store.instance(name)
-        if context.stop.is_set() or _another(now, turn.state):
+        if _is_off(context, name, turn.state):
             return False
         _take_in(context, name, turn.page, ran)
     return True
 
 
-def _another(now: InstanceState, before: InstanceState) -> bool:
-    """Whether what was run is not what is there any more."""
+def _is_off(context: Context, name: str, before: InstanceState) -> bool:
+    """Whether a partition is not to be asked now: what is found of services that come and go says nothing."""
+    if context.stop.is_set() or context.promises.rests(name):
+        return True
+    now = context.store.instance(name)
     return (now.life, now.wanted, now.instance_guid) != (before.life, before.wanted, before.instance_guid)
 
 
@@ -249,7 +241,7 @@ def _run(context: Context, server: PromiseServer, turn: _Turn, release: str) -> 
         groups=groups,
         cwd=str(item.path),
         pin=pin,
-        ipc=str(namespaces.ipc_pin(privacy.directory(config))) if pin else "",
+        ipc=str(privacy.directory(config) / namespaces.IPC) if pin else "",
     )
     timeout = config.grid.promise_timeout
     job: dict[str, Any] = {

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import threading
 import time
 from pathlib import Path
 
@@ -283,14 +284,38 @@ def test_an_instance_that_failed_by_its_promises_is_due_again_as_soon_as_they_ar
     assert scene.check()
     scene.change(0, life="failed", failures=1)
     scene.run_pass()
-    assert not promises.take_mended(scene.context, "slappart0")
+    assert not scene.context.promises.mended
     scene.file("..", "..", "flag").write_text("")
     scene.run_pass()
     scene.run_pass()
     assert woken == [1]
-    assert promises.take_mended(scene.context, "slappart0")
-    assert not promises.take_mended(scene.context, "slappart0")
+    assert scene.context.promises.mended == {"slappart0"}
     assert scene.master.told == []  # its processing will tell
+    assert scene.check() == {}
+    assert not scene.context.promises.mended
+
+
+def test_no_anomaly_is_found_of_one_that_is_being_processed(scene):
+    scene.promise("ran", "echo >> ran")
+    with scene.context.promises.resting("slappart0"):
+        scene.run_pass()
+    assert not scene.file("..", "..", "ran").exists()
+    scene.promise("ran", "echo >> ran; until test -e go; do sleep 0.02; done")
+    changing = threading.Thread(target=_stop_meanwhile, args=(scene,))
+    changing.start()
+    scene.run_pass()
+    changing.join()
+    # what became of it while it ran is not what it was asked for
+    assert scene.file("..", "..", "ran").exists()
+    assert scene.page() is None or not scene.page().standings
+
+
+def _stop_meanwhile(scene):
+    deadline = time.monotonic() + 20
+    while not scene.file("..", "..", "ran").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    scene.change(0, life="stopped", wanted="stopped")
+    scene.file("..", "..", "go").write_text("")
 
 
 def test_failures_are_incidents_a_metric_and_shown(scene):
