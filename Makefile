@@ -6,8 +6,9 @@ ENV := $(B)$(PREFIX)
 RUN := $(ENV)/bin/python3 -I -m partitiond.sandbox --bind $(CURDIR):$(CURDIR) --
 ARGS ?=
 EXTRAS ?=
+BENCHES := node packets tunnels accounting supervisor promises
 
-.PHONY: help demo test test-full lint bench bench-node bench-packets bench-tunnels bench-accounting bench-supervisor install clean
+.PHONY: help demo test test-full lint bench $(addprefix bench-,$(BENCHES)) install clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -25,12 +26,8 @@ lint: $(B)/test.stamp ## ruff, mypy --strict, import-linter
 	$(RUN) sh -ec 'cd $(CURDIR); PATH=$(PREFIX)/bin:$$PATH; ruff check .; ruff format --check .; mypy; lint-imports'
 
 bench: $(B)/bench.stamp ## all that follows, one after the other; ARGS are given to one alone
-	$(if $(ARGS),$(error ARGS are for one of them: make bench-node, bench-packets, bench-tunnels, bench-accounting or bench-supervisor))
-	$(MAKE) bench-node
-	$(MAKE) bench-packets
-	$(MAKE) bench-tunnels
-	$(MAKE) bench-accounting
-	$(MAKE) bench-supervisor
+	$(if $(ARGS),$(error ARGS are for one of them, such as make bench-node))
+	$(foreach name,$(BENCHES),$(MAKE) bench-$(name) &&) true
 
 bench-node: $(B)/bench.stamp ## what partitions cost, beside the floor and slapos.core, in private namespaces
 	$(RUN) $(PREFIX)/bin/python3 -P $(CURDIR)/tests/bench/node.py $(ARGS)
@@ -46,6 +43,9 @@ bench-accounting: $(B)/bench.stamp ## what metering costs, beside nft and psutil
 
 bench-supervisor: $(B)/bench.stamp ## hundreds of groups under one supervisord, beside one without our plug-in, in private namespaces
 	$(RUN) $(PREFIX)/bin/python3 -P $(CURDIR)/tests/bench/supervisor.py $(ARGS)
+
+bench-promises: $(B)/bench.stamp ## what a pass over promises costs, beside slapgrid's own, in private namespaces
+	$(RUN) $(PREFIX)/bin/python3 -P $(CURDIR)/tests/bench/promises.py $(ARGS)
 
 install: ## an environment at PREFIX that partition users can execute, with all that builds need offline (EXTRAS="iptables networkcache")
 	tools/environment --prefix $(PREFIX) --python $(PYTHON) --with master $(addprefix --with ,$(EXTRAS))

@@ -160,14 +160,16 @@ class Daemon:
         self._reporting: threading.Timer | None = None
         self._processes = ProcessWatch(context, self._supervisor_ended)
         capacity = self._lane("capacity", lanes.capacity)
+        instances = self._lane("instances", lanes.instance, capacity)
         # the master answers nothing of use, slapproxy an error, about a node that it does not know yet
         self._lanes = {
             "converge": Lane("converge", _SWEEP_SECONDS, self._sweep, context.stop, self._tally),
             "usage": self._lane("usage", self._meter),
             "capacity": capacity,
             "software": self._lane("software", lanes.software, capacity),
-            "instances": self._lane("instances", lanes.instance, capacity),
-            "promises": self._lane("promises", lanes.promise),
+            "instances": instances,
+            # what has just been started is no anomaly yet
+            "promises": self._lane("promises", lanes.promise, instances),
             "report": self._lane("report", self._report),
             "tunnels": self._lane("tunnels", TunnelLane(self._processes.attend).run),
         }

@@ -179,6 +179,7 @@ def _partitions(context: Context, only: str | None = None) -> Iterator[Family]:
         ((_owned(item), 1) for item in known),
     )
     yield from _up(context, known)
+    yield from _promises(context, known)
     yield from _quotas(context, known)
     yield from _tunnels(context, known)
 
@@ -215,6 +216,18 @@ def _up(context: Context, known: list[Partition]) -> Iterator[Family]:
             for name in wanted
         ),
     )
+
+
+def _promises(context: Context, known: list[Partition]) -> Iterator[Family]:
+    """Of partitions whose promises were run: how many fail. Nothing where nobody has run any yet."""
+    pages = [(item.id, context.promises.known(item.id)) for item in known]
+    told = [
+        (labels(("partition", name)), len(page.failing())) for name, page in pages if page and page.ran_at
+    ]
+    if told:
+        yield family(
+            "partitiond_partition_promise_failed", "gauge", "Promises of an instance that fail.", told
+        )
 
 
 def _quotas(context: Context, known: list[Partition]) -> Iterator[Family]:

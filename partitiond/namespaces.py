@@ -141,11 +141,6 @@ def entry(directory: Path, name: str, cwd: Path) -> tuple[str, ...]:
     )
 
 
-def ipc_pin(directory: Path) -> Path:
-    """Where the IPC namespace of whoever is in the mount namespace is pinned: seen from inside only."""
-    return directory / IPC
-
-
 def make(
     directory: Path, names: Iterable[str], shown: Sequence[Path] = ()
 ) -> tuple[tuple[str, OSError], ...]:

@@ -196,6 +196,11 @@ def _running(processes: Sequence[dict[str, Any]]) -> str | None:
     return f"{sum(1 for one in processes if one['state'] == 'RUNNING')}/{len(processes)}"
 
 
+def _promise(one: dict[str, Any]) -> str:
+    said = f": {one['message'].splitlines()[-1]}" if one["state"] == "failed" and one["message"] else ""
+    return f"{one['name']} {one['state']} since {one['since'][:19]}Z{said}"
+
+
 def _incident(one: dict[str, Any]) -> str:
     return f"{one['kind']} {one['name']} since {one['begun']}: {one['reason']}"
 
@@ -217,6 +222,7 @@ def show(item: dict[str, Any]) -> str:
         ("software", item["software_release"]),
         ("instance", item["instance_guid"]),
         *(("process", f"{one['name']} {one['state']} {one['pid'] or ''}") for one in item["processes"]),
+        *(("promise", _promise(one)) for one in item["promises"]),
         *(("incident", _incident(one)) for one in item["incidents"]),
         *(("tunnel", name) for name in item["tunnels"]),
         *(("block device", name) for name in item["block_devices"]),

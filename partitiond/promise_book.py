@@ -10,6 +10,7 @@ import json
 import logging
 import threading
 import time
+from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
     from partitiond.promise_results import PromiseResult
 
 logger = logging.getLogger(__name__)
+
+ALL = "promise/(all)"
+"""The key of what is wrong with the run of a partition's promises as a whole."""
 
 _MOST_TOLD, _HOUR = (
     20,
@@ -53,25 +57,25 @@ class Page:
     """The promises of one partition's instance.
 
     ``told``: the master was told of a failure in between. ``broken``: at processing some failed; that is the instance's own
-    failure. ``fault``: what was wrong with the last run as a whole. ``changed``: not posted as incidents yet.
+    failure. ``faults``: how many runs in a row were no good as a whole. ``last``: those that had their turn in a run that had
+    no time for all. ``posted``: some are incidents.
     """
 
     guid: str
     standings: dict[str, Standing] = field(default_factory=dict)
     told: bool = False
     broken: bool = False
-    fault: str = ""
+    faults: int = 0
     ran_at: float = 0.0
     slow: bool = False
-    last: frozenset[str] = frozenset()  # those that had their turn in a run that had no time for all
+    last: frozenset[str] = frozenset()
     bangs: int = 0
     bang_after: float = 0.0
-    posted: bool = False  # some are incidents
+    posted: bool = False
 
     def failing(self) -> dict[str, str]:
-        """The names of those that fail and what they say, also of a run that failed as a whole."""
-        found = {shown(key): one.message for key, one in sorted(self.standings.items()) if one.failed}
-        return {**found, "(all)": self.fault} if self.fault else found
+        """The names of those that fail, and what they say."""
+        return {shown(key): one.message for key, one in sorted(self.standings.items()) if one.failed}
 
 
 class PromiseBook:
@@ -83,6 +87,7 @@ class PromiseBook:
         self._pages: dict[str, Page] = {}
         self._turns: dict[str, threading.Lock] = {}
         self.allowance = Allowance(_MOST_TOLD, _HOUR)
+        self._resting: Counter[str] = Counter()
         # partitions whose last processing failed by promises that have become good since
         self.mended: set[str] = set()
 
@@ -97,6 +102,22 @@ class PromiseBook:
         finally:
             if got:
                 lock.release()
+
+    @contextmanager
+    def resting(self, partition: str) -> Iterator[None]:
+        """Find no anomalies of a partition during the block: it is being processed, and tested at the end of that."""
+        with self._lock:
+            self._resting[partition] += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._resting[partition] -= 1
+
+    def rests(self, partition: str) -> bool:
+        """Whether a partition is being processed."""
+        with self._lock:
+            return self._resting[partition] > 0
 
     def page(self, partition: str, guid: str) -> Page:
         """The page of a partition's instance: a new one for another instance."""
@@ -127,10 +148,10 @@ class PromiseBook:
             there = self._directory.glob("*.json") if self._directory.is_dir() else ()
             return sorted({*self._pages, *(path.stem for path in there)})
 
-    def ran(self) -> list[str]:
-        """The partitions whose promises were run since this program began."""
+    def ran(self) -> dict[str, Page]:
+        """The pages of partitions whose promises were run since this program began."""
         with self._lock:
-            return [name for name, page in self._pages.items() if page.ran_at]
+            return {name: page for name, page in self._pages.items() if page.ran_at}
 
     def save(self, partition: str, page: Page) -> None:
         """Remember what must outlive the daemon. Raises OSError."""

@@ -68,19 +68,29 @@ def main():
     out = int(sys.argv[1])
     folder = os.path.join(job["cwd"], "etc", "plugin")
     waiting = list(job["plugins"])
+    end = time.time() + job["seconds"]
     _prepare(folder, waiting)
     running = []  # type: list[_Plugin]
     while waiting or running:
-        while waiting and len(running) < job["side_by_side"]:
+        while waiting and len(running) < job["side_by_side"] and time.time() < end:
             running.append(_begin(job, folder, waiting.pop(0), out))
+        if not running:
+            break
         for plugin in _ended(running):
             running.remove(plugin)
             _answer(out, plugin)
+    for name in waiting:
+        _write(out, {"name": name, "end": "left"})
 
 
 def _prepare(folder, names):
     # type: (str, list[str]) -> None
-    """Import what all plugins of a partition need once, from where the first one says; else each imports it itself."""
+    """Import what all plugins of a partition need once, from where the first one says; else each imports it itself.
+
+    As they are written they forget some of it again and import that anew: for one alone nothing would be gained.
+    """
+    if len(names) < 2:
+        return
     try:
         with open(os.path.join(folder, names[0]), "rb") as stream:
             tree = ast.parse(stream.read())
@@ -176,7 +186,12 @@ def _answer(out, plugin):
         except (ValueError, TypeError):
             found["message"] = "it wrote something else where its result belongs" if plugin.said else ""
     found["name"], found["seconds"] = plugin.name, seconds
-    line = json.dumps(found).encode("ascii") + b"\n"
+    _write(out, found)
+
+
+def _write(out, value):
+    # type: (int, dict[str, object]) -> None
+    line = json.dumps(value).encode("ascii") + b"\n"
     while line:
         line = line[os.write(out, line) :]
 

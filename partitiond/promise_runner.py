@@ -17,8 +17,10 @@ import select
 import signal
 import stat
 import time
-from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from typing import Any
 
 LINE_LIMIT = 16 * 1024
 MOST = 200
@@ -74,21 +76,24 @@ def _send(descriptor: int, value: dict[str, Any]) -> None:
         line = line[os.write(descriptor, line) :]
 
 
-@dataclass(slots=True)
 class Child:
-    """A process that was started: its promise (None: the interpreter of the plugins), and what it has said."""
+    """A process that was started: its promise (None: the interpreter of the plugins), and what it has said.
 
-    name: str | None
-    pid: int
-    watch: int
-    output: int
-    began: float
-    deadline: float
-    results: int = -1
-    said: bytearray = field(default_factory=bytearray)
-    lines: bytearray = field(default_factory=bytearray)
-    ended: bool = False  # by us
-    late: bool = False
+    Plain, as is this module's list of imports: dataclasses would double what a start costs.
+    """
+
+    __slots__ = (
+        *("name", "pid", "watch", "output", "results", "began", "deadline"),
+        *("said", "lines", "late"),
+    )
+
+    def __init__(self, name: str | None, pid: int, output: int, results: int, seconds: float) -> None:
+        self.name, self.pid, self.output, self.results = name, pid, output, results
+        self.watch = os.pidfd_open(pid)
+        self.began = time.monotonic()
+        self.deadline = self.began + seconds
+        self.said, self.lines = bytearray(), bytearray()
+        self.late = False
 
 
 class Run:
@@ -100,6 +105,7 @@ class Run:
         self._children: dict[int, Child] = {}  # by the descriptor of the process
         self._poll = select.poll()
         self._plugins: list[str] = []
+        self._left = 0
 
     def finish(self) -> None:
         """Run all that is due, and end what is left of it."""
@@ -111,17 +117,16 @@ class Run:
         waiting = [name for kind, name in due if kind == "promise"]
         if self._plugins:
             self._begin_plugins()
-        left = 0
         while waiting or self._children:
             while waiting and len(self._children) < _SIDE_BY_SIDE + bool(self._plugins):
                 if time.monotonic() < self._end:
                     self._begin(waiting.pop(0))
                 else:
-                    left += len(waiting)
+                    self._left += len(waiting)
                     waiting.clear()
             self._round()
         end_all_children()
-        _send(self._out, {"done": True, "left": left, "more": more})
+        _send(self._out, {"done": True, "left": self._left, "more": more})
 
     # --- what there is
 
@@ -153,7 +158,6 @@ class Run:
             # what is read first: the number of the other may be its own
             actions += [(os.POSIX_SPAWN_DUP2, stdin, 0), (os.POSIX_SPAWN_DUP2, theirs, target)]
             command = [*command, str(target)]
-        began = time.monotonic()
         try:
             pid = os.posix_spawn(
                 command[0],
@@ -173,7 +177,7 @@ class Run:
             os.close(write)
             if theirs >= 0:
                 os.close(theirs)
-        child = Child(name, pid, os.pidfd_open(pid), read, began, began + seconds, results)
+        child = Child(name, pid, read, results, seconds)
         self._children[child.watch] = child
         for descriptor in (child.watch, child.output, *([results] if results >= 0 else [])):
             self._poll.register(descriptor, select.POLLIN)
@@ -192,15 +196,15 @@ class Run:
 
     def _begin_plugins(self) -> None:
         job = {key: self._job[key] for key in ("timeout", "mode", "config", "cwd")}
-        job |= {"plugins": self._plugins, "side_by_side": _PLUGINS_SIDE_BY_SIDE}
+        seconds = self._end - time.monotonic()
+        job |= {"plugins": self._plugins, "side_by_side": _PLUGINS_SIDE_BY_SIDE, "seconds": seconds}
         memory = os.memfd_create("plugins")
         content = json.dumps(job).encode("ascii")
         while content:
             content = content[os.write(memory, content) :]
         os.lseek(memory, 0, os.SEEK_SET)
-        rounds = -(-len(self._plugins) // _PLUGINS_SIDE_BY_SIDE)
-        seconds = rounds * (self._job["timeout"] + _GRACE) + self._job["timeout"]
-        seconds = min(seconds, self._end + self._job["timeout"] + _MARGIN - time.monotonic())
+        # it keeps to its time itself; this is for one that was kept from it, or hangs before the first plugin
+        seconds += self._job["timeout"] + _GRACE + _MARGIN
         self._spawn(None, [self._job["python"], self._job["script"]], seconds, stdin=memory)
         os.close(memory)
 
@@ -239,13 +243,9 @@ class Run:
 
     def _interrupt(self, child: Child) -> None:
         """End what took too long: politely, and a second later not so."""
-        if not child.ended:
-            child.ended = child.late = True
-            child.deadline = time.monotonic() + _GRACE
-            _kill_session(child.pid, signal.SIGTERM)
-        else:
-            child.deadline = time.monotonic() + _GRACE
-            _kill_session(child.pid, signal.SIGKILL)
+        _kill_session(child.pid, signal.SIGKILL if child.late else signal.SIGTERM)
+        child.late = True
+        child.deadline = time.monotonic() + _GRACE
 
     def _collect(self, child: Child) -> None:
         for descriptor, buffer, limit in (
@@ -286,7 +286,9 @@ class Run:
                 name, end = found["name"], found["end"]
                 if name not in self._plugins:
                     continue
-                if end == "late":
+                if end == "left":
+                    self._left += 1
+                elif end == "late":
                     self._timed_out("plugin", name)
                 elif end == "silent":
                     self._silent("plugin", name, float(found["seconds"]), str(found["message"]))

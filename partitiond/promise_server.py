@@ -19,9 +19,12 @@ import select
 import signal
 import socket
 import time
-from typing import Any
+from typing import TYPE_CHECKING
 
 from partitiond import mounts, promise_runner
+
+if TYPE_CHECKING:
+    from typing import Any
 
 # include/uapi/linux/prctl.h
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 1, 36, 38
@@ -71,8 +74,11 @@ class Server:
 
     def _take(self) -> bool:
         """Take one message; whether the daemon is still there."""
-        content, descriptors, _, _ = socket.recv_fds(self._channel, MESSAGE_LIMIT, 2, socket.MSG_CMSG_CLOEXEC)
+        content, descriptors, _, _ = socket.recv_fds(self._channel, MESSAGE_LIMIT, 2)
         try:
+            for descriptor in descriptors:
+                # MSG_CMSG_CLOEXEC would do, but Python 3.11 does not pass flags on (Lib/socket.py)
+                os.set_inheritable(descriptor, False)
             if not content:
                 return False
             message = json.loads(content)

@@ -20,9 +20,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from partitiond import buildout, certificates, execute, files, incidents, namespaces, privacy
-from partitiond.errors import FAMILY, PartitiondError, sentence
+from partitiond.errors import FAMILY, PartitiondError, printable, sentence
 from partitiond.passes import Result, pause_after, report
-from partitiond.promise_book import Standing, stand
+from partitiond.promise_book import ALL, Standing, stand
 from partitiond.promise_process import Place, PromiseServer
 from partitiond.promise_results import shown
 from partitiond.promise_runner import MOST
@@ -42,6 +42,8 @@ logger = logging.getLogger(__name__)
 _AT_PROCESSING = 5  # times the limit of one promise, for all of a partition
 _IN_BETWEEN = 2
 _MOST_REPORTED = 4000
+_MOST_LOGGED = 300
+_PLACE = (".slapgrid", "promise")
 _SCRIPT_LIMIT = 1 << 20
 
 
@@ -125,15 +127,14 @@ def run_pass(context: Context, node: Node) -> Result:
     if not turns:
         return result
     began = time.monotonic()
+    waiting = sorted(turns, key=lambda turn: turn.page.ran_at)
+    # at once: who hangs now is not to be run again by that
+    swift, hung = [[turn for turn in waiting if turn.page.slow == slow] for slow in (False, True)]
     bound = 2 * (os.cpu_count() or 1)
     with _serving() as server, ThreadPoolExecutor(bound, "promises") as pool:
         # those that had hung wait for all others, and are begun only as long as the next pass is not due
-        for slow in (False, True):
-            runs = {
-                pool.submit(_one, context, server, turn, began if slow else None): turn
-                for turn in sorted(turns, key=lambda turn: turn.page.ran_at)
-                if turn.page.slow == slow
-            }
+        for band, until in ((swift, None), (hung, began + context.config.intervals.promise / 2)):
+            runs = {pool.submit(_one, context, server, turn, until): turn for turn in band}
             for done in as_completed(runs):
                 turn = runs[done]
                 try:
@@ -202,31 +203,33 @@ def _may_have(partition: Partition) -> bool:
     return False
 
 
-def _one(context: Context, server: PromiseServer, turn: _Turn, began: float | None) -> bool:
+def _one(context: Context, server: PromiseServer, turn: _Turn, until: float | None) -> bool:
     """Make one run, where it is the partition's turn and there is time; whether it was made."""
     name = turn.partition.id
-    if began is not None and time.monotonic() > began + context.config.intervals.promise / 2:
+    if until is not None and time.monotonic() > until:
         return False
     with context.steady(), context.promises.turn(name, wait=False) as got:
-        # one that is being processed is tested there
-        if not got or context.stop.is_set():
+        if not got or _is_off(context, name, turn.state):
             return False
         ran = _run(context, server, turn, turn.state.software_release or "")
-        now = context.store.instance(name)
-        if context.stop.is_set() or _another(now, turn.state):
+        if _is_off(context, name, turn.state):
             return False
         _take_in(context, name, turn.page, ran)
     return True
 
 
-def _another(now: InstanceState, before: InstanceState) -> bool:
-    """Whether what was run is not what is there any more."""
+def _is_off(context: Context, name: str, before: InstanceState) -> bool:
+    """Whether a partition is not to be asked now: what is found of services that come and go says nothing."""
+    if context.stop.is_set() or context.promises.rests(name):
+        return True
+    now = context.store.instance(name)
     return (now.life, now.wanted, now.instance_guid) != (before.life, before.wanted, before.instance_guid)
 
 
 def _run(context: Context, server: PromiseServer, turn: _Turn, release: str) -> Ran:
     config, item, page = context.config, turn.partition, turn.page
     privacy.ensure(context, item)
+    _hand_over(item)
     pin = str(privacy.directory(config) / item.id) if privacy.is_private(config, item) else ""
     try:
         groups = tuple(os.getgrouplist(item.user, item.gid))
@@ -238,7 +241,7 @@ def _run(context: Context, server: PromiseServer, turn: _Turn, release: str) -> 
         groups=groups,
         cwd=str(item.path),
         pin=pin,
-        ipc=str(namespaces.ipc_pin(privacy.directory(config))) if pin else "",
+        ipc=str(privacy.directory(config) / namespaces.IPC) if pin else "",
     )
     timeout = config.grid.promise_timeout
     job: dict[str, Any] = {
@@ -259,6 +262,17 @@ def _run(context: Context, server: PromiseServer, turn: _Turn, release: str) -> 
     ran = server.run(place, job, context.stop)
     page.slow = ran.seconds > timeout / 2
     return ran
+
+
+def _hand_over(partition: Partition) -> None:
+    """Let what root has made on the way to the results be the user's, as slapgrid does. Raises OSError."""
+    for depth in range(len(_PLACE)):
+        try:
+            with files.directory(partition.path, *_PLACE[: depth + 1]) as here:
+                if os.fstat(here).st_uid == 0 != partition.uid:
+                    os.fchown(here, partition.uid, partition.gid)
+        except (FileNotFoundError, PartitiondError):
+            return  # a link, say: where that leads its user may write itself, or not
 
 
 def _configuration(context: Context, partition: Partition) -> dict[str, str | None]:
@@ -303,16 +317,17 @@ def _take_in(context: Context, partition: str, page: Page, ran: Ran | None, *, f
     kept = (
         before if ran is not None and (not ran.whole or ran.left) else ran.spared if ran is not None else ()
     )
-    after |= {key: before[key] for key in kept if key in before and key not in after}
-    page.standings = after
-    page.ran_at = time.monotonic()
-    page.fault = "" if ran is None else _fault(ran, force=force)
+    after |= {key: before[key] for key in kept if key in before and key not in after and key != ALL}
+    fault = "" if ran is None else _fault(ran, force=force)
+    page.faults = page.faults + 1 if fault else 0
+    # in between, one time is none: it may have been a bad moment of the machine
+    if fault and (force or page.faults > 1):
+        since = before[ALL].since if ALL in before else now
+        after[ALL] = Standing(failed=True, message=fault, since=since, seconds=ran.seconds if ran else 0.0)
+    page.standings, page.ran_at = after, time.monotonic()
     page.last = frozenset(results) if ran is not None and ran.left else frozenset()
-    changed = [
-        key for key, one in after.items() if one.failed != (before[key].failed if key in before else False)
-    ]
-    for key in sorted(changed):
-        _record(context, partition, key, after[key], before.get(key), now)
+    for key in sorted(before.keys() | after.keys()):
+        _record(context, partition, key, after.get(key), before.get(key), now)
     if {key: one.failed for key, one in before.items()} != {key: one.failed for key, one in after.items()}:
         _save(context, partition, page)
 
@@ -327,25 +342,25 @@ def _fault(ran: Ran, *, force: bool) -> str:
 
 
 def _record(
-    context: Context, partition: str, key: str, one: Standing, before: Standing | None, now: float
+    context: Context, partition: str, key: str, one: Standing | None, before: Standing | None, now: float
 ) -> None:
+    """Record a change between good and bad; what is gone is not bad any more."""
+    was, fails = before is not None and before.failed, one is not None and one.failed
     allowance = context.promises.allowance
-    if allowance.left(partition) <= 0:
+    if was == fails or allowance.left(partition) <= 0:
         return
     allowance.take(partition, 1)
     name = shown(key)
-    what = f"fails: {one.message}" if one.failed else "is good again"
-    seconds = None if one.failed or before is None else round(now - before.since, 3)
+    what = f"fails: {one.message}" if one and fails else "is good again" if one else "is there no more"
     context.events.record(
-        "promise.failed" if one.failed else "promise.ok",
+        "promise.failed" if fails else "promise.ok",
         f"{partition}: promise {name} {what}",
         partition=partition,
         resource=f"promise/{partition}/{name}",
-        seconds=seconds,
+        seconds=round(now - before.since, 3) if before and was else None,
     )
-    logger.log(
-        logging.WARNING if one.failed else logging.INFO, "%s: promise %s %s", partition, name, what[:200]
-    )
+    level = logging.WARNING if fails else logging.INFO
+    logger.log(level, "%s: promise %s %s", partition, name, printable(what[:_MOST_LOGGED]))
 
 
 def _save(context: Context, partition: str, page: Page) -> None:
@@ -360,7 +375,8 @@ def _tell_master(context: Context, turn: _Turn) -> None:
     partition, page = turn.partition.id, turn.page
     failing = page.failing()
     if not turn.anomaly:
-        if page.broken and not failing and partition not in context.promises.mended:
+        if page.broken and not failing:
+            page.broken = False
             context.promises.mended.add(partition)
             context.wake_instances()
         return
@@ -394,7 +410,7 @@ def _bang(context: Context, partition: str, page: Page) -> None:
 
 def observe(context: Context, ledger: Ledger) -> None:
     """Post which promises fail as incidents, in the lane of the meters. Raises AccountingError: then the next pass does."""
-    pages = {name: page for name in context.promises.ran() if (page := context.promises.known(name))}
+    pages = context.promises.ran()
     failing = {name: (page.guid, page.failing()) for name, page in pages.items()}
     told = {name: found for name, found in failing.items() if found[1] or pages[name].posted}
     if not told:

@@ -2,6 +2,8 @@
 
 import json
 import os
+import shutil
+import subprocess
 import textwrap
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +11,7 @@ from pathlib import Path
 from partitiond import privacy, promises, verbs
 from partitiond.context import Context
 from partitiond.event_reader import last
+from partitiond.promise_book import PromiseBook
 from partitiond.state import InstanceState
 from slap_client.errors import SlapError
 
@@ -94,6 +97,27 @@ class PromiseScene:
         (software / "bin").mkdir(parents=True)
         (software / "bin" / "buildout").write_text(f"#!{PYTHON}\n")
 
+    def clear(self):
+        """Forget everything, and empty the partitions."""
+        for item in self.node.partitions:
+            for name in list(item.path.iterdir()):
+                if name.is_dir():
+                    shutil.rmtree(name)
+                elif name.name != ".slapos-resource":
+                    name.unlink()
+            self.state(item.index)
+            self.context.promises.forget(item.id)
+        self.context.promises = PromiseBook(self.context.config.state_dir / "promises")
+        self.context.wake_instances = lambda: None
+        self.master.told.clear()
+        self.master.down = False
+        for path in self.log.glob("events.jsonl*"):
+            path.unlink()
+
+    def file(self, *below):
+        """A path in the first partition's directory of promises."""
+        return self.partition().path.joinpath(".slapgrid/promise", *below).resolve()
+
     def state(self, number, **other):
         item = self.partition(number)
         values = {
@@ -171,3 +195,43 @@ class PromiseScene:
     def change(self, number, **values):
         name = self.partition(number).id
         self.context.store.save_instance(replace(self.context.store.instance(name), **values))
+
+
+_LAUNCH = """
+import sys, logging
+sys.path[0:0] = [sys.argv[1]]
+from slapos.grid.promise import PromiseLauncher, PromiseError
+config = eval(sys.argv[2])
+try:
+    PromiseLauncher(config=config, logger=logging.getLogger()).run()
+except PromiseError as error:
+    print(error)
+"""
+
+
+def slapgrid_launcher(scene, number=0, **config):
+    """Run the promises of a partition by slapos.core's own launcher; what it raises, as text."""
+    item = scene.partition(number)
+    values = {
+        "promise-folder": str(item.path / "etc" / "plugin"),
+        "legacy-promise-folder": str(item.path / "etc" / "promise"),
+        "promise-timeout": 20,
+        "uid": item.uid,
+        "gid": item.gid,
+        "partition-folder": str(item.path),
+        "log-folder": str(item.path / ".slapgrid/promise/log"),
+        "force": True,
+        "master-url": "http://127.0.0.1:1/",
+        "partition-id": item.id,
+        "computer-id": "COMP-1",
+        **config,
+    }
+    done = subprocess.run(
+        [PYTHON, "-c", _LAUNCH, str(SLAPOS_CORE), repr(values)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout

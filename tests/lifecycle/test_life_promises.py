@@ -1,0 +1,60 @@
+"""Promises in the life of an instance: the daemon finds what fails between two passes of the master's lane, and tells it."""
+
+import os
+from pathlib import Path
+
+import pytest
+from promise_scene import PLUGIN, SLAPOS_CORE
+
+ERROR, STARTED, BANG = "softwareInstanceError", "startedComputerPartition", "softwareInstanceBang"
+
+
+@pytest.fixture(scope="module")
+def node(make_node):
+    node = make_node(partitions=2, software_interval=1, instances_interval=1, promise_interval=1)
+    node.start()
+    node.offer()
+    return node
+
+
+def plugin(node, item, sense):
+    """As the instance's own buildout would write it; asked every few seconds."""
+    text = PLUGIN.format(
+        core=SLAPOS_CORE, config={}, init="    self.setPeriodicity(0.02)", sense=f"    {sense}", more=""
+    )
+    directory = Path(item["path"], "etc", "plugin")
+    directory.mkdir(exist_ok=True)
+    new = directory / "new"
+    new.write_text(text)
+    for path in (directory, new):
+        os.chown(path, item["user"]["uid"], item["user"]["uid"])
+    new.rename(directory / "flag.py")
+
+
+def test_a_failure_is_told_with_a_bang_and_so_is_its_end(node):
+    url = node.release()
+    node.supply(url)
+    node.request("one", url, text="one")
+    name = node.holder("one")
+    item = node.wait_for_state(name, "started")
+    node.wait(lambda: node.front.count(STARTED), "the instance to be told of")
+    flag = Path(item["path"], "flag")
+    flag.write_text("")
+    plugin(
+        node, item, "import os; (self.logger.info if os.path.exists('flag') else self.logger.error)('flag?')"
+    )
+    promises = node.wait(lambda: node.partition(name)["promises"], "the promise to be asked")
+    assert [(one["name"], one["state"]) for one in promises] == [("flag.py", "ok")]
+    before = len(node.front.seen)
+    flag.unlink()
+    node.wait(lambda: node.front.count(ERROR, before), "the failure to be told")
+    told = [one.fields["error_log"] for one in node.front.seen[before:] if one.endpoint == ERROR]
+    assert "Promise 'flag.py' failed with output: flag?" in told[0]
+    node.wait(lambda: node.front.count(BANG, before), "the plugin's bang")
+    (one,) = node.partition(name)["promises"]
+    assert (one["state"], one["message"]) == ("failed", "flag?")
+    before = len(node.front.seen)
+    flag.write_text("")
+    node.wait(lambda: node.front.count(STARTED, before), "the end of it to be told")
+    node.wait(lambda: node.partition(name)["promises"][0]["state"] == "ok", "it to be shown")
+    node.wait_for_state(name, "started")
