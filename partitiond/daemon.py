@@ -42,12 +42,14 @@ from partitiond.context import Context
 from partitiond.daemon_trials import Trials
 from partitiond.errors import FAMILY, sentence
 from partitiond.heal import Healer
+from partitiond.incidents import WATCHED
 from partitiond.metrics_listener import MetricsListener
 from partitiond.peers import Judge
 from partitiond.process_watch import ProcessWatch
 from partitiond.reflexes import Reflexes
 from partitiond.tunnel_lane import SECONDS, TunnelLane
 from partitiond.watch import Watch
+from partitiond.watchdog import Watchdog
 from slap_client.backoff import Backoff
 
 if TYPE_CHECKING:
@@ -57,6 +59,7 @@ if TYPE_CHECKING:
     from partitiond.metrics import Tally
     from partitiond.node_plan import Outcome
     from partitiond.passes import Result
+    from partitiond.process_events import ProcessEnded
 
 logger = logging.getLogger(__name__)
 
@@ -152,6 +155,7 @@ class Daemon:
         self._healer: Healer | None = None
         self._reporting: threading.Timer | None = None
         self._processes = ProcessWatch(context, self._supervisor_ended)
+        self._watchdog = Watchdog(context, self._wake_watchdog)
         capacity = self._lane("capacity", lanes.capacity)
         # the master answers nothing of use, slapproxy an error, about a node that it does not know yet
         self._lanes = {
@@ -161,10 +165,12 @@ class Daemon:
             "software": self._lane("software", lanes.software, capacity),
             "instances": self._lane("instances", lanes.instance, capacity),
             "promises": self._lane("promises", lanes.promise),
+            "watchdog": self._lane("watchdog", lambda _: self._watchdog.run()),
             "report": self._lane("report", self._report),
             "tunnels": self._lane("tunnels", TunnelLane(self._processes.attend).run),
         }
         context.builds.patience = 0  # there will be more to build
+        context.process_ended = self._process_ended
         context.wake_report = self._lanes["report"].wake
         context.wake_instances = self._lanes["instances"].wake
         context.day_ended = self._day_ended
@@ -272,6 +278,18 @@ class Daemon:
 
     def _supervisor_ended(self) -> None:
         self._lanes["converge"].wake()
+
+    def _process_ended(self, ended: ProcessEnded) -> None:
+        if ended.name.endswith(WATCHED):
+            self._watchdog.ended()
+
+    def _wake_watchdog(self, seconds: float) -> None:
+        if seconds <= 0:
+            self._lanes["watchdog"].wake()
+            return
+        timer = threading.Timer(seconds, self._lanes["watchdog"].wake)
+        timer.daemon = True  # the process does not wait for it when it ends
+        timer.start()
 
     def _tell(self, outcome: Outcome) -> None:
         """Say what an apply that nobody waits for has led to."""
