@@ -20,6 +20,7 @@ from partitiond import (
     accounting_config,
     config_grid,
     config_guard,
+    config_managers,
     config_network,
     config_reader,
     device_config,
@@ -74,8 +75,6 @@ _OWN_KEYS = frozenset(
 # keys that change nothing yet; saying so is better than being silent
 _NOT_YET = {
     "input_definition_file": "a definition of the node by file",
-    "manager_list": "slapgrid's managers",
-    "firewall": "the firewall by firewalld",
 }
 _KNOWN: Mapping[str, frozenset[str]] = {
     "slapos": _SLAPOS_KEYS,
@@ -90,6 +89,7 @@ _OPEN_SECTIONS = (
     "tinc",
     accounting_config.SECTION,
     "firewall",
+    "disabled-firewall",  # as slapos.core ships it
     "routable_ipv4",
     device_config.SECTION,
     config_guard.SECTION,
@@ -188,6 +188,7 @@ def load(path: Path) -> Config:
         config_reader.read(parser, file)
     reader = Reader(parser, files)
     _warn_unknown(reader)
+    config_managers.warn(reader)
     _check_shapes(reader)
     config = _build(path, reader)
     _check_together(config, reader)
