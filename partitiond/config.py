@@ -20,6 +20,7 @@ from partitiond import (
     accounting_config,
     config_grid,
     config_guard,
+    config_managers,
     config_network,
     config_reader,
     config_software,
@@ -76,11 +77,6 @@ _OWN_KEYS = frozenset(
         " report_ambiguous offline_builds private_namespaces promise_interval keep_running prerm_timeout"
     ).split()
 )
-# keys that change nothing yet; saying so is better than being silent
-_NOT_YET = {
-    "manager_list": "slapgrid's managers",
-    "firewall": "the firewall by firewalld",
-}
 _KNOWN: Mapping[str, frozenset[str]] = {
     "slapos": _SLAPOS_KEYS,
     "slapformat": _FORMAT_KEYS,
@@ -94,6 +90,7 @@ _OPEN_SECTIONS = (
     "tinc",
     accounting_config.SECTION,
     "firewall",
+    "disabled-firewall",  # as slapos.core ships it
     "routable_ipv4",
     device_config.SECTION,
     config_guard.SECTION,
@@ -197,6 +194,7 @@ def load(path: Path, overrides: Mapping[tuple[str, str], str] | None = None) -> 
         parser.read_dict({section: {key: value}}, source="the command line")
     reader = Reader(parser, files)
     _warn_unknown(reader)
+    config_managers.warn(reader)
     _check_shapes(reader)
     config = _build(path, reader)
     _check_together(config, reader)
@@ -315,8 +313,6 @@ def _warn_keys(reader: Reader, section: str, known: frozenset[str]) -> None:
             )
         elif key not in known:
             reader.warnings.append(f"{reader.place(section, key)}: unknown key {key!r}{_suggest(key, known)}")
-        elif key in _NOT_YET and reader.raw(section, key).lower() not in ("", "false", "no", "off", "0"):
-            reader.warnings.append(f"{reader.place(section, key)}: {_NOT_YET[key]} is not acted on yet")
         elif key == "input_definition_file" and not config_unmanaged.chosen(reader):
             words = "a definition of the node by file is for nodes with alter_user and alter_network = false"
             reader.warnings.append(f"{reader.place(section, key)}: {words}")

@@ -42,6 +42,7 @@ from partitiond.context import Context
 from partitiond.daemon_trials import Trials
 from partitiond.errors import FAMILY, printable, sentence
 from partitiond.heal import Healer
+from partitiond.incidents import WATCHED
 from partitiond.metrics_listener import MetricsListener
 from partitiond.passes import Wish
 from partitiond.peers import Judge
@@ -50,6 +51,7 @@ from partitiond.process_watch import ProcessWatch
 from partitiond.reflexes import Reflexes
 from partitiond.tunnel_lane import SECONDS, TunnelLane
 from partitiond.watch import Watch
+from partitiond.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -58,6 +60,7 @@ if TYPE_CHECKING:
     from partitiond.metrics import Tally
     from partitiond.node_plan import Outcome
     from partitiond.passes import Result
+    from partitiond.process_events import ProcessEnded
 
 logger = logging.getLogger(__name__)
 
@@ -159,6 +162,7 @@ class Daemon:
         self._healer: Healer | None = None
         self._reporting: threading.Timer | None = None
         self._processes = ProcessWatch(context, self._supervisor_ended)
+        self._watchdog = Watchdog(context, self._wake_watchdog)
         capacity = self._lane("capacity", lanes.capacity)
         instances = self._lane("instances", lanes.instance, capacity)
         # the master answers nothing of use, slapproxy an error, about a node that it does not know yet
@@ -170,6 +174,7 @@ class Daemon:
             "instances": instances,
             # what has just been started is no anomaly yet
             "promises": self._lane("promises", lanes.promise, instances),
+            "watchdog": self._lane("watchdog", lambda _: self._watchdog.run()),
             "report": self._lane("report", self._report),
             "tunnels": self._lane("tunnels", TunnelLane(self._processes.attend).run),
         }
@@ -178,6 +183,7 @@ class Daemon:
             capacity.delay = first_pause(time.clock_gettime(time.CLOCK_BOOTTIME))
         context.wishes.answered = self._answered
         context.troubles["master"] = lambda: context.wishes.trouble
+        context.process_ended = self._process_ended
         context.wake_report = self._lanes["report"].wake
         context.wake_instances = self._lanes["instances"].wake
         context.day_ended = self._day_ended
@@ -292,6 +298,18 @@ class Daemon:
 
     def _supervisor_ended(self) -> None:
         self._lanes["converge"].wake()
+
+    def _process_ended(self, ended: ProcessEnded) -> None:
+        if ended.name.endswith(WATCHED):
+            self._watchdog.ended()
+
+    def _wake_watchdog(self, seconds: float) -> None:
+        if seconds <= 0:
+            self._lanes["watchdog"].wake()
+            return
+        timer = threading.Timer(seconds, self._lanes["watchdog"].wake)
+        timer.daemon = True  # the process does not wait for it when it ends
+        timer.start()
 
     def _tell(self, outcome: Outcome) -> None:
         """Say what an apply that nobody waits for has led to."""

@@ -24,6 +24,7 @@ from partitiond import (
     marks,
     periods,
     privacy,
+    promises,
     retention,
     running,
 )
@@ -146,8 +147,11 @@ def _one(
         if back is None:
             return None  # the report lane finishes first; then the partition is free for the new instance
         state = back
-    if not (force or _due(state, entry, period_of(entry.software_release or ""))):
-        _tell(context, state, entry.access_status)
+    due = _due(state, entry, period_of(entry.software_release or ""))
+    if not (force or due or (state.by_promise and partition.id in context.promises.mended)):
+        page = context.promises.page(partition.id, state.instance_guid or "")
+        # what the master shows as an error may be what it was told of a promise in between
+        _tell(context, state, "" if page.told or page.failing() else entry.access_status)
         return None
     return _configure(context, node, partition, state, entry)
 
@@ -210,17 +214,33 @@ def _configure(
         following = _fix_retention(partition, following, entry)
         if entry.requested_state == "started":
             running.start(context, partition, another=another)
+            _keep_promises(context, partition, url)
         else:
             running.stop(context, partition)
     except (*FAMILY, OSError) as error:
         return _failed(context, partition, following, entry, error)
     life: InstanceLife = "started" if entry.requested_state == "started" else "stopped"
-    done = replace(following, life=life, failures=0, next_try=0.0, error=None, reported=False, cleaned=False)
+    done = replace(
+        following, life=life, failures=0, next_try=0.0, error=None, reported=False, by_promise=False
+    )
     context.store.save_instance(done)
     marks.succeeded(partition, entry.timestamp)
     _converge(context, partition)
     _tell(context, done)
     return life
+
+
+def _keep_promises(context: Context, partition: Partition, release: str) -> None:
+    """Fail where a promise does; what runs goes on. Raises PartitiondError ``instance.promise``, and as ``promises.check``."""
+    outcome = promises.check(context, partition, release)
+    if outcome.failed:
+        raise PartitiondError(
+            "instance.promise",
+            outcome.message,
+            resource=partition.id,
+            hint=f"partitiond show {partition.id} lists its promises; they are tried again",
+            retryable=True,
+        )
 
 
 def _fix_retention(partition: Partition, state: InstanceState, entry: PartitionDocument) -> InstanceState:
@@ -262,6 +282,7 @@ def _failed(
         failures=failures,
         next_try=time.time() + pause_after(failures),
         error=text,
+        by_promise=isinstance(error, PartitiondError) and error.code == "instance.promise",
         reported=known and (not entry.access_status or _is_error(entry.access_status)),
     )
     context.store.save_instance(failed)

@@ -27,9 +27,10 @@ InstanceLife = Literal["free", "started", "stopped", "destroying", "failed"]
 class InstanceState:
     """The last outcome of a partition's instance; ``timestamp`` is the master's, opaque; times are Unix seconds.
 
-    ``retention_days`` is fixed when the instance is first deployed, negative until then. Of one that is to be destroyed:
-    ``keep_until``, nothing of it is removed before; ``prerm_ran``, it has taken its leave; ``settled``, its last usage is in
-    documents; ``removing``, there is no way back; ``cleaned``, what it had is removed.
+    ``by_promise``: the last try failed because a promise did. ``retention_days`` is fixed when the instance is first deployed,
+    negative until then. Of one that is to be destroyed: ``keep_until``, nothing of it is removed before; ``prerm_ran``, it has
+    taken its leave; ``settled``, its last usage is in documents; ``removing``, there is no way back; ``cleaned``, what it had
+    is removed.
     """
 
     partition: str
@@ -47,6 +48,7 @@ class InstanceState:
     cleaned: bool = False
     settled: bool = False
     retention_days: float = -1.0
+    by_promise: bool = False
     keep_until: float = 0.0
     prerm_ran: bool = False
     removing: bool = False

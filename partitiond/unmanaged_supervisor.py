@@ -33,7 +33,7 @@ class UnmanagedSupervisor(Supervisor):
             "[rpcinterface:supervisor]\n"
             "supervisor.rpcinterface_factory=supervisor.rpcinterface:make_main_rpcinterface\n\n"
             f"[supervisorctl]\nserverurl=unix://{self.socket}\n\n"
-            f"[eventlistener:{WATCHDOG}]\ncommand={sys.executable} -I -m partitiond.watchdog {self._file}\n"
+            f"[eventlistener:{WATCHDOG}]\ncommand={sys.executable} -I -m partitiond.unmanaged_watchdog {self._file}\n"
             "events=PROCESS_STATE_EXITED,PROCESS_STATE_FATAL\n"
             f"stderr_logfile={self.log.with_name('watchdog.log')}\n\n"
             f"[include]\nfiles={self.groups_directory}/*.conf\n"

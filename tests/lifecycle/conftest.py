@@ -52,8 +52,8 @@ def make_node(request):
     before = _look()
     made = []
 
-    def make(**settings):
-        node = Node(request.module.__name__.removeprefix("test_"), **settings)
+    def make(kind=Node, **settings):
+        node = kind(request.module.__name__.removeprefix("test_"), **settings)
         made.append(node)
         node.begin()
         return node

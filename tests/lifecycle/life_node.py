@@ -31,7 +31,7 @@ BRIDGE = "br-life"
 SLAPOS = Path(sys.prefix) / "master" / "bin" / "slapos"
 ENVIRONMENT = {"PATH": execute.PATH, "LANG": "C.UTF-8", "HOME": "/root"}
 
-_CONFIGURATION = """\
+CONFIGURATION = """\
 [slapos]
 computer_id = {computer}
 master_url = {master}
@@ -139,21 +139,13 @@ class Node:
 
     def begin(self):
         self.base.mkdir(parents=True)
-        ip(
-            "link set lo up",
-            f"link add {BRIDGE} type bridge",
-            "link add life0 type veth peer name life1",
-            f"link set life0 master {BRIDGE} up",
-            "link set life1 up",
-            f"link set {BRIDGE} up",
-            f"address add 2001:db8:11fe::1/64 dev {BRIDGE} nodad",
-        )
+        self.bring_up_links()
         port = free_port()
         master = f"http://127.0.0.1:{port}/"
         self._write_master(master, port)
         self._start_master()
         self.front = Front(master, free_port())
-        text = _CONFIGURATION.format(
+        text = CONFIGURATION.format(
             computer=COMPUTER,
             master=self.front.url,
             base=self.base,
@@ -163,6 +155,18 @@ class Node:
         text += "".join(f"{key} = {value}\n" for key, value in self._settings.items())
         self.configuration.write_text(text)
         self.wait(self._master_answers, "the master to answer")
+
+    @staticmethod
+    def bring_up_links():
+        ip(
+            "link set lo up",
+            f"link add {BRIDGE} type bridge",
+            "link add life0 type veth peer name life1",
+            f"link set life0 master {BRIDGE} up",
+            "link set life1 up",
+            f"link set {BRIDGE} up",
+            f"address add 2001:db8:11fe::1/64 dev {BRIDGE} nodad",
+        )
 
     def _start_master(self):
         with (self.base / "master.log").open("ab") as log:
@@ -253,13 +257,17 @@ class Node:
         if self.daemon is not None and self.daemon.poll() is not None:
             self.daemon = None
         try:
-            self.front.answers.clear()
+            self.forget_answers()
             self.cli("teardown", "--purge", timeout=120)
             if self.daemon is not None:
                 self.daemon.wait(30)
         finally:
             if self.daemon is not None and self.daemon.poll() is None:
                 self.kill()
+
+    def forget_answers(self):
+        """Let the master answer as it should."""
+        self.front.answers.clear()
 
     def _end_master(self):
         if self.front is not None:

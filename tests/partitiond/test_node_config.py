@@ -209,6 +209,32 @@ def test_what_is_known_but_does_nothing_yet_is_said(load):
 
 
 @pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        ("", []),
+        ("prerm", []),
+        ("prerm, devperm", ["devperm is not run: block devices are given by [block_devices]"]),
+        ("portredir whitelistfirewall", ["portredir is not run: ", "whitelistfirewall is not run: "]),
+        ("cpuset", ["cpuset is not run: "]),
+        ("of_somebody", ["of_somebody is not run: partitiond runs no managers"]),
+    ],
+)
+def test_managers_of_slapgrid_are_told_what_does_their_work(load, value, said):
+    text, line = with_setting("slapos", "manager_list", value)
+    found = load(text).warnings
+    assert [
+        one.partition(f"slapos.cfg:{line}: ")[2].startswith(words)
+        for one, words in zip(found, said, strict=True)
+    ] == [True] * len(said)
+
+
+def test_the_firewall_of_slapgrid_is_said_to_be_left_alone(load):
+    (warning,) = load(GOOD + "[firewall]\nfirewall_cmd = /bin/true\n").warnings
+    assert "fw_restricted_access of an instance limits nobody" in warning
+    assert load(GOOD + "[disabled-firewall]\nx = 1\n").warnings == ()
+
+
+@pytest.mark.parametrize(
     ("value", "expected"),
     [
         ("", None),

@@ -1,0 +1,484 @@
+"""The life of an instance by the master's word, and all that its user leaves: on a real node, with a master in memory."""
+
+import dataclasses
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import hostile_node
+import pytest
+
+from partitiond import destruction, instances, marks, periods, remains, retention, status
+from partitiond.context import Context
+from partitiond.state import InstanceState
+from slap_client.documents import ComputerDocument, PartitionDocument
+
+NAME, GUID = "slappart0", "SOFTINST-1"
+DAY = 86400
+
+
+class Master:
+    """Takes everything, and remembers it."""
+
+    def __init__(self):
+        self.told = []
+
+    def __getattr__(self, name):
+        if not name.startswith("instance_"):
+            raise AttributeError(name)
+        return lambda *words: self.told.append((name.removeprefix("instance_"), *words))
+
+    def partition_certificate(self, _name):
+        return PairOfNothing()
+
+    def words(self):
+        return [one[0] for one in self.told]
+
+
+class PairOfNothing:
+    certificate = key = ""
+
+
+@pytest.fixture(scope="module")
+def scene(module_node_config):
+    yield from hostile_node.standing(module_node_config)
+
+
+@pytest.fixture
+def life(scene, monkeypatch):
+    yield Life(scene, monkeypatch)
+    state = scene.context.store.instance(NAME)
+    scene.context.store.save_instance(dataclasses.replace(state, life="free"))
+    scene.removed()
+    (scene.software / "periodicity").unlink(missing_ok=True)
+    (scene.software / "bin" / "buildout").write_text("#!/bin/sh\nexit 0\n")
+    scene.context.promises.mended.clear()
+    scene.context.adopt(scene.config)
+
+
+class Life:
+    """One partition of a node, brought about by passes over what the master wants."""
+
+    def __init__(self, scene, monkeypatch):
+        self.scene, self.context, self.partition = scene, scene.context, scene.partition
+        self.path, self.uid = scene.path, scene.partition.uid
+        self.master = Master()
+        monkeypatch.setattr(Context, "client", self.master)
+
+    def wants(self, state="started", stamp="1", guid=GUID, force=False, **more):
+        """Let the master want it and take a pass; give the failures' codes."""
+        entry = PartitionDocument(
+            NAME, state, software_release=hostile_node.URL, instance_guid=guid, timestamp=stamp, **more
+        )
+        return self.take(entry, force=force)
+
+    def take(self, entry, force=False):
+        document = ComputerDocument("COMP-1", (entry,))
+        known = self.context.store.instances()
+        result = instances.run_pass(self.context, self.context.node, document, known=known, force=force)
+        return [error.code for _, error in result.failures]
+
+    @property
+    def state(self):
+        return self.context.store.instance(NAME)
+
+    def builds(self):
+        log = self.scene.config.log_dir / NAME / "buildout.log"
+        return log.read_text().count("configuring") if log.exists() else 0
+
+    def program(self, *below, text):
+        self.scene.tenant_directory(*below[:-1])
+        path = self.path.joinpath(*below)
+        path.write_text(f"#!/bin/sh\n{text}\n")
+        path.chmod(0o755)
+        os.chown(path, self.uid, self.uid)
+
+    def finish(self, **more):
+        result = destruction.finish(self.context, self.context.node, **more)
+        return result.done, [error.code for _, error in result.failures]
+
+    def time_is_over(self):
+        self.context.store.save_instance(dataclasses.replace(self.state, keep_until=time.time() - 1))
+
+    def limit(self, **grid):
+        config = self.scene.config
+        self.context.adopt(dataclasses.replace(config, grid=dataclasses.replace(config.grid, **grid)))
+
+    def as_user(self, code):
+        # a user that the tests put beside it would do as well: it is the uid that counts
+        return subprocess.run(
+            [sys.executable, "-I", "-c", code],
+            user=self.uid,
+            group=self.uid,
+            extra_groups=[],
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout
+
+
+# --- when it is configured, and what the master is told ---------------------------------------------------------------
+
+
+def test_it_is_configured_when_something_changed_and_else_at_its_period(life):
+    assert life.wants() == []
+    assert (life.builds(), life.master.words()) == (1, ["started"])
+    assert life.wants() == []
+    assert life.builds() == 1
+    for change in (
+        {"stamp": "2"},
+        {"stamp": "2", "software_type": "other"},
+        {"stamp": "2", "state": "stopped"},
+    ):
+        before = life.builds()
+        assert life.wants(**change) == []
+        assert life.wants(**change) == []
+        assert life.builds() == before + 1, change
+    assert life.master.words() == ["started", "started", "started", "stopped"]
+    before = life.builds()
+    life.wants(stamp="2", state="stopped", force=True)
+    assert life.builds() == before + 1
+
+
+def test_without_a_timestamp_it_is_configured_each_time_but_not_while_it_fails(life):
+    life.wants(stamp="")
+    life.wants(stamp="")
+    assert life.builds() == 2
+    (life.scene.software / "bin" / "buildout").write_text("#!/bin/sh\nexit 1\n")
+    assert life.wants(stamp="") == ["instance.build"]
+    assert life.wants(stamp="") == []
+    assert life.builds() == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "due"),
+    [
+        ("0", True),
+        ("-1", False),
+        ("100", False),
+        ("10\n", True),
+        ("soon", False),
+        ("9" * 100, False),
+        (None, False),
+    ],
+)
+def test_the_release_says_how_often(life, text, due):
+    if text is not None:
+        (life.scene.software / "periodicity").write_text(text)
+    life.wants()
+    life.context.store.save_instance(dataclasses.replace(life.state, processed_at=time.time() - 50))
+    life.wants()
+    assert life.builds() == 1 + due
+
+
+def test_a_period_of_no_use_is_warned_of_once_and_left(life, caplog):
+    path = life.scene.software / "periodicity"
+    path.write_text("soon")
+    time.sleep(0.2)  # files that changed a moment ago are read again, see partitiond/settled.py
+    for _ in range(3):
+        assert periods.Periods(life.scene.config)(hostile_node.URL) == life.scene.config.maximum_periodicity
+    assert len([one for one in caplog.messages if "periodicity is not heeded" in one]) == 1
+    assert path.read_text() == "soon"
+
+
+def test_what_the_master_shows_as_failed_is_told_again(life):
+    life.wants()
+    life.wants(access_status="#access Instance correctly started")
+    assert life.master.words() == ["started"]
+    life.wants(access_status="#error while instanciating: of old")
+    assert life.master.words() == ["started", "started"]
+    assert life.builds() == 1
+    # not where it knows of a promise that fails
+    life.context.promises.page(NAME, GUID).told = True
+    life.wants(access_status="#error while instanciating: a promise")
+    assert life.master.words() == ["started", "started"]
+    life.context.promises.forget(NAME)
+
+
+def test_a_failure_is_told_once_as_long_as_it_is_the_same(life):
+    (life.scene.software / "bin" / "buildout").write_text("#!/bin/sh\necho broken; exit 1\n")
+    for _ in range(3):
+        life.wants(force=True, access_status="#error while instanciating: broken")
+    assert life.master.words() == ["error"]
+    life.wants(force=True, access_status="#access something else")
+    assert life.master.words() == ["error", "error"]
+    (life.scene.software / "bin" / "buildout").write_text("#!/bin/sh\necho otherwise; exit 1\n")
+    life.wants(force=True, access_status="#error while instanciating: broken")
+    assert life.master.words() == ["error"] * 3
+    assert "otherwise" in (life.path / f".slapgrid-{NAME}-error.log").read_text()
+
+
+def test_a_full_disk_is_said_before_anything_is_done(life):
+    life.limit(instance_min_free_space=2**62)
+    assert life.wants() == ["instance.no_space"]
+    assert life.builds() == 0
+    assert "instance_min_free_space" in life.context.store.instance(NAME).error or life.master.words() == [
+        "error"
+    ]
+
+
+# --- the files that slapgrid leaves -----------------------------------------------------------------------------------
+
+
+def hostile(path, kind, canary):
+    {
+        "directory": path.mkdir,
+        "link": lambda: path.symlink_to(canary.file),
+        "loop": lambda: path.symlink_to(path),
+        "pipe": lambda: os.mkfifo(path),
+    }[kind]()
+
+
+@pytest.mark.parametrize("kind", ["directory", "link", "loop", "pipe"])
+def test_a_tenant_in_the_way_of_marks_harms_only_them(life, kind):
+    names = (".timestamp", marks.error_log(life.partition), marks.RETENTION_DELAY, marks.RETENTION_DATE)
+    for name in (*names, f".slapos-request-transaction-{NAME}"):
+        hostile(life.path / name, kind, life.scene.canary)
+    assert life.wants(filter={"retention_delay": "1"}) == []
+    assert life.state.retention_days == 1
+    assert life.wants(state="destroyed") == []
+    assert life.state.life == "destroying"
+    assert life.scene.canary.changes() == []
+
+
+def test_a_free_partition_is_tidied_and_what_stays_is_warned_of_once(life, caplog):
+    free = PartitionDocument(NAME, "destroyed")
+    (life.path / ".timestamp").write_text("1")
+    (life.path / ".slapgrid" / "promise").mkdir(parents=True)
+    (life.path / ".slapgrid" / "link").symlink_to(life.scene.canary.directory)
+    (life.path / "of somebody").write_text("")
+    for _ in range(3):
+        assert life.take(free) == []
+    assert {one.name for one in life.path.iterdir()} == {".slapos-resource", "of somebody"}
+    assert len([one for one in caplog.messages if "is free and has files" in one]) == 1
+    (life.path / "and another").write_text("")
+    life.take(free)
+    assert len([one for one in caplog.messages if "'and another', 'of somebody'" in one]) == 1
+    assert life.scene.canary.changes() == []
+    assert life.master.told == []
+
+
+# --- kept, and wanted back --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("asked", "days"),
+    [("3", 3), (2, 2), (0.5, 0.5), ("-1", 0), ("nan", 0), ("soon", 0), ("1e9", retention.MOST_DAYS), ((), 0)],
+)
+def test_the_delay_is_fixed_at_the_first_deployment(life, asked, days):
+    life.wants(filter={"retention_delay": asked})
+    assert life.state.retention_days == days
+    assert float((life.path / marks.RETENTION_DELAY).read_text()) == days
+    life.wants(stamp="2", filter={"retention_delay": "7"})
+    assert life.state.retention_days == days
+
+
+@pytest.mark.parametrize(("owner", "days"), [(0, 5), ("software", 5), ("tenant", 1)])
+def test_a_delay_that_slapgrid_has_fixed_holds(life, owner, days):
+    path = life.path / marks.RETENTION_DELAY
+    path.write_text("5.0")
+    uid = {"software": life.scene.soft.pw_uid, "tenant": life.uid}.get(owner, 0)
+    os.chown(path, uid, uid)
+    life.wants(filter={"retention_delay": "1"})
+    assert life.state.retention_days == days
+
+
+def test_one_that_slapgrid_has_begun_to_destroy_is_kept_as_it_would(life):
+    until = time.time() + 2 * DAY
+    (life.path / marks.RETENTION_DELAY).write_text("5.0")
+    (life.path / marks.RETENTION_DATE).write_text(str(until))
+    life.wants(state="destroyed")
+    assert life.state.keep_until == pytest.approx(until)
+
+
+def test_one_is_kept_until_its_time_is_over_whoever_asks(life):
+    life.wants(filter={"retention_delay": 2})
+    life.wants(state="destroyed")
+    assert life.state.keep_until == pytest.approx(time.time() + 2 * DAY, abs=60)
+    for force in (False, True):
+        assert life.finish(force=force) == ([], [])
+    assert life.master.words() == ["started", "stopped"]
+    cases = status.node(life.context)["node"]["open_cases"]
+    assert len([one for one in cases if one.startswith(f"{NAME} is to be destroyed and kept until 2")]) == 1
+    life.time_is_over()
+    woken = []
+    life.context.wake_report = lambda: woken.append(1)
+    life.wants(state="destroyed")
+    assert woken == [1], "the report lane does not know the time"
+    assert life.finish() == ([f"{NAME}: destroyed"], [])
+    assert life.master.words()[-1] == "destroyed"
+    assert life.state == InstanceState(NAME)
+
+
+def test_it_comes_back_until_its_removal_has_begun(life):
+    life.wants(filter={"retention_delay": 2})
+    (life.path / "data").write_text("of days")
+    life.wants(state="destroyed")
+    life.wants(state="started")
+    assert (life.state.life, life.state.keep_until, life.state.retention_days) == ("started", 0, 2)
+    assert (life.path / "data").exists()
+    for late in ("settled", "removing", "cleaned"):
+        life.wants(state="destroyed")
+        life.context.store.save_instance(dataclasses.replace(life.state, **{late: True}))
+        assert life.wants(state="started") == []
+        assert life.state.life == "destroying", late
+        life.context.store.save_instance(dataclasses.replace(life.state, **{late: False}))
+        life.wants(state="started")
+        assert life.state.life == "started"
+
+
+def test_another_instance_does_not_take_the_place_of_one_that_is_kept(life):
+    life.wants(filter={"retention_delay": 2})
+    life.wants(state="destroyed")
+    assert life.wants(guid="SOFTINST-2") == ["instances.kept"]
+    assert life.state.instance_guid == GUID
+    life.time_is_over()
+    assert life.wants(guid="SOFTINST-2") == []
+    life.finish()
+    assert life.wants(guid="SOFTINST-2") == []
+    assert (life.state.life, life.state.instance_guid) == ("started", "SOFTINST-2")
+
+
+# --- its leave --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def said(life):
+    """A file in a directory of everybody, which stays."""
+    place = life.scene.files.root / "said"
+    place.mkdir()
+    place.chmod(0o777)
+    yield place / "said"
+    shutil.rmtree(place)
+
+
+def test_its_farewell_is_run_once_by_its_user_before_anything_goes(life, said):
+    for name in ("a", "b"):
+        life.program("etc", "prerm", name, text=f"echo {name} $(id -u) $(ls -d $HOME/data) >> {said}")
+    life.program("sbin", "destroy", text=f"echo destroy $(id -u) $(ls -d $HOME/data) >> {said}")
+    life.wants()
+    (life.path / "data").write_text("")
+    life.wants(state="destroyed")
+    assert life.finish() == ([f"{NAME}: destroyed"], [])
+    home = f"{life.uid} {life.path / 'data'}"
+    assert said.read_text().splitlines() == [f"a {home}", f"b {home}", f"destroy {home}"]
+
+
+def test_a_farewell_without_end_is_ended(life, caplog):
+    life.limit(prerm_timeout=1.0)
+    life.program("etc", "prerm", "a", text="yes & sleep 1000000")
+    life.program("etc", "prerm", "b", text="true")
+    life.wants()
+    life.wants(state="destroyed")
+    destruction.take_leave(life.context, [life.partition])
+    assert life.state.prerm_ran
+    log = life.scene.config.log_dir / NAME / destruction.LOG
+    assert log.stat().st_size < 200_000
+    assert len([one for one in caplog.messages if "etc/prerm/a: took too long" in one]) == 1
+    assert len([one for one in caplog.messages if "etc/prerm/b: no time was left" in one]) == 1
+    assert life.finish() == ([f"{NAME}: destroyed"], [])
+
+
+def test_its_own_destroy_that_fails_holds_it_until_somebody_forces_it(life):
+    life.program("sbin", "destroy", text="echo not yet; exit 3")
+    life.wants()
+    life.wants(state="destroyed")
+    assert life.finish() == ([], ["instance.destroy_program"])
+    assert life.path.joinpath("sbin", "destroy").exists()
+    assert life.master.words() == ["started", "stopped", "error"]
+    assert life.finish() == ([], ["instances.not_destroyed"]), "tried again at once"
+    life.context.store.save_instance(dataclasses.replace(life.state, next_try=0.0))
+    assert life.finish() == ([], ["instance.destroy_program"])
+    assert life.state.failures == 2
+    assert life.master.words().count("error") == 1
+    assert life.finish(force=True) == ([f"{NAME}: destroyed"], [])
+    assert life.state.life == "free"
+
+
+# --- what its user leaves ---------------------------------------------------------------------------------------------
+
+_LEAVE = """
+import ctypes, os
+libc = ctypes.CDLL(None)
+private, create = 0, 0o1000
+print(libc.shmget(private, 4096, create | 0o600), libc.semget(private, 1, create | 0o600), libc.msgget(private, create | 0o600))
+for top in ("/tmp", "/var/tmp", "/dev/shm"):
+    os.makedirs(f"{top}/left-%d/below/and below" % os.getuid())
+    os.symlink("/etc", f"{top}/left-%d/link" % os.getuid())
+    open(f"{top}/file-%d" % os.getuid(), "w").close()
+"""
+OTHER = 61998
+
+
+def ipc(uid):
+    return sorted((kind, number) for kind in ("shm", "sem", "msg") for number in remains._objects(kind, uid))
+
+
+def leave(uid):
+    subprocess.run(
+        [sys.executable, "-I", "-c", _LEAVE],
+        user=uid,
+        group=uid,
+        extra_groups=[],
+        check=True,
+        capture_output=True,
+    )
+
+
+def left(uid):
+    return sorted(
+        str(path)
+        for top in ("/tmp", "/var/tmp", "/dev/shm")
+        for path in Path(top).iterdir()
+        if path.lstat().st_uid == uid
+    )
+
+
+@pytest.fixture
+def spools():
+    """The directories of cron and at, as Debian's packages make them."""
+    made = []
+    for name, mode in (("crontabs", 0o1730), ("atjobs", 0o1770), ("atspool", 0o1770)):
+        path = Path("/var/spool/cron", name)
+        if not path.exists():
+            path.mkdir(parents=True)
+            path.chmod(mode)
+            made.append(path)
+    yield Path("/var/spool/cron")
+    for path in made:
+        for one in path.iterdir():
+            one.unlink()
+        path.rmdir()
+
+
+def test_nothing_of_its_user_stays_on_the_node(life, spools):
+    user = life.partition.user
+    life.wants()
+    for uid, name in ((life.uid, user), (OTHER, "somebody")):
+        leave(uid)
+        for path in (
+            spools / "crontabs" / name,
+            spools / "atjobs" / f"a0000{uid}",
+            spools / "atspool" / f"a{uid}",
+        ):
+            path.write_text("* * * * * true\n")
+            os.chown(path, uid, uid)
+    assert len(ipc(life.uid)) == len(ipc(OTHER)) == 3
+    assert len(left(life.uid)) == len(left(OTHER)) == 6
+    before = ipc(OTHER), left(OTHER)
+    life.wants(state="destroyed")
+    assert life.finish() == ([f"{NAME}: destroyed"], [])
+    assert (ipc(life.uid), left(life.uid)) == ([], [])
+    assert (ipc(OTHER), left(OTHER)) == before
+    jobs = [path for kind in ("crontabs", "atjobs", "atspool") for path in (spools / kind).iterdir()]
+    assert {path.stat().st_uid for path in jobs} == {OTHER}
+    assert Path("/etc/passwd").exists()
+    remains.remove_jobs("somebody", OTHER)
+    remains.remove("somebody", OTHER)
+    assert (ipc(OTHER), left(OTHER)) == ([], [])
+    # again, as by one who was killed after it
+    remains.remove_jobs(user, life.uid)
+    remains.remove(user, life.uid)
