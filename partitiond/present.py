@@ -166,11 +166,28 @@ def status(value: dict[str, Any]) -> str:
     ]
     heads = ("partition", "state", "user", *kinds.values(), "IPv4", "tap", "processes", "tunnels", "drift")
     lines.append(table(heads, rows))
+    lines += _releases(value.get("software", ()))
     if node["trial"]:
         lines.append(colour(_trial(node["trial"]), "yellow"))
     lines += [f"open: {printable(text)}" for text in node["open_cases"]]
     lines += [f"drift: {printable(text)}" for text in node["drift"]]
     return "\n".join(lines)
+
+
+def _releases(found: Sequence[dict[str, Any]]) -> list[str]:
+    """A table of the software releases."""
+    if not found:
+        return []
+    rows = []
+    for one in found:
+        notes = [] if one["listed"] else ["not listed by the master any more, kept"]
+        if one.get("kept_for"):
+            notes.append(f"to be removed, but used by {', '.join(one['kept_for'])}")
+        if one["error"]:
+            again = f", again in {one['next_try_seconds']} s" if one.get("next_try_seconds") else ""
+            notes.append(f"{one['error']}{again}")
+        rows.append((one["url"], one["state"], "; ".join(notes)))
+    return ["", table(("software", "state", ""), rows)]
 
 
 def _trial(found: dict[str, Any]) -> str:

@@ -79,6 +79,16 @@ def told(node, endpoint, url):
 
 def test_it_outlives_a_killed_daemon_and_ends_while_there_is_none(node, building):
     assert parent(building.runner.pid) == 1, "it is the child of somebody who may be waited for"
+    (shown,) = node.cli("status").value["software"]
+    assert (shown["url"], shown["state"]) == (building.url, "building")
+    logs = subprocess.run(
+        node.line("logs", "software", building.url),
+        env=node.environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert f"building {building.url}" in logs.stdout
     node.kill()
     node.start()
     assert busy(node, building.fifo) == building.waiting

@@ -3,6 +3,7 @@
 The tests follow each other: each goes on from where the one before has left the node.
 """
 
+import json
 from pathlib import Path
 
 import pytest
@@ -148,6 +149,11 @@ def test_software_in_use_stays_until_its_last_instance_is_gone(node, url):
     pids = [one["pid"] for one in node.partition(name)["processes"]]
     assert software.is_dir()
     assert all(alive(pid) for pid in pids)
+    events = [json.loads(line) for line in (node.base / "log" / "events.jsonl").read_text().splitlines()]
+    (kept,) = [one for one in events if one["event"] == "software.kept"]
+    assert kept["partitions"] == [name], "it is told once, with why"
+    (shown,) = node.cli("status").value["software"]
+    assert (shown["state"], shown["kept_for"]) == ("available", [name])
     node.request("next", url, state="destroyed")
     node.wait(lambda: not software.exists(), "the software to be removed")
     node.wait(lambda: node.front.count("destroyedSoftwareRelease"), "the master to be told")

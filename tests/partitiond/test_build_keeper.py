@@ -1,0 +1,221 @@
+"""The process that builds, without a daemon: killed anywhere, begun twice at once, ended; one build at a time, nothing left."""
+
+import os
+import pwd
+import shutil
+import signal
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from partitiond import build_keeper, buildout, config, files, procfs, software_build
+from partitiond.build_keeper import Outcome, Places
+from partitiond.errors import PartitiondError
+
+RELEASE = Path(__file__).resolve().parents[1] / "lifecycle" / "release"
+USER = "daemon"
+
+
+@pytest.fixture
+def scene():
+    base = Path("/srv/keeper")
+    base.mkdir(mode=0o755)
+    for name in ("software", "log", "log/software", "run", "state"):
+        (base / name).mkdir(mode=0o755)
+    shutil.chown(base / "software", USER, USER)
+    shutil.copytree(RELEASE, base / "release")
+    (base / "slapos.cfg").write_text(
+        f"[slapos]\ncomputer_id = C\nmaster_url = http://[::1]/\nsoftware_root = {base}/software\n"
+        f"instance_root = {base}/instance\n[slapformat]\ninterface_name = lo\npartition_amount = 1\n"
+        f"software_user = {USER}\n[partitiond]\noffline_builds = true\nlog_dir = {base}/log\n"
+        f"state_dir = {base}/state\nrun_dir = {base}/run\n"
+    )
+    found = config.load(base / "slapos.cfg")
+    yield SimpleNamespace(
+        base=base, url=f"{base}/release/software.cfg", config=found, places=Places.of(found)
+    )
+    build_keeper.end(found)
+    shutil.rmtree(base)
+
+
+def says(scene, words):
+    (scene.base / "release" / "build").write_text(words)
+
+
+def fifo(scene):
+    path = scene.base / "fifo"
+    os.mkfifo(path)
+    path.chmod(0o644)
+    says(scene, f"cat {path}")
+    return path
+
+
+def busy(scene, path):
+    wanted = f"/bin/cat\0{path}\0".encode()
+    deadline = time.monotonic() + 60
+    while True:
+        found = [pid for pid in procfs.pids() if b"\0".join(procfs.words(pid, "cmdline")) == wanted]
+        assert len(found) <= 1
+        if found:
+            return found[0]
+        assert time.monotonic() < deadline, tail(scene)
+        time.sleep(0.02)
+
+
+def tail(scene):
+    log = scene.places.directory / "runner.log"
+    return buildout.tail(buildout.software_log(scene.config, scene.url)) + (
+        log.read_text() if log.exists() else ""
+    )
+
+
+def ended(scene):
+    """Wait for the end; what came of it."""
+    while (runner := build_keeper.running(scene.config)) is not None:
+        build_keeper.wait(runner, 1)
+    found = list(build_keeper.outcomes(scene.config))
+    build_keeper.forget_outcome(scene.config, scene.url)
+    return found
+
+
+def of_builds():
+    uid = pwd.getpwnam(USER).pw_uid
+    return [pid for pid in procfs.pids() if procfs.user_of(pid) == uid]
+
+
+def test_killed_at_any_moment_it_is_gone_on_with(scene):
+    for delay in (0.0, 0.3, 0.8, 1.6):
+        build_keeper.start(scene.config, scene.url, force=False)
+        time.sleep(delay)
+        runner = build_keeper.running(scene.config)
+        if runner is None:
+            break
+        os.kill(runner.pid, signal.SIGKILL)
+        assert build_keeper.wait(runner, 10)
+        build_keeper.end_cut_off(scene.config)
+        assert not of_builds(), "something of it goes on"
+        assert build_keeper.running(scene.config) is None
+    build_keeper.start(scene.config, scene.url, force=False)
+    assert ended(scene) == [Outcome(scene.url)], tail(scene)
+    assert buildout.completed(scene.config, scene.url)
+    assert not of_builds()
+
+
+def test_a_step_that_is_killed_is_a_failure_that_is_told(scene):
+    path = fifo(scene)
+    build_keeper.start(scene.config, scene.url, force=False)
+    os.kill(busy(scene, path), signal.SIGKILL)
+    (outcome,) = ended(scene)
+    assert outcome.code == "software.build"
+    assert "SIGKILL" in outcome.message.partition("\n")[0]
+    assert not buildout.completed(scene.config, scene.url)
+    assert not of_builds()
+
+
+def test_begun_twice_at_once_there_is_one(scene):
+    path = fifo(scene)
+    begin = threading.Barrier(3)
+
+    def start():
+        begin.wait()
+        build_keeper.start(scene.config, scene.url, force=False)
+
+    threads = [threading.Thread(target=start) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    runner = build_keeper.running(scene.config)
+    assert runner.url == scene.url
+    busy(scene, path)
+    assert build_keeper.end(scene.config, "another") is False
+    assert build_keeper.running(scene.config) == runner
+    assert build_keeper.end(scene.config, scene.url)
+    assert not list(build_keeper.outcomes(scene.config)), "its end was taken for a failure"
+    assert not of_builds()
+    assert build_keeper.end(scene.config) is False
+
+
+def test_one_that_does_not_end_when_asked_is_killed(scene, monkeypatch):
+    monkeypatch.setattr(build_keeper, "_GRACE", 1.0)
+    path = fifo(scene)
+    build_keeper.start(scene.config, scene.url, force=False)
+    busy(scene, path)
+    runner = build_keeper.running(scene.config)
+    os.kill(runner.pid, signal.SIGSTOP)
+    assert build_keeper.end(scene.config)
+    assert not of_builds()
+
+
+def test_a_number_that_is_somebody_else_s_is_left_alone(scene):
+    """After a restart of the machine a record may name any process; and a lock without a holder says that nobody builds."""
+    own = build_keeper.Runner(scene.url, os.getpid(), procfs.started(os.getpid()), procfs.boot())
+    assert own.lives()
+    for other in (replace(own, started=own.started + 1), replace(own, boot="another")):
+        assert not other.lives()
+        assert build_keeper.wait(other, 0)
+    assert not build_keeper.wait(own, 0)
+    assert build_keeper.running(scene.config) is None
+
+
+def test_an_outcome_that_cannot_be_read_is_none(scene):
+    places = scene.places
+    places.outcomes.mkdir()
+    for number, content in enumerate((b"", b"{", b"[]", b'{"url": "x", "other": 1}')):
+        (places.outcomes / f"{number}.json").write_bytes(content)
+    build_keeper.save_outcome(places, Outcome("http://r", code="software.build", message="m"))
+    assert [one.url for one in build_keeper.outcomes(scene.config)] == ["http://r"]
+    assert len(list(places.outcomes.iterdir())) == 1
+
+
+def test_a_runner_that_cannot_start_is_told(scene):
+    scene.places.directory.mkdir()
+    scene.places.lock.mkdir()
+    with pytest.raises(PartitiondError) as caught:
+        build_keeper.start(scene.config, scene.url, force=False)
+    assert caught.value.code == "software.runner"
+    scene.places.lock.rmdir()
+
+
+def test_a_log_of_a_long_build_is_bounded(tmp_path):
+    path = tmp_path / "x.log"
+    with path.open("ab", buffering=0) as writer:
+        writer.write(b"a" * 1000)
+        buildout.bound(path, 1000)
+        assert path.stat().st_size == 1000
+        writer.write(b"b")
+        buildout.bound(path, 1000)
+        writer.write(b"c")  # goes on where it begins anew
+    assert path.read_bytes() == b"c"
+    assert path.with_name("x.log.1").read_bytes() == b"a" * 1000 + b"b"
+
+
+def test_credentials_of_the_software_user_go_along(scene, monkeypatch):
+    owner = pwd.getpwnam(USER)
+    home = scene.base / "home"
+    home.mkdir()
+    monkeypatch.setattr(
+        software_build.pwd, "getpwuid", lambda uid: SimpleNamespace(pw_dir=str(home), pw_uid=uid)
+    )
+    numbers = (owner.pw_uid, owner.pw_gid)
+    path = buildout.software_directory(scene.config, scene.url) / ".netrc"
+    software_build._prepare(scene.config, scene.url, numbers)
+    assert not path.exists()
+    (home / ".netrc").write_text("machine x\n")
+    software_build._prepare(scene.config, scene.url, numbers)
+    assert (path.read_text(), path.stat().st_mode & 0o777, path.stat().st_uid) == (
+        "machine x\n",
+        0o600,
+        owner.pw_uid,
+    )
+    (home / ".netrc").unlink()
+    (home / ".netrc").symlink_to("/etc/shadow")
+    with pytest.raises(PartitiondError, match="plain file"):
+        software_build._prepare(scene.config, scene.url, numbers)
+    (home / ".netrc").unlink()
+    software_build._prepare(scene.config, scene.url, numbers)
+    assert not files.there(str(path)), "what was copied before stays"
