@@ -153,7 +153,8 @@ def _one(
         # what the master shows as an error may be what it was told of a promise in between
         _tell(context, state, "" if page.told or page.failing() else entry.access_status)
         return None
-    return _configure(context, node, partition, state, entry)
+    with context.promises.resting(partition.id):
+        return _configure(context, node, partition, state, entry)
 
 
 def _due(state: InstanceState, entry: PartitionDocument, period: int) -> bool:

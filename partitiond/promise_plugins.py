@@ -249,7 +249,7 @@ def _load(folder, name, path):
     if re.match(r"[a-zA-Z_]", name) is None:
         raise ValueError("Promise plugin name %r is not valid" % name)
     sys.path[0:0] = [folder]
-    title = os.path.splitext(name)[0]
+    title = str(os.path.splitext(name)[0])
     module = types.ModuleType(title)
     module.__file__ = path
     # never in place of one that others mean by that name

@@ -243,7 +243,8 @@ def _run(context: Context, server: PromiseServer, turn: _Turn, release: str) -> 
         pin=pin,
         ipc=str(privacy.directory(config) / namespaces.IPC) if pin else "",
     )
-    timeout = config.grid.promise_timeout
+    limit = config.grid.promise_timeout
+    timeout = int(limit) if limit.is_integer() else limit  # plugins know it as a whole number
     job: dict[str, Any] = {
         "mode": "anomaly" if turn.anomaly else "test",
         "timeout": timeout,

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from promise_scene import PLUGIN, SLAPOS_CORE
 
-ERROR, STARTED, BANG = "softwareInstanceError", "startedComputerPartition", "softwareInstanceBang"
+ERROR, STARTED = "softwareInstanceError", "startedComputerPartition"
 
 
 @pytest.fixture(scope="module")
@@ -17,11 +17,10 @@ def node(make_node):
     return node
 
 
-def plugin(node, item, sense):
-    """As the instance's own buildout would write it; asked every few seconds."""
-    text = PLUGIN.format(
-        core=SLAPOS_CORE, config={}, init="    self.setPeriodicity(0.02)", sense=f"    {sense}", more=""
-    )
+def plugin(item, sense):
+    """As the instance's own buildout would write it; asked every few seconds. It does not bang, so nothing is processed anew."""
+    init = "    self.setPeriodicity(0.02)\n    self.allowBang(False)"
+    text = PLUGIN.format(core=SLAPOS_CORE, config={}, init=init, sense=f"    {sense}", more="")
     directory = Path(item["path"], "etc", "plugin")
     directory.mkdir(exist_ok=True)
     new = directory / "new"
@@ -31,7 +30,7 @@ def plugin(node, item, sense):
     new.rename(directory / "flag.py")
 
 
-def test_a_failure_is_told_with_a_bang_and_so_is_its_end(node):
+def test_a_failure_is_told_and_so_is_its_end(node):
     url = node.release()
     node.supply(url)
     node.request("one", url, text="one")
@@ -40,21 +39,20 @@ def test_a_failure_is_told_with_a_bang_and_so_is_its_end(node):
     node.wait(lambda: node.front.count(STARTED), "the instance to be told of")
     flag = Path(item["path"], "flag")
     flag.write_text("")
-    plugin(
-        node, item, "import os; (self.logger.info if os.path.exists('flag') else self.logger.error)('flag?')"
-    )
+    plugin(item, "import os; (self.logger.info if os.path.exists('flag') else self.logger.error)('flag?')")
     promises = node.wait(lambda: node.partition(name)["promises"], "the promise to be asked")
     assert [(one["name"], one["state"]) for one in promises] == [("flag.py", "ok")]
-    before = len(node.front.seen)
+    before, buildouts = len(node.front.seen), node.buildouts(name)
     flag.unlink()
     node.wait(lambda: node.front.count(ERROR, before), "the failure to be told")
     told = [one.fields["error_log"] for one in node.front.seen[before:] if one.endpoint == ERROR]
     assert "Promise 'flag.py' failed with output: flag?" in told[0]
-    node.wait(lambda: node.front.count(BANG, before), "the plugin's bang")
     (one,) = node.partition(name)["promises"]
     assert (one["state"], one["message"]) == ("failed", "flag?")
+    assert node.partition(name)["state"] == "started"
     before = len(node.front.seen)
     flag.write_text("")
     node.wait(lambda: node.front.count(STARTED, before), "the end of it to be told")
     node.wait(lambda: node.partition(name)["promises"][0]["state"] == "ok", "it to be shown")
-    node.wait_for_state(name, "started")
+    assert node.front.count(ERROR, before) == 0
+    assert node.buildouts(name) == buildouts
