@@ -9,7 +9,7 @@ import os
 import pwd
 from typing import TYPE_CHECKING
 
-from partitiond import build_server, buildout, certificates, execute, files, privacy
+from partitiond import build_server, buildout, certificates, execute, files, instance_bootstrap, privacy
 from partitiond.errors import PartitiondError
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ cert-file = {certificate}
 shared-part-list =
 {shared}
 build-time-part-list =
-{shared}
+{_lines(config.software.build_time_part_list)}
 requested-state = {entry.requested_state}
 
 [slap_connection]
@@ -108,11 +108,15 @@ def configure_instance(context: Context, partition: Partition, entry: PartitionD
 def _build(
     context: Context, partition: Partition, directory: Path, env: Mapping[str, str], log: int
 ) -> execute.Outcome:
-    """Run the release's buildout, or have it done by the server of builds, which comes to the same."""
+    """Run the release's buildout, or have it done by the server of builds, which comes to the same.
+
+    Where it is to be bootstrapped first, that is done each time, as slapgrid does.
+    """
     config = context.config
     record = buildout.session_record(config, partition.id)
     timeout = config.grid.partition_timeout
-    if build_server.fits(config, directory):
+    bootstrap = instance_bootstrap.command(config, partition, directory)
+    if not bootstrap and build_server.fits(config, directory):
         pinned = privacy.directory(config), partition.id
         wanted = build_server.Build(
             directory,
@@ -124,18 +128,25 @@ def _build(
         outcome = context.builds.build(wanted, log=log, stop=context.stop, timeout=timeout, record=record)
         if outcome is not None:
             return outcome
-    return execute.as_user(
-        partition.user,
-        partition.user,
-        [str(directory / "bin" / "buildout"), "-U"],
-        cwd=partition.path,
-        env=env,
-        log=log,
-        stop=context.stop,
-        timeout=timeout,
-        record=record,
-        enter=privacy.entry(config, partition),
-    )
+
+    def run(command: list[str]) -> execute.Outcome:
+        return execute.as_user(
+            partition.user,
+            partition.user,
+            command,
+            cwd=partition.path,
+            env=env,
+            log=log,
+            stop=context.stop,
+            timeout=timeout,
+            record=record,
+            enter=privacy.entry(config, partition),
+        )
+
+    if not bootstrap:
+        return run([str(directory / "bin" / "buildout"), "-U"])
+    outcome = run(bootstrap)
+    return run([str(partition.path / "sbin" / "buildout"), "-U"]) if outcome.ok else outcome
 
 
 def _link_software(descriptor: int, directory: Path) -> None:

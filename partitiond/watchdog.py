@@ -202,7 +202,7 @@ class Watchdog:
                 "%s: %s ended; the master is not told: %s", partition, _words(names), sentence(error)
             )
             return False
-        self._tell(turn.result, "watchdog.bang", partition, f"{_words(names)} ended; the master is told")
+        self._tell(turn.result, "watchdog.banged", partition, f"{_words(names)} ended; the master is told")
         self.context.wake_instances()
         return True
 

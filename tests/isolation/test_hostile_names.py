@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from supervisor.options import ServerOptions, UnhosedConfigParser
 
 from partitiond import config, instance_build, present, software_build, verbs
+from partitiond.config_grid import GridKeys
 from partitiond.config_software import SoftwareKeys
 from partitiond.errors import PartitiondError, printable, sentence
 from partitiond.state import software_name
@@ -220,7 +221,7 @@ def release(tmp_path_factory):
         shared_part_list="",
         certificate_repository=None,
         instance_storage_home=None,
-        ipv4_network="10.0.0.0/16",
+        grid=GridKeys(),
         offline_builds=True,
         software=SoftwareKeys(),
     )

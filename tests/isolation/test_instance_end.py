@@ -11,10 +11,11 @@ from pathlib import Path
 import hostile_node
 import pytest
 
-from partitiond import destruction, instances, marks, periods, remains, retention, status
+from partitiond import destruction, instance_cleanup, instances, marks, periods, remains, retention, status
 from partitiond.context import Context
 from partitiond.state import InstanceState
 from slap_client.documents import ComputerDocument, PartitionDocument
+from slap_client.errors import SlapError
 
 NAME, GUID = "slappart0", "SOFTINST-1"
 DAY = 86400
@@ -218,6 +219,103 @@ def test_a_full_disk_is_said_before_anything_is_done(life):
     assert "instance_min_free_space" in life.context.store.instance(NAME).error or life.master.words() == [
         "error"
     ]
+
+
+_BOOTSTRAP = """import os, pathlib
+pathlib.Path("sbin").mkdir(exist_ok=True)
+script = pathlib.Path("sbin/buildout")
+script.write_text("#!/bin/sh\\necho $1 $(id -u) $SLAPGRID_INSTANCE_ROOT > bootstrapped\\n")
+script.chmod(0o755)
+"""
+
+
+@pytest.fixture
+def release_bin(life):
+    """The programs of the release, put back afterwards."""
+    place = life.scene.software / "bin"
+    yield place
+    for path in place.iterdir():
+        if path.name != "buildout":
+            path.unlink()
+    life.scene.make_software()
+
+
+def test_a_release_may_bootstrap_its_buildout_in_the_partition(life, release_bin):
+    script = release_bin / "bootstrap-of-it"
+    script.write_text(f"#!{sys.executable} -I\n{_BOOTSTRAP}")  # not executable
+    os.chown(script, life.scene.soft.pw_uid, life.scene.soft.pw_gid)
+    script.chmod(0o644)
+    assert life.wants() == []
+    said = (life.path / "bootstrapped").read_text().split()
+    assert said == ["-U", str(life.uid), str(life.scene.config.instance_root)]
+    script.write_text("#!/bin/sh\nexit 5\n")
+    assert life.wants(stamp="2") == ["instance.build"]
+    (release_bin / "bootstrap2").write_text("")
+    assert life.wants(stamp="3") == ["instance.bootstrap"]
+
+
+def test_a_release_without_a_buildout_has_the_nodes_own(life, release_bin):
+    (release_bin / "buildout").unlink()
+    assert life.wants() == [], (life.scene.config.log_dir / NAME / "buildout.log").read_text()
+    made = life.path / "sbin" / "buildout"
+    assert made.stat().st_uid == life.uid
+    log = (life.scene.config.log_dir / NAME / "buildout.log").read_text()
+    assert f"Generated script '{made}'" in log
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize(
+    "step",
+    [
+        "running.stop",
+        "remains.remove_jobs",
+        "execute.end_processes_of",
+        "privacy.forget",
+        "remains.remove",
+        "certificates.remove",
+        "identities.remove",
+        "files.remove_emptied",
+        "storage.empty",
+    ],
+)
+def test_an_end_that_is_cut_short_is_finished(life, monkeypatch, step, when):
+    """As by a kill: what has no handler of ours runs through."""
+    module, name = step.split(".")
+    target = getattr(instance_cleanup, module)
+    real = getattr(target, name)
+
+    def killed(*words, **more):
+        if when == "after":
+            real(*words, **more)
+        raise KeyboardInterrupt
+
+    life.wants()
+    (life.path / "data").write_text("")
+    life.wants(state="destroyed")
+    with monkeypatch.context() as patch:
+        patch.setattr(target, name, killed)
+        with pytest.raises(KeyboardInterrupt):
+            life.finish()
+    assert (life.state.life, life.state.removing, life.state.cleaned) == ("destroying", True, False)
+    assert life.master.words()[-1] == "stopped"
+    # too late to come back
+    assert life.wants(state="started") == []
+    assert life.finish() == ([f"{NAME}: destroyed"], [])
+    assert [path.name for path in life.path.iterdir()] == [".slapos-resource"]
+
+
+def test_one_that_the_master_was_not_told_of_is_told_again(life, monkeypatch):
+    life.wants()
+    life.wants(state="destroyed")
+    with monkeypatch.context() as patch:
+        patch.setattr(Master, "instance_destroyed", unreachable, raising=False)
+        assert life.finish() == ([], ["slap.unreachable"])
+    assert (life.state.life, life.state.cleaned) == ("destroying", True)
+    assert life.finish() == ([f"{NAME}: destroyed"], [])
+
+
+def unreachable(*_):
+    raise SlapError("slap.unreachable", "no route", retryable=True)
 
 
 # --- the files that slapgrid leaves -----------------------------------------------------------------------------------
