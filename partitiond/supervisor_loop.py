@@ -1,7 +1,8 @@
 """supervisord's loop woken by what happens instead of once a second.
 
 A child that ends wakes it (its signal, by ``signal.set_wakeup_fd``), and so does the moment at which a process changes its
-state by time alone: it has run for long enough, is to be started again, or has not ended in time. Else it sleeps.
+state by time alone: it has run for long enough, is to be started again, or has not ended in time. Else it sleeps. When it
+wakes it looks at the groups that something has happened to, and not at each of a thousand processes for each line of a log.
 """
 
 from __future__ import annotations
@@ -23,7 +24,10 @@ IN_TRANSIT = (ProcessStates.STARTING, ProcessStates.BACKOFF, ProcessStates.STOPP
 
 
 class Poller(PollPoller):  # type: ignore[misc]
-    """Waits for as long as nothing can be due; ``hurry``: something has changed, so all are looked at again at once."""
+    """Waits for as long as nothing can be due; ``hurry``: something has changed, so there is another turn at once.
+
+    ``restless`` are the groups that are looked at in the next turn.
+    """
 
     hurry = True
 
@@ -32,20 +36,69 @@ class Poller(PollPoller):  # type: ignore[misc]
         self._sockets = sockets
         # by id: processes of supervisor compare as equal by priority, and cannot be hashed
         self._in_transit: dict[int, Any] = {}
+        self._dispatchers: dict[int, Any] | None = None
+        self._groups: dict[str, Any] = {}
+        self.restless: set[str] = set()
+
+    def attend(self, supervisord: Any) -> None:
+        """Let the loop of this supervisord ask for the dispatchers of its processes only when they are others."""
+        ask, self._groups = supervisord.get_process_map, supervisord.process_groups
+
+        def dispatchers() -> dict[int, Any]:
+            if self._dispatchers is None:
+                self._dispatchers = ask()
+            return self._dispatchers
+
+        supervisord.get_process_map = dispatchers
+
+    def attend_group(self, group: Any) -> None:
+        """Let a group that is new take its turns only when it is restless, as it is now."""
+        name, turn = group.config.name, group.transition
+
+        def transition() -> None:
+            if name in self.restless:
+                self.restless.discard(name)
+                turn()  # what changes by that is told, and makes it restless again
+                if any(process.state in IN_TRANSIT for process in group.processes.values()):
+                    self.restless.add(name)
+
+        group.transition = transition
+        self.restless.add(name)
+        self.hurry = True
 
     def changed(self, process: Any) -> None:
         """Take note of a process that has another state now."""
         self.hurry = True
+        self._dispatchers = None  # in this turn they become others
+        if process.group is not None:
+            self.restless.add(process.group.config.name)
         if process.state in IN_TRANSIT:
             self._in_transit[id(process)] = process
         else:
             self._in_transit.pop(id(process), None)
 
+    def register_readable(self, fd: int) -> None:
+        """Wait for one, once: the loop asks for each in each turn."""
+        if fd not in self.readables:
+            super().register_readable(fd)
+
+    def register_writable(self, fd: int) -> None:
+        """Wait until one can be written to, and for that alone, as it is with supervisor's own."""
+        super().register_writable(fd)
+        self.readables.discard(fd)
+
+    def forget_dispatchers(self) -> None:
+        """Ask for all dispatchers again: processes have others without having changed their state."""
+        self._dispatchers = None
+
     def poll(self, timeout: float) -> Any:
         """Wait; how long supervisord would is of no account."""
         del timeout
         pause, self.hurry = self._pause(), False
-        return super().poll(pause)
+        found = super().poll(pause)
+        if pause == _LONGEST:
+            self.restless.update(self._groups)  # what nobody has thought of
+        return found
 
     def _pause(self) -> float:
         # it takes one signal at a turn

@@ -78,6 +78,7 @@ class Interface:
         self._options.poller.close()
         self._options.poller = self._poller = Poller(self._options, sockets)
         self._wake = Wake(supervisord)
+        self._poller.attend(supervisord)
         for name in supervisord.process_groups:
             self._take_into_care(name)
         events.subscribe(events.SupervisorRunningEvent, self._begins)
@@ -208,7 +209,6 @@ class Interface:
                 answer["waiting"].append(name)
                 return False
             self._supervisord.add_process_group(config)
-            self._poller.hurry = True
             answer["done"].append(name)
         known[name] = self._supervisord.process_groups[name].config
         return True
@@ -223,6 +223,7 @@ class Interface:
         if all(type(one) is ProcessConfig and one.redirect_stderr for one in configs):
             group.config.process_configs = [Config.of(one, self._scene) for one in configs]
             group.processes = {one.name: one.make_process(group) for one in group.config.process_configs}
+        self._poller.attend_group(group)
 
     def _make_room(self) -> None:
         """Have descriptors for all programs; nothing else of supervisord's hangs on how many there may be."""
@@ -283,6 +284,7 @@ class Interface:
     def _ends(self, _: Any) -> None:
         """However supervisord ends: who is kept goes on, and all others are stopped at the same time."""
         self._scene.kept = frozenset() if self._ending_all else self._kept_now()
+        self._poller.forget_dispatchers()
         for name, group in self._supervisord.process_groups.items():
             if name not in self._scene.kept:
                 group.stop_all()

@@ -169,9 +169,12 @@ def measure(kind: type[Supervisor], count: int, repetitions: int) -> dict[str, s
         spent = ticks(pid) + sum(ticks(one.pid) for one in started)
         found["start, until all are RUNNING, s"] = f"{seconds:.1f} (CPU {spent / 1000:.1f})"
         supervisor.update()
+        spent = ticks(pid)
         more = [a_group_more(supervisor, number) for number in range(repetitions)]
+        spent = (ticks(pid) - spent) / repetitions
         found["a group more: told"] = f"{statistics.median(one for one, _ in more):.1f}"
         found["a group more: told and started"] = f"{statistics.median(one for _, one in more):.1f}"
+        found["a group more: CPU of supervisord"] = f"{spent:.0f}"
         all_run(supervisor)
         states = [timed(supervisor.processes) for _ in range(repetitions)]
         found["all states"] = f"{statistics.median(states):.1f}"
