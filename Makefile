@@ -7,7 +7,7 @@ RUN := $(ENV)/bin/python3 -I -m partitiond.sandbox --bind $(CURDIR):$(CURDIR) --
 ARGS ?=
 EXTRAS ?=
 
-.PHONY: help demo test test-full lint bench bench-node bench-packets bench-tunnels bench-accounting bench-supervisor install clean
+.PHONY: help demo test test-full lint bench bench-node bench-packets bench-tunnels bench-accounting bench-life bench-supervisor install clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -30,6 +30,7 @@ bench: $(B)/bench.stamp ## all that follows, one after the other; ARGS are given
 	$(MAKE) bench-packets
 	$(MAKE) bench-tunnels
 	$(MAKE) bench-accounting
+	$(MAKE) bench-life
 	$(MAKE) bench-supervisor
 
 bench-node: $(B)/bench.stamp ## what partitions cost, beside the floor and slapos.core, in private namespaces
@@ -46,6 +47,9 @@ bench-accounting: $(B)/bench.stamp ## what metering costs, beside nft and psutil
 
 bench-supervisor: $(B)/bench.stamp ## hundreds of groups under one supervisord, beside one without our plug-in, in private namespaces
 	$(RUN) $(PREFIX)/bin/python3 -P $(CURDIR)/tests/bench/supervisor.py $(ARGS)
+
+bench-life: $(B)/bench.stamp ## what instances cost, beside slapos.core, with slapproxy as master, in private namespaces
+	$(RUN) $(PREFIX)/bin/python3 -P $(CURDIR)/tests/bench/life.py $(ARGS)
 
 install: ## an environment at PREFIX that partition users can execute, with all that builds need offline (EXTRAS="iptables networkcache")
 	tools/environment --prefix $(PREFIX) --python $(PYTHON) --with master $(addprefix --with ,$(EXTRAS))

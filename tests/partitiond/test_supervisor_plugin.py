@@ -446,7 +446,9 @@ def test_a_process_that_keeps_us_waiting_for_its_environment_is_left_to_itself(m
     """As one can whose memory is a file of a FUSE of its own: the others are ended all the same."""
     node = made()
     node.start()
-    node.write("slappart2", node.script("away", "(setsid sleep 1009 &); (setsid sleep 1010 &); exec sleep 1011"))
+    node.write(
+        "slappart2", node.script("away", "(setsid sleep 1009 &); (setsid sleep 1010 &); exec sleep 1011")
+    )
     node.supervisor.update()
     node.all_run()
     until(lambda: node.running("sleep", "1009") and node.running("sleep", "1010"))
