@@ -25,7 +25,7 @@ lint: $(B)/test.stamp ## ruff, mypy --strict, import-linter
 	$(RUN) sh -ec 'cd $(CURDIR); PATH=$(PREFIX)/bin:$$PATH; ruff check .; ruff format --check .; mypy; lint-imports'
 
 bench: $(B)/bench.stamp ## all that follows, one after the other; ARGS are given to one alone
-	$(if $(ARGS),$(error ARGS are for one of them: make bench-node, bench-packets, bench-tunnels, bench-accounting or bench-supervisor))
+	$(if $(ARGS),$(error ARGS are for one of them: make bench-node, bench-packets, bench-tunnels, bench-accounting, bench-life or bench-supervisor))
 	$(MAKE) bench-node
 	$(MAKE) bench-packets
 	$(MAKE) bench-tunnels
