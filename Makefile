@@ -6,7 +6,7 @@ ENV := $(B)$(PREFIX)
 RUN := $(ENV)/bin/python3 -I -m partitiond.sandbox --bind $(CURDIR):$(CURDIR) --
 ARGS ?=
 EXTRAS ?=
-BENCHES := node packets tunnels accounting supervisor promises
+BENCHES := node packets tunnels accounting life supervisor promises
 
 .PHONY: help demo test test-full lint bench $(addprefix bench-,$(BENCHES)) install clean
 
@@ -46,6 +46,9 @@ bench-supervisor: $(B)/bench.stamp ## hundreds of groups under one supervisord, 
 
 bench-promises: $(B)/bench.stamp ## what a pass over promises costs, beside slapgrid's own, in private namespaces
 	$(RUN) $(PREFIX)/bin/python3 -P $(CURDIR)/tests/bench/promises.py $(ARGS)
+
+bench-life: $(B)/bench.stamp ## what instances cost, beside slapos.core, with slapproxy as master, in private namespaces
+	$(RUN) $(PREFIX)/bin/python3 -P $(CURDIR)/tests/bench/life.py $(ARGS)
 
 install: ## an environment at PREFIX that partition users can execute, with all that builds need offline (EXTRAS="iptables networkcache")
 	tools/environment --prefix $(PREFIX) --python $(PYTHON) --with master $(addprefix --with ,$(EXTRAS))

@@ -132,11 +132,14 @@ class _Child:
 
     def __init__(self, channel: socket.socket) -> None:
         self._channel = channel
+        self._status: int | None = None
         self.pid = self._number("began", _ANSWER_SECONDS)
 
     def wait(self, timeout: float | None = None) -> int:
         """Its exit status, negative for a signal. Raises TimeoutExpired, or _GoneError with the server."""
-        return self._number("ended", timeout)
+        if self._status is None:
+            self._status = self._number("ended", timeout)
+        return self._status
 
     def _number(self, word: str, timeout: float | None) -> int:
         self._channel.settimeout(timeout)
@@ -242,8 +245,12 @@ class BuildServer:
                 raise ConnectionResetError
             running.ready = True
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with theirs:
-            _send(running.control, b".", theirs.fileno())
+        try:
+            with theirs:
+                _send(running.control, b".", theirs.fileno())
+        except OSError:
+            ours.close()
+            raise
         return ours
 
     def _start(self) -> None:

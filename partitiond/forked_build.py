@@ -129,7 +129,10 @@ def _fork() -> int | None:
 def become(channel: socket.socket, server: int) -> dict[str, Any]:
     """Take the request, and become what it says: from here on nothing of root's is left. Ends the process when that fails."""
     try:
-        message, (log,) = _receive(channel, _LONGEST)
+        message, descriptors = _receive(channel, _LONGEST)
+        if not message:
+            os._exit(0)  # nothing is wanted any more
+        (log,) = descriptors
         request: dict[str, Any] = json.loads(message)
         os.setsid()
         for descriptor in (1, 2):
@@ -153,7 +156,7 @@ def become(channel: socket.socket, server: int) -> dict[str, Any]:
         _prctl(_PR_SET_DUMPABLE, 1)
     except BaseException as error:  # noqa: BLE001 - whatever it is: nothing may go on as root
         with contextlib.suppress(OSError):
-            os.write(2, f"buildout could not be started: {error!r}\n".encode())
+            os.write(2, f"buildout could not be started: {type(error).__name__}: {error}\n".encode())
         os._exit(_COULD_NOT_START)
     return request
 
@@ -206,7 +209,10 @@ def run() -> None:
     idle = float(sys.argv[3])
     _preload()
     server = os.getpid()
-    control.send(b"ready")
+    try:
+        control.send(b"ready")
+    except OSError:
+        return  # nobody waits any more
     channel = serve(control, idle)
     if channel is not None:
         build(become(channel, server))
