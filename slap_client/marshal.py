@@ -23,8 +23,10 @@ from slap_client.values import CLASSES, MAX_DEPTH, MODULE, Instance, Value
 
 __all__ = ["MAX_BYTES", "MAX_DEPTH", "MAX_NODES", "Instance", "Value", "dumps", "loads"]
 
-MAX_BYTES = 64 * 1024 * 1024
-MAX_NODES = 4_000_000
+# 500 partitions take 1.5 MB and 50 000 values, 5 000 shared instances among them some 10 MB; who sends more would hold the
+# other threads up for tens of seconds and cost hundreds of megabytes.
+MAX_BYTES = 32 * 1024 * 1024
+MAX_NODES = 1_000_000
 
 _SPACE = " \t\r\n"
 
