@@ -18,6 +18,7 @@ from partitiond import (
     destruction,
     incidents,
     instances,
+    node_pair,
     promises,
     quotas,
     reports,
@@ -56,9 +57,9 @@ def knock(context: Context) -> ComputerDocument:
     """What the master says of this computer, whatever that is; lanes share it. Raises SlapError."""
     try:
         document = context.wishes.ask(context.client, context.lane, _first_pause(context))
-    except SlapError:
+    except SlapError as error:
         context.master.note(False)
-        raise
+        raise node_pair.explain(context.config, error) from error
     context.master.note(True)
     return document
 
