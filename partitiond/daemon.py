@@ -32,6 +32,7 @@ from partitiond import (
     metrics,
     metrics_listener,
     node_pair,
+    reboots,
     recovery,
     reload,
     report_verbs,
@@ -293,6 +294,7 @@ class Daemon:
         for record in context.config.run_dir.glob("*.session"):
             execute.end_cut_off(record)
         self._trials.begin()
+        reboots.note(context)
         outcome = converge.apply(context)
         config = context.config
         context.events.record(

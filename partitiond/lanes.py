@@ -27,7 +27,7 @@ from partitiond import (
     storage,
     trial,
 )
-from partitiond.errors import PartitiondError
+from partitiond.errors import PartitiondError, sentence
 from partitiond.passes import Result, Wish
 from partitiond.state import software_name
 from slap_client.capacity import (
@@ -58,15 +58,24 @@ def knock(context: Context) -> ComputerDocument:
     try:
         document = context.wishes.ask(context.client, context.lane, _first_pause(context))
     except SlapError as error:
-        context.master.note(False)
-        raise node_pair.explain(context.config, error) from error
-    context.master.note(True)
+        explained = node_pair.explain(context.config, error)
+        _tell(context, "master.lost", context.master.note(False), explained)
+        raise explained from error
+    _tell(context, "master.back", context.master.note(True))
     return document
 
 
 def _first_pause(context: Context) -> float:
     intervals = context.config.intervals
     return min(intervals.software, intervals.instances)
+
+
+def _tell(context: Context, event: str, message: str, error: SlapError | None = None) -> None:
+    """Record that the master went or came."""
+    if message:
+        details = {"code": error.code, "reason": sentence(error), "hint": error.hint} if error else {}
+        logger.info("%s", message)
+        context.events.record(event, message, resource=context.config.master_url, **details)
 
 
 def ask(context: Context) -> ComputerDocument:
@@ -100,7 +109,7 @@ def capacity(context: Context) -> Result:
     context.wishes.spare(context.lane)
     with context.wishes.watched(_first_pause(context)):
         context.client.post_capacity(_document(target, data, same(_distribution())))
-    context.master.note(True)
+    _tell(context, "master.back", context.master.note(True))
     return Result([f"capacity of {len(target.partitions)} partitions posted"], [])
 
 
