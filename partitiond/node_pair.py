@@ -100,6 +100,7 @@ def explain(config: Config, error: SlapError) -> SlapError:
         retryable=error.retryable,
         status=error.status,
         unsent=error.unsent,
+        retry_after=error.retry_after,
     )
 
 

@@ -70,6 +70,8 @@ def read(place: Place, *, reader: int | None = None) -> Found | None:
         with files.directory(place.directory) as top:
             current = _current(place, top)
             if current is None:
+                if _is_ours(place, top):
+                    return None  # the first one, whose writer was cut short
                 return Found(
                     files.read(place.key, dir_fd=top, limit=_LIMIT, reader=reader),
                     files.read(place.certificate, dir_fd=top, limit=_LIMIT, reader=reader),
@@ -122,13 +124,20 @@ def remove(place: Place) -> None:
 
 def _current(place: Place, top: int) -> str | None:
     """The directory that holds now; None where the names are no links of ours, whatever else they are."""
+    if not _is_ours(place, top):
+        return None
     try:
-        if os.readlink(place.key, dir_fd=top) != f"{place.switch}/{KEY}":
-            return None
         target = os.readlink(place.switch, dir_fd=top)
     except OSError:
         return None
     return target if place.slot(target) else None
+
+
+def _is_ours(place: Place, top: int) -> bool:
+    try:
+        return os.readlink(place.key, dir_fd=top) == f"{place.switch}/{KEY}"
+    except OSError:
+        return False
 
 
 def _take_in(place: Place, top: int) -> None:
