@@ -15,6 +15,7 @@ from netplan.once import once, same
 from partitiond import (
     __version__,
     converge,
+    destroy_guard,
     destruction,
     incidents,
     instances,
@@ -208,14 +209,16 @@ def _tap(partition: Partition, target: Node) -> CapacityTap:
 
 def software(context: Context, wish: Wish = _NOTHING_SPECIAL) -> Result:
     """Build and remove software releases."""
-    document = ask(context)
+    document, held = destroy_guard.spare_software(context, ask(context))
     whole = document
     if wish.only:
         chosen = tuple(one for one in document.software if wish.only & {one.url, software_name(one.url)})
         document = replace(document, software=chosen)
-    result = softwares.run_pass(context, document, force=wish.force, ask=lambda: ask(context))
+    again = lambda: destroy_guard.spare_software(context, ask(context))[0]  # noqa: E731 - a word for it
+    result = softwares.run_pass(context, document, force=wish.force, ask=again)
+    result.failures += held
     if wish.collect and not whole.rejected_software:
-        _collect(context, frozenset(one.url for one in whole.software), result)
+        _collect(context, frozenset(one.url for one in whole.software) | {url for url, _ in held}, result)
     return result
 
 
