@@ -440,6 +440,12 @@ def _report(options: argparse.Namespace) -> int:
     return OK
 
 
+def _register(options: argparse.Namespace) -> int:
+    from partitiond import cli_register  # noqa: PLC0415 - as above
+
+    return cli_register.run(options, lambda name, value, text: _print(options, name, value, text))
+
+
 def _demo(options: argparse.Namespace) -> int:
     from partitiond.demo import run  # noqa: PLC0415 - as above
 
@@ -463,6 +469,7 @@ _VERBS: dict[str, Callable[[argparse.Namespace], int]] = {
     "tunnel": _tunnel,
     "report": _report,
     "node": _node,
+    "register": _register,
     "teardown": _teardown,
     "demo": _demo,
 }

@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING, NoReturn
 
-from partitiond import __version__, cli_logs, cli_node_parser
+from partitiond import __version__, cli_logs, cli_node_parser, cli_register
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -71,6 +71,7 @@ def parser() -> argparse.ArgumentParser:
     _add_changing(verb)
     _add_reading(verb)
     _add_tunnel(verb("tunnel", "the encrypted tunnels"), common)
+    cli_register.add_options(verb("register", "get the node's X509 pair from the master"))
     _add_report(verb("report", "the usage documents for the master"), common)
     cli_node_parser.add(verb("node", "the verbs of slapos node, with their options"), common, _Parser)
     teardown = verb("teardown", "remove all that partitiond made from the system")

@@ -11,6 +11,7 @@ from partitiond.build_server import BuildServer
 from partitiond.events import SESSIONS, EventLog
 from partitiond.incidents import IncidentWatch
 from partitiond.master import Connection, MasterContact
+from partitiond.messages import Outbox
 from partitiond.metering import Metering, ledger_path
 from partitiond.promise_book import PromiseBook
 from partitiond.quotas import QuotaBook
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from partitiond.node import Node
     from partitiond.node_plan import Looked
     from partitiond.process_events import ProcessEnded
-    from slap_client.client import SlapClient
+    from partitiond.reporting import ReportingClient
 
 
 def _nobody() -> None:
@@ -82,7 +83,8 @@ class Context:
     master: MasterContact
     quotas: QuotaBook
     promises: PromiseBook
-    connection: Connection = field(default_factory=Connection)
+    outbox: Outbox
+    connection: Connection
     wishes: Wishes = field(default_factory=Wishes)
     sessions: SessionBook = field(default_factory=SessionBook)
     turns: Turns = field(default_factory=Turns)
@@ -119,6 +121,8 @@ class Context:
             master=MasterContact(state / "master.json"),
             quotas=QuotaBook(state / "quotas.json"),
             promises=PromiseBook(state / "promises"),
+            outbox=(outbox := Outbox(state)),
+            connection=Connection(outbox),
         )
 
     def adopt(self, config: Config) -> None:
@@ -191,6 +195,6 @@ class Context:
         return self._settings.formatted
 
     @property
-    def client(self) -> SlapClient:
-        """The client of the master; all lanes share its connection."""
+    def client(self) -> ReportingClient:
+        """The client of the master; all lanes share its connection. Reports that it does not take wait in :attr:`outbox`."""
         return self.connection.of(self.config)

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from netplan import holding
 from partitiond import (
     __version__,
+    certificate_lane,
     control,
     converge,
     execute,
@@ -30,6 +31,8 @@ from partitiond import (
     memory,
     metrics,
     metrics_listener,
+    node_pair,
+    reboots,
     recovery,
     reload,
     report_verbs,
@@ -38,6 +41,7 @@ from partitiond import (
 )
 from partitiond.api import Api
 from partitiond.bounded_http import Unknown
+from partitiond.certificate_lane import CertificateLane
 from partitiond.context import Context
 from partitiond.daemon_trials import Trials
 from partitiond.errors import FAMILY, printable, sentence
@@ -177,6 +181,7 @@ class Daemon:
             "watchdog": self._lane("watchdog", lambda _: self._watchdog.run()),
             "report": self._lane("report", self._report),
             "tunnels": self._lane("tunnels", TunnelLane(self._processes.attend).run),
+            "certificates": self._lane("certificates", CertificateLane().run),
         }
         context.builds.patience = 0  # there will be more to build
         if "NOTIFY_SOCKET" in os.environ:  # started by systemd, so perhaps with the machine
@@ -227,14 +232,15 @@ class Daemon:
 
     def _interval(self, lane: str) -> float:
         intervals = self.context.config.intervals
-        if lane == "tunnels":
-            return SECONDS
+        if lane in (own := {"tunnels": SECONDS, "certificates": certificate_lane.SECONDS}):
+            return own[lane]
         key = {"usage": "meter", "promises": "promise"}.get(lane, lane)
         return float(getattr(intervals, key, _SWEEP_SECONDS))
 
     def run(self) -> int:
         """Run until SIGTERM or SIGINT; return the exit status. Raises a family error when the start fails."""
         context, config = self.context, self.context.config
+        node_pair.refuse_unusable(config)
         memory.be_frugal()
         keyring.leave()
         sys.setswitchinterval(_SWITCH_SECONDS)
@@ -288,6 +294,7 @@ class Daemon:
         for record in context.config.run_dir.glob("*.session"):
             execute.end_cut_off(record)
         self._trials.begin()
+        reboots.note(context)
         outcome = converge.apply(context)
         config = context.config
         context.events.record(

@@ -2,49 +2,111 @@
 
 A master restored from an old backup, or answering for another computer, looks exactly like one that wants everything
 gone. So an answer that would retire more than max(2, 20 %) of the busy partitions, or any that only stops listing an
-instance without an explicit destroy, is held until a second answer says the same.
+instance without an explicit destroy, is held until a second answer says the same; likewise one that would remove as large a
+part of the releases that are built, which costs hours each. What is held is told once, as an event.
+
+Nothing else counts as a destroy: not an answer without a partition, not a 404 (the master answers so to its own mistakes, too),
+not a release that is no longer listed.
 """
 
 from __future__ import annotations
 
 import json
+import logging
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from partitiond import files
+from partitiond.errors import PartitiondError, sentence
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from partitiond.context import Context
+    from partitiond.events import EventLog
     from slap_client.documents import ComputerDocument
+
+logger = logging.getLogger(__name__)
+
+_SOFTWARE = "destroy-guard-software.json"
 
 
 def held(
     busy: frozenset[str], explicit: frozenset[str], dropped: frozenset[str], previous: frozenset[str]
 ) -> frozenset[str]:
-    """Return the partitions that must wait. Pure.
+    """Return what must wait, of partitions or of releases. Pure.
 
     ``explicit`` are to be destroyed by word, ``dropped`` are listed as free although busy, ``previous`` is what the
     answer before this one wanted gone.
     """
     gone = (explicit | dropped) & busy
-    if len(gone) > max(2.0, 0.2 * len(busy)):
-        return gone - previous
+    # what is gone already, of a pass that was cut short, makes no other answer of it
+    if len(gone) > max(2.0, 0.2 * len(busy)) and gone != previous & busy:
+        return gone
     return (dropped & busy) - previous
 
 
-def decide(file: Path, busy: frozenset[str], document: ComputerDocument) -> frozenset[str]:
-    """Apply the guard to an answer, remembering it in ``file`` for the next one."""
+def decide(
+    file: Path, busy: frozenset[str], document: ComputerDocument, events: EventLog | None = None
+) -> frozenset[str]:
+    """Apply the guard to an answer about partitions, remembering it in ``file`` for the next one."""
     explicit = frozenset(entry.partition_id for entry in document.partitions if entry.destroy_requested)
     dropped = frozenset(entry.partition_id for entry in document.partitions if entry.free)
-    previous: frozenset[str] = frozenset()
-    if file.is_file():
-        try:
-            previous = frozenset(json.loads(file.read_bytes()))
-        except (ValueError, TypeError):
-            previous = (
-                frozenset()
-            )  # unreadable: as if nothing had been asked for before, which holds more, not less
-    wanted = (explicit | dropped) & busy
+    return _decide(file, busy, explicit, dropped, events)
+
+
+def spare_software(
+    context: Context, document: ComputerDocument
+) -> tuple[ComputerDocument, list[tuple[str, Exception]]]:
+    """The answer without the removals of releases that are held, and these as failures of the pass."""
+    if not context.config.destroy_guard:
+        return document, []
+    built = frozenset(state.url for state in context.store.softwares() if state.available)
+    gone = frozenset(entry.url for entry in document.software if entry.requested_state == "destroyed")
+    waiting = _decide(context.config.state_dir / _SOFTWARE, built, gone, frozenset(), context.events)
+    failures: list[tuple[str, Exception]] = []
+    for url in sorted(waiting):
+        error = PartitiondError(
+            "software.held",
+            "the master's answer would remove it together with many others",
+            resource=url,
+            hint="kept until a second answer says the same",
+            retryable=True,
+        )
+        failures.append((url, error))
+        logger.warning("%s", sentence(error))
+    kept = tuple(entry for entry in document.software if entry.url not in waiting)
+    return (replace(document, software=kept) if waiting else document), failures
+
+
+def _decide(
+    file: Path,
+    present: frozenset[str],
+    explicit: frozenset[str],
+    dropped: frozenset[str],
+    events: EventLog | None,
+) -> frozenset[str]:
+    previous = _previous(file)
+    wanted = (explicit | dropped) & present
     if wanted != previous:
         files.write_path(file, json.dumps(sorted(wanted)).encode(), mode=0o600)
-    return held(busy, explicit, dropped, previous)
+    waiting = held(present, explicit, dropped, previous)
+    if waiting and events is not None:
+        events.record(
+            "destroy.held",
+            f"the master wants {len(waiting)} of {len(present)} gone; they are kept until a second answer says the same",
+            resource=file.stem,
+            names=sorted(waiting),
+            hint="if that is the master's mistake: stop partitiond until it is mended; what runs keeps running",
+        )
+    return waiting
+
+
+def _previous(file: Path) -> frozenset[str]:
+    if not file.is_file():
+        return frozenset()
+    try:
+        return frozenset(json.loads(file.read_bytes()))
+    except (ValueError, TypeError):
+        # unreadable: as if nothing had been asked for before, which holds more, not less
+        return frozenset()

@@ -38,6 +38,7 @@ NAMES = frozenset(
         " software.removed incident.begun incident.ended promise.failed promise.ok usage.damaged usage.failed usage.full"
         " usage.refused usage.resumed usage.unrecorded"
         " quota.exceeded quota.near quota.renewed report.held report.refused report.sent storage.refused"
+        " certificate.expiring certificate.renewed destroy.held master.back master.lost node.rebooted node.registered"
         " trial.begun trial.confirmed trial.rolled_back"
         " tunnel.cut tunnel.expiring tunnel.failed tunnel.refused tunnel.rejected tunnel.session"
     ).split()

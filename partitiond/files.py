@@ -179,7 +179,7 @@ def flush(dir_fd: int) -> None:
         raise OSError(number, os.strerror(number))
 
 
-def link(name: str, target: Path, *, dir_fd: int) -> None:
+def link(name: str, target: Path | str, *, dir_fd: int) -> None:
     """Replace a symbolic link below a directory descriptor, in one step. Raises OSError."""
     temporary = _temporary(name)
     os.symlink(target, temporary, dir_fd=dir_fd)

@@ -113,7 +113,9 @@ def _held(context: Context, document: ComputerDocument, result: Result) -> froze
     busy = frozenset(
         state.partition for state in context.store.instances().values() if state.life != "destroying"
     )
-    held = destroy_guard.decide(context.config.state_dir / "destroy-guard.json", busy, document)
+    held = destroy_guard.decide(
+        context.config.state_dir / "destroy-guard.json", busy, document, context.events
+    )
     for name in sorted(held):
         error = PartitiondError(
             "instances.held",

@@ -15,9 +15,11 @@ from netplan.once import once, same
 from partitiond import (
     __version__,
     converge,
+    destroy_guard,
     destruction,
     incidents,
     instances,
+    node_pair,
     promises,
     quotas,
     reports,
@@ -26,7 +28,7 @@ from partitiond import (
     storage,
     trial,
 )
-from partitiond.errors import PartitiondError
+from partitiond.errors import PartitiondError, sentence
 from partitiond.passes import Result, Wish
 from partitiond.state import software_name
 from slap_client.capacity import (
@@ -56,16 +58,25 @@ def knock(context: Context) -> ComputerDocument:
     """What the master says of this computer, whatever that is; lanes share it. Raises SlapError."""
     try:
         document = context.wishes.ask(context.client, context.lane, _first_pause(context))
-    except SlapError:
-        context.master.note(False)
-        raise
-    context.master.note(True)
+    except SlapError as error:
+        explained = node_pair.explain(context.config, error)
+        _tell(context, "master.lost", context.master.note(False), explained)
+        raise explained from error
+    _tell(context, "master.back", context.master.note(True))
     return document
 
 
 def _first_pause(context: Context) -> float:
     intervals = context.config.intervals
     return min(intervals.software, intervals.instances)
+
+
+def _tell(context: Context, event: str, message: str, error: SlapError | None = None) -> None:
+    """Record that the master went or came."""
+    if message:
+        details = {"code": error.code, "reason": sentence(error), "hint": error.hint} if error else {}
+        logger.info("%s", message)
+        context.events.record(event, message, resource=context.config.master_url, **details)
 
 
 def ask(context: Context) -> ComputerDocument:
@@ -99,7 +110,7 @@ def capacity(context: Context) -> Result:
     context.wishes.spare(context.lane)
     with context.wishes.watched(_first_pause(context)):
         context.client.post_capacity(_document(target, data, same(_distribution())))
-    context.master.note(True)
+    _tell(context, "master.back", context.master.note(True))
     return Result([f"capacity of {len(target.partitions)} partitions posted"], [])
 
 
@@ -198,14 +209,16 @@ def _tap(partition: Partition, target: Node) -> CapacityTap:
 
 def software(context: Context, wish: Wish = _NOTHING_SPECIAL) -> Result:
     """Build and remove software releases."""
-    document = ask(context)
+    document, held = destroy_guard.spare_software(context, ask(context))
     whole = document
     if wish.only:
         chosen = tuple(one for one in document.software if wish.only & {one.url, software_name(one.url)})
         document = replace(document, software=chosen)
-    result = softwares.run_pass(context, document, force=wish.force, ask=lambda: ask(context))
+    again = lambda: destroy_guard.spare_software(context, ask(context))[0]  # noqa: E731 - a word for it
+    result = softwares.run_pass(context, document, force=wish.force, ask=again)
+    result.failures += held
     if wish.collect and not whole.rejected_software:
-        _collect(context, frozenset(one.url for one in whole.software), result)
+        _collect(context, frozenset(one.url for one in whole.software) | {url for url, _ in held}, result)
     return result
 
 

@@ -15,7 +15,14 @@ from typing import TYPE_CHECKING
 
 from accounting.errors import AccountingError
 from netplan.errors import NetplanError
-from partitiond import metrics_text, node_metrics, supervision, tunnel_status, usage_metrics
+from partitiond import (
+    certificate_expiry,
+    metrics_text,
+    node_metrics,
+    supervision,
+    tunnel_status,
+    usage_metrics,
+)
 from partitiond.errors import sentence
 from partitiond.incidents import watched_troubles
 from partitiond.metering import Recorded
@@ -161,11 +168,24 @@ def _daemon(context: Context, tally: Tally) -> Iterator[Family]:
         "Whether the master's last answer was of use.",
         [] if reachable is None else [("", int(bool(reachable)))],
     )
+    yield family(
+        "partitiond_certificate_not_after_timestamp_seconds",
+        "gauge",
+        "When the certificates that the master gave end: the node's, and those of instances.",
+        _ends(context),
+        unit="seconds",
+    )
     yield from _partitions(context)
     try:
         yield from tally.usage.families(context.meters)
     except AccountingError as error:
         logger.warning("metrics: usage is left out: %s", sentence(error))
+
+
+def _ends(context: Context) -> list[tuple[str, float]]:
+    node = context.node
+    found = certificate_expiry.dates(context.config, node.partitions if node else ())
+    return [(labels(("subject", name)), end.timestamp()) for name, end in sorted(found.items())]
 
 
 def _partitions(context: Context, only: str | None = None) -> Iterator[Family]:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from partitiond import files, lock
+from partitiond import files, lock, messages
 from partitiond.errors import PartitiondError, sentence
 
 if TYPE_CHECKING:
@@ -46,6 +46,7 @@ def remove_leftovers(config: Config) -> None:
         config.state_dir / "instances",
         config.state_dir / "software",
         config.state_dir / "builds",
+        config.state_dir / messages.DIRECTORY,
         *filter(None, (config.certificate_repository,)),
     ):
         _remove(directory)

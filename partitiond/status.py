@@ -10,10 +10,12 @@ from accounting.errors import AccountingError
 from netplan import holding
 from netplan.legacy_cases import OPEN_CASES as LEGACY_CASES
 from partitiond import (
+    certificate_expiry,
     converge,
     destruction,
     incidents,
     last_good,
+    messages,
     port_reservation,
     privacy,
     promise_book,
@@ -81,6 +83,8 @@ def node(context: Context) -> dict[str, Any]:
                 *port_reservation.open_cases(port_reservation.deal(seen.ports, todo.declared.values())),
                 *_refused_resources(todo),
                 *context.meters.open_cases(),
+                *certificate_expiry.open_cases(config, seen.node.partitions),
+                *messages.open_cases(config.state_dir),
                 *quotas.open_cases(config, ((one["id"], one["quota"]) for one in partitions)),
                 *report_verbs.open_cases(config),
                 *filter(None, (tell() for tell in context.troubles.values())),

@@ -18,6 +18,7 @@ from slap_client.errors import SlapError
 
 LONGEST_WAIT = 3600.0
 _SENTENCE = 200
+STILL_ACTIVE = "Certificate still active."
 
 
 def sentence(body: bytes) -> str:
@@ -26,6 +27,9 @@ def sentence(body: bytes) -> str:
     if text.lstrip().startswith("<"):
         text = re.sub(r"<[^<>]*>", " ", text)
     text = " ".join("".join(char if char.isprintable() else " " for char in text).split())
+    # production's pages of errors begin with a lot that says nothing
+    if (found := text.find(STILL_ACTIVE)) > _SENTENCE:
+        text = text[found:]
     return text if len(text) <= _SENTENCE else f"{text[: _SENTENCE - 3]}..."
 
 

@@ -104,10 +104,17 @@ class Transport:
         headers = {"If-None-Match": etag} if etag else {}
         return self._exchange("GET", endpoint, fields, self._url.authorization, headers)
 
-    def post(self, endpoint: str, fields: Mapping[str, str], authorization: str = "") -> bytes:
+    def post(
+        self,
+        endpoint: str,
+        fields: Mapping[str, str],
+        authorization: str = "",
+        headers: Mapping[str, str] | None = None,
+    ) -> bytes:
         """POST a form to an endpoint; return the body of its success, raise SlapError for all else."""
         try:
-            return self._exchange("POST", endpoint, fields, authorization or self._url.authorization, {}).body
+            said = authorization or self._url.authorization
+            return self._exchange("POST", endpoint, fields, said, headers or {}).body
         finally:
             with self._lock:
                 self.posted += 1  # also what failed: it may have arrived

@@ -32,6 +32,7 @@ from partitiond.errors import FAMILY, sentence
 from partitiond.state import InstanceState
 from partitiond.usage_scripts import Limits
 from slap_client.documents import CertificatePair
+from stunnel_mgr.identity import make_identity
 
 USAGE = "<consumption><movement><resource>cpu</resource><quantity>1</quantity><price>0</price><VAT/></movement></consumption>"
 LIMITS = Limits(script=1.0, partition=2.0)
@@ -242,14 +243,17 @@ def _leftover_of_ours(scene):
 @place("junk", "empty_file", "closed_file", "giant", "leased", "attributed_file")
 def _certificate(scene):
     """In root's directory: a tenant has only the file itself, which is its own."""
+    made = make_identity("slappart0")
 
     def fetch():
-        pair = CertificatePair("certificate", "key")
+        pair = CertificatePair(made.certificate_pem.decode(), made.key_pem.decode())
         client = SimpleNamespace(partition_certificate=lambda _: pair)
+        store = SimpleNamespace(instance=InstanceState)
         certificates.fetch(
-            SimpleNamespace(config=scene.config, client=client, applying=RLock()), scene.partition
+            SimpleNamespace(config=scene.config, client=client, applying=RLock(), store=store),
+            scene.partition,
         )
-        assert (scene.certificates / "slappart0.key").read_text() == "key"
+        assert (scene.certificates / "slappart0.key").read_text() == pair.key
         return "fine", ""
 
     scene.certificates.mkdir(exist_ok=True)

@@ -22,6 +22,7 @@ from partitiond.directories import DirectorySpec
 from partitiond.errors import PartitiondError, sentence
 from partitiond.state import InstanceState, SoftwareState, Store
 from partitiond.supervision import Group, Program
+from slap_client.documents import ComputerDocument
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -195,7 +196,11 @@ def names(*numbers):
         (names(0, 1, 2), names(0, 1, 2), names(), names(), names(0, 1, 2)),
         # the second equal answer is believed
         (names(*range(10)), names(1, 2, 3), names(), names(1, 2, 3), names()),
-        (names(*range(10)), names(1, 2, 3, 4), names(), names(1, 2, 3), names(4)),
+        # one that is not equal is not
+        (names(*range(10)), names(1, 2, 3, 4), names(), names(1, 2, 3), names(1, 2, 3, 4)),
+        (names(*range(10)), names(1, 2, 3), names(), names(1, 2, 3, 4), names(1, 2, 3)),
+        # unless the first was half carried out
+        (names(*range(3, 13)), names(3, 4, 5, 6), names(), names(1, 2, 3, 4, 5, 6), names()),
         # an instance that is only not listed any more always waits for a second answer
         (names(*range(10)), names(), names(1), names(), names(1)),
         (names(*range(10)), names(), names(1), names(1), names()),
@@ -224,6 +229,34 @@ def test_the_guard_remembers_one_answer_only(tmp_path):
     assert destroy_guard.decide(file, busy, answer()) == names()
     assert destroy_guard.decide(file, busy, mass) == names(1, 2, 3)
     assert destroy_guard.decide(file, busy, mass) == names()
+
+
+def releases(gone, kept=()):
+    entries = [SimpleNamespace(url=url, requested_state="destroyed") for url in gone]
+    entries += [SimpleNamespace(url=url, requested_state="available") for url in kept]
+    return ComputerDocument("COMP-1", (), tuple(entries), (), ())
+
+
+def test_releases_are_held_likewise_and_it_is_told(tmp_path):
+    events = []
+    built = [SoftwareState(f"http://x/{number}", available=True) for number in range(10)]
+    context = SimpleNamespace(
+        config=SimpleNamespace(state_dir=tmp_path, destroy_guard=True),
+        store=SimpleNamespace(softwares=lambda: built),
+        events=SimpleNamespace(record=lambda event, _, **more: events.append((event, more["names"]))),
+    )
+    urls = [state.url for state in built]
+    one = releases(urls[:2], urls[2:])
+    assert destroy_guard.spare_software(context, one) == (one, [])
+    many = releases(urls[:3], urls[3:])
+    document, failures = destroy_guard.spare_software(context, many)
+    assert [entry.url for entry in document.software] == urls[3:]
+    assert [(url, error.code) for url, error in failures] == [(url, "software.held") for url in urls[:3]]
+    assert events == [("destroy.held", urls[:3])]
+    assert destroy_guard.spare_software(context, many) == (many, [])
+    assert destroy_guard.spare_software(context, releases([], urls[:3]))[1] == []
+    context.config.destroy_guard = False
+    assert destroy_guard.spare_software(context, many) == (many, [])
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"7", b"[[]]", b'[{"a": 1}]', b"\xff"])

@@ -1,0 +1,212 @@
+"""Reports to the master that it does not take now: they wait on disk, in order, and are sent when it answers again.
+
+A report is the latest news of one resource: an instance, a release, the node. News that come while older ones of the same
+resource wait take their place, at the end: so there are never more than resources, and the master is told each thing's last
+state, in the order in which these came about.
+
+Promises: what was accepted here survives the daemon; while anything waits nothing overtakes it; a report that the master
+refuses for good (it does not know the resource, say) holds up no other and is given up after some tries. What the caller must
+know the answer to (that something was destroyed) does not wait here, but goes only after what does.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import threading
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from partitiond import files
+from partitiond.errors import sentence
+from slap_client.errors import SlapError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+Kind = Literal[
+    "software_building",
+    "software_available",
+    "software_error",
+    "instance_started",
+    "instance_stopped",
+    "instance_error",
+    "computer_bang",
+]
+
+DIRECTORY = "outbox"
+_MOST = 5000  # more than a node has resources
+_LONGEST = 1000  # of a log; the production master keeps its last 80 characters
+_TRIES = 10
+_OURS = frozenset((401, 403, 407, 429))
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One report; ``number`` is its place in the order, ``about`` a partition, a URL, or empty for the node."""
+
+    number: int
+    kind: Kind
+    about: str
+    text: str = ""
+    since: float = 0.0
+    refused: int = 0
+
+    @property
+    def resource(self) -> tuple[str, str]:
+        """Whose news it is."""
+        return self.kind.partition("_")[0], self.about
+
+
+class Outbox:
+    """What waits, in memory and below ``state_dir``; from any thread."""
+
+    def __init__(self, state_dir: Path) -> None:
+        self._directory = state_dir / DIRECTORY
+        self._turn = threading.RLock()
+        self._sending = threading.Lock()
+        self._waiting: dict[tuple[str, str], Message] | None = None
+        self._last = 0
+
+    def put(self, kind: Kind, about: str, text: str = "") -> None:
+        """Let a report wait. Raises OSError: then it does not."""
+        with self._turn:
+            waiting = self._read()
+            self._last += 1
+            message = Message(self._last, kind, about, text[-_LONGEST:], time.time())
+            if not waiting:
+                files.make_directory(self._directory, 0o700)
+            self._write(message)
+            self._drop(message.resource)
+            waiting[message.resource] = message
+            while len(waiting) > _MOST:
+                first = next(one for one in waiting.values() if one.kind != "computer_bang")
+                logger.warning("%s: %s is not told any more: too much waits", first.about, first.kind)
+                self._drop(first.resource)
+
+    def waiting(self) -> list[Message]:
+        """What waits, in its order."""
+        with self._turn:
+            return list(self._read().values())
+
+    def forget(self, resource: tuple[str, str]) -> None:
+        """Drop what waits of a resource that is no more."""
+        with self._turn:
+            if self._read():
+                self._drop(resource)
+
+    def send(self, deliver: Callable[[Message], object]) -> bool:
+        """Send what waits; whether nothing waits any more. Somebody else who is at it is not waited for. Never raises."""
+        if not self.waiting():
+            return True
+        if not self._sending.acquire(blocking=False):
+            return False
+        try:
+            return self._send(deliver)
+        finally:
+            self._sending.release()
+
+    def _send(self, deliver: Callable[[Message], object]) -> bool:
+        sent = tried = 0
+        # looked for anew each time: others go on reporting meanwhile
+        while message := next((one for one in self.waiting() if one.number > tried), None):
+            tried = message.number
+            try:
+                deliver(message)
+            except SlapError as error:
+                if waits(error):
+                    logger.info("%d reports wait for the master: %s", len(self.waiting()), sentence(error))
+                    break
+                following = self._refused(message, error)
+            else:
+                sent += 1
+                following = None
+            try:
+                self._settle(message, following)
+            except OSError as error:
+                logger.warning("%s: may be told to the master twice: %s", message.about, error)
+        if sent:
+            logger.info("%d reports that waited are told to the master", sent)
+        return not self.waiting()
+
+    @staticmethod
+    def _refused(message: Message, error: SlapError) -> Message | None:
+        """The message with one refusal more; None when it is given up."""
+        following = dataclasses.replace(message, refused=message.refused + 1)
+        given_up = following.refused >= _TRIES
+        level = logging.WARNING if given_up else logging.INFO
+        about = message.about or "the node"
+        more = "; it is given up" if given_up else ""
+        logger.log(level, "%s: the master refuses %s: %s%s", about, message.kind, sentence(error), more)
+        return None if given_up else following
+
+    def _settle(self, message: Message, following: Message | None) -> None:
+        """Put another in the place of a message that was sent or refused, unless there are newer news by now."""
+        with self._turn:
+            waiting = self._read()
+            if waiting.get(message.resource) != message:
+                return
+            if following is None:
+                self._drop(message.resource)
+            else:
+                self._write(following)
+                waiting[message.resource] = following
+
+    def _drop(self, resource: tuple[str, str]) -> None:
+        message = self._read().pop(resource, None)
+        if message is not None:
+            files.remove_path(self._path(message))
+
+    def _path(self, message: Message) -> Path:
+        return self._directory / f"{message.number:012}.json"
+
+    def _write(self, message: Message) -> None:
+        content = json.dumps(dataclasses.asdict(message), sort_keys=True).encode()
+        files.write_path(self._path(message), content, mode=0o600)
+
+    def _read(self) -> dict[tuple[str, str], Message]:
+        if self._waiting is None:
+            self._waiting = {}
+            for message in stored(self._directory):
+                # of two of one resource the later: whoever put it there was killed before it took the other away
+                self._drop(message.resource)
+                self._waiting[message.resource] = message
+                self._last = message.number
+        return self._waiting
+
+
+def stored(directory: Path) -> list[Message]:
+    """What waits on disk, in its order; what cannot be read is left where it is."""
+    found = []
+    for path in sorted(directory.glob("*.json")) if directory.is_dir() else ():
+        try:
+            found.append(_message(json.loads(path.read_bytes())))
+        except (OSError, ValueError, TypeError) as error:
+            logger.warning("%s: a report to the master cannot be read and stays untold: %s", path, error)
+    return found
+
+
+def _message(value: Any) -> Message:
+    message = Message(**value)
+    if message.kind not in get_args(Kind) or not isinstance(message.number, int):
+        raise ValueError(f"{message.kind!r} is no report")
+    return message
+
+
+def waits(error: SlapError) -> bool:
+    """Whether a report that met this error is to be sent again as it is: the master is away, or does not let us in."""
+    return error.retryable or error.code == "slap.tls" or error.status in _OURS
+
+
+def open_cases(state_dir: Path) -> list[str]:
+    """What ``partitiond status`` says of it."""
+    found = stored(state_dir / DIRECTORY)
+    if not found:
+        return []
+    since = time.strftime("%Y-%m-%d %H:%M", time.gmtime(min(one.since for one in found)))
+    return [f"{len(found)} reports wait for the master since {since} UTC; they are sent once it takes them"]
