@@ -26,7 +26,8 @@ _HELD = 3
 class Connection:
     """The clients of the master: one for all threads as long as the configuration says the same.
 
-    ``outbox`` is where reports wait. A pass that began before a reload has that of before; its connection is closed as soon as no call uses it.
+    ``outbox`` is where reports wait. A pass that began before a reload has the client of before, whose connection is closed as
+    soon as no call uses it.
     """
 
     outbox: Outbox

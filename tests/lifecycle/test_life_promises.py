@@ -18,7 +18,7 @@ def node(make_node):
 
 
 def plugin(item, sense):
-    """As the instance's own buildout would write it; asked every few seconds. It does not bang, so nothing is processed anew."""
+    """As the instance's own buildout would write it; asked every second. It does not bang, so nothing is processed anew."""
     init = "    self.setPeriodicity(0.02)\n    self.allowBang(False)"
     text = PLUGIN.format(core=SLAPOS_CORE, config={}, init=init, sense=f"    {sense}", more="")
     directory = Path(item["path"], "etc", "plugin")
