@@ -151,7 +151,7 @@ class _Pass:
         """Wait until a build is over or told what came of it, no longer wanted, or the daemon ends."""
         context = self.context
         asked = time.monotonic()
-        while not context.stop.is_set() and not build_keeper.wait(runner, _TICK):
+        while not context.stop.is_set() and not self._waited(runner):
             if any(one.url == runner.url for one in build_keeper.outcomes(context.config)):
                 return  # what it still does, nobody has to wait for
             if time.monotonic() - asked < context.config.intervals.software:
@@ -163,6 +163,13 @@ class _Pass:
                 build_keeper.end(context.config, runner.url)
                 self.tried.discard(runner.url)
                 return
+
+    def _waited(self, runner: Runner) -> bool:
+        try:
+            return build_keeper.wait(runner, _TICK)
+        except KeyboardInterrupt:
+            logger.warning("%s: its build goes on; partitiond logs -f software shows it", runner.url)
+            raise
 
     def _hear(self) -> None:
         """Hear what the master wishes by now; what it does not say stays as it was."""
