@@ -13,6 +13,7 @@ Started as a program of its own (``python -I -S``); it knows no other module of 
 from __future__ import annotations
 
 import ctypes
+import gc
 import json
 import os
 import select
@@ -157,4 +158,8 @@ def _become(message: dict[str, Any], parent: int) -> None:
 
 def main() -> None:
     """Serve on the socket that the daemon hands over as standard input."""
+    # nothing here is ever garbage, and looking for some would have each fork copy what it shares
+    gc.disable()
+    gc.freeze()
     Server(socket.socket(fileno=os.dup(0))).serve()
+    os._exit(0)

@@ -82,7 +82,7 @@ def indented(text, depth):
 
 
 class PromiseScene:
-    def __init__(self, files, partitions=3, timeout=2):
+    def __init__(self, files, partitions=3, timeout=20):
         files.write(slapos={"promise_timeout": timeout}, slapformat={"partition_amount": partitions})
         self.context = ToldContext.of(files.load())
         self.master = self.context.told = Master()
@@ -109,10 +109,16 @@ class PromiseScene:
             self.context.promises.forget(item.id)
         self.context.promises = PromiseBook(self.context.config.state_dir / "promises")
         self.context.wake_instances = lambda: None
+        self.patience(20)
         self.master.told.clear()
         self.master.down = False
         for path in self.log.glob("events.jsonl*"):
             path.unlink()
+
+    def patience(self, seconds):
+        """Give each promise so much time, until the scene is cleared."""
+        config = self.context.config
+        self.context.adopt(replace(config, grid=replace(config.grid, promise_timeout=float(seconds))))
 
     def file(self, *below):
         """A path in the first partition's directory of promises."""

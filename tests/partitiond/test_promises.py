@@ -106,7 +106,7 @@ def test_a_plugin_is_told_what_slapgrid_tells(scene):
     )
     config = scene.context.config
     assert scene.check()["told.py"] == str(
-        [config.master_url, "slappart0", config.computer_id, None, 2, str(scene.partition().path)]
+        [config.master_url, "slappart0", config.computer_id, None, 20, str(scene.partition().path)]
     )
 
 
