@@ -13,6 +13,7 @@ Loaded by what :meth:`partitiond.supervision.Supervisor.render` writes::
 from __future__ import annotations
 
 import configparser
+import gc
 import json
 import os
 import resource
@@ -257,6 +258,9 @@ class Interface:
             options.logger.error("ended %(count)d processes that another supervisord has left", count=count)
         survivors.clear(self._scene.directory, taken)
         survivors.write_session(self._scene.directory, self._scene.boot)
+        # what a thousand programs are described by stays: no collection has to look at it again (48 ms)
+        gc.collect()
+        gc.freeze()
 
     def _take_over(self, note: Note) -> bool:
         group = self._supervisord.process_groups.get(note.group)

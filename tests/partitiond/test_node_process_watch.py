@@ -7,7 +7,7 @@ import threading
 import pytest
 from test_node_tunnels import declare, pin, until
 
-from partitiond import verbs
+from partitiond import procfs, verbs
 from partitiond.context import Context
 from partitiond.process_watch import EVENTS, SUPERVISOR, ProcessWatch
 
@@ -15,6 +15,7 @@ from partitiond.process_watch import EVENTS, SUPERVISOR, ProcessWatch
 @pytest.fixture
 def context(bridge, node_config):
     node = node_config(2)
+    node.write(partitiond={"keep_running": "slappart0"})
     made = Context.of(node.load())
     verbs.apply(made, [])
     own = pin(node, "slappart0", "cert", "")
@@ -76,7 +77,8 @@ def test_what_is_no_event_is_passed_over(context, watch):
 
 
 def test_the_sweep_is_woken_for_supervisord(context, watch):
-    found = context.supervisor.pid()
+    """And what it does then leaves the stunnel of a kept partition as it is."""
+    before, found = pids(context), context.supervisor.pid()
     assert found
     watch.attend({SUPERVISOR: found})
     watch.attend({SUPERVISOR: found})
@@ -87,6 +89,13 @@ def test_the_sweep_is_woken_for_supervisord(context, watch):
     outcome = verbs.apply(context, [])
     assert (outcome["failures"], outcome["left"]) == ([], [])
     assert verbs.plan(context)["operations"] == []
+    after = pids(context)
+    assert after["slappart0-tunnel"] == before["slappart0-tunnel"]
+    assert after["slappart1-tunnel"] != before["slappart1-tunnel"]
+    # the one that was taken over reads its configuration when it is told to, and ends when it is stopped
+    assert context.supervisor.hang_up("slappart0-tunnel", "stunnel", after["slappart0-tunnel"])
+    context.supervisor.stop_group("slappart0-tunnel")
+    assert not procfs.is_alive(before["slappart0-tunnel"])
 
 
 def test_one_that_is_gone_already_is_passed_over(context, watch):
