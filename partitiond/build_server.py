@@ -169,11 +169,13 @@ class _Running:
 class BuildServer:
     """The server, as far as it is needed.
 
-    ``patience`` builds are left to be executed before one is started: it costs as much as two of them.
+    ``patience`` builds in a row are left to be executed before one is started, which costs as much as two of them; ``idle``
+    seconds without a build end it, and what comes later is no longer in a row.
     """
 
     def __init__(self, patience: int = 3, idle: float = _IDLE_SECONDS) -> None:
         self.patience, self._idle = patience, idle
+        self._executed, self._last = 0, time.monotonic()
         self._running: _Running | None = None
         self._lock = threading.Lock()
 
@@ -218,19 +220,23 @@ class BuildServer:
         with self._lock:
             if self._running is not None and self._running.state != _state():
                 self._end()  # our packages are others now
-            if self._running is None:
-                if self.patience > 0:
-                    self.patience -= 1
-                else:
-                    self._start()
-                return None
             try:
-                return self._ask(self._running)
+                if self._running is not None:
+                    return self._ask(self._running)
             except OSError:
-                # it was not needed for long, or somebody has ended it
-                self._end()
-                self._start()
-                return None
+                self._end()  # it was not needed for long, or somebody has ended it
+            self._start_if_due()
+            return None
+
+    def _start_if_due(self) -> None:
+        now = time.monotonic()
+        if now - self._last > self._idle:
+            self._executed = 0
+        self._last = now
+        if self._executed < self.patience:
+            self._executed += 1
+        else:
+            self._start()
 
     def _ask(self, running: _Running) -> socket.socket | None:
         if not running.ready:
@@ -273,6 +279,8 @@ class BuildServer:
                 ours.close()
                 logger.warning("the server of builds cannot be started: %s", error)
                 return
+        # it ends by itself, and shall not stay as a zombie until somebody looks
+        threading.Thread(target=process.wait, name="build-server", daemon=True).start()
         self._running = _Running(process, ours, state)
 
     def _end(self) -> None:

@@ -183,7 +183,7 @@ class Daemon:
             "tunnels": self._lane("tunnels", TunnelLane(self._processes.attend).run),
             "certificates": self._lane("certificates", CertificateLane().run),
         }
-        context.builds.patience = 0  # there will be more to build
+        context.builds.patience = 1  # where one comes, others may follow
         if "NOTIFY_SOCKET" in os.environ:  # started by systemd, so perhaps with the machine
             capacity.delay = first_pause(time.clock_gettime(time.CLOCK_BOOTTIME))
         context.wishes.answered = self._answered

@@ -316,9 +316,8 @@ def tree_cpu(pid: int) -> float:
     """The same of a process and its living children: the server of builds has children of its own."""
     found = children_cpu(pid)
     for task in Path(f"/proc/{pid}/task").iterdir():
-        for child in (task / "children").read_text().split():
-            with contextlib.suppress(OSError):
-                found += children_cpu(int(child))
+        with contextlib.suppress(OSError):  # threads and children end
+            found += sum(map(children_cpu, map(int, (task / "children").read_text().split())))
     return found
 
 

@@ -378,6 +378,7 @@ def test_it_ends_when_it_is_not_needed(builder):
     server = ready(BuildServer(patience=0, idle=0.2))
     first = server._running.process
     first.wait(PATIENCE)
+    wait(lambda: not Path(f"/proc/{first.pid}").exists(), "it to be reaped")
     assert builder.forked(server, "pass") is None
     server.close()
     assert server._running is None
@@ -420,6 +421,14 @@ def test_few_builds_are_executed(builder):
     assert builder.forked(server, "pass") is None
     assert server._running is not None
     server.close()
+
+
+def test_builds_far_apart_are_executed(builder):
+    server = BuildServer(patience=1, idle=0.1)
+    for _ in range(3):
+        assert builder.forked(server, "pass") is None
+        assert server._running is None
+        time.sleep(0.2)
 
 
 def test_other_packages_need_another_server(server, builder, monkeypatch):
@@ -515,7 +524,8 @@ def test_hostile_release_gets_nothing(server, release, instance):
     assert Builder(release, instance).forked(server, "pass").ok
 
 
-def test_build_that_makes_the_server_its_debugger_ends_in_time(server, builder):
+def test_build_that_makes_the_server_its_debugger_ends_in_time(server, builder, monkeypatch):
+    monkeypatch.setattr(execute, "_GRACE", 0.2)
     code = """
         import ctypes, os, signal
         assert ctypes.CDLL(None).ptrace(0, 0, None, None) == 0  # PTRACE_TRACEME
