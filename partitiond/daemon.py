@@ -91,9 +91,10 @@ class Lane(threading.Thread):
         stop: threading.Event,
         tally: Tally,
         after: Lane | None = None,
+        phase: float | None = None,
     ) -> None:
         super().__init__(name=name, daemon=True)
-        self.pace = Pace(interval)
+        self.pace = Pace(interval, phase=phase)
         self.delay = 0.0
         self._due = float("inf")
         self._body, self._halt, self._tally = body, stop, tally
@@ -160,6 +161,7 @@ class Daemon:
     def __init__(self, config: Config) -> None:
         self.context = context = Context.of(config)
         self._tally = metrics.Tally()
+        self._phase = random.random()  # noqa: S311 - jitter, no secret
         # a signal may come while a lock is held by the thread that handles it: a SimpleQueue takes none
         self._requests: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._torn_down = False
@@ -215,7 +217,7 @@ class Daemon:
             with self.context.steady(), self.context.in_lane(name):
                 return work(self.context)
 
-        return Lane(name, self._interval(name), body, self.context.stop, self._tally, after)
+        return Lane(name, self._interval(name), body, self.context.stop, self._tally, after, self._phase)
 
     def _answered(self, lane: str) -> None:
         """Let the others that want the master's wishes go along with the one that asked."""

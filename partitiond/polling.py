@@ -25,10 +25,15 @@ def first_pause(uptime: float, rng: random.Random | None = None) -> float:
 
 
 class Pace:
-    """How long one lane waits after each pass; ``interval`` seconds may be set anew."""
+    """How long one lane waits after each pass; ``interval`` seconds may be set anew.
 
-    def __init__(self, interval: float, rng: random.Random | None = None) -> None:
+    ``phase``, from 0 to 1 and the same for all lanes of a node, is where in the interval its second pass falls: nodes that
+    started together are apart from then on, and its lanes stay together. Jitter alone would take hours to do it.
+    """
+
+    def __init__(self, interval: float, rng: random.Random | None = None, phase: float | None = None) -> None:
         self.interval = interval
+        self._phase = phase
         self._rng = _dice(rng)
         self._backoff = Backoff(base=min(FIRST_PAUSE, interval), cap=LONGEST_PAUSE, rng=self._rng)
 
@@ -40,6 +45,9 @@ class Pace:
     def good(self) -> float:
         """After a pass that went well."""
         self._backoff.reset()
+        if self._phase is not None:
+            phase, self._phase = self._phase, None
+            return self.interval * (JITTER + phase)
         return self.interval * self._rng.uniform(1 - JITTER, 1 + JITTER)
 
     def bad(self, retry_after: float | None = None) -> float:

@@ -193,6 +193,13 @@ def test_pauses_after_good_passes_are_jittered():
     assert pace.failures == 0
 
 
+def test_the_lanes_of_a_node_begin_together_and_apart_from_other_nodes():
+    one, two = Pace(300, dice(1), 0.5), Pace(300, dice(2), 0.5)
+    assert one.good() == two.good() == pytest.approx(180)
+    assert one.good() != two.good()
+    assert 30 <= Pace(300, dice(), 0.0).good() <= Pace(300, dice(), 1.0).good() <= 330
+
+
 def test_pauses_after_failures():
     pace = Pace(86400, dice())
     found = [pace.bad() for _ in range(10)]
