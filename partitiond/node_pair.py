@@ -81,7 +81,9 @@ def ending(pem: bytes) -> datetime | None:
 
 def explain(config: Config, error: SlapError) -> SlapError:
     """Give a refusal of the master its reason where it is our own: a pair that is damaged or has ended."""
-    if config.cert_file is None or error.code not in _OURS:
+    # with TLS 1.3 our certificate is refused after the request was sent: that may look like a connection that was lost
+    lost = error.code == "slap.unreachable" and not error.unsent
+    if config.cert_file is None or not (lost or error.code in _OURS):
         return error
     end = ends(config)
     try:
