@@ -179,13 +179,21 @@ def _reading(options: argparse.Namespace) -> Context:
 
 
 def _changing(
-    options: argparse.Namespace, path: str, body: dict[str, Any], alone: Callable[[Context], dict[str, Any]]
+    options: argparse.Namespace,
+    path: str,
+    body: dict[str, Any],
+    alone: Callable[[Context], dict[str, Any]],
+    *,
+    patience: float = _WAIT_FOR_OTHERS,
 ) -> dict[str, Any]:
-    """Let the daemon do a change, or do it alone under the lock where none runs."""
+    """Let the daemon do a change, or do it alone under the lock where none runs.
+
+    Another one at work is waited for with ``patience``, in seconds.
+    """
     from partitiond import control, recovery  # noqa: PLC0415 - as above
 
     context = _context(options)
-    deadline = time.monotonic() + _WAIT_FOR_OTHERS
+    deadline = time.monotonic() + patience
     while True:
         answer = control.call(context.config.run_dir / "control.sock", "POST", path, body)
         if answer is not None:
@@ -328,7 +336,7 @@ def _node(options: argparse.Namespace) -> int:
         return cli_node.run(
             options,
             lambda: _config(options),
-            lambda path, body, alone: _changing(options, path, body, alone),
+            lambda path, body, alone: _changing(options, path, body, alone, patience=_ANSWER_SECONDS),
             lambda name, value: _print(options, name, value, texts[name]),
         )
     except FAMILY as error:

@@ -16,7 +16,7 @@ import random
 import time
 from typing import TYPE_CHECKING, Any
 
-from partitiond import cli_node_parser, unmanaged_verbs
+from partitiond import cli_node_parser, control, unmanaged_verbs
 from partitiond.cli_node_parser import CONTROL, ELSEWHERE
 from partitiond.errors import PartitiondError, WrongUseError
 from partitiond.log_echo import LogEcho
@@ -35,6 +35,7 @@ logger = logging.getLogger(__name__)
 
 OK, FAILED, NOT_TOLD, OFFLINE, NEEDS_ROOT, BUSY, WRONG_USE = 0, 1, 2, 3, 5, 10, 64
 _HOUR = 3600
+_SOON = 2.0
 _LANES = {"software": "software", "instance": "instances", "report": "report"}
 # the words by which scripts recognise the passes in logs of slapos.core
 _BEGIN = {
@@ -135,6 +136,11 @@ def _managed(
             resource=name,
             hint="partitiond sync instances --force configures all instances again",
         )
+
+    replaced = cli_node_parser.overrides(options)
+    if replaced and control.call(found.run_dir / "control.sock", "GET", "/1/node", timeout=_SOON) is not None:
+        names = ", ".join(sorted(key for _, key in replaced))
+        logger.warning("not acted on: %s: the daemon goes by its configuration", names)
 
     def sync(lane: str, wish: Wish = _FAILED_TOO) -> dict[str, Any]:
         from partitiond import alone  # noqa: PLC0415 - as above

@@ -36,6 +36,7 @@ from partitiond import (
     recovery,
     reload,
     report_verbs,
+    request_body,
     textfile,
     verbs,
 )
@@ -203,7 +204,7 @@ class Daemon:
             "/1/rollback": self._trials.roll_back,
             "/1/sync": self._sync,
             "/1/report": self._change_reports,
-            "/1/teardown": lambda body: self._tear_down(purge=bool(body.get("purge"))),
+            "/1/teardown": self._tear_down,
         }
         self._api = Api(context, self._tally, verbs_of_post)
         self._listener = MetricsListener(
@@ -401,6 +402,7 @@ class Daemon:
 
     def _apply(self, body: dict[str, Any]) -> dict[str, Any]:
         """Apply, by the file as it is now."""
+        request_body.check(body, partitions=list, force=bool)
         # held throughout: to the sweep, what the new configuration wants would be drift
         force = bool(body.get("force"))
         with self.context.applying:
@@ -408,11 +410,12 @@ class Daemon:
             first = reload.reload(self.context, force=force)
             if first:
                 self._reloaded()
-            names = [str(name) for name in body.get("partitions", [])]
+            names: list[str] = body.get("partitions", [])
             return verbs.apply(self.context, names, force=force, first=first)
 
     def _sync(self, body: dict[str, Any]) -> dict[str, Any]:
-        name = str(body.get("lane"))
+        request_body.check(body, lane=str, force=bool, only=list, again=bool, collect=bool)
+        name = body.get("lane")
         if name not in lanes.LANES:
             raise Unknown
         wish = Wish.read(body)
@@ -435,10 +438,11 @@ class Daemon:
         )
         return answer
 
-    def _tear_down(self, *, purge: bool) -> dict[str, Any]:
+    def _tear_down(self, body: dict[str, Any]) -> dict[str, Any]:
         """Take the node down and end: a daemon that went on would build it up again."""
+        request_body.check(body, purge=bool)
         with self._give_up():
-            return verbs.tear_down(self.context, purge=purge)
+            return verbs.tear_down(self.context, purge=bool(body.get("purge")))
 
     @contextmanager
     def _give_up(self) -> Iterator[None]:

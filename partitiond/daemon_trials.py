@@ -11,7 +11,7 @@ import threading
 from typing import TYPE_CHECKING, Any
 
 from partitiond import config as configuration
-from partitiond import last_good, reload, rollback, trial, verbs
+from partitiond import last_good, reload, request_body, rollback, trial, verbs
 from partitiond.errors import PartitiondError
 
 if TYPE_CHECKING:
@@ -113,6 +113,7 @@ class Trials:
     def try_out(self, body: dict[str, Any]) -> dict[str, Any]:
         """``try``, by the file as it is now."""
         context = self._context
+        request_body.check({key: body[key] for key in body if key != "timeout"}, force=bool)
         timeout = body.get("timeout")
         if not isinstance(timeout, int | float) or timeout <= 0:
             raise PartitiondError("control.body", "timeout is no number of seconds", resource="try")

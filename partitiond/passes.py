@@ -44,11 +44,10 @@ class Wish:
 
     @classmethod
     def read(cls, body: Mapping[str, Any]) -> Wish:
-        """Make one of the body of a request."""
-        named = body.get("only", [])
+        """Make one of the body of a request, whose kinds were checked."""
         return cls(
             force=bool(body.get("force")),
-            only=frozenset(map(str, named)) if isinstance(named, list) else frozenset(),
+            only=frozenset(body.get("only", ())),
             again=bool(body.get("again")),
             collect=bool(body.get("collect")),
         )

@@ -143,7 +143,8 @@ def status(value: dict[str, Any]) -> str:
         node["master"]["reachable"]
     ]
     lines = [
-        f"node {node['computer_id']} on {node['interface']}"
+        f"node {node['computer_id']}"
+        + (f" on {node['interface']}" if node["interface"] else "")
         + (f", taps in bridge {node['bridge']}" if node["bridge"] else "")
         + (f" with {', '.join(node['bridge_ports'])}" if node["bridge_ports"] else ""),
         f"master {node['master']['url']}: {reachable}, last answer {node['master']['last_contact'] or 'never'}",

@@ -7,6 +7,7 @@ supervisord itself.
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from partitiond.errors import PartitiondError
@@ -16,6 +17,13 @@ if TYPE_CHECKING:
     from partitiond.config import Config
 
 WATCHDOG = "watchdog"  # the name that slapos.core gives it
+
+
+def _watchdog(file: Path) -> str:
+    """The command of the watchdog, from where this very copy of ours lies, whatever the environment of supervisord says."""
+    root = Path(__file__).parents[1]
+    program = f"import sys; sys.path.insert(0, '{root}'); from partitiond.unmanaged_watchdog import main; main()"
+    return f'{sys.executable} -I -c "{program}" {file}'.replace("%", "%%")
 
 
 class UnmanagedSupervisor(Supervisor):
@@ -33,7 +41,7 @@ class UnmanagedSupervisor(Supervisor):
             "[rpcinterface:supervisor]\n"
             "supervisor.rpcinterface_factory=supervisor.rpcinterface:make_main_rpcinterface\n\n"
             f"[supervisorctl]\nserverurl=unix://{self.socket}\n\n"
-            f"[eventlistener:{WATCHDOG}]\ncommand={sys.executable} -I -m partitiond.unmanaged_watchdog {self._file}\n"
+            f"[eventlistener:{WATCHDOG}]\ncommand={_watchdog(self._file)}\n"
             "events=PROCESS_STATE_EXITED,PROCESS_STATE_FATAL\n"
             f"stderr_logfile={self.log.with_name('watchdog.log')}\n\n"
             f"[include]\nfiles={self.groups_directory}/*.conf\n"
