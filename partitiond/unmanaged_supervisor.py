@@ -22,7 +22,9 @@ WATCHDOG = "watchdog"  # the name that slapos.core gives it
 def _watchdog(file: Path) -> str:
     """The command of the watchdog, from where this very copy of ours lies, whatever the environment of supervisord says."""
     root = Path(__file__).parents[1]
-    program = f"import sys; sys.path.insert(0, '{root}'); from partitiond.unmanaged_watchdog import main; main()"
+    program = (
+        f"import sys; sys.path.insert(0, '{root}'); from partitiond.unmanaged_watchdog import main; main()"
+    )
     return f'{sys.executable} -I -c "{program}" {file}'.replace("%", "%%")
 
 
