@@ -62,7 +62,8 @@ class _Pass:
     def take_over(self) -> None:
         """Deal with what was built while nobody waited for it, and with a build that goes on."""
         context = self.context
-        _note_listed(context, self.document.software)
+        if not self.document.rejected_software:  # one of those may be what seems to be missing
+            _note_listed(context, self.document.software)
         self._settle()
         found = build_keeper.running(context.config)
         if found is None:

@@ -8,6 +8,7 @@ import pytest
 
 from partitiond import lanes, polling
 from partitiond.context import Context
+from partitiond.passes import Wish
 from partitiond.polling import Pace
 from partitiond.wishes import SHARED_SECONDS, Wishes
 from slap_client.client import SlapClient
@@ -248,13 +249,13 @@ def test_a_pass_over_an_unchanged_node_is_one_request(master, node_config):
             since = len(master.asked)
             for name in ("software", "instances"):
                 with context.steady(), context.in_lane(name):
-                    result = lanes.run(context, name)
+                    result = lanes.run(context, name, Wish())
                 assert result.done == result.failures == []
             assert master.counts(since) == {"getFullComputerInformation": 1}
         assert [one.status for one in master.asked] == [200, 304, 304]
         assert master.connections == 1
-        lanes.run(context, "software")
-        lanes.run(context, "instances")
+        lanes.run(context, "software", Wish())
+        lanes.run(context, "instances", Wish())
         assert len(master.asked) == 5, "by hand, each asks"
         assert not master.violations
     finally:
