@@ -55,6 +55,11 @@ def went_stale() -> bool:
     return _call.reused and not _call.answered
 
 
+def stayed_silent() -> bool:
+    """Whether not a byte came back in this thread's last call."""
+    return not _call.answered
+
+
 class _DeadlineReader(io.RawIOBase):
     """The raw stream of an answer; a read waits for the socket's own timeout or the deadline, if sooner."""
 

@@ -25,6 +25,11 @@ class MasterUrl:
         return urljoin(self.base, name)
 
     @property
+    def secure(self) -> bool:
+        """Whether it is talked to by TLS."""
+        return self.base.startswith("https:")
+
+    @property
     def place(self) -> str:
         """The host and port, as they may be shown."""
         parts = urlsplit(self.base)

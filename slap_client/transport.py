@@ -20,7 +20,7 @@ import requests
 import urllib3
 
 from slap_client import failures, trust
-from slap_client.deadline import DeadlineAdapter, deadline, went_stale
+from slap_client.deadline import DeadlineAdapter, deadline, stayed_silent, went_stale
 from slap_client.errors import SlapError
 from slap_client.marshal import MAX_BYTES
 from slap_client.master_url import MasterUrl
@@ -64,7 +64,7 @@ class Transport:
         time_limit: float = 120.0,
         max_body: int = MAX_BYTES,
     ) -> None:
-        if pin and not (trust.FINGERPRINT.fullmatch(pin) and url.base.startswith("https:")):
+        if pin and not (trust.FINGERPRINT.fullmatch(pin) and url.secure):
             hint = "write sha256: and 64 lower-case hex digits, and https:// in master_url"
             raise SlapError("slap.value", "the master can not be pinned so", resource=url.base, hint=hint)
         self._url = url
@@ -203,7 +203,7 @@ class Transport:
 
     def _look_at_pair(self, resource: str) -> None:
         """Check our own files when they are others than before; a connection goes by the pair that it was made with."""
-        if self._cert is None or not resource.startswith("https:"):
+        if self._cert is None or not self._url.secure:
             return
         seen = tuple(map(_signature, self._cert))
         if None not in seen and seen == self._pair_seen:
@@ -227,7 +227,12 @@ class Transport:
         reason = failures.refused_certificate(causes)
         if reason:
             return trust.refused_pair(reason, self._cert, resource)
-        return failures.from_exception(error, resource)
+        failed = failures.from_exception(error, resource)
+        if failed.code == "slap.unreachable" and not failed.unsent and stayed_silent() and self._url.secure:
+            # In TLS 1.3 we write before the server has seen our certificate; if it then closes, its alert may be lost.
+            own = "this node shows none" if self._cert is None else trust.own_certificate(self._cert[0])
+            failed.hint += f"; a master that does not take a node's certificate may end like this: {own}"
+        return failed
 
 
 def _session(url: MasterUrl, pin: str) -> requests.Session:

@@ -172,24 +172,37 @@ def test_a_server_that_is_gone_when_it_is_looked_at(tmp_path):
 # --- our own pair
 
 
+def refused(slap):
+    """Give how a server said that it does not take our certificate: it closes, and its alert may be lost by that."""
+    with slap, pytest.raises(SlapError) as caught:
+        slap.computer()
+    error = caught.value
+    assert not error.unsent
+    assert error.code == "slap.tls" or "does not take a node's certificate" in error.hint
+    return error.code == "slap.tls", f"{error.message} {error.hint}"
+
+
 def test_without_a_pair(master):
-    error = failure(client(master, ca_file=master.ca_file))
-    assert "wants a client certificate" in error.message
-    assert "partitiond register" in error.hint
+    known, text = refused(client(master, ca_file=master.ca_file))
+    if known:
+        assert "wants a client certificate" in text
+        assert "partitiond register" in text
+    else:
+        assert "this node shows none" in text
 
 
 def test_a_pair_of_another_authority(master, tmp_path):
     other = Authority("other").login("COMP-7").write(tmp_path, "other")
-    error = failure(client(master, ca_file=master.ca_file, cert_file=other[0], key_file=other[1]))
-    assert "does not take our certificate" in error.message
-    assert "CN=COMP-7" in error.message
+    known, text = refused(client(master, ca_file=master.ca_file, cert_file=other[0], key_file=other[1]))
+    assert not known or "does not take our certificate" in text
+    assert "CN=COMP-7" in text
 
 
 def test_a_pair_that_has_ended(master, tmp_path):
     old = master.authority.login("COMP-7", days=-1).write(tmp_path, "old")
-    error = failure(client(master, ca_file=master.ca_file, cert_file=old[0], key_file=old[1]))
-    assert "certificate expired" in error.message
-    assert f"cert_file {old[0]} is of CN=COMP-7 and ended on 20" in error.message
+    known, text = refused(client(master, ca_file=master.ca_file, cert_file=old[0], key_file=old[1]))
+    assert not known or "certificate expired" in text
+    assert f"cert_file {old[0]} is of CN=COMP-7 and ended on 20" in text
 
 
 def test_a_pair_that_is_revoked(tmp_path):
