@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# of one partition; each takes three descriptors of supervisord, which all partitions share
+# of one partition; each takes two descriptors of supervisord, which all partitions share
 MOST_PROGRAMS = 100
 _DESCRIPTORS = 1024
 _NO_LIMIT = 60000

@@ -11,10 +11,13 @@ import contextlib
 import os
 import signal
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from supervisor.poller import PollPoller
 from supervisor.states import ProcessStates, SupervisorStates
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 # what nobody has thought of waits no longer than this
 _LONGEST = 30.0
@@ -26,7 +29,8 @@ IN_TRANSIT = (ProcessStates.STARTING, ProcessStates.BACKOFF, ProcessStates.STOPP
 class Poller(PollPoller):  # type: ignore[misc]
     """Waits for as long as nothing can be due; ``hurry``: something has changed, so there is another turn at once.
 
-    ``restless`` are the groups that are looked at in the next turn.
+    ``restless`` are the groups that are looked at in the next turn. ``finish`` returns whether there is nothing left that has
+    to be tried again soon.
     """
 
     hurry = True
@@ -38,6 +42,7 @@ class Poller(PollPoller):  # type: ignore[misc]
         self._in_transit: dict[int, Any] = {}
         self._dispatchers: dict[int, Any] | None = None
         self._groups: dict[str, Any] = {}
+        self.finish: Callable[[], bool] = _nothing_left
         self.restless: set[str] = set()
 
     def attend(self, supervisord: Any) -> None:
@@ -110,8 +115,14 @@ class Poller(PollPoller):  # type: ignore[misc]
         found = [_due(process) - now + _A_MOMENT for process in self._in_transit.values()]
         # answers that wait for something look for it again after their own pause
         found += [one.delay for one in self._sockets.values() if getattr(one, "delay", 0)]
+        if not self.finish():
+            found.append(_ENDING)
         # somebody may set the clock
         return max(0.0, min((*found, 1.0 if found else _LONGEST)))
+
+
+def _nothing_left() -> bool:
+    return True
 
 
 def _due(process: Any) -> float:

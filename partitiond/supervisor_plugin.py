@@ -19,6 +19,7 @@ import os
 import resource
 import socket
 import time
+from collections import deque
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,8 +48,9 @@ VERSION = 1
 NOTES, EVENTS = "processes", "events.sock"
 _TOLD = (ProcessStates.EXITED, ProcessStates.BACKOFF, ProcessStates.FATAL)
 _SUFFIX = ".conf"
-# beside one for each program: what supervisord itself has open, who asks it, and some to spare
+# beside those of programs: what supervisord itself has open, who asks it, and some to spare
 _FILES_BESIDES = 200
+_MOST_UNTOLD = 4000
 # of a file system's times
 _COARSE = 1.0
 # where partitiond lies in no directory of Python's own: for supervisord's eyes only
@@ -78,6 +80,8 @@ class Interface:
         sockets = self._options.get_socket_map()
         self._options.poller.close()
         self._options.poller = self._poller = Poller(self._options, sockets)
+        self._untold: deque[bytes] = deque(maxlen=_MOST_UNTOLD)
+        self._poller.finish = self._tell
         self._wake = Wake(supervisord)
         self._poller.attend(supervisord)
         for name in supervisord.process_groups:
@@ -229,7 +233,7 @@ class Interface:
     def _make_room(self) -> None:
         """Have descriptors for all programs; nothing else of supervisord's hangs on how many there may be."""
         programs = sum(len(one.processes) for one in self._supervisord.process_groups.values())
-        need = _FILES_BESIDES + 2 * programs  # its output, and its pidfd if it was taken over
+        need = _FILES_BESIDES + 3 * programs  # its output, its log, and its pidfd if it was taken over
         self._options.minfds = max(self._options.minfds, need)
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         if soft == resource.RLIM_INFINITY or soft >= need:
@@ -325,14 +329,27 @@ class Interface:
             "expected": bool(event.expected) and process.state == ProcessStates.EXITED,
             "at": time.time(),
         }
+        self._untold.append(json.dumps(told).encode())
+        self._tell()
+
+    def _tell(self) -> bool:
+        """Send the daemon what it was not told yet, and wait for nothing; return whether that was all.
+
+        A socket holds few datagrams (net.unix.max_dgram_qlen, often 10), and hundreds of programs may end together.
+        """
+        if not self._untold:
+            return True
         try:
             with _opened(self._directory) as descriptor:
-                # by the descriptor: a path may be longer than the address of a socket can be
-                self._sender.sendto(json.dumps(told).encode(), f"/proc/self/fd/{descriptor}/{EVENTS}")
-        except (
-            OSError
-        ):  # no daemon at the moment, or one that is behind: it looks at all of them when it is there again
-            return
+                while self._untold:
+                    # by the descriptor: a path may be longer than the address of a socket can be
+                    self._sender.sendto(self._untold[0], f"/proc/self/fd/{descriptor}/{EVENTS}")
+                    self._untold.popleft()
+        except BlockingIOError:
+            return False
+        except OSError:  # no daemon at the moment: it looks at all of them when it is there again
+            self._untold.clear()
+        return True
 
 
 @contextmanager

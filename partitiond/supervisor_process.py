@@ -5,7 +5,7 @@ What differs from its own:
 
 - stdout is a pipe that the program holds at both ends, so that it lives on when supervisord is killed: it gets no SIGPIPE, and
   waits when the pipe is full, until the next supervisord opens it again and reads on. stdin is one that nobody else holds at
-  all. That leaves one descriptor of supervisord's per program, of three;
+  all. That leaves two descriptors of supervisord's per program, of three;
 - each child closes what it must not have by one system call instead of one for each possible number;
 - a signal that is sent before the program has begun ends it: supervisord's own handler of it would swallow it in the child.
 """

@@ -3,10 +3,12 @@
 Without partitions: the programs are small ones of ``nobody``'s.
 """
 
+import json
 import os
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import threading
 import time
@@ -254,6 +256,30 @@ def test_a_child_that_ends_is_seen_at_once_and_an_idle_supervisord_sleeps(made):
     before = switches()
     time.sleep(2.5)
     assert switches() == before
+
+
+def test_the_daemon_is_told_of_all_that_end_together_also_when_it_is_busy(made):
+    """A queue of datagrams is short; and who does not listen holds up nobody."""
+    node = made()
+    node.start()
+    for number in range(20):
+        node.write(f"g{number}", sleeps(1000), sleeps(1000), restart=False)
+    node.supervisor.update()
+    for number in range(20):
+        node.supervisor.start_group(f"g{number}")
+    before = node.all_run()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listener:
+        listener.bind(str(node.supervisor.directory / "events.sock"))
+        listener.settimeout(PATIENCE)
+        for pid in before.values():
+            os.kill(pid, 9)
+        until(lambda: set(node.states().values()) == {"EXITED"})
+        told = [json.loads(listener.recv(4096)) for _ in before]
+    assert {(one["group"], one["name"]): one["pid"] for one in told} == before
+    assert {(one["state"], one["expected"]) for one in told} == {("EXITED", False)}
+    # now nobody listens
+    node.supervisor.start_group("g0")
+    assert node.states()["g0", "p0"] == "RUNNING"
 
 
 def test_programs_have_what_they_had(made):
