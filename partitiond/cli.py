@@ -325,7 +325,7 @@ def _show(options: argparse.Namespace) -> int:
 def _unmanaged_status(options: argparse.Namespace) -> dict[str, Any]:
     from partitiond import unmanaged, unmanaged_verbs  # noqa: PLC0415 - as above
 
-    return unmanaged_verbs.status(unmanaged.context(_config(options)))
+    return unmanaged_verbs.node_status(unmanaged.context(_config(options)))
 
 
 def _node(options: argparse.Namespace) -> int:

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-OK, FAILED, NOT_TOLD, OFFLINE, NEEDS_ROOT, BUSY, WRONG_USE = 0, 1, 2, 3, 5, 10, 64
+OK, FAILED, PROMISE_FAILED, NOT_TOLD, OFFLINE, NEEDS_ROOT, BUSY, WRONG_USE = 0, 1, 2, 2, 3, 5, 10, 64
 _HOUR = 3600
 _SOON = 2.0
 _LANES = {"software": "software", "instance": "instances", "report": "report"}
@@ -212,4 +212,6 @@ def _pass(
     with echo:
         value = sync(_LANES[name], Wish(force=force, only=only, again=True, collect=collect))
     show("sync", value)
-    return FAILED if value["failures"] else OK
+    codes = {one["code"] for one in value["failures"]}
+    # as in slapgrid, any other failure outweighs those of promises
+    return OK if not codes else PROMISE_FAILED if codes == {"instance.promise"} else FAILED

@@ -111,6 +111,8 @@ def days_of_slapgrid(context: Context, partition: Partition) -> float:
 
 def _software_uid(context: Context) -> tuple[int, ...]:
     # slapgrid gives these files to the owner of the software
+    if context.config.unmanaged is not None:
+        return (context.config.unmanaged.uid,)
     numbers = users.observe().numbers()
     found = numbers.get(context.config.software_user)
     return () if found is None else (found[0],)

@@ -23,10 +23,12 @@ def clean(context: Context, node: Node, partition: Partition) -> None:
     # the last bytes belong to the instance that goes, not to the one that comes
     context.meters.settle(context, node)
     context.meters.forget(partition.id)
-    remains.remove_jobs(partition.user, partition.uid)  # before its processes: they are started by others
-    execute.end_processes_of(partition.uid, partition.gid)
-    privacy.forget(context.config, partition)
-    remains.remove(partition.user, partition.uid)
+    if context.config.unmanaged is None:
+        # else its user is whoever runs this: jobs, processes and files that are not in the partition are not the instance's
+        remains.remove_jobs(partition.user, partition.uid)  # before its processes: they are started by others
+        execute.end_processes_of(partition.uid, partition.gid)
+        privacy.forget(context.config, partition)
+        remains.remove(partition.user, partition.uid)
     if partition.network.tap:
         with (
             context.applying

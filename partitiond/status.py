@@ -29,6 +29,8 @@ from partitiond import (
 from partitiond.refusal import Refusal
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from netplan.model import TunSpec
     from partitiond.config import Config
     from partitiond.context import Context
@@ -226,9 +228,30 @@ def _incidents(context: Context) -> dict[str, list[dict[str, object]]]:
 def _partition(
     context: Context, item: Partition, seen: Observation, todo: Plan, wrong: list[dict[str, object]]
 ) -> dict[str, Any]:
+    return partition_object(
+        context,
+        item,
+        seen.processes,
+        block_devices=seen.block_devices.given(item),
+        incidents=wrong,
+        tunnels=[tunnel.name for tunnel in todo.declared[item.id].tunnels],
+        drift=[operation.id for operation in todo if operation.partition == item.id],
+    )
+
+
+def partition_object(
+    context: Context,
+    item: Partition,
+    processes: Sequence[Process],
+    *,
+    block_devices: Sequence[str] = (),
+    incidents: Sequence[dict[str, object]] = (),
+    tunnels: Sequence[str] = (),
+    drift: Sequence[str] = (),
+) -> dict[str, Any]:
+    """One partition as the contract has it."""
     state = context.store.instance(item.id)
     network = item.network
-    drift = [operation.id for operation in todo if operation.partition == item.id]
     return {
         "id": item.id,
         "index": item.index,
@@ -258,15 +281,15 @@ def _partition(
         if network.routable_ipv4
         else None,
         "vpn_ipv4": None,
-        "block_devices": seen.block_devices.given(item),
+        "block_devices": list(block_devices),
         "software_release": state.software_release,
         "instance_guid": state.instance_guid,
-        "processes": [_process(process) for process in seen.processes if process.group == item.id],
-        "incidents": wrong,
+        "processes": [_process(process) for process in processes if process.group == item.id],
+        "incidents": list(incidents),
         "promises": promise_book.as_json(context.promises.known(item.id)),
-        "tunnels": [tunnel.name for tunnel in todo.declared[item.id].tunnels],
+        "tunnels": list(tunnels),
         "quota": quotas.as_json(context, item.id, state.instance_guid),
-        "drift": drift,
+        "drift": list(drift),
     }
 
 

@@ -8,8 +8,18 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any
 
-from partitiond import lock, recovery, services, unmanaged, verbs
-from partitiond.errors import PartitiondError, WrongUseError, sentence
+from partitiond import (
+    cli_node_parser,
+    lock,
+    promises,
+    recovery,
+    services,
+    software_status,
+    status,
+    unmanaged,
+    verbs,
+)
+from partitiond.errors import PartitiondError, WrongUseError, printable, sentence
 from partitiond.passes import Wish
 from partitiond.unmanaged_supervisor import UnmanagedSupervisor
 from slap_client.errors import SlapError
@@ -20,8 +30,6 @@ if TYPE_CHECKING:
 
     from partitiond.config import Config
     from partitiond.context import Context
-    from partitiond.node import Partition
-    from partitiond.supervision import Process
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +44,7 @@ def run(
 ) -> int:
     """Run a verb of ``node``; ``take_pass`` is what the passes have in common with those of other nodes."""
     name = options.node_verb
-    if name in ("collect", "bang", "promise"):
+    if name in ("collect", "bang"):
         raise WrongUseError(
             "node.elsewhere",
             "is not among the verbs of a node without meters and daemon",
@@ -44,6 +52,8 @@ def run(
             hint="partitiond node --help",
         )
     context = unmanaged.context(config)
+    if name == "promise":
+        return _promise(context, cli_node_parser.named(options))
     if name == "supervisord":
         return _supervisord(context, foreground=options.nodaemon)
     if name == "format":
@@ -130,7 +140,24 @@ def _supervisord(context: Context, *, foreground: bool) -> int:
     return 0
 
 
-def status(context: Context) -> dict[str, Any]:
+def _promise(context: Context, only: frozenset[str]) -> int:
+    """Test the promises of the instances that run; 2 when one fails, as slapgrid has it."""
+    node = context.node_in_force or unmanaged.node(context.config)
+    states = context.store.instances()
+    tested = {
+        item.id: item for item in node.partitions if item.id in states and (not only or item.id in only)
+    }
+    releases = {
+        name: states[name].software_release or "" for name in tested if states[name].wanted == "started"
+    }
+    found = promises.check_all(context, releases, [tested[name] for name in releases])
+    for name, outcome in found.items():
+        for promise, said in outcome.failed.items():
+            logger.warning("%s: promise %s fails: %s", name, promise, printable(said))
+    return 2 if any(outcome.failed for outcome in found.values()) else 0
+
+
+def node_status(context: Context) -> dict[str, Any]:
     """The contract's ``status`` object of such a node."""
     config = context.config
     processes = context.supervisor.processes()
@@ -149,39 +176,6 @@ def status(context: Context) -> dict[str, Any]:
             ],
             "drift": [],
         },
-        "partitions": [_partition(context, item, processes) for item in node.partitions],
+        "partitions": [status.partition_object(context, item, processes) for item in node.partitions],
+        "software": software_status.releases(context),
     }
-
-
-def _partition(context: Context, item: Partition, processes: tuple[Process, ...]) -> dict[str, Any]:
-    state = context.store.instance(item.id)
-    network = item.network
-    spread = network.ipv6_range
-    return {
-        "id": item.id,
-        "index": item.index,
-        "state": state.life,
-        "error": state.error,
-        "user": {"name": item.user, "uid": item.uid},
-        "path": str(item.path),
-        "ipv6": str(item.ipv6) if item.ipv6 else None,
-        "ipv6_prefixlen": network.ipv6.network.prefixlen if network.ipv6 else None,
-        "ipv6_range": str(spread.network_address) if spread else None,
-        "ipv6_range_prefixlen": spread.prefixlen if spread else None,
-        "ipv4": str(item.ipv4),
-        **dict.fromkeys(_NONE),
-        "block_devices": [],
-        "software_release": state.software_release,
-        "instance_guid": state.instance_guid,
-        "processes": [
-            {"name": one.name, "state": one.state, "pid": one.pid or None}
-            for one in processes
-            if one.group == item.id
-        ],
-        "incidents": [],
-        "tunnels": [],
-        "drift": [],
-    }
-
-
-_NONE = ("tap", "tun", "public_ipv4", "routable_ipv4", "routable_ipv4_prefixlen", "vpn_ipv4", "quota")

@@ -131,6 +131,15 @@ def test_life(scene):
     assert scene.runs(), text
     status = scene.node("status", "watchdog", "part0:*")
     assert status.count("RUNNING") == 3, status
+    promise = scene.base / "inst" / "part0" / "etc" / "promise" / "kept"
+    scene.standalone.run("/bin/mkdir", "-p", promise.parent)
+    for line, code in (("echo on purpose; exit 1", 2), ("exit 0", 0)):
+        promise.write_text(f"#!/bin/sh\n{line}\n")
+        promise.chmod(0o755)
+        assert ("on purpose" in scene.node("promise", expect=code)) is bool(code)
+        assert ("on purpose" in scene.node("instance", "--force", "--only-cp", "part0", expect=code)) is bool(
+            code
+        )
     before = scene.timestamp()
     # the service is watched: that it ends is told, and the master asks for it to be configured again
     scene.node("supervisorctl", "signal", "KILL", "part0:http-on-watch")
@@ -145,7 +154,16 @@ def test_life(scene):
     scene.slapos("request", "one", scene.url, "--state", "destroyed", "--parameters", "text=one")
     scene.node("instance")
     assert (scene.base / "inst" / "part0" / "buildout.cfg").exists(), "stopped; the report removes it"
+    # what else its user has is no instance's: a file, memory that is shared, a process
+    others = [Path("/tmp/of-its-user"), Path("/dev/shm/of-its-user")]
+    scene.standalone.run("/usr/bin/touch", *others)
+    other = scene.standalone.start("/bin/sleep", "1000")
     assert "part0: destroyed" in scene.node("report")
+    assert other.poll() is None
+    other.kill()
+    other.communicate()
+    for path in others:
+        path.unlink()
     assert [path.name for path in (scene.base / "inst" / "part0").iterdir()] == [".slapos-resource"]
     scene.slapos("remove", scene.url, "local")
     scene.node("software")
