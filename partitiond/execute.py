@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pwd
+import select
 import signal
 import subprocess
 import time
@@ -50,6 +51,35 @@ class Running(Protocol):
 
     def wait(self, timeout: float | None = None) -> int:
         """Its exit status, negative for a signal. Raises subprocess.TimeoutExpired."""
+
+
+class _Program:
+    """A child of ours, of which only the end is waited for.
+
+    waitpid(2) tells of a stop, too, when the child has made us its debugger (``PTRACE_TRACEME``), and leave it there.
+    """
+
+    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+        self._process, self.pid = process, process.pid
+        try:
+            self._ends = os.pidfd_open(process.pid)
+        except OSError:  # no descriptors left: nobody could watch over it
+            process.kill()
+            process.wait()
+            raise
+
+    def wait(self, timeout: float | None = None) -> int:
+        """As :meth:`Running.wait`."""
+        poll = select.poll()
+        poll.register(self._ends, select.POLLIN)
+        if not poll.poll(None if timeout is None else timeout * 1000):
+            raise subprocess.TimeoutExpired(str(self.pid), timeout or 0.0)
+        return self._process.wait()
+
+    def close(self) -> None:
+        """Have it taken away, too, when it was not waited for: it is killed by now."""
+        self.wait()
+        os.close(self._ends)
 
 
 def environment(home: str, user: str) -> dict[str, str]:
@@ -118,7 +148,8 @@ def as_user(
             resource=str(cwd),
             hint="is util-linux installed?",
         ) from error
-    return watch(process, user, stop=stop, timeout=timeout, record=record)
+    with contextlib.closing(_Program(process)) as program:
+        return watch(program, user, stop=stop, timeout=timeout, record=record)
 
 
 def watch(

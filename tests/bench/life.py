@@ -8,7 +8,8 @@ A release of one service and one promise, built from our own wheels without a ne
 
 CPU is that of the daemon or command and all that it started, supervisord not among them. Requests and bytes (both ways, TCP
 payload) are counted on the way to the master. Per day: the passes that each makes by its own schedule when nothing happens.
-slapos.core runs ``slapos node software|instance``, for fewer instances: its passes take longer. Its promises run in its passes.
+slapos.core runs ``slapos node software|instance`` for fewer instances, of as many partitions: its passes take longer. Its
+promises run in its passes, ours in a lane of their own.
 On Python before 3.12 its grid can only be imported with importlib.resources.files() taught to take a module; that is said.
 """
 
@@ -357,13 +358,13 @@ class Ours:
         time.sleep(node.SETTLED)
         return self.master.counter.capacity
 
-    def sync(self, lane: str) -> Cost:
-        """One pass, in the daemon."""
+    def sync(self, lane: str, done: int = 0) -> Cost:
+        """One pass, in the daemon, which has to do so much."""
         assert self._process is not None
         cpu, before, start = tree_cpu(self._process.pid), self.master.counter.count, time.perf_counter()
         answer = node.control.call(Path("/run/partitiond/control.sock"), "POST", "/1/sync", {"lane": lane})
         wall = time.perf_counter() - start
-        if not answer or answer["failures"]:
+        if not answer or answer["failures"] or len(answer["done"]) != done:
             sys.exit(f"sync {lane} failed: {json.dumps(answer)[:3000]}")
         return Cost(wall, tree_cpu(self._process.pid) - cpu, self.master.counter.count - before)
 
@@ -397,12 +398,12 @@ def ours(table: Table, counts: list[int], repetitions: int, source: str) -> Iter
     try:
         yield it.begin()
         it.master.ask("supply")
-        table.row("partitiond, build of the software", [it.sync("software")])
+        table.row("partitiond, build of the software", [it.sync("software", 1)])
         there = 0
         for count in sorted(counts):
             it.master.ask("request", *(f"i{number}=first" for number in range(there, count)))
             title = f"partitiond, first processing of {count - there}{' more' if there else ''}"
-            table.row(title, [it.sync("instances")], count - there)
+            table.row(title, [it.sync("instances", count - there)], count - there)
             there = count
             same = [it.sync("instances") for _ in range(repetitions)]
             table.row(f"partitiond, no change, {count}, in the daemon", same)
@@ -412,8 +413,8 @@ def ours(table: Table, counts: list[int], repetitions: int, source: str) -> Iter
             )
             changed = []
             for one in range(repetitions):
-                it.master.ask("request", f"i{one}=changed {one}")
-                changed.append(it.sync("instances"))
+                it.master.ask("request", f"i{one}=changed of {count}")
+                changed.append(it.sync("instances", 1))
             table.row(f"partitiond, one changed of {count}, in the daemon", changed)
         table.idle["partitiond"] = same[-1].asked
         table.idle["partitiond, software"] = it.sync("software").asked
@@ -516,8 +517,8 @@ def per_day(table: Table, most: int, peers: int) -> None:
         one, other = table.idle[who], table.idle[f"{who}, software"]
         requests = one.requests * instances + other.requests * software
         size = one.size * instances + other.size * software
-        line = f"{who}, {count} instances"
-        print(f"  {line:<30}{requests:>10.0f} requests{size / 2**20:>10.1f} MiB", flush=True)
+        line = f"{who}, {count} instances on {most} partitions"
+        print(f"  {line:<48}{requests:>10.0f} requests{size / 2**20:>10.1f} MiB", flush=True)
 
 
 def release() -> None:

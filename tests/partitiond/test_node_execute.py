@@ -211,3 +211,11 @@ def test_processes_of_others_are_let_alone_and_roots_never_touched(user):
     finally:
         other.kill()
         other.wait()
+
+
+def test_program_that_makes_us_its_debugger_leaves_nothing(user, run):
+    code = "import ctypes, os; ctypes.CDLL(None).ptrace(0, 0, None, None); os.kill(os.getpid(), 19)"  # PTRACE_TRACEME
+    outcome, _ = run("", command=["/usr/bin/python3", "-I", "-c", code], timeout=0.5)
+    assert outcome.cut_short == "took too long"
+    states = [path.read_text() for path in Path("/proc").glob("[0-9]*/status")]
+    assert not [text for text in states if f"\nPPid:\t{os.getpid()}\n" in text and "\nUid:\t4242" in text]
