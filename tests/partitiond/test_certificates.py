@@ -173,6 +173,17 @@ def test_empty_files_as_slapgrid_leaves_them(scene):
     assert scene.files() == scene.answer
 
 
+def test_tunnels_are_given_the_pair_that_is_in_force(scene):
+    scene.fetch()
+    first = certificates.read_pair(scene.config, scene.partition)
+    assert (first.certificate.decode(), first.key.decode()) == (scene.answer.certificate, scene.answer.key)
+    scene.answer = given()
+    scene.fetch()
+    second = certificates.read_pair(scene.config, scene.partition)
+    assert second.files != first.files
+    assert second.certificate.decode() == scene.answer.certificate
+
+
 def test_what_the_user_did_to_its_files_is_undone(scene):
     scene.fetch()
     (scene.repository / "slappart0.key").write_text("mine")
