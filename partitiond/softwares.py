@@ -261,7 +261,12 @@ def _save_failure(context: Context, url: str, error: Exception) -> None:
 def _note_listed(context: Context, listed: Iterable[SoftwareDocument]) -> None:
     """Remember which releases the master does not list any more; they are kept, since it did not say that they should go."""
     urls = {one.url for one in listed}
-    for state in context.store.softwares():
+    try:
+        states = context.store.softwares()
+    except PartitiondError as error:  # one that cannot be read must not hold up the others
+        logger.warning("%s", sentence(error))
+        return
+    for state in states:
         if state.listed != (state.url in urls):
             context.store.save_software(replace(state, listed=not state.listed))
             if state.listed:

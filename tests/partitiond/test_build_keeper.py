@@ -1,18 +1,20 @@
 """The process that builds, without a daemon: killed anywhere, begun twice at once, ended; one build at a time, nothing left."""
 
+import json
 import os
 import pwd
 import shutil
 import signal
+import subprocess
 import threading
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from partitiond import build_keeper, buildout, config, files, procfs, software_build
+from partitiond import build_keeper, buildout, config, execute, files, procfs, software_build
 from partitiond.build_keeper import Outcome, Places
 from partitiond.errors import PartitiondError
 
@@ -160,6 +162,31 @@ def test_a_number_that_is_somebody_else_s_is_left_alone(scene):
         assert build_keeper.wait(other, 0)
     assert not build_keeper.wait(own, 0)
     assert build_keeper.running(scene.config) is None
+
+
+def test_after_a_restart_of_the_machine_a_session_is_somebody_else_s(scene):
+    """The record of the step names the session that this test itself leads: it must not be ended."""
+    scene.places.directory.mkdir()
+    record = build_keeper.Runner(scene.url, 1, 1, "another")
+    with subprocess.Popen(
+        [execute.SETPRIV, "--reuid", USER, "--regid", USER, "--clear-groups", "--", "/bin/sleep", "60"],
+        start_new_session=True,
+    ) as sleeper:
+        try:
+            for boot, alive in (("another", True), (procfs.boot(), False)):
+                files.write_path(scene.places.record, json.dumps(asdict(replace(record, boot=boot))).encode())
+                deadline = time.monotonic() + 10
+                while procfs.user_of(sleeper.pid) == 0 and time.monotonic() < deadline:
+                    time.sleep(0.01)
+                scene.places.session.write_text(f"{sleeper.pid} {pwd.getpwnam(USER).pw_uid}\n")
+                assert build_keeper.end_cut_off(scene.config)
+                assert not scene.places.session.exists()
+                if alive:
+                    assert sleeper.poll() is None
+                else:
+                    assert sleeper.wait(10) == -signal.SIGKILL
+        finally:
+            sleeper.kill()
 
 
 def test_an_outcome_that_cannot_be_read_is_none(scene):
