@@ -14,9 +14,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from partitiond import build_keeper, buildout, config, execute, files, procfs, software_build
+from partitiond import build_keeper, buildout, config, execute, files, procfs, software_build, softwares
 from partitiond.build_keeper import Outcome, Places
+from partitiond.context import Context
 from partitiond.errors import PartitiondError
+from partitiond.state import SoftwareState, software_name
 
 RELEASE = Path(__file__).resolve().parents[1] / "lifecycle" / "release"
 USER = "daemon"
@@ -246,3 +248,23 @@ def test_credentials_of_the_software_user_go_along(scene, monkeypatch):
     (home / ".netrc").unlink()
     software_build._prepare(scene.config, scene.url, numbers)
     assert not files.there(str(path)), "what was copied before stays"
+
+
+def test_a_pass_is_limited_to_what_was_asked_for(scene):
+    context = Context.of(scene.config)
+    urls = ("http://one/", "http://two/", "http://three/")
+    for url in urls:
+        (scene.base / "software" / software_name(url)).mkdir()
+        context.store.save_software(SoftwareState(url, available=True))
+    entries = [SimpleNamespace(url=url, requested_state="destroyed") for url in urls]
+    document = SimpleNamespace(software=entries)
+    softwares.note_listed(context, entries[1:])
+    assert [one.url for one in context.store.softwares() if not one.listed] == ["http://one/"]
+    result = softwares.run_pass(context, document, only=frozenset((urls[0], software_name(urls[2]))))
+    # nobody listens at the master's address: all that fails is to tell it
+    assert [(url, error.code) for url, error in result.failures] == [
+        (urls[0], "slap.unreachable"),
+        (urls[2], "slap.unreachable"),
+    ]
+    assert [one.url for one in context.store.softwares()] == [urls[1]]
+    context.meters.close()
