@@ -188,10 +188,18 @@ def save_outcome(places: Places, outcome: Outcome) -> None:
 def end_cut_off(config: Config) -> bool:
     """End what a runner that was killed left running; whether there was such a one. Only while none runs."""
     places = Places.of(config)
-    execute.end_cut_off(places.session)
     found = places.record.exists()
+    end_session(places)
     places.record.unlink(missing_ok=True)
     return found
+
+
+def end_session(places: Places) -> None:
+    """End what is left of the step of a runner that was killed; in another boot its number is somebody else's."""
+    found = _named(places.record)
+    if found is not None and found.boot != procfs.boot():
+        places.session.unlink(missing_ok=True)
+    execute.end_cut_off(places.session)
 
 
 def start(config: Config, url: str, *, force: bool) -> None:

@@ -18,7 +18,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from partitiond import binary_cache, build_keeper, buildout, execute, files, last_good, procfs, software_build
+from partitiond import binary_cache, build_keeper, buildout, files, last_good, procfs, software_build
 from partitiond.build_keeper import Outcome, Places, Runner
 from partitiond.errors import FAMILY, sentence
 
@@ -50,7 +50,7 @@ def main(arguments: Sequence[str]) -> None:
         logger.warning("another one builds already")
         return
     # a session of an earlier runner, whose lock we have now
-    execute.end_cut_off(places.session)
+    build_keeper.end_session(places)
     job = json.loads(places.job.read_bytes())
     own = Runner(job["url"], os.getpid(), procfs.started(os.getpid()) or 0, procfs.boot())
     files.write_path(places.record, json.dumps(asdict(own)).encode(), mode=0o600)

@@ -21,6 +21,7 @@ from partitiond import (
     destruction,
     free_space,
     instance_build,
+    log_digest,
     marks,
     periods,
     privacy,
@@ -276,7 +277,7 @@ def _failed(
             running.stop(context, partition)
         except PartitiondError as problem:
             logger.warning("%s: %s", partition.id, sentence(problem))
-    failures, text = state.failures + 1, str(error)[-4000:]
+    failures, text = state.failures + 1, str(error)[:4000]
     # as long as it is the same that the master was told, and still shows, it is not told again
     known = state.life == "failed" and state.reported and state.error == text
     failed = replace(
@@ -306,7 +307,7 @@ def _tell(context: Context, state: InstanceState, access_status: str = "") -> No
     client, name = context.client, state.partition
     if state.life == "failed":
         told, text = state.reported, state.error or ""
-        done = told or report(lambda: client.instance_error(name, text), name)
+        done = told or report(lambda: client.instance_error(name, log_digest.for_master(text)), name)
     elif state.life in ("started", "stopped"):
         told = state.reported and not _is_error(access_status)
         tell = client.instance_started if state.life == "started" else client.instance_stopped

@@ -23,14 +23,12 @@ from partitiond import (
     promises,
     quotas,
     reports,
-    software_build,
     softwares,
     storage,
     trial,
 )
 from partitiond.errors import PartitiondError, sentence
 from partitiond.passes import Result, Wish
-from partitiond.state import software_name
 from slap_client.capacity import (
     CapacityNode,
     CapacityPartition,
@@ -209,16 +207,14 @@ def _tap(partition: Partition, target: Node) -> CapacityTap:
 
 def software(context: Context, wish: Wish = _NOTHING_SPECIAL) -> Result:
     """Build and remove software releases."""
-    document, held = destroy_guard.spare_software(context, ask(context))
-    whole = document
-    if wish.only:
-        chosen = tuple(one for one in document.software if wish.only & {one.url, software_name(one.url)})
-        document = replace(document, software=chosen)
+    answer = ask(context)
+    softwares.note_listed(context, answer.software)
+    document, held = destroy_guard.spare_software(context, answer)
     again = lambda: destroy_guard.spare_software(context, ask(context))[0]  # noqa: E731 - a word for it
-    result = softwares.run_pass(context, document, force=wish.force, ask=again)
+    result = softwares.run_pass(context, document, force=wish.force, ask=again, only=wish.only)
     result.failures += held
-    if wish.collect and not whole.rejected_software:
-        _collect(context, frozenset(one.url for one in whole.software) | {url for url, _ in held}, result)
+    if wish.collect and not answer.rejected_software:
+        _collect(context, frozenset(one.url for one in answer.software), result)
     return result
 
 
@@ -227,11 +223,10 @@ def _collect(context: Context, listed: frozenset[str], result: Result) -> None:
     used = {state.software_release for state in context.store.instances().values()}
     for url in sorted({state.url for state in context.store.softwares()} - listed - used):
         try:
-            software_build.remove_software(context.config, url)
+            softwares.discard(context, url)
         except (PartitiondError, OSError) as error:
             result.failures.append((url, error))
             continue
-        context.store.forget_software(url)
         result.done.append(f"{url}: removed, as the master does not list it")
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from partitiond import build_keeper, buildout, free_space, log_digest, software_build
 from partitiond.errors import FAMILY, PartitiondError, sentence
 from partitiond.passes import Result, pause_after, report
+from partitiond.state import software_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -38,12 +39,14 @@ def run_pass(
     *,
     force: bool = False,
     ask: Callable[[], ComputerDocument] | None = None,
+    only: frozenset[str] = frozenset(),
 ) -> Result:
     """Build what is wanted and remove what is to be destroyed; one that fails harms no other.
 
-    ``ask`` gives what the master wishes by now, which is asked for while a build goes on.
+    ``ask`` gives what the master wishes by now, which is asked for while a build goes on; ``only`` are URLs, or names of
+    directories, to which the pass is limited.
     """
-    work = _Pass(context, document, force, ask or (lambda: document))
+    work = _Pass(context, document, force, ask or (lambda: document), only)
     work.take_over()
     while not context.stop.is_set() and work.step():
         continue
@@ -56,14 +59,13 @@ class _Pass:
     document: ComputerDocument
     force: bool
     ask: Callable[[], ComputerDocument]
+    only: frozenset[str]
     result: Result = field(default_factory=lambda: Result([], []))
     tried: set[str] = field(default_factory=set)
 
     def take_over(self) -> None:
         """Deal with what was built while nobody waited for it, and with a build that goes on."""
         context = self.context
-        if not self.document.rejected_software:  # one of those may be what seems to be missing
-            _note_listed(context, self.document.software)
         self._settle()
         found = build_keeper.running(context.config)
         if found is None:
@@ -79,7 +81,7 @@ class _Pass:
         gone = (one for one in self.document.software if one.requested_state == "destroyed")
         wanted = (one for one in self.document.software if one.requested_state != "destroyed")
         # what is quick comes first: a build may take hours
-        entry = next((one for one in (*gone, *wanted) if one.url not in self.tried), None)
+        entry = next((one for one in (*gone, *wanted) if self._is_next(one.url)), None)
         if entry is None:
             return False
         self.tried.add(entry.url)
@@ -89,6 +91,9 @@ class _Pass:
             if not self.context.stop.is_set():
                 self._failed(entry.url, error)
         return True
+
+    def _is_next(self, url: str) -> bool:
+        return url not in self.tried and (not self.only or bool(self.only & {url, software_name(url)}))
 
     def _deal(self, entry: SoftwareDocument) -> None:
         if entry.requested_state == "destroyed":
@@ -259,10 +264,15 @@ def _save_failure(context: Context, url: str, error: Exception) -> None:
     report(lambda: context.client.software_error(url, log_digest.for_master(str(error))), url)
 
 
-def _note_listed(context: Context, listed: Iterable[SoftwareDocument]) -> None:
+def note_listed(context: Context, listed: Iterable[SoftwareDocument]) -> None:
     """Remember which releases the master does not list any more; they are kept, since it did not say that they should go."""
     urls = {one.url for one in listed}
-    for state in context.store.softwares():
+    try:
+        states = context.store.softwares()
+    except PartitiondError as error:  # one that cannot be read must not hold up the others
+        logger.warning("%s", sentence(error))
+        return
+    for state in states:
         if state.listed != (state.url in urls):
             context.store.save_software(replace(state, listed=not state.listed))
             if state.listed:
@@ -281,9 +291,14 @@ def _remove(context: Context, url: str) -> bool:
             context.events.record("software.kept", message, resource=f"software/{url}", partitions=users)
             context.store.save_software(replace(state, kept_for=words))
         return False
+    discard(context, url)
+    context.client.software_destroyed(url)
+    return True
+
+
+def discard(context: Context, url: str) -> None:
+    """Remove a release, its build, if it is being built, and what is remembered of it. Raises PartitiondError, OSError."""
     build_keeper.end(context.config, url)
     software_build.remove_software(context.config, url)
     build_keeper.forget_outcome(context.config, url)
     context.store.forget_software(url)
-    context.client.software_destroyed(url)
-    return True

@@ -1,20 +1,24 @@
 """The process that builds, without a daemon: killed anywhere, begun twice at once, ended; one build at a time, nothing left."""
 
+import json
 import os
 import pwd
 import shutil
 import signal
+import subprocess
 import threading
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from partitiond import build_keeper, buildout, config, files, procfs, software_build
+from partitiond import build_keeper, buildout, config, execute, files, procfs, software_build, softwares
 from partitiond.build_keeper import Outcome, Places
+from partitiond.context import Context
 from partitiond.errors import PartitiondError
+from partitiond.state import SoftwareState, software_name
 
 RELEASE = Path(__file__).resolve().parents[1] / "lifecycle" / "release"
 USER = "daemon"
@@ -162,6 +166,31 @@ def test_a_number_that_is_somebody_else_s_is_left_alone(scene):
     assert build_keeper.running(scene.config) is None
 
 
+def test_after_a_restart_of_the_machine_a_session_is_somebody_else_s(scene):
+    """The record of the step names the session that this test itself leads: it must not be ended."""
+    scene.places.directory.mkdir()
+    record = build_keeper.Runner(scene.url, 1, 1, "another")
+    with subprocess.Popen(
+        [execute.SETPRIV, "--reuid", USER, "--regid", USER, "--clear-groups", "--", "/bin/sleep", "60"],
+        start_new_session=True,
+    ) as sleeper:
+        try:
+            for boot, alive in (("another", True), (procfs.boot(), False)):
+                files.write_path(scene.places.record, json.dumps(asdict(replace(record, boot=boot))).encode())
+                deadline = time.monotonic() + 10
+                while procfs.user_of(sleeper.pid) == 0 and time.monotonic() < deadline:
+                    time.sleep(0.01)
+                scene.places.session.write_text(f"{sleeper.pid} {pwd.getpwnam(USER).pw_uid}\n")
+                assert build_keeper.end_cut_off(scene.config)
+                assert not scene.places.session.exists()
+                if alive:
+                    assert sleeper.poll() is None
+                else:
+                    assert sleeper.wait(10) == -signal.SIGKILL
+        finally:
+            sleeper.kill()
+
+
 def test_an_outcome_that_cannot_be_read_is_none(scene):
     places = scene.places
     places.outcomes.mkdir()
@@ -219,3 +248,23 @@ def test_credentials_of_the_software_user_go_along(scene, monkeypatch):
     (home / ".netrc").unlink()
     software_build._prepare(scene.config, scene.url, numbers)
     assert not files.there(str(path)), "what was copied before stays"
+
+
+def test_a_pass_is_limited_to_what_was_asked_for(scene):
+    context = Context.of(scene.config)
+    urls = ("http://one/", "http://two/", "http://three/")
+    for url in urls:
+        (scene.base / "software" / software_name(url)).mkdir()
+        context.store.save_software(SoftwareState(url, available=True))
+    entries = [SimpleNamespace(url=url, requested_state="destroyed") for url in urls]
+    document = SimpleNamespace(software=entries)
+    softwares.note_listed(context, entries[1:])
+    assert [one.url for one in context.store.softwares() if not one.listed] == ["http://one/"]
+    result = softwares.run_pass(context, document, only=frozenset((urls[0], software_name(urls[2]))))
+    # nobody listens at the master's address: all that fails is to tell it
+    assert [(url, error.code) for url, error in result.failures] == [
+        (urls[0], "slap.unreachable"),
+        (urls[2], "slap.unreachable"),
+    ]
+    assert [one.url for one in context.store.softwares()] == [urls[1]]
+    context.meters.close()
