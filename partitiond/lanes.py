@@ -208,7 +208,8 @@ def _tap(partition: Partition, target: Node) -> CapacityTap:
 def software(context: Context, wish: Wish = _NOTHING_SPECIAL) -> Result:
     """Build and remove software releases."""
     answer = ask(context)
-    softwares.note_listed(context, answer.software)
+    if not answer.rejected_software:  # one of those may be what seems to be missing
+        softwares.note_listed(context, answer.software)
     document, held = destroy_guard.spare_software(context, answer)
     again = lambda: destroy_guard.spare_software(context, ask(context))[0]  # noqa: E731 - a word for it
     result = softwares.run_pass(context, document, force=wish.force, ask=again, only=wish.only)

@@ -59,7 +59,7 @@ def _peer(scene: PromiseScene, python: str | None) -> tuple[float, float]:
 
     def run(names: list[str]) -> dict[str, float]:
         done = subprocess.run(
-            [PYTHON, program, json.dumps({**job, "partitions": names})],
+            [PYTHON, "-P", program, json.dumps({**job, "partitions": names})],
             capture_output=True,
             text=True,
             check=False,
