@@ -9,12 +9,14 @@ import dataclasses
 import hashlib
 import json
 from dataclasses import dataclass, replace
+from functools import partial
 from ipaddress import IPv6Interface
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 from partitiond import files
 from partitiond.choices import FIELDS, NATURAL, PARSERS, Kept
 from partitiond.errors import PartitiondError
+from partitiond.settled import Settled
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -91,10 +93,16 @@ class Store:
         self._addresses = state_dir / "addresses.json"
         # what the file of that inode, size and time holds: it is asked for in each pass, and hardly ever changes
         self._kept: tuple[object, Mapping[str, Kept]] = (None, {})
+        self._settled: Settled[InstanceState] = Settled()
         self._of_addresses = (self._base, self._addresses)
 
     def instance(self, partition: str) -> InstanceState:
         """The state of a partition; a free one when nothing is known."""
+        path = f"{self._instances}/{partition}.json"
+        # each pass of each lane asks for all of them, and hardly any has changed
+        return self._settled.get(partition, (path,), None, partial(self._instance, partition))
+
+    def _instance(self, partition: str) -> InstanceState:
         path = self._instances / f"{partition}.json"
         found = self._read(path)
         return InstanceState(partition) if found is None else _state(InstanceState, path, found)
