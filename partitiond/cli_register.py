@@ -68,7 +68,7 @@ def run(
         title=options.title or socket.gethostname(),
         web_url=options.master_url_web or registration_config.WEB_URL,
         master_url=options.master_url,
-        ca_file=options.master_ca_file,
+        ca_file=os.path.realpath(options.master_ca_file) if options.master_ca_file else None,
         fingerprint=options.master_fingerprint or "",
         interface=options.interface_name,
         partitions=options.partition_number,

@@ -79,7 +79,10 @@ def _explained(error: SlapError, title: str) -> SlapError:
     elif error.code == "slap.tls":
         hint = "name the panel's authorities by --master-ca-file, or its certificate by --master-fingerprint"
     elif error.code == "slap.timeout" or (error.code == "slap.unreachable" and not error.unsent):
+        # it may have been acted on
         hint = "look into the panel: where the node is registered now, revoke its certificate; then repeat with a new token"
+    elif error.code == "slap.unreachable":
+        hint = "check --master-url-web and the network"
     elif error.status and 300 <= error.status < 400:
         hint = "name the final address by --master-url-web"
     return SlapError(

@@ -222,7 +222,7 @@ def test_another_computer_needs_force_and_no_second_token(node, master):
         ("404", "slap.not_found", "404", "--master-url-web"),
         ("500", "slap.unavailable", "500", "wait"),
         ("redirect", "slap.refused", "redirect", "--master-url-web"),
-        ("down", "slap.unreachable", "no connection", "check"),
+        ("down", "slap.unreachable", "no connection", "check --master-url-web"),
         ("authority", "slap.tls", "sha256:", "--master-fingerprint"),
         ("plain", "slap.value", "without TLS", "https://"),
         ("huge", "slap.garbage", "bytes", ""),
