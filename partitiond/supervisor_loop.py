@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import signal
 import time
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,7 @@ from supervisor.poller import PollPoller
 from supervisor.states import ProcessStates, SupervisorStates
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
 # what nobody has thought of waits no longer than this
 _LONGEST = 30.0
@@ -40,21 +41,28 @@ class Poller(PollPoller):  # type: ignore[misc]
         self._sockets = sockets
         # by id: processes of supervisor compare as equal by priority, and cannot be hashed
         self._in_transit: dict[int, Any] = {}
-        self._dispatchers: dict[int, Any] | None = None
+        self.outputs = Outputs()
+        self.foreign: set[str] = set()  # groups whose processes are supervisor's own
         self._groups: dict[str, Any] = {}
         self.finish: Callable[[], bool] = _nothing_left
         self.restless: set[str] = set()
 
     def attend(self, supervisord: Any) -> None:
-        """Let the loop of this supervisord ask for the dispatchers of its processes only when they are others."""
-        ask, self._groups = supervisord.get_process_map, supervisord.process_groups
+        """Let the loop of this supervisord wait for one descriptor instead of one for each process of ours."""
+        self._groups = groups = supervisord.process_groups
 
-        def dispatchers() -> dict[int, Any]:
-            if self._dispatchers is None:
-                self._dispatchers = ask()
-            return self._dispatchers
+        def of_others() -> dict[int, Any]:
+            found: dict[int, Any] = {}
+            for name in self.foreign & groups.keys():
+                found.update(groups[name].get_dispatchers())
+            return found
 
-        supervisord.get_process_map = dispatchers
+        supervisord.get_process_map = of_others
+
+    def close(self) -> None:
+        """End with the loop: when supervisord begins anew in place, the numbers of descriptors will be others'."""
+        self.outputs.close()
+        super().close()
 
     def attend_group(self, group: Any) -> None:
         """Let a group that is new take its turns only when it is restless, as it is now."""
@@ -74,27 +82,12 @@ class Poller(PollPoller):  # type: ignore[misc]
     def changed(self, process: Any) -> None:
         """Take note of a process that has another state now."""
         self.hurry = True
-        self._dispatchers = None  # in this turn they become others
         if process.group is not None:
             self.restless.add(process.group.config.name)
         if process.state in IN_TRANSIT:
             self._in_transit[id(process)] = process
         else:
             self._in_transit.pop(id(process), None)
-
-    def register_readable(self, fd: int) -> None:
-        """Wait for one, once: the loop asks for each in each turn."""
-        if fd not in self.readables:
-            super().register_readable(fd)
-
-    def register_writable(self, fd: int) -> None:
-        """Wait until one can be written to, and for that alone, as it is with supervisor's own."""
-        super().register_writable(fd)
-        self.readables.discard(fd)
-
-    def forget_dispatchers(self) -> None:
-        """Ask for all dispatchers again: processes have others without having changed their state."""
-        self._dispatchers = None
 
     def poll(self, timeout: float) -> Any:
         """Wait; how long supervisord would is of no account."""
@@ -130,6 +123,62 @@ def _due(process: Any) -> float:
     if process.state == ProcessStates.STARTING:
         return float(process.laststart + process.config.startsecs)
     return float(process.delay)
+
+
+class Outputs:
+    """What processes say, and the ends of those that were taken over, behind one descriptor (epoll(7))."""
+
+    def __init__(self) -> None:
+        self._epoll = select.epoll()
+        self._dispatchers: dict[int, Any] = {}
+
+    def begin(self, sockets: dict[int, Any]) -> None:
+        """Join the loop."""
+        for number, one in list(sockets.items()):
+            if isinstance(one, Outputs):
+                del sockets[number]
+        sockets[self._epoll.fileno()] = self
+
+    def add(self, dispatchers: dict[int, Any]) -> None:
+        """Wait for these, too."""
+        for number, one in dispatchers.items():
+            self._dispatchers[number] = one
+            self._epoll.register(number, select.EPOLLIN)
+
+    def discard(self, numbers: Iterable[int]) -> None:
+        """Wait for these no longer; before they are closed: a child that is just being made has them, too."""
+        for number in numbers:
+            if self._dispatchers.pop(number, None) is not None:
+                self._epoll.unregister(number)
+
+    def close(self) -> None:
+        """Wait for nothing any more."""
+        self._dispatchers = {}
+        self._epoll.close()
+
+    def readable(self) -> bool:
+        """Always waited for, until the loop ends."""
+        return not self._epoll.closed
+
+    def writable(self) -> bool:
+        """Nothing is written."""
+        return False
+
+    def handle_read_event(self) -> None:
+        """Somebody said something."""
+        for number, _ in self._epoll.poll(0):
+            one = self._dispatchers.get(number)
+            if one is None:
+                continue
+            try:
+                one.handle_read_event()
+            except Exception:  # noqa: BLE001 - as supervisor's own loop has it: one must not end all
+                one.handle_error()
+            if not one.readable():
+                self.discard([number])
+
+    def handle_error(self) -> None:
+        """A mistake of ours; each of them has its own."""
 
 
 class Wake:

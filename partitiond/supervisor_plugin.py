@@ -51,6 +51,7 @@ _SUFFIX = ".conf"
 # beside those of programs: what supervisord itself has open, who asks it, and some to spare
 _FILES_BESIDES = 200
 _MOST_UNTOLD = 4000
+_DATAGRAMS = socket.SOCK_DGRAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK
 # of a file system's times
 _COARSE = 1.0
 # where partitiond lies in no directory of Python's own: for supervisord's eyes only
@@ -70,13 +71,8 @@ class Interface:
         self._directory, self._groups = directory, groups
         (directory / NOTES).mkdir(mode=0o700, parents=True, exist_ok=True)
         directory.chmod(0o700)
-        self._scene = Scene(directory / NOTES)
-        self._scene.kept = kept
         self._seen: dict[str, tuple[int, int, int, int]] = {}
         self._ending_all = False
-        self._sender = socket.socket(
-            socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK
-        )
         sockets = self._options.get_socket_map()
         self._options.poller.close()
         self._options.poller = self._poller = Poller(self._options, sockets)
@@ -84,6 +80,8 @@ class Interface:
         self._poller.finish = self._tell
         self._wake = Wake(supervisord)
         self._poller.attend(supervisord)
+        self._scene = Scene(directory / NOTES, self._poller.outputs)
+        self._scene.kept = kept
         for name in supervisord.process_groups:
             self._take_into_care(name)
         events.subscribe(events.SupervisorRunningEvent, self._begins)
@@ -228,6 +226,8 @@ class Interface:
         if all(type(one) is ProcessConfig and one.redirect_stderr for one in configs):
             group.config.process_configs = [Config.of(one, self._scene) for one in configs]
             group.processes = {one.name: one.make_process(group) for one in group.config.process_configs}
+        else:
+            self._poller.foreign.add(name)
         self._poller.attend_group(group)
 
     def _make_room(self) -> None:
@@ -253,6 +253,7 @@ class Interface:
         """Before anything is started: go on with what is kept, end the rest."""
         options = self._options
         self._wake.begin(options.get_socket_map())
+        self._poller.outputs.begin(options.get_socket_map())
         self._make_room()
         self._trust_files()
         notes = survivors.read(self._scene.directory)
@@ -292,7 +293,6 @@ class Interface:
     def _ends(self, _: Any) -> None:
         """However supervisord ends: who is kept goes on, and all others are stopped at the same time."""
         self._scene.kept = frozenset() if self._ending_all else self._kept_now()
-        self._poller.forget_dispatchers()
         for name, group in self._supervisord.process_groups.items():
             if name not in self._scene.kept:
                 group.stop_all()
@@ -340,10 +340,10 @@ class Interface:
         if not self._untold:
             return True
         try:
-            with _opened(self._directory) as descriptor:
+            with _opened(self._directory) as descriptor, socket.socket(socket.AF_UNIX, _DATAGRAMS) as sender:
                 while self._untold:
                     # by the descriptor: a path may be longer than the address of a socket can be
-                    self._sender.sendto(self._untold[0], f"/proc/self/fd/{descriptor}/{EVENTS}")
+                    sender.sendto(self._untold[0], f"/proc/self/fd/{descriptor}/{EVENTS}")
                     self._untold.popleft()
         except BlockingIOError:
             return False

@@ -32,6 +32,7 @@ from partitiond import survivors
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from partitiond.supervisor_loop import Outputs
     from partitiond.survivors import Note
 
 _HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGCHLD, signal.SIGUSR2)
@@ -43,10 +44,11 @@ _KEPT_PIPE = 2**20  # what a program may write while no supervisord reads
 class Scene:
     """What the processes of one supervisord share: where they are noted, who is kept, what they may have open."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, outputs: Outputs) -> None:
         self.directory = directory
         self.boot = survivors.boot()
         self.kept: frozenset[str] = frozenset()
+        self.outputs = outputs
         self.files = resource.getrlimit(resource.RLIMIT_NOFILE)
 
 
@@ -130,6 +132,7 @@ class Process(Subprocess):  # type: ignore[misc]
         # its execve(2), when it has done so itself)
         with contextlib.suppress(PermissionError, ProcessLookupError):
             os.setpgid(pid, pid)
+        self.config.scene.outputs.add(self.dispatchers)
         return super()._spawn_as_parent(pid)
 
     def _prepare_child_fds(self) -> None:
@@ -172,6 +175,7 @@ class Process(Subprocess):  # type: ignore[misc]
         self.pipes = {"stdin": None, "stdout": output, "stderr": None}
         if output is not None:
             self.dispatchers[output] = _reader(self, output)
+        self.config.scene.outputs.add(self.dispatchers)
         # it may be a child of ours, when supervisord has begun anew in place (SIGHUP)
         self.config.options.pidhistory[note.pid] = self
         return True
@@ -179,6 +183,7 @@ class Process(Subprocess):  # type: ignore[misc]
     def let_go(self) -> None:
         """Forget it and let it run on: the supervisord to come takes it over."""
         self.config.options.pidhistory.pop(self.pid, None)
+        self.config.scene.outputs.discard(self.dispatchers)
         self._close_pidfd()
         self.config.options.close_parent_pipes(self.pipes)
         self.pid, self.pipes, self.dispatchers = 0, {}, {}
@@ -187,6 +192,7 @@ class Process(Subprocess):  # type: ignore[misc]
     def finish(self, pid: int, sts: int) -> None:
         """Take note of its end."""
         survivors.forget(self.config.scene.directory, self.group.config.name, self.config.name)
+        self.config.scene.outputs.discard(self.dispatchers)
         super().finish(pid, sts)
         self._close_pidfd()
 
