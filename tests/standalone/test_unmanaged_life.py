@@ -92,7 +92,7 @@ class Scene:
         )
 
     def slapos(self, *words):
-        self.standalone.run(self.standalone.bin / "slapos", *words, "--cfg", self.base / "slapos.cfg")
+        return self.standalone.run(self.standalone.bin / "slapos", *words, "--cfg", self.base / "slapos.cfg")
 
     def timestamp(self):
         client = SlapClient(f"http://127.0.0.1:{self.port}/", "local")
@@ -126,6 +126,9 @@ def test_life(scene):
     scene.slapos("supply", scene.url, "local")
     assert "building " in scene.node("software")
     scene.slapos("request", "one", scene.url, "--parameters", "text=one")
+    shown = scene.slapos("proxy", "show")
+    assert "part0" in shown
+    assert scene.url in shown
     text = scene.node("instance")
     assert "part0: started" in text
     assert scene.runs(), text
