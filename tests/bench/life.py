@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 ROOT = Path("/srv/bench")
+PEER = Path(__file__).resolve().parents[1] / "peer"  # what Python before 3.12 lacks for slapos.core
 COMPUTER = "COMP-BENCH"
 RELEASE = ROOT / "release" / "software.cfg"
 MASTER = Path(sys.prefix) / "master" / "bin"
@@ -99,25 +100,6 @@ mode = 0700
 inline =
   #!/bin/sh
   exit 0
-"""
-
-# slapgrid reads its own files by importlib.resources.files(<module>), which Python before 3.12 refuses
-SHIM = """\
-import importlib
-import importlib.resources
-from pathlib import Path
-
-_files = importlib.resources.files
-
-
-def files(package):
-    try:
-        return _files(package)
-    except TypeError:
-        return Path(importlib.import_module(str(package)).__file__).parent
-
-
-importlib.resources.files = files
 """
 
 # by the master's interpreter: URL, action, and what that needs; far faster than a command for each
@@ -449,8 +431,6 @@ class Peer:
             f"pidfile_software = {base}/sr.pid\npidfile_instance = {base}/cp.pid\npidfile_report = {base}/ur.pid\n"
             "software_min_free_space = 1M\ninstance_min_free_space = 1M\n"
         )
-        (base / "shim").mkdir()
-        (base / "shim" / "sitecustomize.py").write_text(SHIM)
         old = subprocess.run(
             [MASTER / "python3", "-c", "import sys; sys.exit(sys.version_info < (3, 12))"], check=False
         ).returncode
@@ -458,7 +438,7 @@ class Peer:
             print(
                 "slapos.core: on a Python before 3.12, with importlib.resources.files() taught to take a module"
             )
-        self._env = {**node.ENVIRONMENT, **({"PYTHONPATH": f"{base}/shim"} if old else {})}
+        self._env = {**node.ENVIRONMENT, "PYTHONPATH": str(PEER)}
 
     def run(self, what: str) -> Cost:
         """One pass."""

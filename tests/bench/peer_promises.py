@@ -1,30 +1,15 @@
 """slapgrid's own check of promises (slapos.core 1.26), partition by partition as a pass of it does: the peer of the figures.
 
-slapos.core 1.26.1 wants ``importlib.resources.files`` of Python 3.12, which takes modules, too; where this is an older one it
-is lent that, and nothing else of it is changed.
+slapos.core 1.26.1 wants ``importlib.resources.files`` of Python 3.12; an older one is lent that by ``tests/peer``.
 """
 
-import importlib
-import importlib.resources
 import json
 import logging
 import sys
 import time
 import types
 
-_files = importlib.resources.files
-
-
-def _lenient(name):  # type: ignore[no-untyped-def]
-    """As in Python 3.12: of a module that is no package, those of its package."""
-    if isinstance(name, str) and not hasattr(importlib.import_module(name), "__path__"):
-        name = name.rpartition(".")[0]
-    return _files(name)
-
-
 if __name__ == "__main__":
-    if sys.version_info < (3, 12):
-        importlib.resources.files = _lenient
     from slapos.grid.promise import PromiseError
     from slapos.grid.slapgrid import Slapgrid
 

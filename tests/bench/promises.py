@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import resource
 import statistics
 import subprocess
@@ -63,6 +64,7 @@ def _peer(scene: PromiseScene, python: str | None) -> tuple[float, float]:
             capture_output=True,
             text=True,
             check=False,
+            env={**os.environ, "PYTHONPATH": str(HERE.parents[1] / "peer")},
         )
         if done.returncode:
             raise SystemExit(f"slapos.core could not be run:\n{done.stderr[-2000:]}")

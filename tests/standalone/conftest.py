@@ -41,7 +41,7 @@ class Standalone:
             "SLAPOS_TEST_IPV4": "127.0.0.1",
             "SLAPOS_TEST_IPV6": "::1",
             # slapos.core 1.26 on Python 3.11, and what its tests import
-            "PYTHONPATH": str(HERE / "shim"),
+            "PYTHONPATH": f"{HERE / 'shim'}:{ROOT / 'tests' / 'peer'}",
         }
 
     def begin(self):
