@@ -233,7 +233,7 @@ def _users():
 
 
 def _files():
-    """Names, modes, owners and contents (of logs and pid files none) below the roots, and the names in /etc."""
+    """Names, modes, owners and contents (of logs, pid files and notes of pids none) below the roots, and the names in /etc."""
     tokens = _certificates()
     namespaces = Path("/proc/self/ns/mnt").stat().st_dev
     found = {f"file /etc/{name}": "" for name in _listing("/etc")}
@@ -248,13 +248,18 @@ def _files():
             text = f"{stat.filemode(about.st_mode)} {about.st_uid}:{about.st_gid}"
             if stat.S_ISREG(about.st_mode) and about.st_dev == namespaces:
                 text += " a namespace"
-            elif stat.S_ISREG(about.st_mode) and not name.endswith((".log", ".pid")):
+            elif stat.S_ISREG(about.st_mode) and not name.endswith((".log", ".pid")) and not _is_note(path):
                 text += f" {_content(path, tokens)}"
             elif stat.S_ISLNK(about.st_mode):
                 text += f" → {path.readlink()}"
             found[f"file {path}"] = text
     device = os.lstat("/dev/net/tun")
     return found | {"file /dev/net/tun": f"{stat.filemode(device.st_mode)}"}
+
+
+def _is_note(path):
+    """Whether supervisord's processes have written there who they are."""
+    return path.parent == BASE / "run" / "supervisor" / "processes"
 
 
 def _certificates():
