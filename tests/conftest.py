@@ -38,6 +38,32 @@ def pytest_sessionstart(session):
     subprocess.run(["/usr/sbin/ip", "link", "set", "lo", "up"], check=True)
 
 
+# --- where the time goes -----------------------------------------------------------------------------------------------
+
+_SHOWN_FILES = 25
+_spent = {}
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_protocol(item):
+    """Add up seconds, and seconds of a processor by us and by children that were waited for, of each file."""
+    before = os.times()
+    yield
+    after = os.times()
+    wall, busy = _spent.get(item.path.name, (0.0, 0.0))
+    _spent[item.path.name] = (
+        wall + after.elapsed - before.elapsed,
+        busy + sum(after[:4]) - sum(before[:4]),
+    )
+
+
+def pytest_terminal_summary(terminalreporter):
+    rows = sorted(_spent.items(), key=lambda one: -sum(one[1]))[:_SHOWN_FILES]
+    terminalreporter.section("files that took longest: seconds, of a processor")
+    for name, (wall, busy) in rows:
+        terminalreporter.line(f"{wall:7.1f} {busy:7.1f}  {name}")
+
+
 # --- nothing is left behind -------------------------------------------------------------------------------------------
 
 _GRACE = 3.0
