@@ -169,7 +169,9 @@ def _as_file(job: Mapping[str, Any]) -> Iterator[int]:
     descriptor = os.memfd_create("promises", os.MFD_CLOEXEC)
     try:
         with os.fdopen(os.dup(descriptor), "wb") as stream:
-            stream.write(json.dumps({**job, "script": promise_plugins.__file__}).encode("ascii"))
+            # its text: where it lies may be out of the partition's sight
+            text = Path(promise_plugins.__file__).read_text("utf-8")
+            stream.write(json.dumps({**job, "program": text}).encode("ascii"))
         yield descriptor
     finally:
         os.close(descriptor)

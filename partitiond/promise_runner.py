@@ -205,7 +205,7 @@ class Run:
         os.lseek(memory, 0, os.SEEK_SET)
         # it keeps to its time itself; this is for one that was kept from it, or hangs before the first plugin
         seconds += self._job["timeout"] + _GRACE + _MARGIN
-        self._spawn(None, [self._job["python"], self._job["script"]], seconds, stdin=memory)
+        self._spawn(None, [self._job["python"], "-c", self._job["program"]], seconds, stdin=memory)
         os.close(memory)
 
     # --- while they run
