@@ -102,7 +102,10 @@ def serve(control: socket.socket, idle: float) -> socket.socket | None:
 
 
 def _accept(control: socket.socket) -> socket.socket | None:
-    _, descriptors = _receive(control, 1)
+    try:
+        _, descriptors = _receive(control, 1)
+    except ConnectionError:  # the daemon was killed, with something unread
+        return None
     return socket.socket(fileno=descriptors[0]) if descriptors else None
 
 

@@ -163,19 +163,23 @@ def _one(
 def _due(state: InstanceState, entry: PartitionDocument, period: int) -> bool:
     """Whether an instance is to be configured (again)."""
     now = time.time()
-    changed = (
+    if _is_other(state, entry):
+        return True
+    if state.failures:
+        return now >= state.next_try
+    # as in slapgrid: without a timestamp always, with a negative period never
+    return not entry.timestamp or 0 <= period <= now - state.processed_at
+
+
+def _is_other(state: InstanceState, entry: PartitionDocument) -> bool:
+    """Whether something else is wanted than what was tried last."""
+    return (
         state.timestamp != (entry.timestamp or None)
         or state.software_release != entry.software_release
         or state.software_type != (entry.software_type or None)
         or state.wanted != entry.requested_state
         or state.instance_guid != (entry.instance_guid or None)
     )
-    if changed:
-        return True
-    if state.failures:
-        return now >= state.next_try
-    # as in slapgrid: without a timestamp always, with a negative period never
-    return not entry.timestamp or 0 <= period <= now - state.processed_at
 
 
 def _configure(
@@ -194,6 +198,8 @@ def _configure(
         software_type=entry.software_type or None,
         timestamp=entry.timestamp or None,
         processed_at=time.time(),
+        # what failed before was something else
+        failures=0 if _is_other(state, entry) else state.failures,
     )
     if state.life == "free" or state.instance_guid != following.instance_guid:
         taken_over = destruction.days_of_slapgrid(context, partition) if state.life == "free" else -1.0
