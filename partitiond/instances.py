@@ -26,6 +26,7 @@ from partitiond import (
     periods,
     privacy,
     promises,
+    remembered,
     retention,
     running,
 )
@@ -77,15 +78,15 @@ def run_pass(
             or partition.id in held
             or (only and partition.id not in only)
             or context.stop.is_set()
-            or context.store.instance(partition.id).life != known.get(partition.id, _FREE).life
         ):
             continue
         try:
+            if context.store.instance(partition.id).life != known.get(partition.id, _FREE).life:
+                continue
             done = _one(context, node, partition, entry, period_of, force=force)
         except FAMILY as error:
             result.failures.append((partition.id, error))
-            logger.warning("%s: %s", partition.id, sentence(error))
-            _record(context, context.store.instance(partition.id), "failed", sentence(error))
+            _tell_failed(context, partition, error)
             continue
         if done:
             result.done.append(f"{partition.id}: {done}")
@@ -93,6 +94,14 @@ def run_pass(
             state = context.store.instance(partition.id)
             _record(context, state, state.life, done)
     return result
+
+
+def _tell_failed(context: Context, partition: Partition, error: Exception) -> None:
+    """Record why an instance could not be brought where it should be; of a state that is damaged the sweep tells, once."""
+    if getattr(error, "code", "") == "state.damaged":
+        return
+    logger.warning("%s: %s", partition.id, sentence(error))
+    _record(context, remembered.shown(context, partition.id), "failed", sentence(error))
 
 
 def _record(context: Context, state: InstanceState, what: str, message: str) -> None:
@@ -111,9 +120,9 @@ def _held(context: Context, document: ComputerDocument, result: Result) -> froze
     """Partitions that the destroy guard keeps for this pass."""
     if not context.config.destroy_guard:
         return frozenset()
-    busy = frozenset(
-        state.partition for state in context.store.instances().values() if state.life != "destroying"
-    )
+    states, damaged = context.store.readable()
+    # one that cannot be read counts as one that is there: that holds more, not less
+    busy = frozenset((*damaged, *(name for name, state in states.items() if state.life != "destroying")))
     held = destroy_guard.decide(
         context.config.state_dir / "destroy-guard.json", busy, document, context.events
     )

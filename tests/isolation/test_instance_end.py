@@ -11,8 +11,24 @@ from pathlib import Path
 import hostile_node
 import pytest
 
-from partitiond import destruction, instance_cleanup, instances, marks, periods, remains, retention, status
+from partitiond import (
+    destruction,
+    instance_cleanup,
+    instances,
+    lanes,
+    marks,
+    metrics,
+    periods,
+    remains,
+    retention,
+    softwares,
+    status,
+    verbs,
+)
 from partitiond.context import Context
+from partitiond.errors import PartitiondError
+from partitiond.metrics import Tally
+from partitiond.passes import Wish
 from partitiond.state import InstanceState
 from slap_client.documents import ComputerDocument, PartitionDocument
 from slap_client.errors import SlapError
@@ -78,7 +94,7 @@ class Life:
 
     def take(self, entry, force=False):
         document = ComputerDocument("COMP-1", (entry,))
-        known = self.context.store.instances()
+        known = self.context.store.readable()[0]
         result = instances.run_pass(self.context, self.context.node, document, known=known, force=force)
         return [error.code for _, error in result.failures]
 
@@ -580,3 +596,55 @@ def test_nothing_of_its_user_stays_on_the_node(life, spools):
     # again, as by one who was killed after it
     remains.remove_jobs(user, life.uid)
     remains.remove(user, life.uid)
+
+
+# --- a state that cannot be read --------------------------------------------------------------------------------------
+
+
+def test_one_damaged_state_stops_nobody_and_loses_nothing(life, monkeypatch):
+    life.program("etc", "run", "sleeper", text="exec sleep 1000")
+    assert life.wants() == []
+    (pid,) = running(life)
+    file = life.scene.config.state_dir / "instances" / f"{NAME}.json"
+    good = file.read_bytes()
+    file.write_text(good.decode().replace('"keep_until": 0.0', '"keep_until": "0"'))
+    try:
+        outcome = verbs.apply(life.context, [])
+        assert (outcome["failures"], outcome["left"]) == ([], [])
+        (refused,) = outcome["refused"]
+        assert (refused["partition"], refused["code"], refused["file"]) == (NAME, "state.damaged", str(file))
+        shown = status.node(life.context)
+        assert [case for case in shown["node"]["open_cases"] if str(file) in case]
+        assert (shown["partitions"][0]["state"], shown["partitions"][1]["state"]) == ("failed", "free")
+        entry = PartitionDocument(
+            "slappart1", "started", software_release=hostile_node.URL, instance_guid="SOFTINST-2"
+        )
+        ours = PartitionDocument(NAME, "destroyed", software_release=hostile_node.URL, instance_guid=GUID)
+        answers = [ComputerDocument("COMP-1", (ours, entry))]
+        monkeypatch.setattr(lanes, "knock", lambda _: answers[-1])
+        result = lanes.instance(life.context)
+        assert [(name, error.code) for name, error in result.failures] == [(NAME, "state.damaged")]
+        assert [one.partition(":")[0] for one in result.done] == ["slappart1"]
+        # nobody knows what it uses
+        assert not softwares._remove(life.context, hostile_node.URL + "?another")
+        result = lanes.software(life.context, Wish(collect=True))
+        assert [error.code for _, error in result.failures] == ["state.damaged"]
+        answers.append(ComputerDocument("COMP-1", ()))
+        with pytest.raises(PartitiondError) as caught:
+            lanes.ask(life.context)
+        assert caught.value.code == "instances.empty_answer"
+        assert f'partition_up{{partition="{NAME}"}} 1'.encode() in metrics.everything(life.context, Tally())
+        assert running(life) == [pid]
+        # as after a boot, when supervisord has begun anew and has started nothing
+        life.context.supervisor.stop_group(NAME)
+        life.context.supervisor.shutdown()
+        assert verbs.apply(life.context, [])["failures"] == []
+        assert len(running(life)) == 1
+    finally:
+        file.write_bytes(good)
+        other = life.context.store.instance("slappart1")
+        life.context.store.save_instance(dataclasses.replace(other, life="free"))
+
+
+def running(life):
+    return [one.pid for one in life.context.supervisor.processes() if one.group == NAME and one.pid]
