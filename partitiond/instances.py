@@ -84,7 +84,7 @@ def run_pass(
             if context.store.instance(partition.id).life != known.get(partition.id, _FREE).life:
                 continue
             done = _one(context, node, partition, entry, period_of, force=force)
-        except FAMILY as error:
+        except (*FAMILY, OSError) as error:
             result.failures.append((partition.id, error))
             _tell_failed(context, partition, error)
             continue
@@ -284,7 +284,7 @@ def _failed(
         # as in slapos.core: what is to be stopped is stopped even if its buildout fails
         try:
             running.stop(context, partition)
-        except PartitiondError as problem:
+        except (*FAMILY, OSError) as problem:
             logger.warning("%s: %s", partition.id, sentence(problem))
     failures, text = state.failures + 1, str(error)[:4000]
     # as long as it is the same that the master was told, and still shows, it is not told again

@@ -1,6 +1,7 @@
 """The life of an instance by the master's word, and all that its user leaves: on a real node, with a master in memory."""
 
 import dataclasses
+import errno
 import os
 import shutil
 import subprocess
@@ -21,6 +22,7 @@ from partitiond import (
     periods,
     remains,
     retention,
+    running,
     softwares,
     status,
     verbs,
@@ -604,7 +606,7 @@ def test_nothing_of_its_user_stays_on_the_node(life, spools):
 def test_one_damaged_state_stops_nobody_and_loses_nothing(life, monkeypatch):
     life.program("etc", "run", "sleeper", text="exec sleep 1000")
     assert life.wants() == []
-    (pid,) = running(life)
+    (pid,) = pids(life)
     file = life.scene.config.state_dir / "instances" / f"{NAME}.json"
     good = file.read_bytes()
     file.write_text(good.decode().replace('"keep_until": 0.0', '"keep_until": "0"'))
@@ -616,11 +618,8 @@ def test_one_damaged_state_stops_nobody_and_loses_nothing(life, monkeypatch):
         shown = status.node(life.context)
         assert [case for case in shown["node"]["open_cases"] if str(file) in case]
         assert (shown["partitions"][0]["state"], shown["partitions"][1]["state"]) == ("failed", "free")
-        entry = PartitionDocument(
-            "slappart1", "started", software_release=hostile_node.URL, instance_guid="SOFTINST-2"
-        )
         ours = PartitionDocument(NAME, "destroyed", software_release=hostile_node.URL, instance_guid=GUID)
-        answers = [ComputerDocument("COMP-1", (ours, entry))]
+        answers = [ComputerDocument("COMP-1", (ours, entry_of_other()))]
         monkeypatch.setattr(lanes, "knock", lambda _: answers[-1])
         result = lanes.instance(life.context)
         assert [(name, error.code) for name, error in result.failures] == [(NAME, "state.damaged")]
@@ -634,17 +633,54 @@ def test_one_damaged_state_stops_nobody_and_loses_nothing(life, monkeypatch):
             lanes.ask(life.context)
         assert caught.value.code == "instances.empty_answer"
         assert f'partition_up{{partition="{NAME}"}} 1'.encode() in metrics.everything(life.context, Tally())
-        assert running(life) == [pid]
+        assert pids(life) == [pid]
         # as after a boot, when supervisord has begun anew and has started nothing
         life.context.supervisor.stop_group(NAME)
         life.context.supervisor.shutdown()
         assert verbs.apply(life.context, [])["failures"] == []
-        assert len(running(life)) == 1
+        assert len(pids(life)) == 1
     finally:
         file.write_bytes(good)
-        other = life.context.store.instance("slappart1")
-        life.context.store.save_instance(dataclasses.replace(other, life="free"))
+        life.context.store.save_instance(InstanceState("slappart1"))
 
 
-def running(life):
+def test_what_the_kernel_refuses_of_one_partition_ends_no_pass(life, monkeypatch, caplog):
+    other = life.scene.other.path
+    away = other.with_name("away")
+    other.rename(away)
+    other.touch()
+    free = PartitionDocument("slappart1", "destroyed")
+    try:
+        for _ in range(2):
+            result = instances.run_pass(
+                life.context, life.context.node, ComputerDocument("COMP-1", (free,)), known={}
+            )
+            assert (result.done, result.failures) == ([], [])
+        assert caplog.text.count("slappart1 is free and cannot be looked at: Not a directory") == 1
+    finally:
+        other.unlink()
+        away.rename(other)
+    ours = PartitionDocument(NAME, "destroyed", software_release=hostile_node.URL, instance_guid=GUID)
+    document = ComputerDocument("COMP-1", (ours, entry_of_other()))
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(running, "stop", refuse)
+            result = instances.run_pass(life.context, life.context.node, document, known={})
+        assert [(name, type(error)) for name, error in result.failures] == [(NAME, OSError)]
+        assert [one.partition(":")[0] for one in result.done] == ["slappart1"]
+    finally:
+        life.context.store.save_instance(InstanceState("slappart1"))
+
+
+def refuse(*_):
+    raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+
+def entry_of_other():
+    return PartitionDocument(
+        "slappart1", "started", software_release=hostile_node.URL, instance_guid="SOFTINST-2"
+    )
+
+
+def pids(life):
     return [one.pid for one in life.context.supervisor.processes() if one.group == NAME and one.pid]
