@@ -192,6 +192,8 @@ def _configure(
 ) -> str | None:
     url = entry.software_release or ""
     if not buildout.completed(context.config, url):
+        if entry.requested_state == "stopped" and state.life != "free" and state.wanted != "stopped":
+            return _stop_as_it_is(context, partition, state)
         if state.life in ("started", "stopped"):
             logger.info("%s: waits for its new software release %s", partition.id, url)
         return None  # what runs keeps running on the old release until the new one is there
@@ -241,6 +243,25 @@ def _configure(
     _converge(context, partition)
     _tell(context, done)
     return life
+
+
+def _stop_as_it_is(context: Context, partition: Partition, state: InstanceState) -> str:
+    """Stop what runs on the old release, as nobody knows when the new one will be there; it is configured then all the same."""
+    running.stop(context, partition)
+    done = replace(
+        state,
+        life="stopped",
+        wanted="stopped",
+        failures=0,
+        next_try=0.0,
+        error=None,
+        reported=False,
+        by_promise=False,
+    )
+    context.store.save_instance(done)
+    _converge(context, partition)
+    _tell(context, done)
+    return "stopped; configured when its new software release is there"
 
 
 def _keep_promises(context: Context, partition: Partition, release: str) -> None:

@@ -600,6 +600,28 @@ def test_nothing_of_its_user_stays_on_the_node(life, spools):
     remains.remove(user, life.uid)
 
 
+def test_a_stop_waits_for_no_release(life):
+    life.program("etc", "run", "sleeper", text="exec sleep 1000")
+    assert life.wants() == []
+    assert len(pids(life)) == 1
+    missing = hostile_node.URL + "?not-built"
+    later = PartitionDocument(NAME, "stopped", software_release=missing, instance_guid=GUID, timestamp="2")
+    for _ in range(2):
+        assert life.take(later) == []
+        assert pids(life) == []
+        assert (life.state.life, life.state.wanted, life.state.software_release) == (
+            "stopped",
+            "stopped",
+            hostile_node.URL,
+        )
+        assert (life.master.words(), life.builds()) == (["started", "stopped"], 1)
+    # wanted started again it still waits, and the new release is configured when it is there
+    assert life.take(dataclasses.replace(later, requested_state="started")) == []
+    assert (pids(life), life.builds()) == ([], 1)
+    assert life.wants(stamp="3") == []
+    assert (len(pids(life)), life.builds()) == (1, 2)
+
+
 # --- a state that cannot be read --------------------------------------------------------------------------------------
 
 
