@@ -27,6 +27,7 @@ from partitiond import (
     privacy,
     protection,
     quotas,
+    remembered,
     resource_file,
     services,
     storage,
@@ -54,7 +55,6 @@ if TYPE_CHECKING:
     from partitiond.context import Context
     from partitiond.identities import PublicIdentity
     from partitiond.node import Node, Partition
-    from partitiond.state import InstanceState
     from partitiond.users import User
 
 logger = logging.getLogger(__name__)
@@ -125,7 +125,7 @@ def _busy(context: Context, target: Node, database: users.UserDatabase) -> list[
     """Partitions that are to go and still have an instance; what has no user any more is gone already."""
     known = {item.id for item in target.partitions}
     here = {user.partition for user in database.users.values() if user.ours}
-    return sorted(name for name in context.store.instances() if name not in known and name in here)
+    return sorted(name for name in context.store.partitions() if name not in known and name in here)
 
 
 def _refuse_busy(context: Context, target: Node, database: users.UserDatabase) -> None:
@@ -261,6 +261,7 @@ def plan(
             *disks.refused,
             *unusable,
             *unreachable,
+            *remembered.refused(context),
             *tunnel_declarations.homeless(target),
             *(
                 refusal
@@ -292,11 +293,11 @@ def _used(
     context: Context, target: Node, set_up: frozenset[str], wanted: Mapping[str, PartitionTunnels]
 ) -> frozenset[str]:
     """The partitions that have something to run: an instance, whatever its state, or a tunnel."""
-    states = context.store.instances()
+    known = frozenset(context.store.partitions())
     return frozenset(
         item.id
         for item in target.partitions
-        if item.id in states
+        if item.id in known
         or wanted[item.id].files
         or not set_up.isdisjoint((item.id, tunnels.group_name(item.id)))
     )
@@ -373,29 +374,15 @@ def declared_tunnels(
 ) -> dict[str, PartitionTunnels]:
     """The tunnels of each partition by its id: of those not ``looked_at`` none."""
     certificates = identities.certificates(published.values())
-    states = context.store.instances()
+    halted = remembered.halted(context)
     found = {item.id: PartitionTunnels(item) for item in target.partitions}
-    found |= {item.id: _tunnels_of(states.get(item.id), target, item, certificates) for item in looked_at}
+    found |= {
+        item.id: tunnel_declarations.declared(target, item, certificates)
+        for item in looked_at
+        if item.id not in halted
+    }
     settled = tunnel_declarations.settle(context.config, tuple(found.values()), published)
     return {one.partition.id: one for one in settled}
-
-
-def _tunnels_of(
-    state: InstanceState | None, target: Node, partition: Partition, certificates: Mapping[str, str]
-) -> PartitionTunnels:
-    """The tunnels of a partition: none while it is stopped or being destroyed."""
-    if state is not None and halted(state):
-        return PartitionTunnels(partition)
-    return tunnel_declarations.declared(target, partition, certificates)
-
-
-def halted(state: InstanceState) -> str:
-    """Why an instance has no tunnels for now; "" when it has."""
-    if state.life == "destroying":
-        return "its partition is being destroyed"
-    if state.life == "stopped" or (state.life == "failed" and state.wanted == "stopped"):
-        return "its partition is stopped"
-    return ""
 
 
 def _only(whole: Plan, names: frozenset[str]) -> Plan:

@@ -33,10 +33,10 @@ LIMIT = 10 << 20
 NAMES = frozenset(
     (
         "apply.done apply.failed block-device.refused config.refused config.reloaded directory.refused drift.failed"
-        " drift.fight drift.found drift.repaired instance.destroyed instance.destroying instance.failed instance.started"
-        " instance.stopped node.removed node.started node.stopped software.available software.failed software.kept"
-        " software.removed incident.begun incident.ended promise.failed promise.ok usage.damaged usage.failed usage.full"
-        " usage.refused usage.resumed usage.unrecorded"
+        " drift.fight drift.found drift.repaired instance.destroyed instance.destroying instance.failed instance.refused"
+        " instance.started instance.stopped node.removed node.started node.stopped software.available software.failed"
+        " software.kept software.removed incident.begun incident.ended promise.failed promise.ok usage.damaged usage.failed"
+        " usage.full usage.refused usage.resumed usage.unrecorded"
         " quota.exceeded quota.near quota.renewed report.held report.refused report.sent storage.refused"
         " certificate.expiring certificate.renewed destroy.held master.back master.lost node.rebooted node.registered"
         " instance.prerm_failed watchdog.banged watchdog.started trial.begun trial.confirmed trial.rolled_back"

@@ -26,6 +26,7 @@ from partitiond import (
     periods,
     privacy,
     promises,
+    remembered,
     retention,
     running,
 )
@@ -77,15 +78,15 @@ def run_pass(
             or partition.id in held
             or (only and partition.id not in only)
             or context.stop.is_set()
-            or context.store.instance(partition.id).life != known.get(partition.id, _FREE).life
         ):
             continue
         try:
+            if context.store.instance(partition.id).life != known.get(partition.id, _FREE).life:
+                continue
             done = _one(context, node, partition, entry, period_of, force=force)
-        except FAMILY as error:
+        except (*FAMILY, OSError) as error:
             result.failures.append((partition.id, error))
-            logger.warning("%s: %s", partition.id, sentence(error))
-            _record(context, context.store.instance(partition.id), "failed", sentence(error))
+            _tell_failed(context, partition, error)
             continue
         if done:
             result.done.append(f"{partition.id}: {done}")
@@ -93,6 +94,14 @@ def run_pass(
             state = context.store.instance(partition.id)
             _record(context, state, state.life, done)
     return result
+
+
+def _tell_failed(context: Context, partition: Partition, error: Exception) -> None:
+    """Record why an instance could not be brought where it should be; of a state that is damaged the sweep tells, once."""
+    if getattr(error, "code", "") == "state.damaged":
+        return
+    logger.warning("%s: %s", partition.id, sentence(error))
+    _record(context, remembered.shown(context, partition.id), "failed", sentence(error))
 
 
 def _record(context: Context, state: InstanceState, what: str, message: str) -> None:
@@ -111,9 +120,9 @@ def _held(context: Context, document: ComputerDocument, result: Result) -> froze
     """Partitions that the destroy guard keeps for this pass."""
     if not context.config.destroy_guard:
         return frozenset()
-    busy = frozenset(
-        state.partition for state in context.store.instances().values() if state.life != "destroying"
-    )
+    states, damaged = context.store.readable()
+    # one that cannot be read counts as one that is there: that holds more, not less
+    busy = frozenset((*damaged, *(name for name, state in states.items() if state.life != "destroying")))
     held = destroy_guard.decide(
         context.config.state_dir / "destroy-guard.json", busy, document, context.events
     )
@@ -187,6 +196,8 @@ def _configure(
 ) -> str | None:
     url = entry.software_release or ""
     if not buildout.completed(context.config, url):
+        if entry.requested_state == "stopped" and state.life != "free" and state.wanted != "stopped":
+            return _stop_as_it_is(context, partition, state)
         if state.life in ("started", "stopped"):
             logger.info("%s: waits for its new software release %s", partition.id, url)
         return None  # what runs keeps running on the old release until the new one is there
@@ -240,6 +251,25 @@ def _configure(
     return life
 
 
+def _stop_as_it_is(context: Context, partition: Partition, state: InstanceState) -> str:
+    """Stop what runs on the old release, as nobody knows when the new one will be there; it is configured then all the same."""
+    running.stop(context, partition)
+    done = replace(
+        state,
+        life="stopped",
+        wanted="stopped",
+        failures=0,
+        next_try=0.0,
+        error=None,
+        reported=False,
+        by_promise=False,
+    )
+    context.store.save_instance(done)
+    _converge(context, partition)
+    _tell(context, done)
+    return "stopped; configured when its new software release is there"
+
+
 def _keep_promises(context: Context, partition: Partition, release: str) -> None:
     """Fail where a promise does; what runs goes on. Raises PartitiondError ``instance.promise``, and as ``promises.check``."""
     outcome = promises.check(context, partition, release)
@@ -281,7 +311,7 @@ def _failed(
         # as in slapos.core: what is to be stopped is stopped even if its buildout fails
         try:
             running.stop(context, partition)
-        except PartitiondError as problem:
+        except (*FAMILY, OSError) as problem:
             logger.warning("%s: %s", partition.id, sentence(problem))
     failures, text = state.failures + 1, str(error)[:4000]
     # as long as it is the same that the master was told, and still shows, it is not told again

@@ -82,7 +82,7 @@ def ask(context: Context) -> ComputerDocument:
     document = knock(context)
     for name in document.rejected_software:
         logger.warning("the master's software entry is not understood and left alone: %s", name)
-    if not document.partitions and context.store.instances():
+    if not document.partitions and context.store.partitions():
         raise PartitiondError(
             "instances.empty_answer",
             "the master lists no partition at all; what runs keeps running",
@@ -221,7 +221,11 @@ def software(context: Context, wish: Wish = _NOTHING_SPECIAL) -> Result:
 
 def _collect(context: Context, listed: frozenset[str], result: Result) -> None:
     """Remove the releases that the master does not list and that nobody uses."""
-    used = {state.software_release for state in context.store.instances().values()}
+    states, damaged = context.store.readable()
+    if damaged:  # nobody knows which releases these use
+        result.failures += damaged.items()
+        return
+    used = {state.software_release for state in states.values()}
     for url in sorted({state.url for state in context.store.softwares()} - listed - used):
         try:
             softwares.discard(context, url)
@@ -233,7 +237,7 @@ def _collect(context: Context, listed: frozenset[str], result: Result) -> None:
 
 def instance(context: Context, *, force: bool = False, only: frozenset[str] = frozenset()) -> Result:
     """Configure, start and stop instances."""
-    known, wishes = context.store.instances(), ask(context)
+    known, wishes = context.store.readable()[0], ask(context)
     target = _target(context)
     return instances.run_pass(context, target, wishes, known=known, force=force, only=only)
 

@@ -29,6 +29,7 @@ RETENTION_DATE = ".slapos-retention-lock-date"
 _RESOURCE = ".slapos-resource"
 _SMALL = 64
 _SHOWN = 5
+_OUT_OF_REACH = -1  # no time that a directory was changed at
 _MESSAGE_LIMIT = 64 * 1024
 
 
@@ -109,10 +110,19 @@ def of_slapgrid(partition: Partition, name: str, owners: frozenset[int]) -> str 
 
 
 def tidy(context: Context, partition: Partition) -> None:
-    """Take slapgrid's leftovers out of a free partition, and warn once of other files in it.
+    """Take slapgrid's leftovers out of a free partition, and warn once of other files in it, or of what keeps us from looking.
 
-    A directory that nobody has changed since is not looked at again. Raises OSError.
+    A directory that nobody has changed since is not looked at again.
     """
+    try:
+        _tidy(context, partition)
+    except OSError as error:
+        if context.free_seen.get(partition.id) != _OUT_OF_REACH:
+            logger.warning("%s is free and cannot be looked at: %s", partition.id, error.strerror)
+        context.free_seen[partition.id] = _OUT_OF_REACH
+
+
+def _tidy(context: Context, partition: Partition) -> None:
     try:
         stamp = partition.path.lstat().st_mtime_ns
     except FileNotFoundError:

@@ -225,14 +225,21 @@ def _up(context: Context, known: list[Partition]) -> Iterator[Family]:
     there = {one.group for one in looked.processes}
     expected = set(context.supervisor.group_names())
     trouble = watched_troubles(looked.processes).keys() | (expected - there)
-    states = context.store.instances()
-    wanted = [item.id for item in known if item.id in states and states[item.id].wanted == "started"]
+    states, damaged = context.store.readable()
+    to_run = context.store.to_run()
+    # of a state that cannot be read the programs alone tell
+    wanted = [
+        item.id for item in known if item.id in to_run and (item.id not in damaged or item.id in expected)
+    ]
     yield family(
         "partitiond_partition_up",
         "gauge",
         "Whether an instance that shall be started is, and none of its services is out.",
         (
-            (labels(("partition", name)), int(states[name].life == "started" and name not in trouble))
+            (
+                labels(("partition", name)),
+                int((name in damaged or states[name].life == "started") and name not in trouble),
+            )
             for name in wanted
         ),
     )

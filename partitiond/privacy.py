@@ -186,9 +186,9 @@ def _start_anew(context: Context) -> None:
 
     Also when the file is as it was: one who was killed after writing it has told supervisord nothing.
     """
-    states = context.store.instances()
+    to_run = context.store.to_run()
     for name in sorted(context.supervisor.update()):
-        if name in states and states[name].wanted == "started":
+        if name in to_run:
             context.supervisor.start_group(name)
 
 

@@ -16,7 +16,7 @@ class Refusal:
     ``partition`` is empty for what belongs to the whole node.
     """
 
-    resource: Literal["block-device", "directory", "storage"]
+    resource: Literal["block-device", "directory", "instance", "storage"]
     name: str
     partition: str
     file: str

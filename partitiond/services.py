@@ -67,13 +67,12 @@ def plan(
                 group=None,
             )
         )
-    states = context.store.instances()
+    to_run = context.store.to_run()
     by_group: dict[str, list[Process]] = {}
     for process in processes:
         by_group.setdefault(process.group, []).append(process)
     for partition in node.partitions:
-        state = states.get(partition.id)
-        if state is None or partition.id not in set_up or state.wanted != "started":
+        if partition.id not in set_up or partition.id not in to_run:
             continue
         known = by_group.get(partition.id, [])
         # EXITED and FATAL are the instance's own doing; STOPPED without ever a start is a supervisord that began anew

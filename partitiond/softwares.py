@@ -281,7 +281,9 @@ def note_listed(context: Context, listed: Iterable[SoftwareDocument]) -> None:
 
 def _remove(context: Context, url: str) -> bool:
     """Remove a release, unless partitions use it; whether it is gone."""
-    users = [one.partition for one in context.store.instances().values() if one.software_release == url]
+    states, damaged = context.store.readable()
+    # nobody knows whether one that cannot be read uses it
+    users = sorted((*damaged, *(name for name, one in states.items() if one.software_release == url)))
     state = context.store.software(url)
     if users:
         words = ", ".join(users)

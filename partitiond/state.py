@@ -107,21 +107,28 @@ class Store:
         found = self._read(path)
         return InstanceState(partition) if found is None else _state(InstanceState, path, found)
 
-    def instances(self) -> dict[str, InstanceState]:
-        """All known instances by partition."""
-        paths = sorted(self._instances.glob("*.json")) if self._instances.is_dir() else []
-        return {path.stem: self.instance(path.stem) for path in paths}
+    def partitions(self) -> list[str]:
+        """All partitions of whose instance something is remembered, whether it can be read or not."""
+        return sorted(path.stem for path in self._instances.glob("*.json"))
 
     def readable(self) -> tuple[dict[str, InstanceState], dict[str, PartitiondError]]:
         """All known instances whose states can be read, and what is wrong with the others, by partition."""
         states: dict[str, InstanceState] = {}
         damaged: dict[str, PartitiondError] = {}
-        for path in sorted(self._instances.glob("*.json")) if self._instances.is_dir() else []:
+        for name in self.partitions():
             try:
-                states[path.stem] = self.instance(path.stem)
+                states[name] = self.instance(name)
             except PartitiondError as error:
-                damaged[path.stem] = error
+                damaged[name] = error
         return states, damaged
+
+    def to_run(self) -> frozenset[str]:
+        """The partitions whose programs, as far as supervisord has them, are to run.
+
+        Also those of whom nothing can be read: a partition that is stopped, or destroyed, has no programs there any more.
+        """
+        states, damaged = self.readable()
+        return frozenset((*damaged, *(name for name, state in states.items() if state.wanted == "started")))
 
     def save_instance(self, state: InstanceState) -> None:
         """Remember; a free partition is forgotten."""
@@ -132,8 +139,14 @@ class Store:
             self._write(path, dataclasses.asdict(state))
 
     def make_due(self, partition: str) -> None:
-        """Let the next pass configure the instance and start it, whatever the master says of its timestamp."""
-        state = self.instance(partition)
+        """Let the next pass configure the instance and start it, whatever the master says of its timestamp.
+
+        One that cannot be read stays as it is: moved away, as its hint says, it is due.
+        """
+        try:
+            state = self.instance(partition)
+        except PartitiondError:
+            return
         if state.life != "free" and state.timestamp is not None:
             self.save_instance(replace(state, timestamp=None))
 

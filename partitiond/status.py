@@ -20,6 +20,7 @@ from partitiond import (
     privacy,
     promise_book,
     quotas,
+    remembered,
     report_verbs,
     software_status,
     trial,
@@ -84,6 +85,7 @@ def node(context: Context) -> dict[str, Any]:
                 *destruction.open_cases(context.store.readable()[0].values(), time.time()),
                 *port_reservation.open_cases(port_reservation.deal(seen.ports, todo.declared.values())),
                 *_refused_resources(todo),
+                *remembered.open_cases(context),
                 *context.meters.open_cases(),
                 *certificate_expiry.open_cases(config, seen.node.partitions),
                 *messages.open_cases(config.state_dir),
@@ -207,7 +209,7 @@ def _refused_resources(todo: Plan) -> list[str]:
     return [
         f"{one.name}{f' of {one.partition}' if one.partition else ''} is refused: {one.reason}"
         for one in todo.refused
-        if isinstance(one, Refusal)
+        if isinstance(one, Refusal) and one.resource != "instance"
     ]
 
 
@@ -250,7 +252,7 @@ def partition_object(
     drift: Sequence[str] = (),
 ) -> dict[str, Any]:
     """One partition as the contract has it."""
-    state = context.store.instance(item.id)
+    state = remembered.shown(context, item.id)
     network = item.network
     return {
         "id": item.id,

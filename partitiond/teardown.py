@@ -119,7 +119,7 @@ def _users(config: Config) -> None:
 
 def _state(context: Context) -> None:
     """Make every instance due again, so that a node set up anew configures and starts it."""
-    for partition in context.store.instances():
+    for partition in context.store.partitions():
         context.store.make_due(partition)
     last_good.forget(context.config.state_dir)
 

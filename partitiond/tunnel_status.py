@@ -7,7 +7,15 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from netplan import sock_diag
-from partitiond import converge, identities, supervision, tunnel_declarations, tunnel_expiry, tunnels
+from partitiond import (
+    converge,
+    identities,
+    remembered,
+    supervision,
+    tunnel_declarations,
+    tunnel_expiry,
+    tunnels,
+)
 from stunnel_mgr.model import format_endpoint
 
 if TYPE_CHECKING:
@@ -91,10 +99,9 @@ def _halted(
     context: Context, node: Node, published: Mapping[str, PublicIdentity | None]
 ) -> Iterator[TunnelState]:
     """The tunnels of partitions that are stopped or on their way out, which have none meanwhile."""
-    known, instances = identities.certificates(published.values()), context.store.instances()
+    known, halted = identities.certificates(published.values()), remembered.halted(context)
     for item in node.partitions:
-        state = instances.get(item.id)
-        if state is not None and (why := converge.halted(state)):
+        if why := halted.get(item.id):
             for tunnel in tunnel_declarations.declared(node, item, known).tunnels:
                 yield TunnelState(tunnel, why, 0, None, None, ())
 

@@ -13,6 +13,7 @@ from partitiond import (
     lock,
     promises,
     recovery,
+    remembered,
     services,
     software_status,
     status,
@@ -119,12 +120,12 @@ def _have_supervisor(context: Context) -> None:
 
 def _start_all(context: Context) -> None:
     """Start what is to run: the master's absence must not keep it from running."""
-    for state in context.store.instances().values():
-        if state.wanted == "started" and context.supervisor.has_group(state.partition):
+    for name in sorted(context.store.to_run()):
+        if context.supervisor.has_group(name):
             try:
-                context.supervisor.start_group(state.partition)
+                context.supervisor.start_group(name)
             except PartitiondError as error:
-                logger.warning("%s: %s", state.partition, sentence(error))
+                logger.warning("%s: %s", name, sentence(error))
 
 
 def _supervisord(context: Context, *, foreground: bool) -> int:
@@ -143,7 +144,9 @@ def _supervisord(context: Context, *, foreground: bool) -> int:
 def _promise(context: Context, only: frozenset[str]) -> int:
     """Test the promises of the instances that run; 2 when one fails, as slapgrid has it."""
     node = context.node_in_force or unmanaged.node(context.config)
-    states = context.store.instances()
+    states, damaged = context.store.readable()
+    for name, error in damaged.items():
+        logger.warning("%s: %s", name, sentence(error))
     tested = {
         item.id: item for item in node.partitions if item.id in states and (not only or item.id in only)
     }
@@ -172,7 +175,8 @@ def node_status(context: Context) -> dict[str, Any]:
             "trial": None,
             "bridge_ports": [],
             "open_cases": [
-                "alter_user and alter_network are false: nothing keeps partitions apart or is metered"
+                "alter_user and alter_network are false: nothing keeps partitions apart or is metered",
+                *remembered.open_cases(context),
             ],
             "drift": [],
         },

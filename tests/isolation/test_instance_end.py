@@ -1,6 +1,7 @@
 """The life of an instance by the master's word, and all that its user leaves: on a real node, with a master in memory."""
 
 import dataclasses
+import errno
 import os
 import shutil
 import subprocess
@@ -11,8 +12,25 @@ from pathlib import Path
 import hostile_node
 import pytest
 
-from partitiond import destruction, instance_cleanup, instances, marks, periods, remains, retention, status
+from partitiond import (
+    destruction,
+    instance_cleanup,
+    instances,
+    lanes,
+    marks,
+    metrics,
+    periods,
+    remains,
+    retention,
+    running,
+    softwares,
+    status,
+    verbs,
+)
 from partitiond.context import Context
+from partitiond.errors import PartitiondError
+from partitiond.metrics import Tally
+from partitiond.passes import Wish
 from partitiond.state import InstanceState
 from slap_client.documents import ComputerDocument, PartitionDocument
 from slap_client.errors import SlapError
@@ -78,7 +96,7 @@ class Life:
 
     def take(self, entry, force=False):
         document = ComputerDocument("COMP-1", (entry,))
-        known = self.context.store.instances()
+        known = self.context.store.readable()[0]
         result = instances.run_pass(self.context, self.context.node, document, known=known, force=force)
         return [error.code for _, error in result.failures]
 
@@ -580,3 +598,111 @@ def test_nothing_of_its_user_stays_on_the_node(life, spools):
     # again, as by one who was killed after it
     remains.remove_jobs(user, life.uid)
     remains.remove(user, life.uid)
+
+
+def test_a_stop_waits_for_no_release(life):
+    life.program("etc", "run", "sleeper", text="exec sleep 1000")
+    assert life.wants() == []
+    assert len(pids(life)) == 1
+    missing = hostile_node.URL + "?not-built"
+    later = PartitionDocument(NAME, "stopped", software_release=missing, instance_guid=GUID, timestamp="2")
+    for _ in range(2):
+        assert life.take(later) == []
+        assert pids(life) == []
+        assert (life.state.life, life.state.wanted, life.state.software_release) == (
+            "stopped",
+            "stopped",
+            hostile_node.URL,
+        )
+        assert (life.master.words(), life.builds()) == (["started", "stopped"], 1)
+    # wanted started again it still waits, and the new release is configured when it is there
+    assert life.take(dataclasses.replace(later, requested_state="started")) == []
+    assert (pids(life), life.builds()) == ([], 1)
+    assert life.wants(stamp="3") == []
+    assert (len(pids(life)), life.builds()) == (1, 2)
+
+
+# --- a state that cannot be read --------------------------------------------------------------------------------------
+
+
+def test_one_damaged_state_stops_nobody_and_loses_nothing(life, monkeypatch):
+    life.program("etc", "run", "sleeper", text="exec sleep 1000")
+    assert life.wants() == []
+    (pid,) = pids(life)
+    file = life.scene.config.state_dir / "instances" / f"{NAME}.json"
+    good = file.read_bytes()
+    file.write_text(good.decode().replace('"keep_until": 0.0', '"keep_until": "0"'))
+    try:
+        outcome = verbs.apply(life.context, [])
+        assert (outcome["failures"], outcome["left"]) == ([], [])
+        (refused,) = outcome["refused"]
+        assert (refused["partition"], refused["code"], refused["file"]) == (NAME, "state.damaged", str(file))
+        shown = status.node(life.context)
+        assert [case for case in shown["node"]["open_cases"] if str(file) in case]
+        assert (shown["partitions"][0]["state"], shown["partitions"][1]["state"]) == ("failed", "free")
+        ours = PartitionDocument(NAME, "destroyed", software_release=hostile_node.URL, instance_guid=GUID)
+        answers = [ComputerDocument("COMP-1", (ours, entry_of_other()))]
+        monkeypatch.setattr(lanes, "knock", lambda _: answers[-1])
+        result = lanes.instance(life.context)
+        assert [(name, error.code) for name, error in result.failures] == [(NAME, "state.damaged")]
+        assert [one.partition(":")[0] for one in result.done] == ["slappart1"]
+        # nobody knows what it uses
+        assert not softwares._remove(life.context, hostile_node.URL + "?another")
+        result = lanes.software(life.context, Wish(collect=True))
+        assert [error.code for _, error in result.failures] == ["state.damaged"]
+        answers.append(ComputerDocument("COMP-1", ()))
+        with pytest.raises(PartitiondError) as caught:
+            lanes.ask(life.context)
+        assert caught.value.code == "instances.empty_answer"
+        assert f'partition_up{{partition="{NAME}"}} 1'.encode() in metrics.everything(life.context, Tally())
+        assert pids(life) == [pid]
+        # as after a boot, when supervisord has begun anew and has started nothing
+        life.context.supervisor.stop_group(NAME)
+        life.context.supervisor.shutdown()
+        assert verbs.apply(life.context, [])["failures"] == []
+        assert len(pids(life)) == 1
+    finally:
+        file.write_bytes(good)
+        life.context.store.save_instance(InstanceState("slappart1"))
+
+
+def test_what_the_kernel_refuses_of_one_partition_ends_no_pass(life, monkeypatch, caplog):
+    other = life.scene.other.path
+    away = other.with_name("away")
+    other.rename(away)
+    other.touch()
+    free = PartitionDocument("slappart1", "destroyed")
+    try:
+        for _ in range(2):
+            result = instances.run_pass(
+                life.context, life.context.node, ComputerDocument("COMP-1", (free,)), known={}
+            )
+            assert (result.done, result.failures) == ([], [])
+        assert caplog.text.count("slappart1 is free and cannot be looked at: Not a directory") == 1
+    finally:
+        other.unlink()
+        away.rename(other)
+    ours = PartitionDocument(NAME, "destroyed", software_release=hostile_node.URL, instance_guid=GUID)
+    document = ComputerDocument("COMP-1", (ours, entry_of_other()))
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(running, "stop", refuse)
+            result = instances.run_pass(life.context, life.context.node, document, known={})
+        assert [(name, type(error)) for name, error in result.failures] == [(NAME, OSError)]
+        assert [one.partition(":")[0] for one in result.done] == ["slappart1"]
+    finally:
+        life.context.store.save_instance(InstanceState("slappart1"))
+
+
+def refuse(*_):
+    raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+
+def entry_of_other():
+    return PartitionDocument(
+        "slappart1", "started", software_release=hostile_node.URL, instance_guid="SOFTINST-2"
+    )
+
+
+def pids(life):
+    return [one.pid for one in life.context.supervisor.processes() if one.group == NAME and one.pid]

@@ -150,7 +150,7 @@ class Scene:
     def look(self):
         """All that is remembered of instances and releases."""
         store = self.context.store
-        return store.instances(), store.softwares()
+        return store.readable()[0], store.softwares()
 
     def unharmed(self):
         assert self.look() == self.before
@@ -160,7 +160,7 @@ class Scene:
         """One pass with this answer; say how it ended."""
         self.server.answer = mutation
         context = self.context
-        known = context.store.instances()
+        known = context.store.readable()[0]
         try:
             if lane == "software" and mutation.kind != "noise":
                 return left_out(lanes.software(context))
@@ -326,7 +326,7 @@ def test_tls_faults(node_config, tally, tmp_path, fault):
             assert caught.value.hint
             tally.sent[f"TLS {fault}"] += 1
             tally.counts[f"TLS {fault}", caught.value.code] += 1
-        assert node.store.instances() == {}
+        assert node.store.readable()[0] == {}
     finally:
         node.connection.close()
         node.meters.close()

@@ -124,7 +124,7 @@ def test_states_come_back_as_they_were(store):
     store.save_instance(one)
     store.save_instance(InstanceState("slappart2", "started"))
     assert store.instance("slappart1") == one
-    assert set(store.instances()) == {"slappart1", "slappart2"}
+    assert store.partitions() == ["slappart1", "slappart2"]
     release = SoftwareState("http://r", True, False, 1, 2.0, "e")
     store.save_software(release)
     assert store.softwares() == [release]
@@ -162,11 +162,20 @@ def test_a_damaged_state_is_named(store, tmp_path, text):
     path = tmp_path / "instances" / "slappart1.json"
     path.parent.mkdir()
     path.write_bytes(text.encode("utf-8", "surrogateescape"))
-    with pytest.raises(PartitiondError) as caught:
-        store.instances()
-    assert caught.value.code == "state.damaged"
-    assert caught.value.resource == str(path)
-    assert caught.value.hint
+    store.save_instance(InstanceState("slappart2", "stopped", "stopped"))
+    states, damaged = store.readable()
+    assert (set(states), set(damaged), store.partitions()) == (
+        {"slappart2"},
+        {"slappart1"},
+        ["slappart1", "slappart2"],
+    )
+    assert damaged["slappart1"].code == "state.damaged"
+    assert damaged["slappart1"].resource == str(path)
+    assert damaged["slappart1"].hint
+    # what is stopped has no programs that could be started
+    assert store.to_run() == {"slappart1"}
+    store.make_due("slappart1")
+    assert path.read_bytes() == text.encode("utf-8", "surrogateescape")
 
 
 def test_a_state_of_a_later_version_can_be_read(store, tmp_path):
