@@ -6,12 +6,24 @@ import shutil
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import hostile_node
 import pytest
 
-from partitiond import destruction, instance_cleanup, instances, marks, periods, remains, retention, status
+from partitiond import (
+    buildout,
+    destruction,
+    instance_cleanup,
+    instances,
+    marks,
+    periods,
+    procfs,
+    remains,
+    retention,
+    status,
+)
 from partitiond.context import Context
 from partitiond.state import InstanceState
 from slap_client.documents import ComputerDocument, PartitionDocument
@@ -478,6 +490,35 @@ def test_a_farewell_without_end_is_ended(life, caplog):
     assert len([one for one in caplog.messages if "etc/prerm/a: took too long" in one]) == 1
     assert len([one for one in caplog.messages if "etc/prerm/b: no time was left" in one]) == 1
     assert life.finish() == ([f"{NAME}: destroyed"], [])
+
+
+def test_who_is_wanted_back_while_it_takes_its_leave_is_not_started_beside_that(life, said):
+    life.program("etc", "prerm", "a", text=f"echo $$ > {said}; exec sleep 1000000")
+    life.program("etc", "prerm", "b", text=f"echo b >> {said}")
+    life.wants()
+    life.wants(state="destroyed")
+    with ThreadPoolExecutor(1) as other:
+        finished = other.submit(life.finish)
+        while not (said.exists() and said.read_text().strip()):
+            time.sleep(0.01)
+        assert life.wants(state="started") == []
+        assert not procfs.is_alive(int(said.read_text())), "its farewell goes on beside it"
+        assert finished.result() == ([], [])
+    assert (life.state.life, life.state.prerm_ran, life.state.leaving) == ("started", False, False)
+    assert "its etc/prerm had begun" in (life.scene.config.log_dir / "events.jsonl").read_text()
+
+
+def test_nothing_of_a_farewell_that_a_killed_daemon_began_runs_beside_who_is_wanted_back(life):
+    life.wants()
+    life.wants(state="destroyed")
+    life.context.store.save_instance(dataclasses.replace(life.state, leaving=True))
+    command = ["/bin/sleep", "1000000"]
+    with subprocess.Popen(command, user=life.uid, group=life.uid, start_new_session=True) as left:
+        record = buildout.session_record(life.scene.config, f"{NAME}.prerm")
+        record.write_text(f"{left.pid} {life.uid}\n")
+        assert life.wants(state="started") == []
+        assert left.wait(10) == -9
+    assert life.state.life == "started"
 
 
 def test_its_own_destroy_that_fails_holds_it_until_somebody_forces_it(life):
