@@ -303,10 +303,10 @@ def _has(partition: Partition, directory: str, name: str) -> bool:
     return True
 
 
-def _run_destroy(context: Context, partition: Partition) -> None:
-    """Run ``sbin/destroy`` where there is one. Raises PartitiondError ``instance.destroy_program``, OSError."""
+def _run_destroy(context: Context, partition: Partition) -> bool:
+    """Run ``sbin/destroy``; return whether there is one. Raises PartitiondError ``instance.destroy_program``, OSError."""
     if not _has(partition, *_DESTROY):
-        return
+        return False
     outcome = _run(context, partition, _DESTROY, context.config.grid.prerm_timeout)
     if not outcome.ok:
         raise PartitiondError(
@@ -316,6 +316,7 @@ def _run_destroy(context: Context, partition: Partition) -> None:
             hint=f"read {context.config.log_dir / partition.id / LOG}; partitiond sync report --force goes on without it",
             retryable=True,
         )
+    return True
 
 
 # --- its end ----------------------------------------------------------------------------------------------------------
@@ -366,14 +367,12 @@ def _finish_one(context: Context, node: Node, partition: Partition, *, tell: boo
     if state is None:
         return False
     if not state.cleaned:
+        state = _said_goodbye(context, partition, state, force=force)
         try:
-            _run_destroy(context, partition)
-        except PartitiondError as error:
-            if context.stop.is_set() or not force:
-                _note_failure(context, state, error)
-                raise
-            logger.warning("%s: removed all the same: %s", partition.id, sentence(error))
-        instance_cleanup.clean(context, node, partition)
+            instance_cleanup.clean(context, node, partition)
+        except (*FAMILY, OSError) as error:
+            _note_failure(context, state, error)
+            raise
         state = replace(state, cleaned=True, error=None)
         context.store.save_instance(state)
     if not tell:
@@ -394,6 +393,25 @@ def _finish_one(context: Context, node: Node, partition: Partition, *, tell: boo
         software_release=state.software_release,
     )
     return True
+
+
+def _said_goodbye(
+    context: Context, partition: Partition, state: InstanceState, *, force: bool
+) -> InstanceState:
+    """Have its own ``sbin/destroy`` run, once to a good end, however often cleaning is tried. Raises as that does."""
+    if state.destroy_ran:
+        return state
+    try:
+        if not _run_destroy(context, partition):
+            return state
+    except (*FAMILY, OSError) as error:
+        if context.stop.is_set() or not force:
+            _note_failure(context, state, error)
+            raise
+        logger.warning("%s: removed all the same: %s", partition.id, sentence(error))
+    state = replace(state, destroy_ran=True)
+    context.store.save_instance(state)
+    return state
 
 
 def _waits(state: InstanceState) -> PartitiondError | None:
@@ -421,7 +439,7 @@ def _begin_removal(context: Context, partition: Partition) -> InstanceState | No
         return state
 
 
-def _note_failure(context: Context, state: InstanceState, error: PartitiondError) -> None:
+def _note_failure(context: Context, state: InstanceState, error: Exception) -> None:
     """Try again later and later; the master is told once."""
     if context.stop.is_set():
         return

@@ -25,6 +25,7 @@ from partitiond import (
     status,
 )
 from partitiond.context import Context
+from partitiond.errors import PartitiondError
 from partitiond.state import InstanceState
 from slap_client.documents import ComputerDocument, PartitionDocument
 from slap_client.errors import SlapError
@@ -111,7 +112,7 @@ class Life:
 
     def finish(self, **more):
         result = destruction.finish(self.context, self.context.node, **more)
-        return result.done, [error.code for _, error in result.failures]
+        return result.done, [getattr(error, "code", "os") for _, error in result.failures]
 
     def time_is_over(self):
         self.context.store.save_instance(dataclasses.replace(self.state, keep_until=time.time() - 1))
@@ -535,6 +536,44 @@ def test_its_own_destroy_that_fails_holds_it_until_somebody_forces_it(life):
     assert life.master.words().count("error") == 1
     assert life.finish(force=True) == ([f"{NAME}: destroyed"], [])
     assert life.state.life == "free"
+
+
+@pytest.mark.parametrize("problem", [OSError(30, "read-only"), PartitiondError("files.mounted", "in use")])
+def test_cleaning_that_fails_is_tried_again_later_and_its_own_destroy_is_not(
+    life, said, monkeypatch, problem
+):
+    life.program("sbin", "destroy", text=f"echo destroy >> {said}")
+    life.wants()
+    life.wants(state="destroyed")
+
+    def fails(*_):
+        raise problem
+
+    with monkeypatch.context() as patch:
+        patch.setattr(instance_cleanup.storage, "empty", fails)
+        assert len(life.finish()[1]) == 1
+        assert life.finish() == ([], ["instances.not_destroyed"]), "tried again at once"
+        life.context.store.save_instance(dataclasses.replace(life.state, next_try=0.0))
+        assert len(life.finish()[1]) == 1
+        assert life.state.failures == 2
+        assert life.master.words().count("error") == 1
+        assert len(life.finish(force=True)[1]) == 1
+    assert life.finish(force=True) == ([f"{NAME}: destroyed"], [])
+    assert said.read_text() == "destroy\n"
+
+
+def test_its_own_destroy_that_cannot_be_tried_does_not_stand_in_the_way_of_force(life, monkeypatch):
+    life.program("sbin", "destroy", text="true")
+    life.wants()
+    life.wants(state="destroyed")
+
+    def fails(*_):
+        raise OSError(5, "no access")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(destruction.usage_scripts, "heard", fails)
+        assert len(life.finish()[1]) == 1
+        assert life.finish(force=True) == ([f"{NAME}: destroyed"], [])
 
 
 # --- what its user leaves ---------------------------------------------------------------------------------------------
