@@ -42,6 +42,8 @@ _DESCRIPTORS = 1024
 _NO_LIMIT = 60000
 _ANSWER_SECONDS = 90
 _REACHABLE_SECONDS = 5
+# it ends first what another has left, see survivors.py; to kill it meanwhile would begin that anew
+_ANSWERS_WITHIN = 20.0
 _STARTS_WITHIN = 5.0
 _ROUNDS = 5
 _MOMENT = 0.002
@@ -241,7 +243,7 @@ class Supervisor(Link):
 
     def _answers(self, started: subprocess.Popen[bytes]) -> None:
         _, said = started.communicate()
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + _ANSWERS_WITHIN
         while started.returncode == 0 and time.monotonic() < deadline:
             if self.running():
                 return
@@ -256,7 +258,8 @@ class Supervisor(Link):
     def _wait_for_another(self) -> bool:
         """Return whether one that is there already answers: a partitiond that was killed may just have started it.
 
-        One that cannot be reached for some seconds is ended: it would start everything a second time beside ours.
+        One that cannot be reached for some seconds is ended, unless it has just begun: it would start everything a second time
+        beside ours.
         """
         deadline = time.monotonic() + _REACHABLE_SECONDS
         while there := [pid for pid in procfs.pids() if self._is_server(pid)]:
@@ -265,7 +268,8 @@ class Supervisor(Link):
             if time.monotonic() > deadline:
                 for pid in there:
                     with contextlib.suppress(ProcessLookupError):
-                        os.kill(pid, signal.SIGKILL)
+                        if _age(pid) > _ANSWERS_WITHIN:
+                            os.kill(pid, signal.SIGKILL)
             time.sleep(0.05)
         return False
 
@@ -473,6 +477,14 @@ def _await_end(pids: Iterable[int], deadline: float) -> None:
                     poll.register(descriptor, select.POLLIN)
                     poll.poll(max(0.0, deadline - time.monotonic()) * 1000)
     time.sleep(_MOMENT)
+
+
+def _age(pid: int) -> float:
+    """For how many seconds a process is there; 0 when it is gone."""
+    ticks = procfs.started(pid)
+    if ticks is None:
+        return 0.0
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
 
 
 def running_groups(processes: Iterable[Process]) -> frozenset[str]:

@@ -10,6 +10,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -17,7 +18,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from partitiond import files, procfs, services, survivors
+from partitiond import files, procfs, services, supervision, survivors
 from partitiond.context import Context
 from partitiond.state import InstanceState
 from partitiond.supervision import Group, Program, Supervisor
@@ -479,22 +480,50 @@ def test_a_process_that_keeps_us_waiting_for_its_environment_is_left_to_itself(m
     node.all_run()
     until(lambda: node.running("sleep", "1009") and node.running("sleep", "1010"))
     (silent,) = node.running("sleep", "1009")
+    others = [subprocess.Popen(["/bin/sleep", "1012"], user=12345) for _ in range(20)]
     notes = node.supervisor.directory / "processes"
     node.kill()
     shutil.rmtree(notes)
     answered, words = threading.Event(), procfs.words
+    waiting = {silent, *(one.pid for one in others)}
     monkeypatch.setattr(
         procfs,
         "words",
-        lambda pid, name: answered.wait() and [] if (pid, name) == (silent, "environ") else words(pid, name),
+        lambda pid, name: (
+            answered.wait() and [] if pid in waiting and name == "environ" else words(pid, name)
+        ),
     )
+    before, looks = threading.active_count(), []
+    look = survivors._look
+    monkeypatch.setattr(survivors, "_look", lambda *words: looks.append(words) or look(*words))
     try:
         survivors.end(survivors.read(notes), f"unix://{node.supervisor.socket}")
         assert procfs.is_alive(silent)
         assert not node.running("sleep", "1010") | node.running("sleep", "1011")
+        assert len(looks) == 2, "each that waits is waited for"
+        assert threading.active_count() - before <= 6
     finally:
         answered.set()
         os.kill(silent, 9)
+        for one in others:
+            one.kill()
+            one.wait()
+
+
+def test_a_supervisord_that_has_just_begun_is_not_killed_for_not_answering(made, monkeypatch):
+    node = made()
+    monkeypatch.setattr(supervision, "_REACHABLE_SECONDS", 0.0)
+    monkeypatch.setattr(supervision, "_ANSWERS_WITHIN", 1.0)
+    busy = [sys.executable, "-c", "import time; time.sleep(1000)", "supervisor.supervisord"]
+    began = time.monotonic()
+    with subprocess.Popen([*busy, str(node.supervisor.configuration)]) as other:
+        reaped = threading.Thread(target=other.wait)
+        reaped.start()
+        until(lambda: node.supervisor._is_server(other.pid))
+        assert not node.supervisor._wait_for_another()
+        assert time.monotonic() - began > 0.9
+        reaped.join()
+        assert other.returncode == -9
 
 
 def test_output_is_read_from_supervisords_own_pipe_only(tmp_path):
