@@ -39,7 +39,10 @@ _SERVER = "supervisord"  # no process's: theirs have a colon
 
 @dataclass(frozen=True, slots=True)
 class Note:
-    """A process that supervisord has started: its pid, its start in ticks, and the pipe that its output goes into."""
+    """A process that supervisord has started: its pid, its start in ticks, and the pipe that its output goes into.
+
+    ``digest`` is that of what it was started by, 0 where an older version has not noted it.
+    """
 
     group: str
     name: str
@@ -47,6 +50,7 @@ class Note:
     start: int
     pipe: int
     at: float
+    digest: int = 0
 
     @property
     def lives(self) -> bool:
@@ -73,11 +77,11 @@ def boot() -> str:
         return stream.read().strip()
 
 
-def write(directory: Path, group: str, name: str, pipe: int, boot_id: str) -> None:
+def write(directory: Path, group: str, name: str, pipe: int, boot_id: str, digest: int) -> None:
     """Note this process, whose output goes into the pipe with that inode. Raises OSError."""
     family = procfs.family_of(os.getpid())
     start = family.start if family else 0
-    _write(directory / f"{group}:{name}", f"{boot_id} {os.getpid()} {start} {pipe}\n")
+    _write(directory / f"{group}:{name}", f"{boot_id} {os.getpid()} {start} {pipe} {digest}\n")
 
 
 def write_session(directory: Path, boot_id: str) -> None:
@@ -125,9 +129,9 @@ def read(directory: Path) -> Notes:
         numbers = [int(word) for word in words[1:]]
         if name == _SERVER:
             session = numbers[0] if numbers else 0
-        elif len(numbers) == 3:
-            pid, start, pipe = numbers
-            found.append(Note(group, process, pid, start, pipe, path.stat().st_mtime))
+        elif len(numbers) in (3, 4):
+            pid, start, pipe, *digest = numbers
+            found.append(Note(group, process, pid, start, pipe, path.stat().st_mtime, *digest))
     return Notes(tuple(found), session)
 
 
