@@ -660,3 +660,21 @@ def test_nothing_of_its_user_stays_on_the_node(life, spools):
     # again, as by one who was killed after it
     remains.remove_jobs(user, life.uid)
     remains.remove(user, life.uid)
+
+
+@pytest.mark.full
+def test_however_many_names_others_have_made_nothing_is_overlooked(life, tmp_path):
+    """A tenant may make any number in a directory of everybody, before or after those of who goes."""
+    own = []
+    for name in ("first", "last"):
+        own += [tmp_path / f"{name}-{number}" for number in range(5)]
+        for path in own[-5:]:
+            path.mkdir() if path.name.endswith("4") else path.touch()
+            os.chown(path, OTHER, OTHER)
+        if name == "first":
+            for number in range(100_001):
+                os.mknod(tmp_path / str(number))
+    remains._remove_owned(tmp_path, OTHER, trees=True)
+    assert not [path.name for path in own if path.exists()]
+    assert len(list(tmp_path.iterdir())) == 100_001
+    shutil.rmtree(tmp_path)
