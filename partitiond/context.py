@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from partitiond.build_server import BuildServer
 from partitiond.events import SESSIONS, EventLog
+from partitiond.farewells import Farewells
 from partitiond.incidents import IncidentWatch
 from partitiond.master import Connection, MasterContact
 from partitiond.messages import Outbox
@@ -90,6 +91,7 @@ class Context:
     turns: Turns = field(default_factory=Turns)
     incidents: IncidentWatch = field(default_factory=IncidentWatch)
     builds: BuildServer = field(default_factory=BuildServer)
+    farewells: Farewells = field(default_factory=Farewells)
     node: Node | None = None
     choice: Choice | None = None
     looked: Looked | None = None

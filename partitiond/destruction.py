@@ -34,6 +34,7 @@ from partitiond.passes import Result, pause_after, report
 from partitiond.supervision import MOST_PROGRAMS
 
 if TYPE_CHECKING:
+    import threading
     from collections.abc import Iterable, Sequence
 
     from partitiond.context import Context
@@ -124,25 +125,58 @@ def revoke(context: Context, state: InstanceState, entry: PartitionDocument) -> 
 
     Raises PartitiondError ``instances.kept`` for another instance than the one that is kept.
     """
-    with context.applying:
-        state = context.store.instance(state.partition)
-        if state.life != "destroying" or state.settled or state.removing or state.cleaned:
-            return None
-        if (state.instance_guid or "") != entry.instance_guid:
-            if state.keep_until > time.time():
-                raise PartitiondError(
-                    "instances.kept",
-                    f"another instance is wanted where {state.instance_guid or 'one'} is kept until"
-                    f" {iso_utc(state.keep_until)}",
-                    resource=state.partition,
-                    hint="the master was never told that it is destroyed; give the new one another partition",
-                    retryable=True,
-                )
-            return None
-        back = replace(state, life="stopped", timestamp=None, keep_until=0.0, prerm_ran=False)
-        context.store.save_instance(back)
-    logger.info("%s: not to be destroyed any more", state.partition)
-    return back
+    name = state.partition
+    while True:
+        if not _is_over(state) and (state.instance_guid or "") == entry.instance_guid:
+            record = buildout.session_record(context.config, f"{name}.prerm")
+            context.farewells.cut_short(name, record)
+        with context.applying:
+            state = context.store.instance(name)
+            if _is_over(state):
+                return None
+            if (state.instance_guid or "") != entry.instance_guid:
+                _refuse_another(state)
+                return None
+            if context.farewells.is_going(name):
+                continue  # it has begun meanwhile
+            back = replace(
+                state, life="stopped", timestamp=None, keep_until=0.0, prerm_ran=False, leaving=False
+            )
+            context.store.save_instance(back)
+        _tell_back(context, state)
+        return back
+
+
+def _is_over(state: InstanceState) -> bool:
+    """Whether there is no way back. Pure."""
+    return state.life != "destroying" or state.settled or state.removing or state.cleaned
+
+
+def _refuse_another(state: InstanceState) -> None:
+    """Raise where an instance is kept, and another one is wanted in its place."""
+    if state.keep_until > time.time():
+        raise PartitiondError(
+            "instances.kept",
+            f"another instance is wanted where {state.instance_guid or 'one'} is kept until"
+            f" {iso_utc(state.keep_until)}",
+            resource=state.partition,
+            hint="the master was never told that it is destroyed; give the new one another partition",
+            retryable=True,
+        )
+
+
+def _tell_back(context: Context, state: InstanceState) -> None:
+    message = "not to be destroyed any more"
+    if state.leaving or state.prerm_ran:
+        message += "; its etc/prerm had begun, and what that has done stays done"
+    logger.info("%s: %s", state.partition, message)
+    context.events.record(
+        "instance.wanted_back",
+        f"{state.partition}: {message}",
+        partition=state.partition,
+        resource=f"instance/{state.partition}",
+        instance_guid=state.instance_guid,
+    )
 
 
 def kept(state: InstanceState | None, now: float) -> bool:
@@ -175,10 +209,20 @@ def take_leave(context: Context, partitions: Sequence[Partition]) -> None:
     def one(partition: Partition) -> None:
         if time.monotonic() >= end or context.stop.is_set():
             return
-        with context.steady():
-            _run_prerm(context, partition)
-        if context.stop.is_set():
-            return  # cut short by our own end: it has its turn again
+        with context.applying:
+            state = context.store.instance(partition.id)
+            if state.life != "destroying":
+                return  # it is wanted back
+            if not state.leaving and _says_farewell(partition):
+                context.store.save_instance(replace(state, leaving=True))
+            cut_short = context.farewells.begin(partition.id)
+        try:
+            with context.steady():
+                _run_prerm(context, partition, cut_short)
+        finally:
+            context.farewells.ended(partition.id)
+        if context.stop.is_set() or cut_short.is_set():
+            return  # it has its turn again, unless it is wanted back
         with context.applying:
             state = context.store.instance(partition.id)
             if state.life == "destroying":
@@ -193,7 +237,14 @@ def take_leave(context: Context, partitions: Sequence[Partition]) -> None:
                 pass
 
 
-def _run_prerm(context: Context, partition: Partition) -> None:
+def _says_farewell(partition: Partition) -> bool:
+    try:
+        return _has(partition, *_PRERM)
+    except OSError:
+        return True  # it is said of it when it is tried
+
+
+def _run_prerm(context: Context, partition: Partition, cut_short: threading.Event) -> None:
     end = time.monotonic() + context.config.grid.prerm_timeout
     faults = []
     try:
@@ -202,8 +253,10 @@ def _run_prerm(context: Context, partition: Partition) -> None:
             if left <= 0:
                 faults.append(f"etc/prerm/{name}: no time was left")
                 break
+            if cut_short.is_set():
+                return
             outcome = _run(context, partition, (*_PRERM, name), left)
-            if context.stop.is_set():
+            if context.stop.is_set() or cut_short.is_set():
                 return
             if not outcome.ok:
                 faults.append(f"etc/prerm/{name}: {buildout.ended(outcome)}")
@@ -240,13 +293,20 @@ def _run(context: Context, partition: Partition, below: tuple[str, ...], seconds
     return outcome
 
 
-def _run_destroy(context: Context, partition: Partition) -> None:
-    """Run ``sbin/destroy`` where there is one. Raises PartitiondError ``instance.destroy_program``, OSError."""
+def _has(partition: Partition, directory: str, name: str) -> bool:
+    """Whether there is something of that name. Raises OSError."""
     try:
-        with files.directory(partition.path, _DESTROY[0]) as descriptor:
-            os.lstat(_DESTROY[1], dir_fd=descriptor)
+        with files.directory(partition.path, directory) as descriptor:
+            os.lstat(name, dir_fd=descriptor)
     except (FileNotFoundError, PartitiondError):
-        return
+        return False
+    return True
+
+
+def _run_destroy(context: Context, partition: Partition) -> bool:
+    """Run ``sbin/destroy``; return whether there is one. Raises PartitiondError ``instance.destroy_program``, OSError."""
+    if not _has(partition, *_DESTROY):
+        return False
     outcome = _run(context, partition, _DESTROY, context.config.grid.prerm_timeout)
     if not outcome.ok:
         raise PartitiondError(
@@ -256,6 +316,7 @@ def _run_destroy(context: Context, partition: Partition) -> None:
             hint=f"read {context.config.log_dir / partition.id / LOG}; partitiond sync report --force goes on without it",
             retryable=True,
         )
+    return True
 
 
 # --- its end ----------------------------------------------------------------------------------------------------------
@@ -306,14 +367,12 @@ def _finish_one(context: Context, node: Node, partition: Partition, *, tell: boo
     if state is None:
         return False
     if not state.cleaned:
+        state = _said_goodbye(context, partition, state, force=force)
         try:
-            _run_destroy(context, partition)
-        except PartitiondError as error:
-            if context.stop.is_set() or not force:
-                _note_failure(context, state, error)
-                raise
-            logger.warning("%s: removed all the same: %s", partition.id, sentence(error))
-        instance_cleanup.clean(context, node, partition)
+            instance_cleanup.clean(context, node, partition)
+        except (*FAMILY, OSError) as error:
+            _note_failure(context, state, error)
+            raise
         state = replace(state, cleaned=True, error=None)
         context.store.save_instance(state)
     if not tell:
@@ -334,6 +393,25 @@ def _finish_one(context: Context, node: Node, partition: Partition, *, tell: boo
         software_release=state.software_release,
     )
     return True
+
+
+def _said_goodbye(
+    context: Context, partition: Partition, state: InstanceState, *, force: bool
+) -> InstanceState:
+    """Have its own ``sbin/destroy`` run, once to a good end, however often cleaning is tried. Raises as that does."""
+    if state.destroy_ran:
+        return state
+    try:
+        if not _run_destroy(context, partition):
+            return state
+    except (*FAMILY, OSError) as error:
+        if context.stop.is_set() or not force:
+            _note_failure(context, state, error)
+            raise
+        logger.warning("%s: removed all the same: %s", partition.id, sentence(error))
+    state = replace(state, destroy_ran=True)
+    context.store.save_instance(state)
+    return state
 
 
 def _waits(state: InstanceState) -> PartitiondError | None:
@@ -361,7 +439,7 @@ def _begin_removal(context: Context, partition: Partition) -> InstanceState | No
         return state
 
 
-def _note_failure(context: Context, state: InstanceState, error: PartitiondError) -> None:
+def _note_failure(context: Context, state: InstanceState, error: Exception) -> None:
     """Try again later and later; the master is told once."""
     if context.stop.is_set():
         return

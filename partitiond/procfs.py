@@ -1,4 +1,5 @@
-"""What ``/proc`` says of single processes (proc(5)): which there are, whether they live, whose they are, what they handle.
+"""What ``/proc`` says of single processes (proc(5)): which there are, whether they live and how long, whose they are, what they
+handle.
 
 A process may end at any moment, also between two readings: each of these says so in its own way and raises for no such
 reason.
@@ -6,8 +7,15 @@ reason.
 
 from __future__ import annotations
 
+import contextlib
 import os
-from typing import NamedTuple
+import select
+import time
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 
 class Family(NamedTuple):
@@ -67,6 +75,26 @@ def started(pid: int) -> int | None:
     except OSError:
         return None
     return None if fields[0] in (b"Z", b"X") else int(fields[19])
+
+
+def age(pid: int) -> float:
+    """For how many seconds a process is there; 0 when it is gone."""
+    ticks = started(pid)
+    if ticks is None:
+        return 0.0
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+
+
+def await_end(numbers: Iterable[int], deadline: float) -> None:
+    """Wait until all of these processes have ended, by the monotonic clock until a deadline."""
+    with ExitStack() as stack:
+        for pid in filter(None, numbers):
+            with contextlib.suppress(ProcessLookupError):
+                descriptor = os.pidfd_open(pid)
+                stack.callback(os.close, descriptor)
+                poll = select.poll()
+                poll.register(descriptor, select.POLLIN)
+                poll.poll(max(0.0, deadline - time.monotonic()) * 1000)
 
 
 def boot() -> str:

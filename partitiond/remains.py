@@ -24,7 +24,6 @@ from partitiond.errors import PartitiondError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-_MOST_ENTRIES = 100_000  # looked at in one directory: a tenant may make millions
 # Debian's cron and at, and cron of others; crontab(1), at(1)
 _CRONTABS = (Path("/var/spool/cron/crontabs"), Path("/var/spool/cron"))
 _JOBS = (Path("/var/spool/cron/atjobs"), Path("/var/spool/cron/atspool"), Path("/var/spool/at"))
@@ -65,23 +64,31 @@ def _remove_owned(directory: Path, uid: int, *, trees: bool) -> None:
     What others put into a directory of the user's goes with it: whose a directory is may remove what is in it.
     """
     with contextlib.suppress(FileNotFoundError, NotADirectoryError), files.directory(directory) as descriptor:
-        for name, found in _entries(descriptor):
-            left_over = found.st_uid == 0 and stat.S_ISDIR(found.st_mode) and _HOLDER.fullmatch(name)
-            if found.st_uid != uid and not left_over:
+        # what is removed during a walk may make it miss other entries (readdir(3p))
+        while _walk_over(descriptor, uid, trees=trees):
+            pass
+
+
+def _walk_over(descriptor: int, uid: int, *, trees: bool) -> bool:
+    """Remove what is the user's in one walk to the end, however many names others have made; return whether anything was."""
+    removed = False
+    with os.scandir(descriptor) as entries:
+        for entry in entries:
+            try:
+                found = entry.stat(follow_symlinks=False)
+            except FileNotFoundError:
                 continue
-            if not stat.S_ISDIR(found.st_mode):
+            is_directory = stat.S_ISDIR(found.st_mode)
+            left_over = found.st_uid == 0 and is_directory and _HOLDER.fullmatch(entry.name)
+            if (found.st_uid != uid and not left_over) or (is_directory and not trees):
+                continue
+            removed = True
+            if is_directory:
+                files.remove(entry.name, dir_fd=descriptor)
+            else:
                 with contextlib.suppress(FileNotFoundError):
-                    os.unlink(name, dir_fd=descriptor)
-            elif trees:
-                files.remove(name, dir_fd=descriptor)
-
-
-def _entries(descriptor: int) -> list[tuple[str, os.stat_result]]:
-    found = []
-    for name in files.names(descriptor, _MOST_ENTRIES):
-        with contextlib.suppress(FileNotFoundError):
-            found.append((name, os.lstat(name, dir_fd=descriptor)))
-    return found
+                    os.unlink(entry.name, dir_fd=descriptor)
+    return removed
 
 
 def remove_ipc(uid: int) -> None:

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from partitiond.supervision import Process, Supervisor
 
 
+_OUTDATED = "it runs on as it was started before supervisord was, and its configuration is another since"
+
+
 @dataclass(frozen=True, slots=True)
 class ServiceOperation(Operation):
     """A change of supervisord itself (``group`` None) or of one of its groups; ``owner`` is whose programs are to start."""
@@ -78,6 +81,8 @@ def plan(
         # EXITED and FATAL are the instance's own doing; STOPPED without ever a start is a supervisord that began anew
         if not known or any(process.state == "STOPPED" and not process.started for process in known):
             operations.append(_operation(partition.id, "change", "not started", partition))
+        elif any(process.outdated for process in known):
+            operations.append(_operation(partition.id, "change", _OUTDATED, partition))
         elif (
             partition.id in homeless
             and all(process.state in ("EXITED", "FATAL") for process in known)
@@ -85,6 +90,9 @@ def plan(
         ):
             # what was started without them ended at once
             operations.append(_operation(partition.id, "change", "could not start", partition))
+        tunnel = group_name(partition.id)
+        if tunnel in set_up and any(process.outdated for process in by_group.get(tunnel, [])):
+            operations.append(_operation(tunnel, "change", _OUTDATED, partition))
     wanted = {name for partition in node.partitions for name in (partition.id, group_name(partition.id))}
     operations += [
         *(_operation(name, "remove", "belongs to no partition") for name in sorted(set_up - wanted)),
@@ -101,12 +109,23 @@ def _may_go(supervisor: Supervisor, processes: tuple[Process, ...]) -> bool:
     return supervisor.is_outdated() and not running_groups(processes)
 
 
+def open_cases(supervisor: Supervisor, processes: tuple[Process, ...]) -> list[str]:
+    """What is open of supervisord itself, in words."""
+    if not processes or not supervisor.is_outdated():
+        return []
+    text = (
+        "supervisord is of another version of partitiond, as it holds what runs: it is replaced when it runs nothing, or was"
+        " ended (supervisorctl shutdown); until then what this version does better is not done"
+    )
+    return [text]
+
+
 def _operation(group: str, action: Action, reason: str, owner: Partition | None = None) -> ServiceOperation:
     return ServiceOperation(
         id=f"processes/{group}",
         resource="processes",
         action=action,
-        partition=group if action == "change" else None,
+        partition=None if owner is None else owner.id,
         before="stopped" if action == "change" else "set up",
         after="running" if action == "change" else None,
         reason=reason,

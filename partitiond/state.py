@@ -30,9 +30,9 @@ class InstanceState:
     """The last outcome of a partition's instance; ``timestamp`` is the master's, opaque; times are Unix seconds.
 
     ``by_promise``: the last try failed because a promise did. ``retention_days`` is fixed when the instance is first deployed,
-    negative until then. Of one that is to be destroyed: ``keep_until``, nothing of it is removed before; ``prerm_ran``, it has
-    taken its leave; ``settled``, its last usage is in documents; ``removing``, there is no way back; ``cleaned``, what it had
-    is removed.
+    negative until then. Of one that is to be destroyed: ``keep_until``, nothing of it is removed before; ``leaving``, it has
+    begun to take its leave; ``prerm_ran``, it has taken it; ``settled``, its last usage is in documents; ``removing``, there is
+    no way back; ``destroy_ran``, its own ``sbin/destroy`` needs not be run again; ``cleaned``, what it had is removed.
     """
 
     partition: str
@@ -54,6 +54,8 @@ class InstanceState:
     keep_until: float = 0.0
     prerm_ran: bool = False
     removing: bool = False
+    leaving: bool = False
+    destroy_ran: bool = False
 
 
 @dataclass(frozen=True, slots=True)

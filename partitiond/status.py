@@ -22,6 +22,7 @@ from partitiond import (
     quotas,
     remembered,
     report_verbs,
+    services,
     software_status,
     trial,
     tunnels,
@@ -80,6 +81,7 @@ def node(context: Context) -> dict[str, Any]:
             "open_cases": [
                 *_open_cases(seen.node),
                 *_without_programs(seen),
+                *services.open_cases(context.supervisor, seen.processes),
                 *privacy.open_cases(config, seen.node.partitions, seen.processes),
                 *_few_sessions(context),
                 *destruction.open_cases(context.store.readable()[0].values(), time.time()),

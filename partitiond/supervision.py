@@ -12,13 +12,11 @@ import logging
 import os
 import re
 import resource
-import select
 import signal
 import site
 import subprocess
 import sys
 import time
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,7 +25,7 @@ from typing import TYPE_CHECKING
 from partitiond import execute, files, keyring, procfs, survivors
 from partitiond.errors import PartitiondError
 from partitiond.namespaces import NSENTER
-from partitiond.supervisor_link import Link
+from partitiond.supervisor_link import PLUGIN_VERSION, Link
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -42,6 +40,8 @@ _DESCRIPTORS = 1024
 _NO_LIMIT = 60000
 _ANSWER_SECONDS = 90
 _REACHABLE_SECONDS = 5
+# it ends first what another has left, see survivors.py; to kill it meanwhile would begin that anew
+_ANSWERS_WITHIN = 20.0
 _STARTS_WITHIN = 5.0
 _ROUNDS = 5
 _MOMENT = 0.002
@@ -57,13 +57,16 @@ _SOCKET_LIMIT = 104  # struct sockaddr_un holds 108 bytes; supervisord makes a l
 
 @dataclass(frozen=True, slots=True)
 class Process:
-    """A process as supervisord knows it; ``pid`` 0 when it does not run."""
+    """A process as supervisord knows it; ``pid`` 0 when it does not run. ``outdated``: its group goes on from before a
+    supervisord that was killed, and is not what its file says.
+    """
 
     group: str
     name: str
     state: str
     pid: int
     started: bool
+    outdated: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,7 +244,7 @@ class Supervisor(Link):
 
     def _answers(self, started: subprocess.Popen[bytes]) -> None:
         _, said = started.communicate()
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + _ANSWERS_WITHIN
         while started.returncode == 0 and time.monotonic() < deadline:
             if self.running():
                 return
@@ -256,7 +259,8 @@ class Supervisor(Link):
     def _wait_for_another(self) -> bool:
         """Return whether one that is there already answers: a partitiond that was killed may just have started it.
 
-        One that cannot be reached for some seconds is ended: it would start everything a second time beside ours.
+        One that cannot be reached for some seconds is ended, unless it has just begun: it would start everything a second time
+        beside ours.
         """
         deadline = time.monotonic() + _REACHABLE_SECONDS
         while there := [pid for pid in procfs.pids() if self._is_server(pid)]:
@@ -265,7 +269,8 @@ class Supervisor(Link):
             if time.monotonic() > deadline:
                 for pid in there:
                     with contextlib.suppress(ProcessLookupError):
-                        os.kill(pid, signal.SIGKILL)
+                        if procfs.age(pid) > _ANSWERS_WITHIN:
+                            os.kill(pid, signal.SIGKILL)
             time.sleep(0.05)
         return False
 
@@ -313,10 +318,12 @@ class Supervisor(Link):
     def processes(self) -> tuple[Process, ...]:
         """All processes; empty when supervisord does not run."""
         try:
-            lines = self._ask("states")
-            self._outdated = lines is None
+            found = self._ask("look") or {}
+            self._outdated = found.get("version") != PLUGIN_VERSION
+            lines = found["states"] if "states" in found else self._ask("states")
             if lines is not None:
-                return tuple(_process(line) for line in str(lines).splitlines())
+                outdated = frozenset(found.get("outdated", ()))
+                return tuple(_process(line, outdated) for line in str(lines).splitlines())
             rows = self._call("supervisor.getAllProcessInfo")
         except PartitiondError as error:
             if error.code == "supervisor.down":
@@ -328,7 +335,9 @@ class Supervisor(Link):
         )
 
     def is_outdated(self) -> bool:
-        """Whether the one that :meth:`processes` last asked lacks our plug-in; it may be replaced when it runs nothing."""
+        """Whether the one that :meth:`processes` last asked lacks this version of our plug-in; it may be replaced when it runs
+        nothing.
+        """
         return self._outdated
 
     def group_file(self, name: str) -> Path:
@@ -420,7 +429,8 @@ class Supervisor(Link):
                 raise PartitiondError(
                     "supervisor.fault", "does not end", resource=min(left)[0], hint=f"read {self.log}"
                 )
-            _await_end([pid for _, pid in left], deadline)
+            procfs.await_end([pid for _, pid in left], deadline)
+            time.sleep(_MOMENT)  # for supervisord to take note of it
         if left is None:
             self._stop_by_name(names)
 
@@ -455,24 +465,10 @@ class Supervisor(Link):
         return procfs.handles(pid, signal.SIGHUP)
 
 
-def _process(line: str) -> Process:
+def _process(line: str, outdated: frozenset[str]) -> Process:
     """A line of the plug-in's states."""
     group, name, state, pid, started = line.split("\t")
-    return Process(group, name, state, int(pid), started == "1")
-
-
-def _await_end(pids: Iterable[int], deadline: float) -> None:
-    """Wait until all of these processes have ended; supervisord, which has to take note of it, is given a moment, too."""
-    with ExitStack() as stack:
-        for pid in pids:
-            with contextlib.suppress(ProcessLookupError):
-                descriptor = os.pidfd_open(pid) if pid else None
-                if descriptor is not None:
-                    stack.callback(os.close, descriptor)
-                    poll = select.poll()
-                    poll.register(descriptor, select.POLLIN)
-                    poll.poll(max(0.0, deadline - time.monotonic()) * 1000)
-    time.sleep(_MOMENT)
+    return Process(group, name, state, int(pid), started == "1", group in outdated)
 
 
 def running_groups(processes: Iterable[Process]) -> frozenset[str]:

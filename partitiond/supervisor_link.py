@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-PLUGIN_VERSION = 1
+PLUGIN_VERSION = 2
 _ANSWER_SECONDS = 90
 
 
@@ -58,10 +58,6 @@ class Link:
         for name, why in refused.items():
             logger.warning("%s: supervisord refuses: %s; read %s", name, why, self.log)
         return refused
-
-    def has_plugin(self) -> bool:
-        """Whether the supervisord that runs is one of this version. Raises PartitiondError ``supervisor.down``."""
-        return bool(self._ask("version") == PLUGIN_VERSION)
 
     def _ask(self, method: str, *arguments: object) -> Any:
         """Call our plug-in; None where supervisord has none: it is of an older version, or of slapos.core."""

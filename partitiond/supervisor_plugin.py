@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
     from partitiond.survivors import Note
 
-VERSION = 1
+VERSION = 2
 NOTES, EVENTS = "processes", "events.sock"
 _TOLD = (ProcessStates.EXITED, ProcessStates.BACKOFF, ProcessStates.FATAL)
 _SUFFIX = ".conf"
@@ -72,6 +72,7 @@ class Interface:
         (directory / NOTES).mkdir(mode=0o700, parents=True, exist_ok=True)
         directory.chmod(0o700)
         self._seen: dict[str, tuple[int, int, int, int]] = {}
+        self._anew: set[str] = set()
         self._ending_all = False
         sockets = self._options.get_socket_map()
         self._options.poller.close()
@@ -91,9 +92,10 @@ class Interface:
 
     # --- asked by the daemon ------------------------------------------------------------------------------------------
 
-    def version(self) -> int:
-        """The version of this interface."""
-        return VERSION
+    def look(self) -> dict[str, Any]:
+        """The version of this interface, all states, and the groups of which something runs otherwise than it is said now."""
+        outdated = [name for name in self._supervisord.process_groups if self._is_outdated(name)]
+        return {"version": VERSION, "states": self.states(), "outdated": outdated}
 
     def states(self) -> str:
         """All processes: a line each with group, name, state, pid, and 1 if it was ever started, by tabs."""
@@ -115,7 +117,11 @@ class Interface:
         known = {config.name: config for config in self._options.process_group_configs}
         files = self._files()
         for name in sorted(files):
-            if self._seen.get(name) == files[name] and name in self._supervisord.process_groups:
+            if (
+                self._seen.get(name) == files[name]
+                and name in self._supervisord.process_groups
+                and not self._is_outdated(name)
+            ):
                 continue
             answer["read"] += 1
             try:
@@ -207,14 +213,22 @@ class Interface:
     def _put(self, name: str, config: Any, known: dict[str, Any], answer: dict[str, Any]) -> bool:
         """Let a group be what its file says; return whether it is."""
         there = self._supervisord.process_groups.get(name)
-        if there is None or there.config != config:
+        if self._is_outdated(name):
+            self._anew.add(name)  # once it has ended it looks like one that was stopped, and is to be started
+        if there is None or there.config != config or name in self._anew:
             if there is not None and not self._remove(name):
                 answer["waiting"].append(name)
                 return False
             self._supervisord.add_process_group(config)
+            self._anew.discard(name)
             answer["done"].append(name)
         known[name] = self._supervisord.process_groups[name].config
         return True
+
+    def _is_outdated(self, name: str) -> bool:
+        """Whether something runs in a group that was taken over, and whose configuration has become another before that."""
+        group = self._supervisord.process_groups.get(name)
+        return group is not None and any(getattr(one, "outdated", False) for one in group.processes.values())
 
     def _remove(self, name: str) -> bool:
         return bool(self._supervisord.remove_process_group(name))

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import os
 import resource
 import select
@@ -65,6 +66,12 @@ class Config(ProcessConfig):  # type: ignore[misc]
         made.scene = scene
         return made
 
+    @property
+    def digest(self) -> int:
+        """What tells a program from another one that had its name; never 0."""
+        said = (self.command, self.uid, self.directory, sorted((self.environment or {}).items()))
+        return int.from_bytes(hashlib.blake2b(repr(said).encode(), digest_size=7).digest(), "big") + 1
+
     def make_process(self, group: Any = None) -> Process:
         """Make the process, which is not started by that."""
         made = Process(self)
@@ -107,9 +114,12 @@ def _reader(process: Process, descriptor: int) -> Any:
 
 
 class Process(Subprocess):  # type: ignore[misc]
-    """A process of one of our groups; ``pidfd`` is there while it is one that another supervisord has started."""
+    """A process of one of our groups; ``pidfd`` is there while it is one that another supervisord has started, ``outdated``
+    says of such a one that its configuration has become another meanwhile.
+    """
 
     pidfd: int | None = None
+    outdated = False
     pipes: dict[str, Any]
 
     @property
@@ -150,7 +160,8 @@ class Process(Subprocess):  # type: ignore[misc]
     def _note(self) -> None:
         scene, group = self.config.scene, self.group.config.name
         try:
-            survivors.write(scene.directory, group, self.config.name, os.fstat(1).st_ino, scene.boot)
+            pipe = os.fstat(1).st_ino
+            survivors.write(scene.directory, group, self.config.name, pipe, scene.boot, self.config.digest)
         except OSError as error:
             # it would only be ended where it could have been kept
             os.write(2, f"partitiond: not noted in {scene.directory}: {error.strerror}\n".encode())
@@ -168,6 +179,7 @@ class Process(Subprocess):  # type: ignore[misc]
             os.close(pidfd)
             return False
         self.pidfd, self.pid, self.state = pidfd, note.pid, ProcessStates.RUNNING
+        self.outdated = note.digest not in (0, self.config.digest)
         # one that has just begun must not seem to have ended in its first second when it does
         self.laststart = min(note.at, time.time() - self.config.startsecs - 1)
         self.dispatchers = {pidfd: Ended(self, pidfd, note.pid)}
@@ -194,6 +206,7 @@ class Process(Subprocess):  # type: ignore[misc]
         survivors.forget(self.config.scene.directory, self.group.config.name, self.config.name)
         self.config.scene.outputs.discard(self.dispatchers)
         super().finish(pid, sts)
+        self.outdated = False
         self._close_pidfd()
 
     def _close_pidfd(self) -> None:

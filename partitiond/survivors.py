@@ -17,6 +17,7 @@ import signal
 import stat
 import threading
 import time
+from collections import deque
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING
@@ -24,19 +25,24 @@ from typing import TYPE_CHECKING
 from partitiond import procfs
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator, Sequence
+    from collections.abc import Collection, Iterable, Iterator, Sequence
     from pathlib import Path
 
 _GRACE = 5.0
 _PAUSE = 0.05
-_LONGEST_LOOK = 1.0
+# of all environments together; supervisord answers nobody meanwhile
+_LOOK, _SECOND_LOOK = 0.5, 1.5
+_SIDE_BY_SIDE = 4  # of a user's
 _BOOT_ID = "/proc/sys/kernel/random/boot_id"
 _SERVER = "supervisord"  # no process's: theirs have a colon
 
 
 @dataclass(frozen=True, slots=True)
 class Note:
-    """A process that supervisord has started: its pid, its start in ticks, and the pipe that its output goes into."""
+    """A process that supervisord has started: its pid, its start in ticks, and the pipe that its output goes into.
+
+    ``digest`` is that of what it was started by, 0 where an older version has not noted it.
+    """
 
     group: str
     name: str
@@ -44,6 +50,7 @@ class Note:
     start: int
     pipe: int
     at: float
+    digest: int = 0
 
     @property
     def lives(self) -> bool:
@@ -70,11 +77,11 @@ def boot() -> str:
         return stream.read().strip()
 
 
-def write(directory: Path, group: str, name: str, pipe: int, boot_id: str) -> None:
+def write(directory: Path, group: str, name: str, pipe: int, boot_id: str, digest: int) -> None:
     """Note this process, whose output goes into the pipe with that inode. Raises OSError."""
     family = procfs.family_of(os.getpid())
     start = family.start if family else 0
-    _write(directory / f"{group}:{name}", f"{boot_id} {os.getpid()} {start} {pipe}\n")
+    _write(directory / f"{group}:{name}", f"{boot_id} {os.getpid()} {start} {pipe} {digest}\n")
 
 
 def write_session(directory: Path, boot_id: str) -> None:
@@ -122,9 +129,9 @@ def read(directory: Path) -> Notes:
         numbers = [int(word) for word in words[1:]]
         if name == _SERVER:
             session = numbers[0] if numbers else 0
-        elif len(numbers) == 3:
-            pid, start, pipe = numbers
-            found.append(Note(group, process, pid, start, pipe, path.stat().st_mtime))
+        elif len(numbers) in (3, 4):
+            pid, start, pipe, *digest = numbers
+            found.append(Note(group, process, pid, start, pipe, path.stat().st_mtime, *digest))
     return Notes(tuple(found), session)
 
 
@@ -173,7 +180,7 @@ class _Search:
     mark: bytes
     table: dict[int, procfs.Family] = field(default_factory=dict)
     marked: set[int] = field(default_factory=set)
-    silent: set[int] = field(default_factory=set)  # what kept us waiting for its environment once
+    kept_waiting: bool = False  # by some process for its environment: then none is read any more
 
     def run(self) -> set[int]:
         self.table = {pid: family for pid in procfs.pids() if (family := procfs.family_of(pid)) is not None}
@@ -220,39 +227,61 @@ class _Search:
         """Find who is of that supervisord by its session or environment."""
         session = self._session()
         self.marked = {pid for pid, family in self.table.items() if session and family.session == session}
-        left = self.table.keys() - self.marked - self.silent - {os.getpid(), *decided}
-        found, silent = _marked(sorted(left), self.mark)
-        self.marked |= found
-        self.silent |= silent
+        if not self.kept_waiting:
+            left = self.table.keys() - self.marked - {os.getpid(), *decided}
+            found, self.kept_waiting = _marked(sorted(left), self.mark)
+            self.marked |= found
 
 
-def _marked(pids: Sequence[int], mark: bytes) -> tuple[set[int], set[int]]:
-    """Which processes have this in their environment, and which keep whoever reads it waiting.
+def _marked(pids: Sequence[int], mark: bytes) -> tuple[set[int], bool]:
+    """Which processes have this in their environment, and whether one keeps whoever reads it waiting.
 
     It is read from the process's own memory, and a tenant may have mapped that from a file system of its own that never answers
-    (FUSE in a user namespace): such a one is left to itself, with the thread that waits for it.
+    (FUSE in a user namespace), for any number of processes: then those of each user are read beside those of all others, so
+    that it keeps nobody but itself, and what has not answered by the end is left to itself, with the threads that wait for it.
     """
-    found, silent, left = set(), set(), list(pids)
-    while left:
-        answers: SimpleQueue[bool] = SimpleQueue()
-        stop = threading.Event()
-        threading.Thread(target=_look, args=(tuple(left), mark, answers, stop), daemon=True).start()
-        try:
-            while left:
-                if answers.get(timeout=_LONGEST_LOOK):
-                    found.add(left[0])
-                del left[0]
-        except Empty:
-            stop.set()
-            silent.add(left.pop(0))
-    return found, silent
+    found: set[int] = set()
+    left = _look([pids], mark, 1, _LOOK, found)
+    if not left:
+        return found, False
+    by_user: dict[int | None, list[int]] = {}
+    for pid in left:
+        by_user.setdefault(procfs.user_of(pid), []).append(pid)
+    _look(by_user.values(), mark, _SIDE_BY_SIDE, _SECOND_LOOK, found)
+    return found, True
 
 
-def _look(pids: Sequence[int], mark: bytes, answers: SimpleQueue[bool], stop: threading.Event) -> None:
-    for pid in pids:
-        answers.put(mark in procfs.words(pid, "environ"))
-        if stop.is_set():
-            return
+def _look(
+    queues: Iterable[Sequence[int]], mark: bytes, side_by_side: int, seconds: float, found: set[int]
+) -> list[int]:
+    """Look for the mark for so many seconds at most, in each queue at so many at once; return who has not answered."""
+    answers: SimpleQueue[tuple[int, bool]] = SimpleQueue()
+    enough = threading.Event()
+    left: set[int] = set()
+    for queue in queues:
+        left.update(queue)
+        todo = deque(queue)
+        with contextlib.suppress(RuntimeError):  # no more threads may be: some are there
+            for _ in range(min(side_by_side, len(queue))):
+                threading.Thread(target=_read, args=(todo, mark, answers, enough), daemon=True).start()
+    deadline = time.monotonic() + seconds
+    with contextlib.suppress(Empty):
+        while left:
+            pid, is_marked = answers.get(timeout=max(0.0, deadline - time.monotonic()))
+            left.discard(pid)
+            if is_marked:
+                found.add(pid)
+    enough.set()
+    return sorted(left)
+
+
+def _read(
+    todo: deque[int], mark: bytes, answers: SimpleQueue[tuple[int, bool]], enough: threading.Event
+) -> None:
+    with contextlib.suppress(IndexError):
+        while not enough.is_set():
+            pid = todo.popleft()
+            answers.put((pid, mark in procfs.words(pid, "environ")))
 
 
 def mark_of(server_url: str) -> bytes:

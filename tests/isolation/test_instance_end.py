@@ -7,12 +7,14 @@ import shutil
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import hostile_node
 import pytest
 
 from partitiond import (
+    buildout,
     destruction,
     instance_cleanup,
     instances,
@@ -20,6 +22,7 @@ from partitiond import (
     marks,
     metrics,
     periods,
+    procfs,
     remains,
     retention,
     running,
@@ -117,7 +120,7 @@ class Life:
 
     def finish(self, **more):
         result = destruction.finish(self.context, self.context.node, **more)
-        return result.done, [error.code for _, error in result.failures]
+        return result.done, [getattr(error, "code", "os") for _, error in result.failures]
 
     def time_is_over(self):
         self.context.store.save_instance(dataclasses.replace(self.state, keep_until=time.time() - 1))
@@ -498,6 +501,35 @@ def test_a_farewell_without_end_is_ended(life, caplog):
     assert life.finish() == ([f"{NAME}: destroyed"], [])
 
 
+def test_who_is_wanted_back_while_it_takes_its_leave_is_not_started_beside_that(life, said):
+    life.program("etc", "prerm", "a", text=f"echo $$ > {said}; exec sleep 1000000")
+    life.program("etc", "prerm", "b", text=f"echo b >> {said}")
+    life.wants()
+    life.wants(state="destroyed")
+    with ThreadPoolExecutor(1) as other:
+        finished = other.submit(life.finish)
+        while not (said.exists() and said.read_text().strip()):
+            time.sleep(0.01)
+        assert life.wants(state="started") == []
+        assert not procfs.is_alive(int(said.read_text())), "its farewell goes on beside it"
+        assert finished.result() == ([], [])
+    assert (life.state.life, life.state.prerm_ran, life.state.leaving) == ("started", False, False)
+    assert "its etc/prerm had begun" in (life.scene.config.log_dir / "events.jsonl").read_text()
+
+
+def test_nothing_of_a_farewell_that_a_killed_daemon_began_runs_beside_who_is_wanted_back(life):
+    life.wants()
+    life.wants(state="destroyed")
+    life.context.store.save_instance(dataclasses.replace(life.state, leaving=True))
+    command = ["/bin/sleep", "1000000"]
+    with subprocess.Popen(command, user=life.uid, group=life.uid, start_new_session=True) as left:
+        record = buildout.session_record(life.scene.config, f"{NAME}.prerm")
+        record.write_text(f"{left.pid} {life.uid}\n")
+        assert life.wants(state="started") == []
+        assert left.wait(10) == -9
+    assert life.state.life == "started"
+
+
 def test_its_own_destroy_that_fails_holds_it_until_somebody_forces_it(life):
     life.program("sbin", "destroy", text="echo not yet; exit 3")
     life.wants()
@@ -512,6 +544,44 @@ def test_its_own_destroy_that_fails_holds_it_until_somebody_forces_it(life):
     assert life.master.words().count("error") == 1
     assert life.finish(force=True) == ([f"{NAME}: destroyed"], [])
     assert life.state.life == "free"
+
+
+@pytest.mark.parametrize("problem", [OSError(30, "read-only"), PartitiondError("files.mounted", "in use")])
+def test_cleaning_that_fails_is_tried_again_later_and_its_own_destroy_is_not(
+    life, said, monkeypatch, problem
+):
+    life.program("sbin", "destroy", text=f"echo destroy >> {said}")
+    life.wants()
+    life.wants(state="destroyed")
+
+    def fails(*_):
+        raise problem
+
+    with monkeypatch.context() as patch:
+        patch.setattr(instance_cleanup.storage, "empty", fails)
+        assert len(life.finish()[1]) == 1
+        assert life.finish() == ([], ["instances.not_destroyed"]), "tried again at once"
+        life.context.store.save_instance(dataclasses.replace(life.state, next_try=0.0))
+        assert len(life.finish()[1]) == 1
+        assert life.state.failures == 2
+        assert life.master.words().count("error") == 1
+        assert len(life.finish(force=True)[1]) == 1
+    assert life.finish(force=True) == ([f"{NAME}: destroyed"], [])
+    assert said.read_text() == "destroy\n"
+
+
+def test_its_own_destroy_that_cannot_be_tried_does_not_stand_in_the_way_of_force(life, monkeypatch):
+    life.program("sbin", "destroy", text="true")
+    life.wants()
+    life.wants(state="destroyed")
+
+    def fails(*_):
+        raise OSError(5, "no access")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(destruction.usage_scripts, "heard", fails)
+        assert len(life.finish()[1]) == 1
+        assert life.finish(force=True) == ([f"{NAME}: destroyed"], [])
 
 
 # --- what its user leaves ---------------------------------------------------------------------------------------------
@@ -706,3 +776,19 @@ def entry_of_other():
 
 def pids(life):
     return [one.pid for one in life.context.supervisor.processes() if one.group == NAME and one.pid]
+@pytest.mark.full
+def test_however_many_names_others_have_made_nothing_is_overlooked(life, tmp_path):
+    """A tenant may make any number in a directory of everybody, before or after those of who goes."""
+    own = []
+    for name in ("first", "last"):
+        own += [tmp_path / f"{name}-{number}" for number in range(5)]
+        for path in own[-5:]:
+            path.mkdir() if path.name.endswith("4") else path.touch()
+            os.chown(path, OTHER, OTHER)
+        if name == "first":
+            for number in range(100_001):
+                os.mknod(tmp_path / str(number))
+    remains._remove_owned(tmp_path, OTHER, trees=True)
+    assert not [path.name for path in own if path.exists()]
+    assert len(list(tmp_path.iterdir())) == 100_001
+    shutil.rmtree(tmp_path)

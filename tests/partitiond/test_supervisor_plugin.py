@@ -10,14 +10,16 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from partitiond import files, procfs, services, survivors
+from partitiond import files, procfs, services, supervision, survivors
 from partitiond.context import Context
 from partitiond.state import InstanceState
 from partitiond.supervision import Group, Program, Supervisor
@@ -96,6 +98,10 @@ class Node:
         pid = self.supervisor.pid()
         os.kill(pid, number)
         until(lambda: not procfs.is_alive(pid), "the end of supervisord")
+
+    def has_plugin(self):
+        self.supervisor.processes()
+        return not self.supervisor.is_outdated()
 
     def running(self, *words):
         """Living processes that were started by this command line."""
@@ -183,8 +189,23 @@ def test_a_supervisord_without_the_plug_in_is_replaced_when_it_runs_nothing(made
     files.write_path(node.supervisor.configuration, text.encode())
     (operation,) = services_plan(node, carry_out=True)
     assert operation.reason == "it is of another version, and runs nothing"
-    assert node.supervisor.has_plugin()
+    assert node.has_plugin()
     assert services_plan(node) == ()
+
+
+def test_a_supervisord_of_another_version_is_seen_and_replaced_when_it_runs_nothing(made, monkeypatch):
+    node = made()
+    node.start()
+    node.write("one", sleeps(1000))
+    node.supervisor.update()
+    assert services.open_cases(node.supervisor, node.supervisor.processes()) == []
+    monkeypatch.setattr(supervision, "PLUGIN_VERSION", supervision.PLUGIN_VERSION + 1)
+    (case,) = services.open_cases(node.supervisor, node.supervisor.processes())
+    assert case.startswith("supervisord is of another version")
+    assert services_plan(node) == (), "it is not replaced while something runs"
+    node.supervisor.stop_group("one")
+    (operation,) = services_plan(node)
+    assert operation.reason == "it is of another version, and runs nothing"
 
 
 def test_a_supervisord_without_the_plug_in_is_used_as_it_is(made):
@@ -194,7 +215,7 @@ def test_a_supervisord_without_the_plug_in_is_used_as_it_is(made):
     own = text[text.index("[rpcinterface:partitiond]") : text.index("[supervisorctl]")]
     files.write_path(node.supervisor.configuration, text.replace(own, "").encode())
     node.supervisor.start()()
-    assert not node.supervisor.has_plugin()
+    assert not node.has_plugin()
     node.write("one", sleeps(1000))
     assert node.supervisor.update() == {"one"}
     before = until(lambda: any(node.pids().values()) and node.pids())
@@ -212,7 +233,7 @@ def test_a_supervisord_without_the_plug_in_is_used_as_it_is(made):
     # what it leaves when it is killed is found by its environment
     node.kill()
     node.start()
-    assert node.supervisor.has_plugin()
+    assert node.has_plugin()
     after = node.all_run()
     assert node.running("/bin/sleep", "1000") == set(after.values()) != set(before.values())
 
@@ -439,7 +460,7 @@ def test_numbers_that_are_others_by_now_are_left_alone(made):
     stranger = subprocess.Popen(["/bin/sleep", "1008"])
     try:
         for name in ("slappart2:p0", "slappart3:p0"):
-            boot, _, start, pipe = (notes / name).read_text().split()
+            boot, _, start, pipe, _ = (notes / name).read_text().split()
             (notes / name).write_text(f"{boot} {stranger.pid} {int(start) - 1} {pipe}\n")
         (notes / "slappart2:gone").write_text("another-boot 1 1 1\n")
         (notes / "slappart2:torn").write_text("")
@@ -479,22 +500,50 @@ def test_a_process_that_keeps_us_waiting_for_its_environment_is_left_to_itself(m
     node.all_run()
     until(lambda: node.running("sleep", "1009") and node.running("sleep", "1010"))
     (silent,) = node.running("sleep", "1009")
+    others = [subprocess.Popen(["/bin/sleep", "1012"], user=12345) for _ in range(20)]
     notes = node.supervisor.directory / "processes"
     node.kill()
     shutil.rmtree(notes)
     answered, words = threading.Event(), procfs.words
+    waiting = {silent, *(one.pid for one in others)}
     monkeypatch.setattr(
         procfs,
         "words",
-        lambda pid, name: answered.wait() and [] if (pid, name) == (silent, "environ") else words(pid, name),
+        lambda pid, name: (
+            answered.wait() and [] if pid in waiting and name == "environ" else words(pid, name)
+        ),
     )
+    before, looks = threading.active_count(), []
+    look = survivors._look
+    monkeypatch.setattr(survivors, "_look", lambda *words: looks.append(words) or look(*words))
     try:
         survivors.end(survivors.read(notes), f"unix://{node.supervisor.socket}")
         assert procfs.is_alive(silent)
         assert not node.running("sleep", "1010") | node.running("sleep", "1011")
+        assert len(looks) == 2, "each that waits is waited for"
+        assert threading.active_count() - before <= 6
     finally:
         answered.set()
         os.kill(silent, 9)
+        for one in others:
+            one.kill()
+            one.wait()
+
+
+def test_a_supervisord_that_has_just_begun_is_not_killed_for_not_answering(made, monkeypatch):
+    node = made()
+    monkeypatch.setattr(supervision, "_REACHABLE_SECONDS", 0.0)
+    monkeypatch.setattr(supervision, "_ANSWERS_WITHIN", 1.0)
+    busy = [sys.executable, "-c", "import time; time.sleep(1000)", "supervisor.supervisord"]
+    began = time.monotonic()
+    with subprocess.Popen([*busy, str(node.supervisor.configuration)]) as other:
+        reaped = threading.Thread(target=other.wait)
+        reaped.start()
+        until(lambda: node.supervisor._is_server(other.pid))
+        assert not node.supervisor._wait_for_another()
+        assert time.monotonic() - began > 0.9
+        reaped.join()
+        assert other.returncode == -9
 
 
 def test_output_is_read_from_supervisords_own_pipe_only(tmp_path):
@@ -538,6 +587,44 @@ def test_the_plan_sees_no_drift_in_what_was_taken_over(made):
         assert [(one.group, one.state, one.started) for one in found] == [("slappart2", "RUNNING", True)]
         partitions = SimpleNamespace(partitions=(SimpleNamespace(id="slappart2"),))
         assert services.plan(context, partitions, found, frozenset({"slappart2"})) == ()
+    finally:
+        context.meters.close()
+
+
+@pytest.mark.parametrize("restart", [True, False])
+def test_a_kept_program_whose_configuration_changed_while_no_supervisord_ran_is_started_anew(made, restart):
+    node = made("slappart2 slappart3")
+    node.start()
+    for name in ("slappart2", "slappart3"):
+        node.write(name, sleeps(1000), restart=restart)
+        node.supervisor.update()
+        node.supervisor.start_group(name)
+    before = node.all_run()
+    node.kill()
+    node.write("slappart2", sleeps(1001), restart=restart)
+    older = node.supervisor.directory / "processes" / "slappart3:p0"
+    older.write_text(" ".join(older.read_text().split()[:4]))  # by a version that noted less
+    node.start()
+    assert node.pids() == before
+    context = Context.of(node.base.load())
+    partitions = [SimpleNamespace(id=name) for name in ("slappart2", "slappart3")]
+
+    def plan():
+        found = context.supervisor.processes()
+        groups = frozenset(("slappart2", "slappart3"))
+        return services.plan(context, SimpleNamespace(partitions=partitions), found, groups)
+
+    try:
+        for one in partitions:
+            context.store.save_instance(InstanceState(one.id, life="started", wanted="started"))
+        (operation,) = plan()
+        assert (operation.group, operation.action) == ("slappart2", "change")
+        services.apply(context, replace(operation, owner=None))
+        after = node.all_run()
+        assert node.running("/bin/sleep", "1001") == {after["slappart2", "p0"]}
+        assert node.running("/bin/sleep", "1000") == {before["slappart3", "p0"]}
+        assert plan() == ()
+        assert node.supervisor.update() == frozenset()
     finally:
         context.meters.close()
 
