@@ -203,7 +203,7 @@ def machine(tmp_path, monkeypatch):
     state.mkdir()
     events = []
 
-    def start(number):
+    def made(number):
         boot.write_text(f"boot-{number}\n")
         record = lambda event, *_, **__: events.append(event)  # noqa: E731 - a word for it
         context = SimpleNamespace(
@@ -211,9 +211,9 @@ def machine(tmp_path, monkeypatch):
             outbox=Outbox(state),
             events=SimpleNamespace(record=record),
         )
-        return reboots.note(context)
+        return reboots.Reboots(context)
 
-    return SimpleNamespace(start=start, state=state, events=events)
+    return SimpleNamespace(start=lambda number: made(number).note(), reboots=made, state=state, events=events)
 
 
 def test_a_reboot_is_told_once(master, machine):
@@ -246,3 +246,30 @@ def test_killed_before_the_boot_is_remembered(master, machine, monkeypatch):
     client(machine.state).computer()
     assert len(master.told) == 1
     assert json.loads((machine.state / reboots.FILE).read_bytes()) == {"boot_id": "boot-2"}
+
+
+def test_a_boot_that_cannot_be_noted_is_noted_later_and_told_once(master, machine, monkeypatch, caplog):
+    machine.start(1)
+    (machine.state / "outbox").write_text("in the way")
+    found = machine.reboots(2)
+    assert not found.note()
+    assert not found.note()
+    assert caplog.text.count("tried again") == 1
+    (machine.state / "outbox").unlink()
+    # now the report is kept, and what follows is not
+    write = reboots.files.write_path
+
+    def full(path, *arguments, **options):
+        if path.name == reboots.FILE:
+            raise OSError(28, "No space left on device")
+        write(path, *arguments, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(reboots.files, "write_path", full)
+        assert not found.note()
+    client(machine.state).computer()
+    assert found.note()
+    assert not found.note()
+    client(machine.state).computer()
+    assert len(master.told) == 1
+    assert machine.events == ["node.rebooted"]
