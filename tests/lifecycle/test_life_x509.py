@@ -52,9 +52,7 @@ def test_registered_it_runs_an_instance_with_its_own_pair(node):
     assert any("partitiond register" in case for case in open_cases(node))
     hidden.rename(node.ssl)
     node.offer()
-    node.wait(
-        lambda: not any("cannot be read" in case for case in open_cases(node)), "the case to be closed"
-    )
+    node.wait(lambda: not any("cannot be read" in case for case in open_cases(node)), "the case to be closed")
     url = node.release()
     node.tls.supply(url)
     node.tls.want("slappart0", url, parameters={"text": "hello"})
