@@ -356,8 +356,8 @@ class Daemon:
         """Let everything that holds something of the configuration follow it."""
         for name, lane in self._lanes.items():
             interval = self._interval(name)
-            if interval != lane.pace.interval:
-                lane.pace.interval = interval
+            changed, lane.pace.interval = interval != lane.pace.interval, interval
+            if changed or lane.pace.failures:  # what failed may be what was mended
                 lane.wake()
         self._listener.attend(self.context.config.metrics_listen)
         self._lanes["capacity"].wake()  # the master has to know what is offered now
