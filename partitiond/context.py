@@ -200,3 +200,13 @@ class Context:
     def client(self) -> ReportingClient:
         """The client of the master; all lanes share its connection. Reports that it does not take wait in :attr:`outbox`."""
         return self.connection.of(self.config)
+
+    def is_current(self, client: ReportingClient) -> bool:
+        """Whether a client is that of the configuration in force, and not of one that a pass began with."""
+        return self.connection.of(self.current.config) is client
+
+    @property
+    def first_pause(self) -> float:
+        """Seconds for which the master is left alone after a first failure."""
+        intervals = self.config.intervals
+        return min(intervals.software, intervals.instances)

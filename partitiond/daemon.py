@@ -32,7 +32,6 @@ from partitiond import (
     metrics,
     metrics_listener,
     node_pair,
-    reboots,
     recovery,
     reload,
     report_verbs,
@@ -53,6 +52,7 @@ from partitiond.passes import Wish
 from partitiond.peers import Judge
 from partitiond.polling import FIRST_PAUSE, Pace, first_pause
 from partitiond.process_watch import ProcessWatch
+from partitiond.reboots import Reboots
 from partitiond.reflexes import Reflexes
 from partitiond.tunnel_lane import SECONDS, TunnelLane
 from partitiond.watch import Watch
@@ -170,6 +170,7 @@ class Daemon:
         self._reporting: threading.Timer | None = None
         self._processes = ProcessWatch(context, self._supervisor_ended)
         self._watchdog = Watchdog(context, self._wake_watchdog)
+        self._reboots = Reboots(context)
         capacity = self._lane("capacity", lanes.capacity)
         instances = self._lane("instances", lanes.instance, capacity)
         # the master answers nothing of use, slapproxy an error, about a node that it does not know yet
@@ -243,7 +244,6 @@ class Daemon:
     def run(self) -> int:
         """Run until SIGTERM or SIGINT; return the exit status. Raises a family error when the start fails."""
         context, config = self.context, self.context.config
-        node_pair.refuse_unusable(config)
         memory.be_frugal()
         keyring.leave()
         sys.setswitchinterval(_SWITCH_SECONDS)
@@ -297,7 +297,7 @@ class Daemon:
         for record in context.config.run_dir.glob("*.session"):
             execute.end_cut_off(record)
         self._trials.begin()
-        reboots.note(context)
+        self._reboots.note()
         outcome = converge.apply(context)
         config = context.config
         context.events.record(
@@ -305,6 +305,8 @@ class Daemon:
             f"partitiond {__version__}: node {config.computer_id} with {config.partition_amount} partitions",
         )
         self._tell(outcome)
+        for case in node_pair.open_cases(config):
+            logger.error("[node.certificate] %s", case)
 
     def _supervisor_ended(self) -> None:
         self._lanes["converge"].wake()
@@ -354,8 +356,8 @@ class Daemon:
         """Let everything that holds something of the configuration follow it."""
         for name, lane in self._lanes.items():
             interval = self._interval(name)
-            if interval != lane.pace.interval:
-                lane.pace.interval = interval
+            changed, lane.pace.interval = interval != lane.pace.interval, interval
+            if changed or lane.pace.failures:  # what failed may be what was mended
                 lane.wake()
         self._listener.attend(self.context.config.metrics_listen)
         self._lanes["capacity"].wake()  # the master has to know what is offered now
@@ -374,6 +376,7 @@ class Daemon:
     def _sweep(self) -> None:
         assert self._healer is not None  # noqa: S101 - made before the lanes start
         self._trials.look()
+        self._reboots.note()
         self._healer.run()
         memory.trim()
 

@@ -54,19 +54,17 @@ _NOTHING_SPECIAL = Wish()
 
 def knock(context: Context) -> ComputerDocument:
     """What the master says of this computer, whatever that is; lanes share it. Raises SlapError."""
+    client = context.client
     try:
-        document = context.wishes.ask(context.client, context.lane, _first_pause(context))
+        document = context.wishes.ask(client, context.lane, context.first_pause)
     except SlapError as error:
         explained = node_pair.explain(context.config, error)
-        _tell(context, "master.lost", context.master.note(False), explained)
+        if context.is_current(client):
+            _tell(context, "master.lost", context.master.note(False), explained)
         raise explained from error
-    _tell(context, "master.back", context.master.note(True))
+    if context.is_current(client):
+        _tell(context, "master.back", context.master.note(True))
     return document
-
-
-def _first_pause(context: Context) -> float:
-    intervals = context.config.intervals
-    return min(intervals.software, intervals.instances)
 
 
 def _tell(context: Context, event: str, message: str, error: SlapError | None = None) -> None:
@@ -105,9 +103,9 @@ def capacity(context: Context) -> Result:
             "capacity.nothing", "there are no partitions to offer", hint="set partition_amount"
         )
     data = same(storage.observe(target.config).data)
-    context.wishes.spare(context.lane)
-    with context.wishes.watched(_first_pause(context)):
-        context.client.post_capacity(_document(target, data, same(_distribution())))
+    client = context.client
+    with context.wishes.telling(client, context.lane, context.first_pause):
+        client.post_capacity(_document(target, data, same(_distribution())))
     _tell(context, "master.back", context.master.note(True))
     return Result([f"capacity of {len(target.partitions)} partitions posted"], [])
 
@@ -211,7 +209,12 @@ def software(context: Context, wish: Wish = _NOTHING_SPECIAL) -> Result:
     if not answer.rejected_software:  # one of those may be what seems to be missing
         softwares.note_listed(context, answer.software)
     document, held = destroy_guard.spare_software(context, answer)
-    again = lambda: destroy_guard.spare_software(context, ask(context))[0]  # noqa: E731 - a word for it
+
+    def again() -> ComputerDocument:
+        # a build takes hours: the master is that of the configuration in force by then
+        with context.steady():
+            return destroy_guard.spare_software(context, ask(context))[0]
+
     result = softwares.run_pass(context, document, force=wish.force, ask=again, only=wish.only)
     result.failures += held
     if wish.collect and not answer.rejected_software:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 import time
 from contextlib import contextmanager
@@ -13,6 +14,8 @@ from partitiond.errors import PartitiondError
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
+
+logger = logging.getLogger(__name__)
 
 NAME = "lock"  # in state_dir
 
@@ -47,8 +50,12 @@ def exclusive(state_dir: Path, what: str, *, wait: float = 0.0) -> Iterator[bool
             time.sleep(0.05)
         cut_off = os.fstat(descriptor).st_size > 0
         # over the old name, not after taking it out: the file must not be empty before the work is done
-        os.pwrite(descriptor, name := f"partitiond {what} (process {os.getpid()})\n".encode(), 0)
-        os.ftruncate(descriptor, len(name))
+        try:
+            os.pwrite(descriptor, name := f"partitiond {what} (process {os.getpid()})\n".encode(), 0)
+            os.ftruncate(descriptor, len(name))
+        except OSError as error:
+            # a full disk must not keep a node from starting: the lock is held, and only what others read in it is missing
+            logger.warning("%s: who holds it is not written there: %s", state_dir / NAME, error.strerror)
         yield cut_off
         os.ftruncate(descriptor, 0)
     finally:

@@ -4,9 +4,10 @@ A report is the latest news of one resource: an instance, a release, the node. N
 resource wait take their place, at the end: so there are never more than resources, and the master is told each thing's last
 state, in the order in which these came about.
 
-Promises: what was accepted here survives the daemon; while anything waits nothing overtakes it; a report that the master
-refuses for good (it does not know the resource, say) holds up no other and is given up after some tries. What the caller must
-know the answer to (that something was destroyed) does not wait here, but goes only after what does.
+Promises: what was accepted here survives the daemon; while the master is away nothing overtakes what waits; a report that the
+master refuses (it does not know the resource, or fails over it) holds up no other, and is kept and tried again, ever more
+seldom, until there are newer news or the resource is no more: its caller believes that it is told. What the caller must know
+the answer to (that something was destroyed) does not wait here, but goes only after what does.
 """
 
 from __future__ import annotations
@@ -42,13 +43,18 @@ Kind = Literal[
 DIRECTORY = "outbox"
 _MOST = 5000  # more than a node has resources
 _LONGEST = 1000  # of a log; the production master keeps its last 80 characters
-_TRIES = 10
+_FIRST_PAUSE, _LONGEST_PAUSE = 60.0, 86400.0  # of what is refused
+_NAMED = 3
 _OURS = frozenset((401, 403, 407, 429))
+_FAILS = 500  # over this one, perhaps, where 502 to 504 say that it is away
 
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One report; ``number`` is its place in the order, ``about`` a partition, a URL, or empty for the node."""
+    """One report; ``number`` is its place in the order, ``about`` a partition, a URL, or empty for the node.
+
+    ``refused``: how often, ``reason``: why the last time; then it is not sent before ``next_try`` (Unix seconds).
+    """
 
     number: int
     kind: Kind
@@ -56,17 +62,36 @@ class Message:
     text: str = ""
     since: float = 0.0
     refused: int = 0
+    next_try: float = 0.0
+    reason: str = ""
 
     @property
     def resource(self) -> tuple[str, str]:
         """Whose news it is."""
-        return self.kind.partition("_")[0], self.about
+        return resource_of(self.kind, self.about)
+
+    def due(self, now: float) -> bool:
+        """Whether it may be sent; a clock that was set back keeps nothing waiting."""
+        return not now < self.next_try <= now + _LONGEST_PAUSE
+
+    def after_refusal(self, reason: str, now: float) -> Message:
+        """What is to be kept of it when the master has refused it."""
+        pause = min(_LONGEST_PAUSE, _FIRST_PAUSE * 2 ** min(self.refused, 20))
+        return dataclasses.replace(
+            self, refused=self.refused + 1, next_try=now + pause, reason=reason[:_LONGEST]
+        )
+
+
+def resource_of(kind: Kind, about: str) -> tuple[str, str]:
+    """Whose news a report is."""
+    return kind.partition("_")[0], about
 
 
 class Outbox:
     """What waits, in memory and below ``state_dir``; from any thread."""
 
-    def __init__(self, state_dir: Path) -> None:
+    def __init__(self, state_dir: Path, clock: Callable[[], float] = time.time) -> None:
+        self._clock = clock
         self._directory = state_dir / DIRECTORY
         self._turn = threading.RLock()
         self._sending = threading.Lock()
@@ -78,7 +103,7 @@ class Outbox:
         with self._turn:
             waiting = self._read()
             self._last += 1
-            message = Message(self._last, kind, about, text[-_LONGEST:], time.time())
+            message = Message(self._last, kind, about, text[-_LONGEST:], self._clock())
             if not waiting:
                 files.make_directory(self._directory, 0o700)
             self._write(message)
@@ -95,13 +120,19 @@ class Outbox:
             return list(self._read().values())
 
     def forget(self, resource: tuple[str, str]) -> None:
-        """Drop what waits of a resource that is no more."""
+        """Drop what waits of a resource that is no more, or of which the master has newer news."""
         with self._turn:
-            if self._read():
+            if not self._read():
+                return
+            try:
                 self._drop(resource)
+            except OSError as error:
+                logger.warning("%s: old news may be told to the master: %s", resource[1], error)
 
     def send(self, deliver: Callable[[Message], object]) -> bool:
-        """Send what waits; whether nothing waits any more. Somebody else who is at it is not waited for. Never raises."""
+        """Send what waits and is due; whether others may follow now: not while the master is away, nor while somebody else
+        sends, who is not waited for. Never raises.
+        """
         if not self.waiting():
             return True
         if not self._sending.acquire(blocking=False):
@@ -113,37 +144,41 @@ class Outbox:
 
     def _send(self, deliver: Callable[[Message], object]) -> bool:
         sent = tried = 0
+        away = False
         # looked for anew each time: others go on reporting meanwhile
-        while message := next((one for one in self.waiting() if one.number > tried), None):
+        while message := self._following(tried):
             tried = message.number
+            following = None
             try:
                 deliver(message)
             except SlapError as error:
-                if waits(error):
+                away = waits(error) and error.status != _FAILS
+                if away:
                     logger.info("%d reports wait for the master: %s", len(self.waiting()), sentence(error))
                     break
                 following = self._refused(message, error)
             else:
                 sent += 1
-                following = None
             try:
                 self._settle(message, following)
             except OSError as error:
                 logger.warning("%s: may be told to the master twice: %s", message.about, error)
         if sent:
             logger.info("%d reports that waited are told to the master", sent)
-        return not self.waiting()
+        return not away
 
-    @staticmethod
-    def _refused(message: Message, error: SlapError) -> Message | None:
-        """The message with one refusal more; None when it is given up."""
-        following = dataclasses.replace(message, refused=message.refused + 1)
-        given_up = following.refused >= _TRIES
-        level = logging.WARNING if given_up else logging.INFO
+    def _following(self, number: int) -> Message | None:
+        now = self._clock()
+        return next((one for one in self.waiting() if one.number > number and one.due(now)), None)
+
+    def _refused(self, message: Message, error: SlapError) -> Message:
+        """The message with one refusal more; said when it is the first."""
+        following = message.after_refusal(sentence(error), self._clock())
+        level = logging.INFO if message.refused else logging.WARNING
         about = message.about or "the node"
-        more = "; it is given up" if given_up else ""
-        logger.log(level, "%s: the master refuses %s: %s%s", about, message.kind, sentence(error), more)
-        return None if given_up else following
+        more = f"again in {following.next_try - self._clock():.0f} s at the earliest"
+        logger.log(level, "%s: the master refuses %s: %s; %s", about, message.kind, sentence(error), more)
+        return following
 
     def _settle(self, message: Message, following: Message | None) -> None:
         """Put another in the place of a message that was sent or refused, unless there are newer news by now."""
@@ -154,8 +189,10 @@ class Outbox:
             if following is None:
                 self._drop(message.resource)
             else:
+                waiting[message.resource] = (
+                    following  # also where it cannot be written: it is not sent each second
+                )
                 self._write(following)
-                waiting[message.resource] = following
 
     def _drop(self, resource: tuple[str, str]) -> None:
         message = self._read().pop(resource, None)
@@ -206,7 +243,19 @@ def waits(error: SlapError) -> bool:
 def open_cases(state_dir: Path) -> list[str]:
     """What ``partitiond status`` says of it."""
     found = stored(state_dir / DIRECTORY)
-    if not found:
-        return []
-    since = time.strftime("%Y-%m-%d %H:%M", time.gmtime(min(one.since for one in found)))
-    return [f"{len(found)} reports wait for the master since {since} UTC; they are sent once it takes them"]
+    refused = [one for one in found if one.refused]
+    waiting = [one for one in found if not one.refused]
+    cases = []
+    if waiting:
+        since = time.strftime("%Y-%m-%d %H:%M", time.gmtime(min(one.since for one in waiting)))
+        cases.append(
+            f"{len(waiting)} reports wait for the master since {since} UTC; they are sent once it takes them"
+        )
+    if refused:
+        named = ", ".join(f"{one.kind} {one.about}".rstrip() for one in refused[:_NAMED])
+        more = f" and {len(refused) - _NAMED} more" if len(refused) > _NAMED else ""
+        cases.append(
+            f"the master refuses {len(refused)} reports ({named}{more}): {refused[0].reason}; they are sent again ever more"
+            " seldom, up to once a day, until there are newer ones"
+        )
+    return cases

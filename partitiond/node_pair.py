@@ -1,8 +1,8 @@
-"""The node's own X509 pair, by which the master knows it: looked at before anything relies on it.
+"""The node's own X509 pair, by which the master knows it: why it is of no use, and what to do.
 
-Promises: a daemon does not start with a pair that can never work, nor does slapgrid; once it runs, nothing that happens to
-the files stops anything. A pair that has ended is an error with its next step in each pass, and no reason to refuse a start:
-what runs needs no master.
+Promises: nothing that happens to the files stops anything, nor a start: what ran before the machine was booted anew runs
+without the master. A pair that is missing, damaged or has ended is an error with its next step at the start and in each pass,
+and an open case for as long.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _BLOCK = re.compile(rb"-----BEGIN CERTIFICATE-----[^-]+-----END CERTIFICATE-----
 _OURS = ("slap.tls", "slap.refused")
 
 
-def refuse_unusable(config: Config) -> None:
+def check(config: Config) -> None:
     """Raise PartitiondError ``node.certificate`` when the pair of the configuration is missing, unreadable or no pair."""
     key, certificate = config.key_file, config.cert_file
     if key is None or certificate is None:
@@ -42,6 +42,15 @@ def refuse_unusable(config: Config) -> None:
     problem = mismatch(certificate, key)
     if problem:
         raise _unusable(config, certificate, problem)
+
+
+def open_cases(config: Config) -> list[str]:
+    """What ``partitiond status`` says of a pair that can never work. One that has ended is said with the other certificates."""
+    try:
+        check(config)
+    except PartitiondError as error:
+        return [f"the master cannot be asked: {error.resource} {error}; next: {error.hint}"]
+    return []
 
 
 def mismatch(certificate: Path, key: Path) -> str:
@@ -87,7 +96,7 @@ def explain(config: Config, error: SlapError) -> SlapError:
         return error
     end = ends(config)
     try:
-        refuse_unusable(config)
+        check(config)
     except PartitiondError as problem:
         reason = f"{problem.resource} {problem}"
     else:

@@ -6,7 +6,7 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from partitiond.errors import sentence
-from partitiond.messages import Message, waits
+from partitiond.messages import Message, resource_of, waits
 from slap_client.client import SlapClient
 from slap_client.errors import SlapError
 
@@ -75,9 +75,12 @@ class ReportingClient(SlapClient):
                 self._deliver(Message(0, kind, about, text))
             except SlapError as error:
                 if not waits(error):
+                    # older news are none any more, and that these were not taken the caller knows
+                    self._outbox.forget(resource_of(kind, about))
                     raise
                 logger.warning("%s: told to the master later: %s", about, sentence(error))
             else:
+                self._outbox.forget(resource_of(kind, about))
                 return
         try:
             self._outbox.put(kind, about, text)

@@ -57,7 +57,8 @@ def _nobody(_lane: str) -> None:
 class Wishes:
     """The last answer, or the last failure. Threads may share it.
 
-    ``answered`` is called with the lane that asked, after each answer that the master gave to one.
+    ``answered`` is called with the lane that asked, after each answer that the master gave to one, and with an empty name when
+    it took anything else after it had been away.
     """
 
     answered: Callable[[str], None] = _nobody
@@ -67,6 +68,8 @@ class Wishes:
     _outage: _Outage | None = None
     _backoff: Backoff | None = None
     _trouble: str = ""
+    _client: SlapClient | None = None
+    _lost: bool = False
 
     @property
     def trouble(self) -> str:
@@ -85,13 +88,14 @@ class Wishes:
             document = self._shared(client, lane)
             if document is not None:
                 return document
-            self.spare(lane)
+            self.spare(client, lane)
             document = self._ask(client, lane, first_pause)
         self.answered(lane)
         return document
 
-    def spare(self, lane: str) -> None:
+    def spare(self, client: SlapClient, lane: str) -> None:
         """Raise what the master said last, with when to try again, where it is to be left alone; never to who asks by hand."""
+        self._attend(client)
         outage = self._outage
         if not lane or outage is None or (left := outage.until - self.clock()) <= 0:
             return
@@ -108,26 +112,41 @@ class Wishes:
         ) from error
 
     @contextmanager
-    def watched(self, first_pause: float) -> Iterator[None]:
-        """Note of a call that tells the master something whether it is there; what it says of the matter is no sign of that."""
+    def telling(self, client: SlapClient, lane: str, first_pause: float) -> Iterator[None]:
+        """For a call that tells the master something: not made while it is to be left alone, and noted whether it is there.
+
+        What it says of the matter is no sign of that. Raises as :meth:`spare` does.
+        """
+        self.spare(client, lane)
         try:
             yield
         except SlapError as error:
             if error.code in _ABSENT or error.status in _ABSENT_STATUS:
-                self._failed(error, first_pause)
+                self._failed(client, error, first_pause)
             raise
-        self._good()
+        if self._good(client):
+            self.answered("")
 
     def _ask(self, client: SlapClient, lane: str, first_pause: float) -> ComputerDocument:
+        self._attend(client)
         at, posted = self.clock(), client.posted
         try:
             document = client.computer()
         except SlapError as error:
-            self._failed(error, first_pause)
+            self._failed(client, error, first_pause)
             raise
-        self._good()
-        self._answer = _Answer(document, client, at, posted, {lane})
+        if self._client is client:
+            self._answer = _Answer(document, client, at, posted, {lane})
+        if self._good(client) and not lane:
+            self.answered("")
         return document
+
+    def _attend(self, client: SlapClient) -> None:
+        """Forget what another master said, or failed to say: this one is asked now."""
+        if self._client is not client:
+            self._client = client
+            self._answer = self._outage = self._backoff = None
+            self._trouble = ""
 
     def _shared(self, client: SlapClient, lane: str) -> ComputerDocument | None:
         """The last answer, if this lane had it not yet and nothing was told to the master since it was asked."""
@@ -139,12 +158,20 @@ class Wishes:
         answer.takers.add(lane)
         return answer.document
 
-    def _good(self) -> None:
+    def _good(self, client: SlapClient) -> bool:
+        """Note that a master answers; whether somebody had been told that it does not."""
+        if self._client is not client:
+            return False
+        lost, self._lost = self._lost, False
         self._outage = self._backoff = None
         self._trouble = ""
+        return lost
 
-    def _failed(self, error: SlapError, first_pause: float) -> None:
+    def _failed(self, client: SlapClient, error: SlapError, first_pause: float) -> None:
+        if self._client is not client:
+            return  # of a pass that began before a reload, and no word about the master of now
         self._answer = None
+        self._lost = True
         backoff = self._backoff = self._backoff or Backoff(min(FIRST_PAUSE, first_pause), LONGEST_PAUSE)
         now, pause = self.clock(), backoff.next()
         # the lane that was told so comes back no sooner than the others

@@ -123,16 +123,16 @@ def test_one_lane_finds_out_that_the_master_is_away(master, client, wishes):
     assert "asked 1 s ago" in second.value.message
     assert second.value.hint
     with pytest.raises(SlapError):
-        wishes.spare("capacity")
+        wishes.spare(client, "capacity")
     assert len(master.asked) == 1
     # by hand, at once
     with pytest.raises(SlapError):
         wishes.ask(client, "", 5)
     assert len(master.asked) == 2
-    wishes.spare("")
+    wishes.spare(client, "")
     master.clear()
     wishes.ask(client, "", 5)
-    wishes.spare("capacity")
+    wishes.spare(client, "capacity")
     wishes.ask(client, "instances", 5)
     assert len(master.asked) == 4 - 1  # the answer that somebody asked for by hand serves the lanes, too
 
@@ -173,14 +173,82 @@ def test_what_must_be_mended_is_a_trouble(master, client, wishes):
 def test_a_refused_report_is_no_absence(master, client, wishes):
     for status in (400, 404, 500):
         master.override("*", status)
-        with pytest.raises(SlapError), wishes.watched(5):
+        with pytest.raises(SlapError), wishes.telling(client, "", 5):
             client.post_capacity("<marshal/>")
-        wishes.spare("software")
+        wishes.spare(client, "software")
     master.down()
-    with pytest.raises(SlapError), wishes.watched(5):
+    with pytest.raises(SlapError), wishes.telling(client, "", 5):
         client.post_capacity("<marshal/>")
     with pytest.raises(SlapError):
-        wishes.spare("software")
+        wishes.spare(client, "software")
+
+
+@pytest.fixture
+def other():
+    with (
+        production_master.running("COMP-1") as made,
+        SlapClient(
+            made.url,
+            "COMP-1",
+            cert_file=made.cert_file,
+            key_file=made.key_file,
+            fingerprint=made.fingerprint,
+        ) as slap,
+    ):
+        yield slap
+
+
+def test_the_outage_of_a_master_is_no_other_s(master, client, other, wishes):
+    master.override("*", 503, headers={"Retry-After": "3600"})
+    with pytest.raises(SlapError):
+        wishes.ask(client, "software", 5)
+    # the configuration names another one now: no lane waits for what the old one asked for
+    wishes.ask(other, "instances", 5)
+    with pytest.raises(SlapError, match="503"):
+        wishes.ask(client, "software", 5)
+    with wishes.telling(other, "capacity", 5):
+        pass
+    wishes.spare(other, "software")
+
+
+def test_a_question_from_before_a_reload_says_nothing_of_the_master_of_now(master, client, other, wishes):
+    master.slow("*", 0.5)
+    master.override("*", 503)
+    errors = []
+
+    def ask():
+        with pytest.raises(SlapError) as caught:
+            wishes.ask(client, "", 5)
+        errors.append(caught.value)
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    while not master.asked:
+        asking.join(0.01)
+    wishes.ask(other, "", 5)
+    asking.join()
+    assert errors
+    wishes.spare(other, "software")
+    assert wishes.trouble == ""
+
+
+def test_what_ends_an_outage_by_hand_wakes_the_lanes(master, client, wishes):
+    woken = []
+    wishes.answered = woken.append
+    master.override("*", 503)
+    with pytest.raises(SlapError):
+        wishes.ask(client, "software", 5)
+    master.clear()
+    wishes.ask(client, "", 5)
+    wishes.ask(client, "", 5)
+    assert woken == [""]
+    master.override("*", 503)
+    with pytest.raises(SlapError):
+        wishes.ask(client, "", 5)
+    master.clear()
+    with wishes.telling(client, "", 5):
+        pass
+    assert woken == ["", ""]
 
 
 # --- pauses
@@ -258,6 +326,40 @@ def test_a_pass_over_an_unchanged_node_is_one_request(master, node_config):
         lanes.run(context, "instances", Wish())
         assert len(master.asked) == 5, "by hand, each asks"
         assert not master.violations
+    finally:
+        context.connection.close()
+        context.meters.close()
+
+
+def test_a_long_pass_asks_the_master_of_the_configuration_in_force(master, node_config, monkeypatch):
+    node = node_config(2, interface="lo", partitiond={"address_ownership": "off"})
+    context = Context.of(node.load())
+    node.state.mkdir(mode=0o700)
+    good = {
+        "master_url": master.url,
+        "master_ca_file": master.ca_file,
+        "cert_file": master.cert_file,
+        "key_file": master.key_file,
+    }
+    asked = []
+
+    def run_pass(context, document, *, force, ask, only):
+        node.write(slapos={"master_url": "http://127.0.0.1:1/", **dict.fromkeys(list(good)[1:])})
+        context.adopt(node.load())
+        with pytest.raises(SlapError):
+            ask()
+        node.write(slapos=good)
+        context.adopt(node.load())
+        asked.append(ask())
+        return lanes.Result([], [])
+
+    monkeypatch.setattr(lanes.softwares, "run_pass", run_pass)
+    node.write(slapos=good)
+    context.adopt(node.load())
+    try:
+        with context.steady():
+            lanes.run(context, "software", Wish())
+        assert len(asked) == 1
     finally:
         context.connection.close()
         context.meters.close()

@@ -1,5 +1,6 @@
 """Reports that the master does not take now: they wait in order, the latest of each resource, and survive the daemon."""
 
+import contextlib
 import json
 import shutil
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ from slap_client.errors import SlapError
 
 AWAY = SlapError("slap.unreachable", "no connection", retryable=True)
 UNKNOWN = SlapError("slap.not_found", "the master answered 404", status=404)
+BROKEN = SlapError("slap.unavailable", "the master answered 500", status=500, retryable=True)
 REVOKED = SlapError("slap.refused", "the master answered 403", status=403)
 
 
@@ -120,21 +122,80 @@ def test_what_is_refused_for_good_is_the_caller_s(master, tmp_path):
     assert messages.open_cases(tmp_path) == []
 
 
-def test_one_that_waits_and_is_refused_holds_up_no_other(master, tmp_path, caplog):
-    one = client(tmp_path)
+class Clock:
+    now = 1e9
+
+    def __call__(self):
+        return self.now
+
+
+@pytest.fixture
+def clock():
+    return Clock()
+
+
+@pytest.fixture
+def timed(tmp_path, clock):
+    return lambda: ReportingClient("http://127.0.0.1:1/", "COMP-1", outbox=Outbox(tmp_path, clock))
+
+
+@pytest.mark.parametrize("answer", [UNKNOWN, BROKEN])
+def test_one_that_waits_and_is_refused_holds_up_no_other(master, timed, tmp_path, caplog, answer):
+    one = timed()
     master.away = AWAY
     one.instance_started("slappart0")
     one.instance_started("slappart1")
     master.away = None
-    master.answers["instance_started", "slappart0"] = UNKNOWN
-    for _ in range(messages._TRIES - 1):
-        one.computer()
-        one = client(tmp_path)  # tries are counted over restarts
-    assert master.told == [("instance_started", "slappart1")]
-    assert len(messages.open_cases(tmp_path)) == 1
+    master.answers["instance_started", "slappart0"] = answer
     one.computer()
+    for number in range(2, 20):
+        one.instance_started(f"slappart{number}")
+    assert master.told == [("instance_started", f"slappart{number}") for number in range(1, 20)]
+    (case,) = messages.open_cases(tmp_path)
+    assert "instance_started slappart0" in case
+    assert str(answer) in case
+    assert caplog.text.count("refuses") == 1
+
+
+def test_what_is_refused_is_tried_ever_more_seldom_and_never_lost(master, timed, clock, tmp_path):
+    one = timed()
+    master.away = AWAY
+    one.instance_started("slappart0")
+    master.away = None
+    master.answers["instance_started", "slappart0"] = UNKNOWN
+    tries = []
+    known = 0
+    for _ in range(200):
+        one = timed()  # over restarts
+        one.computer()
+        (waiting,) = Outbox(tmp_path).waiting()
+        tries.append(waiting.refused - known)
+        known = waiting.refused
+        clock.now += 3600
+    assert 4 <= sum(tries[:18]) <= 10
+    assert 10 <= sum(tries) < 20
+    clock.now -= 1e8  # set back: it waits for no day of years to come
+    master.answers.clear()
+    one.computer()
+    assert master.told == [("instance_started", "slappart0")]
     assert messages.open_cases(tmp_path) == []
-    assert "it is given up" in caplog.text
+
+
+@pytest.mark.parametrize("answer", [None, UNKNOWN])
+def test_newer_news_take_the_place_of_what_is_refused(master, timed, clock, tmp_path, answer):
+    one = timed()
+    master.away = AWAY
+    one.instance_error("slappart0", "old")
+    master.away, master.answers["instance_error", "slappart0"] = None, UNKNOWN
+    one.computer()
+    assert len(messages.open_cases(tmp_path)) == 1
+    master.answers["instance_started", "slappart0"] = answer
+    with pytest.raises(SlapError) if answer else contextlib.nullcontext():
+        one.instance_started("slappart0")
+    master.answers.clear()
+    clock.now += 1e6
+    timed().computer()
+    assert [name for name, *_ in master.told] == ([] if answer else ["instance_started"])
 
 
 def test_destroyed_goes_after_what_waits_and_ends_it(master, tmp_path):
@@ -203,7 +264,7 @@ def machine(tmp_path, monkeypatch):
     state.mkdir()
     events = []
 
-    def start(number):
+    def made(number):
         boot.write_text(f"boot-{number}\n")
         record = lambda event, *_, **__: events.append(event)  # noqa: E731 - a word for it
         context = SimpleNamespace(
@@ -211,9 +272,9 @@ def machine(tmp_path, monkeypatch):
             outbox=Outbox(state),
             events=SimpleNamespace(record=record),
         )
-        return reboots.note(context)
+        return reboots.Reboots(context)
 
-    return SimpleNamespace(start=start, state=state, events=events)
+    return SimpleNamespace(start=lambda number: made(number).note(), reboots=made, state=state, events=events)
 
 
 def test_a_reboot_is_told_once(master, machine):
@@ -246,3 +307,30 @@ def test_killed_before_the_boot_is_remembered(master, machine, monkeypatch):
     client(machine.state).computer()
     assert len(master.told) == 1
     assert json.loads((machine.state / reboots.FILE).read_bytes()) == {"boot_id": "boot-2"}
+
+
+def test_a_boot_that_cannot_be_noted_is_noted_later_and_told_once(master, machine, monkeypatch, caplog):
+    machine.start(1)
+    (machine.state / "outbox").write_text("in the way")
+    found = machine.reboots(2)
+    assert not found.note()
+    assert not found.note()
+    assert caplog.text.count("tried again") == 1
+    (machine.state / "outbox").unlink()
+    # now the report is kept, and what follows is not
+    write = reboots.files.write_path
+
+    def full(path, *arguments, **options):
+        if path.name == reboots.FILE:
+            raise OSError(28, "No space left on device")
+        write(path, *arguments, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(reboots.files, "write_path", full)
+        assert not found.note()
+    client(machine.state).computer()
+    assert found.note()
+    assert not found.note()
+    client(machine.state).computer()
+    assert len(master.told) == 1
+    assert machine.events == ["node.rebooted"]

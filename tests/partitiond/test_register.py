@@ -102,7 +102,7 @@ def test_a_node_from_nothing(node, master):
     assert (found.partition_amount, found.interface, found.create_tap) == (2, "lo", True)
     assert str(found.master_ca_file) == master.ca_file
     assert found.warnings == ()
-    node_pair.refuse_unusable(found)
+    node_pair.check(found)
     assert (
         "CN=COMP-123" in x509.load_pem_x509_certificate(node.pair().certificate_pem).subject.rfc4514_string()
     )
