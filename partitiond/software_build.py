@@ -171,7 +171,7 @@ def _take_netrc(descriptor: int, owner: tuple[int, int]) -> None:
     """Copy the software user's credentials, as slapgrid does: HOME of a build is the release's own directory."""
     try:
         with files.directory(Path(pwd.getpwuid(owner[0]).pw_dir)) as home:
-            content = files.read(".netrc", dir_fd=home, limit=_NETRC_LIMIT, owners=frozenset((0, owner[0])))
+            content = files.read(".netrc", dir_fd=home, limit=_NETRC_LIMIT, reader=owner[0])
     except (FileNotFoundError, NotADirectoryError):
         with contextlib.suppress(FileNotFoundError):
             os.unlink(".netrc", dir_fd=descriptor)

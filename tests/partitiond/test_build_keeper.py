@@ -235,6 +235,8 @@ def test_credentials_of_the_software_user_go_along(scene, monkeypatch):
     software_build._prepare(scene.config, scene.url, numbers)
     assert not path.exists()
     (home / ".netrc").write_text("machine x\n")
+    (home / ".netrc").chmod(0o600)
+    shutil.chown(home / ".netrc", USER)
     software_build._prepare(scene.config, scene.url, numbers)
     assert (path.read_text(), path.stat().st_mode & 0o777, path.stat().st_uid) == (
         "machine x\n",
@@ -248,6 +250,14 @@ def test_credentials_of_the_software_user_go_along(scene, monkeypatch):
     (home / ".netrc").unlink()
     software_build._prepare(scene.config, scene.url, numbers)
     assert not files.there(str(path)), "what was copied before stays"
+    # users can make hard links to root's secrets where fs.protected_hardlinks is 0 (proc_sys_fs(5))
+    secret = scene.base / "secret"
+    secret.write_text("root's own\n")
+    secret.chmod(0o600)
+    os.link(secret, home / ".netrc")
+    with pytest.raises(PartitiondError, match="belongs to uid 0"):
+        software_build._prepare(scene.config, scene.url, numbers)
+    assert not files.there(str(path))
 
 
 def test_a_pass_is_limited_to_what_was_asked_for(scene):
