@@ -210,17 +210,41 @@ def test_a_runner_that_cannot_start_is_told(scene):
     scene.places.lock.rmdir()
 
 
-def test_a_log_of_a_long_build_is_bounded(tmp_path):
+def test_what_a_build_prints_is_bounded_while_it_prints(tmp_path):
+    path, limit = tmp_path / "x.log", 300_000
+    path.write_bytes(b"earlier\n")
+    with buildout.Log(path, "building x", limit) as log:
+        # faster than anybody could copy, without an end, and one more that leaves its session
+        with subprocess.Popen(["/bin/sh", "-c", "setsid yes & exec yes"], stdout=log) as writer:
+            deadline = time.monotonic() + 20
+            while not path.with_name("x.log.1").exists():
+                assert time.monotonic() < deadline, "it never was put aside"
+                time.sleep(0.005)
+            sizes = [file.stat().st_size for _ in range(50) for file in tmp_path.iterdir()]
+            writer.kill()
+        buildout.note(log, "the end")
+    assert max(sizes) <= limit
+    assert {file.name for file in tmp_path.iterdir()} == {"x.log", "x.log.1"}
+    assert path.read_bytes().startswith(b"--- ")
+    # nobody listens any more to what goes on
+    deadline = time.monotonic() + 10
+    while any(procfs.words(pid, "cmdline")[:1] == [b"yes"] for pid in procfs.pids()):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    assert sum(file.stat().st_size for file in tmp_path.iterdir()) <= 2 * limit
+
+
+def test_a_log_begins_anew_after_a_long_one_and_keeps_the_order(tmp_path):
     path = tmp_path / "x.log"
-    with path.open("ab", buffering=0) as writer:
-        writer.write(b"a" * 1000)
-        buildout.bound(path, 1000)
-        assert path.stat().st_size == 1000
-        writer.write(b"b")
-        buildout.bound(path, 1000)
-        writer.write(b"c")  # goes on where it begins anew
-    assert path.read_bytes() == b"c"
-    assert path.with_name("x.log.1").read_bytes() == b"a" * 1000 + b"b"
+    path.write_bytes(b"a" * 2000)
+    with buildout.Log(path, "building x", 1000) as log:
+        os.set_blocking(log, False)  # as whoever builds could do
+        for number in range(3):
+            os.write(log, f"step {number}\n".encode())
+            buildout.note(log, f"note {number}")
+    text = path.read_text().splitlines()
+    assert text[1:] == ["step 0", "--- note 0", "step 1", "--- note 1", "step 2", "--- note 2"]
+    assert path.with_name("x.log.1").read_bytes() == b"a" * 2000
 
 
 def test_credentials_of_the_software_user_go_along(scene, monkeypatch):
