@@ -14,11 +14,24 @@ from types import SimpleNamespace
 
 import pytest
 
-from partitiond import build_keeper, buildout, config, execute, files, procfs, software_build, softwares
+from partitiond import (
+    build_keeper,
+    buildout,
+    config,
+    destroy_guard,
+    execute,
+    files,
+    lanes,
+    procfs,
+    software_build,
+    software_status,
+    softwares,
+)
 from partitiond.build_keeper import Outcome, Places
 from partitiond.context import Context
 from partitiond.errors import PartitiondError
 from partitiond.state import SoftwareState, software_name
+from slap_client.documents import ComputerDocument, SoftwareDocument
 
 RELEASE = Path(__file__).resolve().parents[1] / "lifecycle" / "release"
 USER = "daemon"
@@ -282,6 +295,39 @@ def test_credentials_of_the_software_user_go_along(scene, monkeypatch):
     with pytest.raises(PartitiondError, match="belongs to uid 0"):
         software_build._prepare(scene.config, scene.url, numbers)
     assert not files.there(str(path))
+
+
+def test_what_is_remembered_of_one_release_is_damaged(scene):
+    """That one alone fails: the lane, the guard, what is remembered of the others and status go on."""
+    context = Context.of(scene.config)
+    urls = [f"http://{number}/" for number in range(9)]
+    for url in urls:
+        (scene.base / "software" / software_name(url)).mkdir()
+        context.store.save_software(SoftwareState(url, available=True, failures=1, next_try=9e9))
+    damaged = scene.base / "state" / "software" / f"{software_name(urls[0])}.json"
+    damaged.write_text('{"url": "http')
+    scene.places.outcomes.mkdir()
+    for url in urls[:2]:
+        build_keeper.save_outcome(scene.places, Outcome(url, code="software.build", message="m"))
+    states = ["destroyed"] * 3 + ["available"] * 6
+    wished = tuple(SoftwareDocument(url, state) for url, state in zip(urls, states, strict=True))
+    document = ComputerDocument("C", software=wished)
+    spared, held = destroy_guard.spare_software(context, document)
+    assert [url for url, _ in held] == urls[:3], "what cannot be read is there all the same"
+    assert [one.url for one in spared.software] == urls[3:]
+    softwares.note_listed(context, document.software[:8])
+    assert [one.url for one in context.store.softwares() if not one.listed] == [urls[8]]
+    lanes._forgive(context)
+    assert not any(one.next_try for one in context.store.softwares())
+    result = softwares.run_pass(context, replace(document, software=document.software[:2]))
+    assert (urls[0], "state.damaged") in [(url, error.code) for url, error in result.failures]
+    assert not (scene.base / "software" / software_name(urls[1])).exists()
+    assert (scene.base / "software" / software_name(urls[0])).exists()
+    assert not list(build_keeper.outcomes(scene.config))
+    rows = software_status.releases(context)
+    assert {row["url"]: row["state"] for row in rows}[str(damaged)] == "unknown"
+    assert len(rows) == 8
+    context.meters.close()
 
 
 def test_a_pass_is_limited_to_what_was_asked_for(scene):
