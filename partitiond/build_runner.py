@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _LOCK_SECONDS = 5.0
-_LOOK_SECONDS = 5.0
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -84,28 +83,20 @@ def _run(places: Places, job: dict[str, Any], stop: threading.Event) -> None:
     text = places.directory / "config.cfg"
     files.write_path(text, job["config"].encode(), mode=0o600)
     config, url = last_good.read(text, Path(job["file"])), str(job["url"])
-    ended = threading.Event()
-    log = buildout.software_log(config, url)
-    watch = threading.Thread(target=_keep_small, args=(log, ended), daemon=True)
-    watch.start()
     try:
-        try:
-            how = software_build.build_software(
-                config, url, stop=stop, force=bool(job["force"]), session=places.session
-            )
-        except (*FAMILY, OSError) as error:
-            if stop.is_set():
-                logger.info("ended on request")
-                return
-            logger.warning("%s", sentence(error))
-            build_keeper.save_outcome(places, _failure(url, error))
+        how = software_build.build_software(
+            config, url, stop=stop, force=bool(job["force"]), session=places.session
+        )
+    except (*FAMILY, OSError) as error:
+        if stop.is_set():
+            logger.info("ended on request")
             return
-        build_keeper.save_outcome(places, Outcome(url, how))
-        if how == "built":
-            _upload(config, url, stop, places)
-    finally:
-        ended.set()
-        watch.join()
+        logger.warning("%s", sentence(error))
+        build_keeper.save_outcome(places, _failure(url, error))
+        return
+    build_keeper.save_outcome(places, Outcome(url, how))
+    if how == "built":
+        _upload(config, url, stop, places)
 
 
 def _failure(url: str, error: Exception) -> Outcome:
@@ -124,12 +115,3 @@ def _upload(config: Config, url: str, stop: threading.Event, places: Places) -> 
         except (*FAMILY, OSError) as error:
             buildout.note(log, f"not uploaded: {sentence(error)}")
             logger.warning("%s: not uploaded: %s", url, sentence(error))
-
-
-def _keep_small(log: Path, ended: threading.Event) -> None:
-    """Bound the log while the build writes it: it may print for hours."""
-    while not ended.wait(_LOOK_SECONDS):
-        try:
-            buildout.bound(log)
-        except OSError as error:
-            logger.warning("%s: %s", log, error)

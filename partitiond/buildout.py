@@ -6,11 +6,13 @@ The contract is that of slapgrid (slapos.core 1.26). Releases: ``software_build.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import re
-import shutil
+import select
 import stat
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,12 +25,19 @@ if TYPE_CHECKING:
     from partitiond import execute
     from partitiond.config import Config
 
+logger = logging.getLogger(__name__)
+
 COMPLETED = ".completed"
 _TAIL = 4000
 _DIGESTED = 64 * 1024
 _LOG_LIMIT = 5 * 1024 * 1024
-# of one build alone; what is older is in the file put aside, which has as much
+# while a build writes; what is older is in the file put aside, which has as much
 _BUILD_LIMIT = 64 * 1024 * 1024
+_PIECE = 64 * 1024
+_PIPE = 1024 * 1024  # the most that users may make a pipe hold, pipe(7)
+_LISTEN_MS = 100
+# between pieces, for one that has written as much as is kept: about 1 MB/s
+_SLOW = 0.05
 PROFILE_LIMIT = 4 * 1024 * 1024
 # the line that begins each build in a log
 _HEAD = re.compile(r"^--- \d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ (?:building|configuring) .*\n", re.MULTILINE)
@@ -64,24 +73,82 @@ def completed(config: Config, url: str) -> bool:
 
 
 class Log:
-    """A log file of ours, opened for appending, with a line that says what follows; a long one is put aside first."""
+    """A log file of ours, filled through a pipe, that begins with a line of what follows; a long one is put aside.
 
-    def __init__(self, path: Path, title: str) -> None:
-        self._path, self._title = path, title
+    What builds never have the file itself: it stays below ``limit``, the file put aside too, however fast they write, and
+    who has left its session hears that nobody listens (EPIPE) once the build is over. Who has written that much is made slow.
+    """
+
+    def __init__(self, path: Path, title: str, limit: int = _BUILD_LIMIT) -> None:
+        self._path, self._limit, self._written = path, limit, 0
+        self._title = f"--- {time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())} {title}\n".encode()
+        self._over = threading.Event()
+        self._failed = False
 
     def __enter__(self) -> int:
-        if self._path.exists() and self._path.stat().st_size > _LOG_LIMIT:
-            self._path.replace(self._path.with_name(f"{self._path.name}.1"))
-        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
-        self._descriptor = os.open(self._path, flags, 0o644)
-        os.write(
-            self._descriptor,
-            f"--- {time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())} {self._title}\n".encode(),
-        )
-        return self._descriptor
+        if self._path.exists() and self._path.stat().st_size > min(_LOG_LIMIT, self._limit):
+            self._put_aside()
+        self._file = self._open()
+        try:
+            self._size = os.fstat(self._file).st_size + os.write(self._file, self._title)
+            self._reading, self._writing = os.pipe2(os.O_CLOEXEC)
+        except OSError:
+            os.close(self._file)
+            raise
+        self._thread = threading.Thread(target=self._listen, name="build log", daemon=True)
+        self._thread.start()
+        return self._writing
 
     def __exit__(self, *_: object) -> None:
-        os.close(self._descriptor)
+        os.close(self._writing)
+        self._over.set()
+        self._thread.join()
+        os.close(self._reading)
+        os.close(self._file)
+
+    def _open(self) -> int:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
+        return os.open(self._path, flags, 0o644)
+
+    def _put_aside(self) -> None:
+        self._path.replace(self._path.with_name(f"{self._path.name}.1"))
+
+    def _listen(self) -> None:
+        poll = select.poll()
+        poll.register(self._reading, select.POLLIN)
+        left = _PIPE  # of what is in the pipe when the build is over; who still writes is not waited for
+        while left > 0:
+            over = self._over.is_set()
+            if poll.poll(0 if over else _LISTEN_MS):
+                piece = os.read(self._reading, _PIECE)
+                if not piece:
+                    return
+                self._write(piece)
+                left -= len(piece) if over else 0
+            elif over:
+                return
+
+    def _write(self, piece: bytes) -> None:
+        """Keep a piece. A disk that is full costs the log, not the build."""
+        if self._written > self._limit and not self._over.is_set():
+            self._over.wait(_SLOW)
+        self._written += len(piece)
+        try:
+            if self._size + len(piece) > self._limit:
+                self._put_aside()
+                following = self._open()
+                os.close(self._file)
+                self._file = following
+                self._size = os.write(following, self._title)
+            while piece:
+                written = os.write(self._file, piece)
+                self._size += written
+                piece = piece[written:]
+            self._failed = False
+        except OSError as error:
+            if not self._failed:
+                logger.warning("%s: what a build says is lost: %s", self._path, error)
+            self._failed = True
 
 
 def remove_tree(root: Path, name: str) -> None:
@@ -102,21 +169,13 @@ def remove_tree(root: Path, name: str) -> None:
 
 
 def note(log: int, text: str) -> None:
-    """Write a line of our own into a log."""
-    os.write(log, f"--- {text}\n".encode("utf-8", "backslashreplace"))
-
-
-def bound(path: Path, limit: int = _BUILD_LIMIT) -> None:
-    """Put aside what a build has written so far, when that is much. Raises OSError.
-
-    Copied and cut off: those who write have the file itself open, and append (open(2), O_APPEND). A line that comes in between
-    is lost.
-    """
-    with contextlib.suppress(FileNotFoundError), path.open("r+b") as stream:
-        if os.fstat(stream.fileno()).st_size > limit:
-            with path.with_name(f"{path.name}.1").open("wb") as aside:
-                shutil.copyfileobj(stream, aside)
-            stream.truncate(0)
+    """Write a line of our own into a log. Raises OSError."""
+    # anew: who builds has the same opening, and could make a writer of it that does not wait (fcntl(2), O_NONBLOCK)
+    descriptor = os.open(f"/proc/self/fd/{log}", os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
+    try:
+        os.write(descriptor, f"--- {text}\n".encode("utf-8", "backslashreplace"))
+    finally:
+        os.close(descriptor)
 
 
 def build_error(code: str, what: str, outcome: execute.Outcome, log: Path) -> PartitiondError:

@@ -14,6 +14,7 @@ import logging
 import math
 import random
 import time
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from partitiond import cli_node_parser, control, unmanaged_verbs
@@ -142,12 +143,11 @@ def _managed(
         names = ", ".join(sorted(key for _, key in replaced))
         logger.warning("not acted on: %s: the daemon goes by its configuration", names)
 
-    def sync(lane: str, wish: Wish = _FAILED_TOO) -> dict[str, Any]:
+    def sync(lane: str, wish: Wish = _FAILED_TOO, *, wait: bool = True) -> dict[str, Any]:
         from partitiond import alone  # noqa: PLC0415 - as above
 
-        return changing(
-            "/1/sync", {"lane": lane, **wish.as_json()}, lambda context: alone.sync(context, lane, wish)
-        )
+        body = {"lane": lane, "wait": wait, **wish.as_json()}
+        return changing("/1/sync", body, lambda context: alone.sync(context, lane, wish))
 
     if name == "collect":
         value = sync("usage")
@@ -155,7 +155,8 @@ def _managed(
         return FAILED if value["failures"] else OK
     if name == "format":
         return _format(options, found, changing, sync, show)
-    return _pass(options, found, sync, show)
+    # a crontab asks each minute, also while a build of hours goes on
+    return _pass(options, found, partial(sync, wait=False), show)
 
 
 def _format(

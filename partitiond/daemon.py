@@ -40,6 +40,7 @@ from partitiond import (
     verbs,
 )
 from partitiond.api import Api
+from partitiond.asked_passes import AskedPasses
 from partitiond.bounded_http import Unknown
 from partitiond.certificate_lane import CertificateLane
 from partitiond.context import Context
@@ -166,6 +167,7 @@ class Daemon:
         # a signal may come while a lock is held by the thread that handles it: a SimpleQueue takes none
         self._requests: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._torn_down = False
+        self._asked = AskedPasses()
         self._healer: Healer | None = None
         self._reporting: threading.Timer | None = None
         self._processes = ProcessWatch(context, self._supervisor_ended)
@@ -417,7 +419,7 @@ class Daemon:
             return verbs.apply(self.context, names, force=force, first=first)
 
     def _sync(self, body: dict[str, Any]) -> dict[str, Any]:
-        request_body.check(body, lane=str, force=bool, only=list, again=bool, collect=bool)
+        request_body.check(body, lane=str, force=bool, only=list, again=bool, collect=bool, wait=bool)
         name = body.get("lane")
         if name not in lanes.LANES:
             raise Unknown
@@ -427,8 +429,7 @@ class Daemon:
             with self.context.steady():
                 return verbs.sync(self.context, name, wish)
 
-        answer: dict[str, Any] = self._lanes[name].once(once)
-        return answer
+        return self._asked.take(name, wish, self._lanes[name].once, once, wait=body.get("wait", True))
 
     def _change_reports(self, body: dict[str, Any]) -> dict[str, Any]:
         """Send documents again, or drop them, between two reports."""

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from partitiond import files
 from partitiond.errors import PartitiondError, sentence
+from partitiond.state import software_name
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -61,8 +62,11 @@ def spare_software(
     """The answer without the removals of releases that are held, and these as failures of the pass."""
     if not context.config.destroy_guard:
         return document, []
-    built = frozenset(state.url for state in context.store.softwares() if state.available)
+    states, damaged = context.store.readable_softwares()
     gone = frozenset(entry.url for entry in document.software if entry.requested_state == "destroyed")
+    # of what cannot be read the directory may well be there
+    unknown = frozenset(url for url in gone if software_name(url) in damaged)
+    built = unknown | frozenset(state.url for state in states if state.available)
     waiting = _decide(context.config.state_dir / _SOFTWARE, built, gone, frozenset(), context.events)
     failures: list[tuple[str, Exception]] = []
     for url in sorted(waiting):

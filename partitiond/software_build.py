@@ -99,31 +99,40 @@ def build_software(
     directory = buildout.software_directory(config, url)
     owner = pwd.getpwnam(config.software_user)
     numbers = (owner.pw_uid, owner.pw_gid)
-    cached = False
-    with buildout.Log(buildout.software_log(config, url), f"building {url}") as log:
+    cached, failed = False, None
+    path = buildout.software_log(config, url)
+    with buildout.Log(path, f"building {url}") as log:
         if not force:
             cached = binary_cache.fetch(config, url, stop=stop, log=log, session=session)
         _prepare(config, url, numbers)
         steps = _Steps(config, directory, log, stop, session)
         if not cached:
-            _run_buildout(steps, url, options_of(config, directory, force=force))
-        _link_eggs(config.software_root, directory, *numbers)
-        # eggs come without bytecode and partition users cannot write it: a third of each instance's time (measured).
-        # Some eggs hold files of other Pythons, which do not compile: no failure.
-        outcome = steps.run([sys.executable, "-I", "-c", _COMPILE, str(directory / "eggs")])
-        if outcome.cut_short:
-            raise buildout.build_error("software.build", url, outcome, buildout.software_log(config, url))
+            failed = _run_buildout(steps, options_of(config, directory, force=force))
+        if failed is None:
+            failed = _finish(steps, numbers)
+    if failed is not None:  # by now all that was said is in the log
+        raise buildout.build_error("software.build", url, failed, path)
     _mark(config, directory.name, numbers)
     return "cached" if cached else "built"
 
 
-def _run_buildout(steps: _Steps, url: str, options: list[str]) -> None:
+def _run_buildout(steps: _Steps, options: list[str]) -> execute.Outcome | None:
+    """Bootstrap and run buildout; how the step ended that failed, or None."""
     bootstrap = [sys.executable, "-I", "-W", "ignore", "-c", _BOOTSTRAP, *options, "bootstrap"]
     for made in (False, True):
         outcome = steps.run([*_started_by(steps), *options] if made else bootstrap)
         if not outcome.ok:
-            log = buildout.software_log(steps.config, url)
-            raise buildout.build_error("software.build", url, outcome, log)
+            return outcome
+    return None
+
+
+def _finish(steps: _Steps, owner: tuple[int, int]) -> execute.Outcome | None:
+    """Make what is built fit for instances; how that was cut short, or None."""
+    _link_eggs(steps.config.software_root, steps.directory, *owner)
+    # eggs come without bytecode and partition users cannot write it: a third of each instance's time (measured).
+    # Some eggs hold files of other Pythons, which do not compile: no failure.
+    outcome = steps.run([sys.executable, "-I", "-c", _COMPILE, str(steps.directory / "eggs")])
+    return outcome if outcome.cut_short else None
 
 
 def _started_by(steps: _Steps) -> list[str]:
@@ -171,7 +180,7 @@ def _take_netrc(descriptor: int, owner: tuple[int, int]) -> None:
     """Copy the software user's credentials, as slapgrid does: HOME of a build is the release's own directory."""
     try:
         with files.directory(Path(pwd.getpwuid(owner[0]).pw_dir)) as home:
-            content = files.read(".netrc", dir_fd=home, limit=_NETRC_LIMIT, owners=frozenset((0, owner[0])))
+            content = files.read(".netrc", dir_fd=home, limit=_NETRC_LIMIT, reader=owner[0])
     except (FileNotFoundError, NotADirectoryError):
         with contextlib.suppress(FileNotFoundError):
             os.unlink(".netrc", dir_fd=descriptor)

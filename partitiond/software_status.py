@@ -19,11 +19,13 @@ def releases(context: Context) -> list[dict[str, Any]]:
     config = context.config
     try:
         found = build_keeper.running(config)
-        states = {state.url: state for state in context.store.softwares()}
     except PartitiondError as error:
-        return [{"url": error.resource, "state": "unknown", "listed": True, "error": str(error)}]
+        return [_unknown(error)]
+    known, damaged = context.store.readable_softwares()
+    states = {state.url: state for state in known}
     building = found.url if found else None
     rows = [_release(context, state, building) for _, state in sorted(states.items())]
+    rows += [_unknown(error) for error in damaged.values()]
     if building is not None and building not in states:
         rows.append(
             {
@@ -35,6 +37,10 @@ def releases(context: Context) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def _unknown(error: PartitiondError) -> dict[str, Any]:
+    return {"url": error.resource, "state": "unknown", "listed": True, "error": str(error)}
 
 
 def _release(context: Context, state: SoftwareState, building: str | None) -> dict[str, Any]:

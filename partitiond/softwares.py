@@ -20,7 +20,7 @@ from partitiond.state import software_name
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from partitiond.build_keeper import Runner
+    from partitiond.build_keeper import Outcome, Runner
     from partitiond.context import Context
     from slap_client.documents import ComputerDocument, SoftwareDocument
 
@@ -196,17 +196,27 @@ class _Pass:
             self.tried.add(outcome.url)
             if not self._is_wanted(outcome.url):
                 self.tried.discard(outcome.url)
-            elif outcome.code:
-                error = outcome.error()
-                _save_failure(context, outcome.url, error)
-                self._failed(outcome.url, error)
             else:
-                _save_success(context, outcome.url)
-                words = "available, from the binary cache" if outcome.how == "cached" else "available"
-                self._done(outcome.url, "available", words)
-                context.wake_instances()
+                try:
+                    self._take_outcome(outcome)
+                except (
+                    PartitiondError
+                ) as error:  # what is remembered of this one cannot be read; others go on
+                    self._failed(outcome.url, error)
             build_keeper.forget_outcome(context.config, outcome.url)
         return seen
+
+    def _take_outcome(self, outcome: Outcome) -> None:
+        context = self.context
+        if outcome.code:
+            error = outcome.error()
+            _save_failure(context, outcome.url, error)
+            self._failed(outcome.url, error)
+            return
+        context.wake_instances()
+        _save_success(context, outcome.url)
+        words = "available, from the binary cache" if outcome.how == "cached" else "available"
+        self._done(outcome.url, "available", words)
 
     def _done(self, url: str, what: str, words: str) -> None:
         self.result.done.append(f"{url}: {words}")
@@ -267,12 +277,7 @@ def _save_failure(context: Context, url: str, error: Exception) -> None:
 def note_listed(context: Context, listed: Iterable[SoftwareDocument]) -> None:
     """Remember which releases the master does not list any more; they are kept, since it did not say that they should go."""
     urls = {one.url for one in listed}
-    try:
-        states = context.store.softwares()
-    except PartitiondError as error:  # one that cannot be read must not hold up the others
-        logger.warning("%s", sentence(error))
-        return
-    for state in states:
+    for state in context.store.softwares():
         if state.listed != (state.url in urls):
             context.store.save_software(replace(state, listed=not state.listed))
             if state.listed:

@@ -73,6 +73,7 @@ class SoftwareState:
 
 
 _INSTANCE_HINT = "move it away; the instance is configured again"
+_SOFTWARE_HINT = "move it away; the release is looked at again, and not built if it is whole"
 _ADDRESSES_HINT = (
     "restore it from a backup; without it, addresses that were not the natural ones are chosen anew"
 )
@@ -155,14 +156,28 @@ class Store:
     def software(self, url: str) -> SoftwareState:
         """The state of a release."""
         path = self._software / f"{software_name(url)}.json"
-        found = self._read(path)
-        return SoftwareState(url) if found is None else _state(SoftwareState, path, found)
+        return self._release(path) or SoftwareState(url)
+
+    def _release(self, path: Path) -> SoftwareState | None:
+        found = self._read(path, _SOFTWARE_HINT)
+        return None if found is None else _state(SoftwareState, path, found, _SOFTWARE_HINT)
 
     def softwares(self) -> list[SoftwareState]:
-        """All known releases."""
-        paths = sorted(self._software.glob("*.json")) if self._software.is_dir() else []
-        read = ((path, self._read(path)) for path in paths)
-        return [_state(SoftwareState, path, found) for path, found in read if found is not None]
+        """All known releases whose states can be read."""
+        return self.readable_softwares()[0]
+
+    def readable_softwares(self) -> tuple[list[SoftwareState], dict[str, PartitiondError]]:
+        """All known releases whose states can be read, and what is wrong with the others, by their directories' names."""
+        states: list[SoftwareState] = []
+        damaged: dict[str, PartitiondError] = {}
+        for path in sorted(self._software.glob("*.json")) if self._software.is_dir() else []:
+            try:
+                found = self._release(path)
+            except PartitiondError as error:
+                damaged[path.stem] = error
+            else:
+                states += [found] if found is not None else []
+        return states, damaged
 
     def save_software(self, state: SoftwareState) -> None:
         """Remember a release."""
@@ -262,20 +277,20 @@ def _kept_row(row: object) -> Kept:
     return Kept(**values)
 
 
-def _state(kind: type[State], path: Path, found: dict[str, Any]) -> State:
+def _state(kind: type[State], path: Path, found: dict[str, Any], hint: str = _INSTANCE_HINT) -> State:
     """Make a state of what was read; keys of a later version are left out, so that one can go back."""
     known = {one.name: one for one in dataclasses.fields(kind)}
     try:
         value = kind(**{name: content for name, content in found.items() if name in known})
     except TypeError as error:
-        raise _damaged(path, str(error)) from error
+        raise _damaged(path, str(error), hint) from error
     for name, one in known.items():
         content, default = getattr(value, name), one.default
         wanted = str if default is dataclasses.MISSING else type(default)
         fits = isinstance(content, str | None) if default is None else isinstance(content, wanted)
         # JSON of other programs may have 0 for 0.0
         if not fits and not (wanted is float and type(content) is int):
-            raise _damaged(path, f"{name} is {content!r}")
+            raise _damaged(path, f"{name} is {content!r}", hint)
     if isinstance(value, InstanceState) and value.life not in get_args(InstanceLife):
         raise _damaged(path, f"life is {value.life!r}")
     return value

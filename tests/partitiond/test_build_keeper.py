@@ -14,11 +14,24 @@ from types import SimpleNamespace
 
 import pytest
 
-from partitiond import build_keeper, buildout, config, execute, files, procfs, software_build, softwares
+from partitiond import (
+    build_keeper,
+    buildout,
+    config,
+    destroy_guard,
+    execute,
+    files,
+    lanes,
+    procfs,
+    software_build,
+    software_status,
+    softwares,
+)
 from partitiond.build_keeper import Outcome, Places
 from partitiond.context import Context
 from partitiond.errors import PartitiondError
 from partitiond.state import SoftwareState, software_name
+from slap_client.documents import ComputerDocument, SoftwareDocument
 
 RELEASE = Path(__file__).resolve().parents[1] / "lifecycle" / "release"
 USER = "daemon"
@@ -210,17 +223,41 @@ def test_a_runner_that_cannot_start_is_told(scene):
     scene.places.lock.rmdir()
 
 
-def test_a_log_of_a_long_build_is_bounded(tmp_path):
+def test_what_a_build_prints_is_bounded_while_it_prints(tmp_path):
+    path, limit = tmp_path / "x.log", 300_000
+    path.write_bytes(b"earlier\n")
+    with buildout.Log(path, "building x", limit) as log:
+        # faster than anybody could copy, without an end, and one more that leaves its session
+        with subprocess.Popen(["/bin/sh", "-c", "setsid yes & exec yes"], stdout=log) as writer:
+            deadline = time.monotonic() + 20
+            while not path.with_name("x.log.1").exists():
+                assert time.monotonic() < deadline, "it never was put aside"
+                time.sleep(0.005)
+            sizes = [file.stat().st_size for _ in range(50) for file in tmp_path.iterdir()]
+            writer.kill()
+        buildout.note(log, "the end")
+    assert max(sizes) <= limit
+    assert {file.name for file in tmp_path.iterdir()} == {"x.log", "x.log.1"}
+    assert path.read_bytes().startswith(b"--- ")
+    # nobody listens any more to what goes on
+    deadline = time.monotonic() + 10
+    while any(procfs.words(pid, "cmdline")[:1] == [b"yes"] for pid in procfs.pids()):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    assert sum(file.stat().st_size for file in tmp_path.iterdir()) <= 2 * limit
+
+
+def test_a_log_begins_anew_after_a_long_one_and_keeps_the_order(tmp_path):
     path = tmp_path / "x.log"
-    with path.open("ab", buffering=0) as writer:
-        writer.write(b"a" * 1000)
-        buildout.bound(path, 1000)
-        assert path.stat().st_size == 1000
-        writer.write(b"b")
-        buildout.bound(path, 1000)
-        writer.write(b"c")  # goes on where it begins anew
-    assert path.read_bytes() == b"c"
-    assert path.with_name("x.log.1").read_bytes() == b"a" * 1000 + b"b"
+    path.write_bytes(b"a" * 2000)
+    with buildout.Log(path, "building x", 1000) as log:
+        os.set_blocking(log, False)  # as whoever builds could do
+        for number in range(3):
+            os.write(log, f"step {number}\n".encode())
+            buildout.note(log, f"note {number}")
+    text = path.read_text().splitlines()
+    assert text[1:] == ["step 0", "--- note 0", "step 1", "--- note 1", "step 2", "--- note 2"]
+    assert path.with_name("x.log.1").read_bytes() == b"a" * 2000
 
 
 def test_credentials_of_the_software_user_go_along(scene, monkeypatch):
@@ -235,6 +272,8 @@ def test_credentials_of_the_software_user_go_along(scene, monkeypatch):
     software_build._prepare(scene.config, scene.url, numbers)
     assert not path.exists()
     (home / ".netrc").write_text("machine x\n")
+    (home / ".netrc").chmod(0o600)
+    shutil.chown(home / ".netrc", USER)
     software_build._prepare(scene.config, scene.url, numbers)
     assert (path.read_text(), path.stat().st_mode & 0o777, path.stat().st_uid) == (
         "machine x\n",
@@ -248,6 +287,47 @@ def test_credentials_of_the_software_user_go_along(scene, monkeypatch):
     (home / ".netrc").unlink()
     software_build._prepare(scene.config, scene.url, numbers)
     assert not files.there(str(path)), "what was copied before stays"
+    # users can make hard links to root's secrets where fs.protected_hardlinks is 0 (proc_sys_fs(5))
+    secret = scene.base / "secret"
+    secret.write_text("root's own\n")
+    secret.chmod(0o600)
+    os.link(secret, home / ".netrc")
+    with pytest.raises(PartitiondError, match="belongs to uid 0"):
+        software_build._prepare(scene.config, scene.url, numbers)
+    assert not files.there(str(path))
+
+
+def test_what_is_remembered_of_one_release_is_damaged(scene):
+    """That one alone fails: the lane, the guard, what is remembered of the others and status go on."""
+    context = Context.of(scene.config)
+    urls = [f"http://{number}/" for number in range(9)]
+    for url in urls:
+        (scene.base / "software" / software_name(url)).mkdir()
+        context.store.save_software(SoftwareState(url, available=True, failures=1, next_try=9e9))
+    damaged = scene.base / "state" / "software" / f"{software_name(urls[0])}.json"
+    damaged.write_text('{"url": "http')
+    scene.places.outcomes.mkdir()
+    for url in urls[:2]:
+        build_keeper.save_outcome(scene.places, Outcome(url, code="software.build", message="m"))
+    states = ["destroyed"] * 3 + ["available"] * 6
+    wished = tuple(SoftwareDocument(url, state) for url, state in zip(urls, states, strict=True))
+    document = ComputerDocument("C", software=wished)
+    spared, held = destroy_guard.spare_software(context, document)
+    assert [url for url, _ in held] == urls[:3], "what cannot be read is there all the same"
+    assert [one.url for one in spared.software] == urls[3:]
+    softwares.note_listed(context, document.software[:8])
+    assert [one.url for one in context.store.softwares() if not one.listed] == [urls[8]]
+    lanes._forgive(context)
+    assert not any(one.next_try for one in context.store.softwares())
+    result = softwares.run_pass(context, replace(document, software=document.software[:2]))
+    assert (urls[0], "state.damaged") in [(url, error.code) for url, error in result.failures]
+    assert not (scene.base / "software" / software_name(urls[1])).exists()
+    assert (scene.base / "software" / software_name(urls[0])).exists()
+    assert not list(build_keeper.outcomes(scene.config))
+    rows = software_status.releases(context)
+    assert {row["url"]: row["state"] for row in rows}[str(damaged)] == "unknown"
+    assert len(rows) == 8
+    context.meters.close()
 
 
 def test_a_pass_is_limited_to_what_was_asked_for(scene):
