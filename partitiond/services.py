@@ -18,10 +18,14 @@ if TYPE_CHECKING:
     from partitiond.operation import Action
     from partitiond.supervision import Process, Supervisor
 
+_STRANGE = "its configuration is not root's alone"
+
 
 @dataclass(frozen=True, slots=True)
 class ServiceOperation(Operation):
-    """A change of supervisord itself (``group`` None) or of one of its groups; ``owner`` is whose programs are to start."""
+    """A change of supervisord itself (``group`` None) or of one of its groups; ``owner`` is whose programs are to
+    start, now or (where its group is removed) by the next pass.
+    """
 
     group: str | None
     owner: Partition | None = None
@@ -32,10 +36,11 @@ def plan(
     node: Node,
     processes: tuple[Process, ...],
     set_up: frozenset[str],
+    strange: frozenset[str] = frozenset(),
     homeless: frozenset[str] = frozenset(),
 ) -> tuple[ServiceOperation, ...]:
     """Compare supervisord with what the last good configuration of each instance says; ``set_up`` are the groups on disk,
-    ``homeless`` the partitions whose namespaces are missing.
+    ``strange`` those beside them whose files may be somebody else's, ``homeless`` the partitions whose namespaces are missing.
     """
     operations = []
     supervisor = context.supervisor
@@ -47,6 +52,7 @@ def plan(
     reasons = [
         *(["its configuration is missing"] if text is None else []),
         *(["its configuration is another"] if text not in (None, supervisor.render()) else []),
+        *([_STRANGE] if text is not None and not files.is_own(supervisor.configuration) else []),
         *([] if running else ["it does not run"]),
         *(
             ["it is of another version, and runs nothing"]
@@ -86,12 +92,16 @@ def plan(
         ):
             # what was started without them ended at once
             operations.append(_operation(partition.id, "change", "could not start", partition))
-    wanted = {name for partition in node.partitions for name in (partition.id, group_name(partition.id))}
+    wanted = {name: item for item in node.partitions for name in (item.id, group_name(item.id))}
     operations += [
-        *(_operation(name, "remove", "belongs to no partition") for name in sorted(set_up - wanted)),
+        *(
+            _operation(name, "remove", "belongs to no partition")
+            for name in sorted((set_up | strange) - wanted.keys())
+        ),
+        *(_operation(name, "remove", _STRANGE, wanted[name]) for name in sorted(strange & wanted.keys())),
         *(
             _operation(name, "remove", "supervisord still has it, although its configuration is gone")
-            for name in sorted(by_group.keys() - set_up)
+            for name in sorted(by_group.keys() - set_up - strange)
         ),
     ]
     return tuple(operations)
@@ -152,6 +162,8 @@ def apply(context: Context, operation: ServiceOperation) -> None:
         supervisor.stop_group(operation.group)
         supervisor.remove_group(operation.group)
         supervisor.update()
+        if operation.owner is not None:
+            context.store.make_due(operation.owner.id)
     else:
         if operation.owner is not None:
             privacy.relaunch(context, operation.owner, operation.group)
