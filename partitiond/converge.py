@@ -226,7 +226,8 @@ def plan(
     if done is not None:
         published |= {item.id: done.published[item.id] for item in target.partitions if item.id not in ids}
     wanted_tunnels = declared_tunnels(context, target, published, looked_at)
-    set_up = frozenset(context.supervisor.group_names())
+    strange = context.supervisor.strange_groups()
+    set_up = frozenset(context.supervisor.group_names()) - strange
     people = _plan_users(desired_users(target), seen.users)
     secluded = privacy.plan(
         target.config,
@@ -252,7 +253,7 @@ def plan(
         identities=identities.plan(looked_at, published),
         resources=resource_file.plan(target, looked_at, published, _holdings(seen)),
         privacy=secluded,
-        services=services.plan(context, target, seen.processes, set_up, privacy.missing(secluded)),
+        services=services.plan(context, target, seen.processes, set_up, strange, privacy.missing(secluded)),
         ports=port_reservation.plan(seen.ports, port_reservation.deal(seen.ports, wanted_tunnels.values())),
         tunnels=_plan_tunnels(
             context, seen, [one for name, one in wanted_tunnels.items() if name in ids], set_up

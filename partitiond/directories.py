@@ -43,7 +43,8 @@ def plan(
     """Compare with the file system.
 
     ``numbers`` maps users that exist to (uid, gid); one that is still to be made counts as different. Raises
-    PartitiondError ``directory.in_the_way`` for a link or a file in its place.
+    PartitiondError ``directory.in_the_way`` for a link or a file in its place, ``directory.foreign`` where a directory that is
+    to be root's holds what another user may have put there: root runs and trusts what lies in its own.
     """
     operations = []
     for spec in desired:
@@ -69,10 +70,31 @@ def plan(
                 resource=str(spec.path),
                 hint="move it away",
             )
+        if _is_foreign(spec, found.st_uid) and not _is_empty(spec.path):
+            raise _foreign(spec.path, found.st_uid)
         before = f"uid {found.st_uid}, gid {found.st_gid}, mode {stat.S_IMODE(found.st_mode):04o}"
         before += ", with an access control list" if listed else ""
         operations.append(_operation(spec, before, f"is {before}"))
     return tuple(operations)
+
+
+def _is_foreign(spec: DirectorySpec, uid: int) -> bool:
+    """Whether a directory of the node, which is to be root's, is somebody else's."""
+    return spec.partition is None and spec.owner == "root" and uid != 0
+
+
+def _is_empty(directory: Path | int) -> bool:
+    with os.scandir(directory) as entries:
+        return next(entries, None) is None
+
+
+def _foreign(path: Path, uid: int) -> PartitiondError:
+    return PartitiondError(
+        "directory.foreign",
+        f"belongs to uid {uid} and is not empty; root would run and trust what that user has put there",
+        resource=str(path),
+        hint="name another directory in the configuration, or move it away; if only its owner was changed: chown root:root",
+    )
 
 
 def _operation(spec: DirectorySpec, before: str | None, reason: str) -> DirectoryOperation:
@@ -89,7 +111,7 @@ def _operation(spec: DirectorySpec, before: str | None, reason: str) -> Director
 
 
 def apply(operations: Iterable[DirectoryOperation], numbers: Mapping[str, tuple[int, int]]) -> None:
-    """Make them. Raises OSError; parents that are not in the plan are made 0755."""
+    """Make them. Raises OSError, and PartitiondError as :func:`plan` does; parents that are not in the plan are made 0755."""
     for operation in operations:
         spec = operation.spec
         spec.path.parent.mkdir(parents=True, exist_ok=True)
@@ -98,7 +120,12 @@ def apply(operations: Iterable[DirectoryOperation], numbers: Mapping[str, tuple[
         # by descriptor: what is changed is what was just checked to be a directory
         descriptor = os.open(spec.path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
+            before = os.fstat(descriptor)
             os.fchown(descriptor, numbers[spec.owner][0], numbers[spec.group][1])
+            # from here on nobody else makes anything in it; what came since it was looked at is as little root's as before
+            if _is_foreign(spec, before.st_uid) and not _is_empty(descriptor):
+                os.fchown(descriptor, before.st_uid, before.st_gid)
+                raise _foreign(spec.path, before.st_uid)
             files.remove_acl(descriptor)
             os.fchmod(descriptor, spec.mode)
         finally:

@@ -225,6 +225,22 @@ def write_path(path: Path, content: bytes, *, mode: int = 0o644, owner: tuple[in
         write(path.name, content, dir_fd=descriptor, mode=mode, owner=owner, durable=True)
 
 
+def is_own(path: Path | str) -> bool:
+    """Whether a file is a plain one that only who runs this can change: nobody else's, under no second name, no link."""
+    try:
+        return is_ours(os.lstat(path))
+    except FileNotFoundError:
+        return False
+
+
+def is_ours(found: os.stat_result) -> bool:
+    """The same of what stat(2) says."""
+    # the group of root has no members but root's own; so it is, by custom, with that of a user's name
+    writers = 0o002 if found.st_gid == os.getegid() else 0o022
+    plain = stat.S_ISREG(found.st_mode) and found.st_nlink == 1
+    return plain and found.st_uid == os.geteuid() and not found.st_mode & writers
+
+
 def remove_path(path: Path) -> None:
     """Remove a file from a directory of root's, durably; one that is not there is fine. Raises OSError."""
     with _ignoring_missing(), directory(path.parent) as descriptor:

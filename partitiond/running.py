@@ -59,7 +59,7 @@ def stop(context: Context, partition: Partition) -> None:
     names = [
         name
         for name in (partition.id, tunnels.group_name(partition.id))
-        if context.supervisor.group_text(name) is not None
+        if context.supervisor.has_group(name)
     ]
     if names and context.supervisor.running():
         for name in names:

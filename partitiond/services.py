@@ -18,13 +18,17 @@ if TYPE_CHECKING:
     from partitiond.operation import Action
     from partitiond.supervision import Process, Supervisor
 
+_STRANGE = "its configuration is not root's alone"
+
 
 _OUTDATED = "it runs on as it was started before supervisord was, and its configuration is another since"
 
 
 @dataclass(frozen=True, slots=True)
 class ServiceOperation(Operation):
-    """A change of supervisord itself (``group`` None) or of one of its groups; ``owner`` is whose programs are to start."""
+    """A change of supervisord itself (``group`` None) or of one of its groups; ``owner`` is whose programs are to
+    start, now or (where its group is removed) by the next pass.
+    """
 
     group: str | None
     owner: Partition | None = None
@@ -35,10 +39,11 @@ def plan(
     node: Node,
     processes: tuple[Process, ...],
     set_up: frozenset[str],
+    strange: frozenset[str] = frozenset(),
     homeless: frozenset[str] = frozenset(),
 ) -> tuple[ServiceOperation, ...]:
     """Compare supervisord with what the last good configuration of each instance says; ``set_up`` are the groups on disk,
-    ``homeless`` the partitions whose namespaces are missing.
+    ``strange`` those beside them whose files may be somebody else's, ``homeless`` the partitions whose namespaces are missing.
     """
     operations = []
     supervisor = context.supervisor
@@ -50,6 +55,7 @@ def plan(
     reasons = [
         *(["its configuration is missing"] if text is None else []),
         *(["its configuration is another"] if text not in (None, supervisor.render()) else []),
+        *([_STRANGE] if text is not None and not files.is_own(supervisor.configuration) else []),
         *([] if running else ["it does not run"]),
         *(
             ["it is of another version, and runs nothing"]
@@ -93,12 +99,16 @@ def plan(
         tunnel = group_name(partition.id)
         if tunnel in set_up and any(process.outdated for process in by_group.get(tunnel, [])):
             operations.append(_operation(tunnel, "change", _OUTDATED, partition))
-    wanted = {name for partition in node.partitions for name in (partition.id, group_name(partition.id))}
+    wanted = {name: item for item in node.partitions for name in (item.id, group_name(item.id))}
     operations += [
-        *(_operation(name, "remove", "belongs to no partition") for name in sorted(set_up - wanted)),
+        *(
+            _operation(name, "remove", "belongs to no partition")
+            for name in sorted((set_up | strange) - wanted.keys())
+        ),
+        *(_operation(name, "remove", _STRANGE, wanted[name]) for name in sorted(strange & wanted.keys())),
         *(
             _operation(name, "remove", "supervisord still has it, although its configuration is gone")
-            for name in sorted(by_group.keys() - set_up)
+            for name in sorted(by_group.keys() - set_up - strange)
         ),
     ]
     return tuple(operations)
@@ -170,6 +180,8 @@ def apply(context: Context, operation: ServiceOperation) -> None:
         supervisor.stop_group(operation.group)
         supervisor.remove_group(operation.group)
         supervisor.update()
+        if operation.owner is not None:
+            context.store.make_due(operation.owner.id)
     else:
         if operation.owner is not None:
             privacy.relaunch(context, operation.owner, operation.group)

@@ -224,6 +224,9 @@ class Supervisor(Link):
             )
         if self._wait_for_another():
             return lambda: None
+        for name in self.strange_groups():
+            logger.warning("%s: its file of supervisord is not root's alone; it is removed", name)
+            self.remove_group(name)
         keyring.leave()
         environment = {"PATH": execute.PATH, "LANG": "C.UTF-8", "HOME": "/root"}
         package = str(Path(__file__).parent.parent)
@@ -345,8 +348,8 @@ class Supervisor(Link):
         return self.groups_directory / f"{name}.conf"
 
     def group_text(self, name: str) -> str | None:
-        """The configuration of a group on disk, or None."""
-        if not self.has_group(name):
+        """The configuration of a group on disk, or None: also where somebody else may have written it."""
+        if not self.has_group(name) or not files.is_own(f"{self.groups_directory}/{name}.conf"):
             return None
         try:
             with open(f"{self.groups_directory}/{name}.conf", encoding="utf-8") as stream:
@@ -365,6 +368,12 @@ class Supervisor(Link):
         except FileNotFoundError:
             return []
         return sorted(name.removesuffix(".conf") for name in found if name.endswith(".conf"))
+
+    def strange_groups(self) -> frozenset[str]:
+        """Names of the groups on disk of which somebody else may have written the file, or still could."""
+        return frozenset(
+            name for name in self.group_names() if not files.is_own(f"{self.groups_directory}/{name}.conf")
+        )
 
     def write_group(self, group: Group) -> bool:
         """Write a group's file; return whether it changed."""

@@ -35,7 +35,7 @@ from supervisor.states import (
 )
 from supervisor.xmlrpc import Faults, RPCError
 
-from partitiond import procfs, survivors
+from partitiond import files, procfs, survivors
 from partitiond.supervisor_loop import Poller, Wake
 from partitiond.supervisor_process import Config, Process, Scene
 
@@ -115,10 +115,10 @@ class Interface:
         self._refuse_while_ending()
         answer: dict[str, Any] = {"done": [], "waiting": [], "refused": {}, "read": 0}
         known = {config.name: config for config in self._options.process_group_configs}
-        files = self._files()
-        for name in sorted(files):
+        there = self._files()
+        for name in sorted(there):
             if (
-                self._seen.get(name) == files[name]
+                self._seen.get(name) == there[name]
                 and name in self._supervisord.process_groups
                 and not self._is_outdated(name)
             ):
@@ -130,8 +130,8 @@ class Interface:
                 answer["refused"][name] = str(error)
                 continue
             if self._put(name, config, known, answer):
-                self._seen[name] = files[name]
-        for name in sorted(self._supervisord.process_groups.keys() - files.keys()):
+                self._seen[name] = there[name]
+        for name in sorted(self._supervisord.process_groups.keys() - there.keys()):
             if self._remove(name):
                 known.pop(name, None)
                 self._seen.pop(name, None)
@@ -190,6 +190,8 @@ class Interface:
             for entry in entries:
                 if entry.name.endswith(_SUFFIX) and not entry.name.startswith("."):
                     there = entry.stat(follow_symlinks=False)
+                    if not files.is_ours(there):
+                        continue  # nobody else says what root runs
                     found[entry.name.removesuffix(_SUFFIX)] = (
                         there.st_ino,
                         there.st_size,
@@ -297,11 +299,11 @@ class Interface:
         ticks = family.start if family else 0
         age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
         before = (time.time() - age - _COARSE) * 1e9
-        files = self._files()
+        there = self._files()
         self._seen = {
-            name: files[name]
-            for name in self._supervisord.process_groups.keys() & files.keys()
-            if files[name][3] < before
+            name: there[name]
+            for name in self._supervisord.process_groups.keys() & there.keys()
+            if there[name][3] < before
         }
 
     def _ends(self, _: Any) -> None:

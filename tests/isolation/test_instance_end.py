@@ -776,6 +776,8 @@ def entry_of_other():
 
 def pids(life):
     return [one.pid for one in life.context.supervisor.processes() if one.group == NAME and one.pid]
+
+
 @pytest.mark.full
 def test_however_many_names_others_have_made_nothing_is_overlooked(life, tmp_path):
     """A tenant may make any number in a directory of everybody, before or after those of who goes."""

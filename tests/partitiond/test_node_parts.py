@@ -327,6 +327,26 @@ def test_a_link_that_comes_between_plan_and_apply_is_not_followed(tmp_path):
     assert (found.st_uid, found.st_mode & 0o777) == (0, 0o700)
 
 
+def test_what_another_user_has_filled_does_not_become_roots(tmp_path):
+    path = tmp_path / "i"
+    path.mkdir()
+    os.chown(path, 65534, 65534)
+    spec = DirectorySpec(path, "root", "root", 0o755)
+    operations = directories.plan([spec], NUMBERS)
+    (path / "etc").mkdir()
+    with pytest.raises(PartitiondError) as caught:
+        directories.apply(operations, NUMBERS)
+    assert caught.value.code == "directory.foreign"
+    assert path.stat().st_uid == 65534
+    with pytest.raises(PartitiondError) as caught:
+        directories.plan([spec], NUMBERS)
+    assert (caught.value.code, caught.value.resource) == ("directory.foreign", str(path))
+    assert "uid 65534" in str(caught.value)
+    (path / "etc").rmdir()
+    directories.apply(operations, NUMBERS)
+    assert directories.plan([spec], NUMBERS) == ()
+
+
 # --- supervisord --------------------------------------------------------------------------------------------------------
 
 

@@ -244,6 +244,20 @@ def test_a_smaller_node_keeps_directories_and_data(bridge, node_config, command)
 # --- damage and repair ----------------------------------------------------------------------------------------------------
 
 
+def test_an_instance_root_that_another_user_has_filled_is_refused(bridge, node_config, command):
+    node = node_config(1)
+    before = machine()
+    groups = node.instance / "etc" / "supervisord.conf.d"
+    groups.mkdir(parents=True)
+    (groups / "slappart0.conf").write_text("")
+    os.chown(node.instance, 65534, 65534)
+    found = command("node", "format", "--now", "--local", "-c", node.path)
+    assert found.returncode == 1
+    assert "directory.foreign" in found.stderr
+    assert machine() == before
+    assert node.instance.stat().st_uid == 65534
+
+
 @pytest.fixture(scope="module")
 def standing(module_node_config):
     """A node that is up, for all the damage below."""
@@ -453,6 +467,31 @@ def test_a_partition_that_is_a_link_stops_everything_before_anything_is_changed(
         path.unlink()
         (standing.instance / "kept").rename(path)
     assert plan(standing) == {}
+
+
+def test_a_group_of_another_users_is_never_roots_to_run(standing):
+    groups = standing.instance / "etc" / "supervisord.conf.d"
+    file = groups / "slappart1.conf"
+    proof = standing.root / "proof"
+    file.write_text(
+        "[group:slappart1]\nprograms=evil\n[program:evil]\nautostart=true\nstartsecs=0\n"
+        f"command=/usr/bin/touch {proof}\n"
+    )
+    configuration = standing.instance / "etc" / "supervisord.conf"
+    for path in (file, configuration):
+        os.chown(path, 65534, 65534)
+    found = plan(standing)
+    assert {one: found[one]["reason"] for one in ("supervisord", "processes/slappart1")} == {
+        "supervisord": "its configuration is not root's alone",
+        "processes/slappart1": "its configuration is not root's alone",
+    }
+    supervisord_killed(standing)
+    result = apply(standing)
+    assert (result["failures"], result["left"]) == ([], [])
+    assert plan(standing) == {}
+    assert not file.exists()
+    assert configuration.stat().st_uid == 0
+    assert not proof.exists()
 
 
 def test_the_verbs_that_read(standing, command):

@@ -145,6 +145,42 @@ def test_one_group_more_is_one_file_read_however_many_there_are(made, count):
     assert node.supervisor._call("supervisor.reloadConfig") == [[[], [], []]]
 
 
+def _made_strange(path, kind):
+    if kind == "owner":
+        os.chown(path, NOBODY, NOBODY)
+    elif kind == "mode":
+        path.chmod(0o666)
+    elif kind == "second name":
+        os.link(path, path.with_name("second"))
+    else:
+        path.rename(path.with_name("first"))
+        path.symlink_to("first")
+
+
+@pytest.mark.parametrize("kind", ["owner", "mode", "second name", "link"])
+def test_what_somebody_else_may_have_written_is_never_run(made, kind):
+    node = made()
+    node.write("own", sleeps(1000))
+    node.write("strange", sleeps(1001))
+    path = node.supervisor.group_file("strange")
+    _made_strange(path, kind)
+    node.start()  # supervisord itself would read the file
+    assert {name for name, _ in node.all_run()} == {"own"}
+    assert not path.is_symlink()
+    assert not path.exists()
+    node.write("strange", sleeps(1001))
+    assert node.supervisor.update() == {"strange"}
+    node.all_run()
+    path.with_name("second").unlink(missing_ok=True)
+    _made_strange(path, kind)
+    assert node.supervisor.strange_groups() == {"strange"}
+    assert node.supervisor.group_text("strange") is None
+    node.supervisor.update()
+    assert {name for name, _ in node.states()} == {"own"}
+    assert node.write("strange", sleeps(1001))
+    assert node.supervisor.strange_groups() == set()
+
+
 def test_only_what_changed_is_stopped_and_what_is_wrong_is_refused_alone(made):
     node = made()
     node.start()
