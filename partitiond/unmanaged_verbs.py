@@ -9,6 +9,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from partitiond import (
+    alone,
     cli_node_parser,
     lock,
     promises,
@@ -88,11 +89,14 @@ def sync(context: Context, lane: str, wish: Wish, *, told: bool = True) -> dict[
         if lane in ("instances", "report"):
             _have_supervisor(context)
         try:
-            return verbs.sync(context, lane, wish)
+            value = verbs.sync(context, lane, wish)
         except SlapError as error:
             if lane == "instances" and error.retryable:
                 _start_all(context)
             raise
+        if lane == "instances":  # its supervisord has a watchdog
+            alone.add(value, alone.in_between(context, wish.only, watchdog=False))
+        return value
 
 
 @contextlib.contextmanager
