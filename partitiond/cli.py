@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from partitiond import cli_logs, cli_node_parser
-from partitiond.cli_parser import DEFAULT_FILE, WRONG_USE, parser
+from partitiond.cli_parser import DEFAULT_FILE, WRONG_USE, Misuse, parser
 from partitiond.errors import FAMILY, PartitiondError, WrongUseError, printable
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ _UNMANAGED = ("node", "sync", "status", "show")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit status."""
-    options = parser().parse_args(arguments)
+    options = _parsed(sys.argv[1:] if arguments is None else arguments)
     file = os.environ.get("SLAPOS_CONFIGURATION") if options.verb == "node" or os.geteuid() != 0 else None
     for name, value in (
         ("cfg", file or DEFAULT_FILE),
@@ -49,6 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _log_to_stderr(options)
     if options.verb is None:
         parser().print_help(sys.stderr)
+        if options.json:
+            _print_error("cli.usage", "name a verb", "partitiond", "partitiond --help")
         return WRONG_USE
     try:
         return _flushed(_VERBS[options.verb](options))
@@ -77,6 +79,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "repeat with -vv and report it",
             error,
         )
+
+
+def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
+    try:
+        return parser().parse_args(arguments)
+    except Misuse as error:
+        if "--json" in arguments:
+            _print_error("cli.usage", error.message, error.program, f"{error.program} --help")
+        raise
 
 
 def _flushed(status: int) -> int:
@@ -110,8 +121,7 @@ def _complain(
     options: argparse.Namespace, code: str, message: str, resource: str, hint: str, error: BaseException
 ) -> int:
     if options.json:
-        value = {"code": code, "message": message, "resource": resource, "hint": hint}
-        print(json.dumps({"schema": "partitiond/error/1", "error": value}))  # noqa: T201 - the output of the program
+        _print_error(code, message, resource, hint)
     about = f"{resource}: " if resource else ""
     sys.stderr.write(printable(f"partitiond: [{code}] {about}{message}\n"))
     if hint:
@@ -119,6 +129,11 @@ def _complain(
     if options.verbose > 1:
         logging.getLogger(__name__).error("traceback", exc_info=error)
     return ERROR
+
+
+def _print_error(code: str, message: str, resource: str, hint: str) -> None:
+    value = {"code": code, "message": message, "resource": resource, "hint": hint}
+    print(json.dumps({"schema": "partitiond/error/1", "error": value}))  # noqa: T201 - the output of the program
 
 
 def _print(
@@ -405,8 +420,7 @@ def _tunnel(options: argparse.Namespace) -> int:
     from partitiond import present, tunnel_status  # noqa: PLC0415 - as above
 
     if options.tunnel_verb is None:
-        sys.stderr.write("partitiond tunnel: name a verb: list, check\n")
-        return WRONG_USE
+        raise WrongUseError("cli.usage", "name a verb", resource="partitiond tunnel", hint="list, check")
     if options.tunnel_verb == "check":
         return _tunnel_check(options)
     _print(options, "tunnel-list", tunnel_status.listing(_reading(options)), present.tunnels)
@@ -426,8 +440,8 @@ def _report(options: argparse.Namespace) -> int:
 
     name = options.report_verb
     if name is None:
-        sys.stderr.write("partitiond report: name a verb: list, show, resend, drop\n")
-        return WRONG_USE
+        hint = "list, show, resend, drop"
+        raise WrongUseError("cli.usage", "name a verb", resource="partitiond report", hint=hint)
     if name == "list":
         _print(
             options,

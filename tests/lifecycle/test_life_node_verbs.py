@@ -139,7 +139,11 @@ def test_exit_codes(node, url):
     node.front.answers["*"] = always(b"", 503)
     # a report with nothing to tell asks nobody
     for verb, status in (("instance", 3), ("software", 1), ("report", 0), ("format", 2)):
-        said(node, verb, *(("--now",) if verb == "format" else ()), expect=status)
+        words = ("--now",) if verb == "format" else ()
+        said(node, verb, *words, expect=status)
+        value = node.cli("node", verb, *words, expect=status).value
+        if verb == "format":
+            assert [one["code"] for one in value["failures"]] == ["slap.unavailable"]
     node.front.answers.clear()
     node.request("bad", url, text="bad", fail="on purpose")
     said(node, "instance", expect=1)

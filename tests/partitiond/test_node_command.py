@@ -35,6 +35,13 @@ def test_wrong_use_is_64_and_says_what_is_right(command, arguments):
     assert "partitiond" in done.stderr
 
 
+@pytest.mark.parametrize("arguments", [("plan", "--wrong"), ("tunnel",), ("node", "status"), ()])
+def test_wrong_use_is_one_object_where_json_is_asked_for(command, node_config, arguments):
+    done = command("--json", "-c", node_config(0, interface="lo").path, *arguments)
+    assert done.returncode == 64
+    assert parsed(done)["error"]["code"] in ("cli.usage", "node.verb", "node.text")
+
+
 @pytest.mark.parametrize(
     "arguments", [("--help",), ("plan", "-h"), ("tunnel", "list", "--help"), ("--version",)]
 )
