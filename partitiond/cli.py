@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from partitiond import cli_logs, cli_node_parser
+from partitiond.cli_output import hush, log_to_stderr, print_error, write_line
 from partitiond.cli_parser import DEFAULT_FILE, WRONG_USE, Misuse, parser
 from partitiond.errors import FAMILY, PartitiondError, WrongUseError, printable
 
@@ -46,17 +47,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ):
         if not hasattr(options, name):
             setattr(options, name, value)
-    _log_to_stderr(options)
+    log_to_stderr(options)
     if options.verb is None:
         parser().print_help(sys.stderr)
         if options.json:
-            _print_error("cli.usage", "name a verb", "partitiond", "partitiond --help")
+            print_error("cli.usage", "name a verb", "partitiond", "partitiond --help")
         return WRONG_USE
     try:
         return _flushed(_VERBS[options.verb](options))
     except BrokenPipeError:
-        # whoever read our output has seen enough; what is still in the buffer must not be tried again at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        hush()
         return OK
     except WrongUseError as error:
         _complain(options, error.code, str(error), error.resource, error.hint, error)
@@ -86,42 +86,24 @@ def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
         return parser().parse_args(arguments)
     except Misuse as error:
         if "--json" in arguments:
-            _print_error("cli.usage", error.message, error.program, f"{error.program} --help")
+            print_error("cli.usage", error.message, error.program, f"{error.program} --help")
         raise
 
 
 def _flushed(status: int) -> int:
     """Write what is still in the buffer now, while an error can be dealt with."""
-    sys.stdout.flush()
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        hush()
     return status
-
-
-class _PlainFormatter(logging.Formatter):
-    """Lets nothing through that would steer a terminal: names and messages of tenants end up in the log."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        return printable(super().format(record))
-
-
-def _log_to_stderr(options: argparse.Namespace) -> None:
-    running = options.verb in ("run", "demo", "node")
-    level = logging.INFO if running or options.verbose else logging.WARNING
-    if options.quiet:
-        level = logging.ERROR
-    if options.verbose > 1:
-        level = logging.DEBUG
-    form = "%(asctime)s %(levelname)s %(message)s" if running else "%(levelname)s: %(message)s"
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_PlainFormatter(form, "%Y-%m-%dT%H:%M:%S%z"))
-    logging.basicConfig(level=level, handlers=[handler])
-    logging.getLogger("urllib3").setLevel(logging.WARNING)
 
 
 def _complain(
     options: argparse.Namespace, code: str, message: str, resource: str, hint: str, error: BaseException
 ) -> int:
     if options.json:
-        _print_error(code, message, resource, hint)
+        print_error(code, message, resource, hint)
     about = f"{resource}: " if resource else ""
     sys.stderr.write(printable(f"partitiond: [{code}] {about}{message}\n"))
     if hint:
@@ -131,18 +113,14 @@ def _complain(
     return ERROR
 
 
-def _print_error(code: str, message: str, resource: str, hint: str) -> None:
-    value = {"code": code, "message": message, "resource": resource, "hint": hint}
-    print(json.dumps({"schema": "partitiond/error/1", "error": value}))  # noqa: T201 - the output of the program
-
-
 def _print(
     options: argparse.Namespace, name: str, value: dict[str, Any], text: Callable[[dict[str, Any]], str]
 ) -> None:
+    write = print if options.verb == "events" else write_line  # without a reader there is nothing to follow
     if options.json:
-        print(json.dumps({"schema": f"partitiond/{name}/1", **value}))  # noqa: T201 - the output of the program
+        write(json.dumps({"schema": f"partitiond/{name}/1", **value}))
     elif not options.quiet:
-        print(text(value))  # noqa: T201 - the output of the program
+        write(text(value))
 
 
 def _config(options: argparse.Namespace) -> Config:
@@ -150,7 +128,14 @@ def _config(options: argparse.Namespace) -> Config:
 
     overrides = cli_node_parser.overrides(options) if options.verb == "node" else {}
     load = partial(config.load, Path(options.cfg), overrides)
-    found = load() if os.geteuid() == 0 else _own_config(options, load)
+    try:
+        found = load() if os.geteuid() == 0 else _own_config(options, load)
+    except PartitiondError as error:
+        blamed = cli_node_parser.blame(str(error)) if error.code == "config.value" else None
+        if blamed is None:
+            raise
+        verb = f"partitiond node {options.node_verb}"
+        raise WrongUseError("cli.usage", blamed, resource=verb, hint=f"{verb} --help") from None
     log = logging.getLogger(__name__)
     for warning in found.warnings:
         log.warning("%s", warning)
@@ -163,10 +148,11 @@ def _own_config(options: argparse.Namespace, load: Callable[[], Config]) -> Conf
     try:
         found = load()
     except PartitiondError as error:
-        # what an ordinary user may not even read is not its own node
-        if options.verb == "node" or (options.verb in _UNMANAGED and error.code != "config.unreadable"):
-            raise
-        raise root from None
+        if _is_foreign(options, error) or (
+            options.verb not in _UNMANAGED and error.code != "config.unreadable"
+        ):
+            raise root from None
+        raise
     if found.unmanaged is None:
         raise root
     if options.verb not in _UNMANAGED:
@@ -177,6 +163,14 @@ def _own_config(options: argparse.Namespace, load: Callable[[], Config]) -> Conf
             hint=f"there are {', '.join(_UNMANAGED)}",
         )
     return found
+
+
+def _is_foreign(options: argparse.Namespace, error: PartitiondError) -> bool:
+    """Whether a configuration is that of a node which is not the user's own: it may not be read, or nobody named it."""
+    if error.code != "config.unreadable" or error.resource != str(Path(options.cfg)):
+        return False
+    missing = isinstance(error.__cause__, FileNotFoundError) and options.cfg == DEFAULT_FILE
+    return missing or isinstance(error.__cause__, PermissionError)
 
 
 def _context(options: argparse.Namespace) -> Context:

@@ -116,7 +116,7 @@ def _control(options: argparse.Namespace, found: Config) -> int:
             "supervisor.down",
             "there is no supervisord yet",
             resource=str(file),
-            hint="run partitiond apply, or partitiond node format",
+            hint="run partitiond node format" + (", or partitiond apply" if found.unmanaged is None else ""),
         )
     words = [] if options.node_verb == "supervisorctl" else [options.node_verb]
     try:
@@ -225,7 +225,8 @@ def _pass(
     force = name != "report" and (options.force or (name == "software" and bool(only)))
     collect = name == "software" and options.garbage_collect
     patterns = {"software": ("software/*.log",), "instance": ("*/buildout.log",)}.get(name, ())
-    echo = LogEcho(found.log_dir, *patterns) if patterns and not options.json else contextlib.nullcontext()
+    silent = options.json or options.quiet
+    echo = LogEcho(found.log_dir, *patterns) if patterns and not silent else contextlib.nullcontext()
     with echo:
         value = sync(_LANES[name], Wish(force=force, only=only, again=True, collect=collect))
     show("sync", value)
