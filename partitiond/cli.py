@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from partitiond import cli_logs, cli_node_parser
-from partitiond.cli_parser import DEFAULT_FILE, WRONG_USE, parser
+from partitiond.cli_output import hush, log_to_stderr, print_error, write_line
+from partitiond.cli_parser import DEFAULT_FILE, WRONG_USE, Misuse, parser
 from partitiond.errors import FAMILY, PartitiondError, WrongUseError, printable
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ _UNMANAGED = ("node", "sync", "status", "show")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit status."""
-    options = parser().parse_args(arguments)
+    options = _parsed(sys.argv[1:] if arguments is None else arguments)
     file = os.environ.get("SLAPOS_CONFIGURATION") if options.verb == "node" or os.geteuid() != 0 else None
     for name, value in (
         ("cfg", file or DEFAULT_FILE),
@@ -46,15 +47,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ):
         if not hasattr(options, name):
             setattr(options, name, value)
-    _log_to_stderr(options)
+    log_to_stderr(options)
     if options.verb is None:
         parser().print_help(sys.stderr)
+        if options.json:
+            print_error("cli.usage", "name a verb", "partitiond", "partitiond --help")
         return WRONG_USE
     try:
         return _flushed(_VERBS[options.verb](options))
     except BrokenPipeError:
-        # whoever read our output has seen enough; what is still in the buffer must not be tried again at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        hush()
         return OK
     except WrongUseError as error:
         _complain(options, error.code, str(error), error.resource, error.hint, error)
@@ -79,39 +81,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
 
 
+def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
+    try:
+        return parser().parse_args(arguments)
+    except Misuse as error:
+        if "--json" in arguments:
+            print_error("cli.usage", error.message, error.program, f"{error.program} --help")
+        raise
+
+
 def _flushed(status: int) -> int:
     """Write what is still in the buffer now, while an error can be dealt with."""
-    sys.stdout.flush()
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        hush()
     return status
-
-
-class _PlainFormatter(logging.Formatter):
-    """Lets nothing through that would steer a terminal: names and messages of tenants end up in the log."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        return printable(super().format(record))
-
-
-def _log_to_stderr(options: argparse.Namespace) -> None:
-    running = options.verb in ("run", "demo", "node")
-    level = logging.INFO if running or options.verbose else logging.WARNING
-    if options.quiet:
-        level = logging.ERROR
-    if options.verbose > 1:
-        level = logging.DEBUG
-    form = "%(asctime)s %(levelname)s %(message)s" if running else "%(levelname)s: %(message)s"
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_PlainFormatter(form, "%Y-%m-%dT%H:%M:%S%z"))
-    logging.basicConfig(level=level, handlers=[handler])
-    logging.getLogger("urllib3").setLevel(logging.WARNING)
 
 
 def _complain(
     options: argparse.Namespace, code: str, message: str, resource: str, hint: str, error: BaseException
 ) -> int:
     if options.json:
-        value = {"code": code, "message": message, "resource": resource, "hint": hint}
-        print(json.dumps({"schema": "partitiond/error/1", "error": value}))  # noqa: T201 - the output of the program
+        print_error(code, message, resource, hint)
     about = f"{resource}: " if resource else ""
     sys.stderr.write(printable(f"partitiond: [{code}] {about}{message}\n"))
     if hint:
@@ -124,10 +116,11 @@ def _complain(
 def _print(
     options: argparse.Namespace, name: str, value: dict[str, Any], text: Callable[[dict[str, Any]], str]
 ) -> None:
+    write = print if options.verb == "events" else write_line  # without a reader there is nothing to follow
     if options.json:
-        print(json.dumps({"schema": f"partitiond/{name}/1", **value}))  # noqa: T201 - the output of the program
+        write(json.dumps({"schema": f"partitiond/{name}/1", **value}))
     elif not options.quiet:
-        print(text(value))  # noqa: T201 - the output of the program
+        write(text(value))
 
 
 def _config(options: argparse.Namespace) -> Config:
@@ -135,7 +128,14 @@ def _config(options: argparse.Namespace) -> Config:
 
     overrides = cli_node_parser.overrides(options) if options.verb == "node" else {}
     load = partial(config.load, Path(options.cfg), overrides)
-    found = load() if os.geteuid() == 0 else _own_config(options, load)
+    try:
+        found = load() if os.geteuid() == 0 else _own_config(options, load)
+    except PartitiondError as error:
+        blamed = cli_node_parser.blame(str(error)) if error.code == "config.value" else None
+        if blamed is None:
+            raise
+        verb = f"partitiond node {options.node_verb}"
+        raise WrongUseError("cli.usage", blamed, resource=verb, hint=f"{verb} --help") from None
     log = logging.getLogger(__name__)
     for warning in found.warnings:
         log.warning("%s", warning)
@@ -148,10 +148,11 @@ def _own_config(options: argparse.Namespace, load: Callable[[], Config]) -> Conf
     try:
         found = load()
     except PartitiondError as error:
-        # what an ordinary user may not even read is not its own node
-        if options.verb == "node" or (options.verb in _UNMANAGED and error.code != "config.unreadable"):
-            raise
-        raise root from None
+        if _is_foreign(options, error) or (
+            options.verb not in _UNMANAGED and error.code != "config.unreadable"
+        ):
+            raise root from None
+        raise
     if found.unmanaged is None:
         raise root
     if options.verb not in _UNMANAGED:
@@ -162,6 +163,14 @@ def _own_config(options: argparse.Namespace, load: Callable[[], Config]) -> Conf
             hint=f"there are {', '.join(_UNMANAGED)}",
         )
     return found
+
+
+def _is_foreign(options: argparse.Namespace, error: PartitiondError) -> bool:
+    """Whether a configuration is that of a node which is not the user's own: it may not be read, or nobody named it."""
+    if error.code != "config.unreadable" or error.resource != str(Path(options.cfg)):
+        return False
+    missing = isinstance(error.__cause__, FileNotFoundError) and options.cfg == DEFAULT_FILE
+    return missing or isinstance(error.__cause__, PermissionError)
 
 
 def _context(options: argparse.Namespace) -> Context:
@@ -405,8 +414,7 @@ def _tunnel(options: argparse.Namespace) -> int:
     from partitiond import present, tunnel_status  # noqa: PLC0415 - as above
 
     if options.tunnel_verb is None:
-        sys.stderr.write("partitiond tunnel: name a verb: list, check\n")
-        return WRONG_USE
+        raise WrongUseError("cli.usage", "name a verb", resource="partitiond tunnel", hint="list, check")
     if options.tunnel_verb == "check":
         return _tunnel_check(options)
     _print(options, "tunnel-list", tunnel_status.listing(_reading(options)), present.tunnels)
@@ -426,8 +434,8 @@ def _report(options: argparse.Namespace) -> int:
 
     name = options.report_verb
     if name is None:
-        sys.stderr.write("partitiond report: name a verb: list, show, resend, drop\n")
-        return WRONG_USE
+        hint = "list, show, resend, drop"
+        raise WrongUseError("cli.usage", "name a verb", resource="partitiond report", hint=hint)
     if name == "list":
         _print(
             options,

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from partitiond import cli_node_parser, control, unmanaged_verbs
 from partitiond.cli_node_parser import CONTROL, ELSEWHERE
-from partitiond.errors import PartitiondError, WrongUseError
+from partitiond.errors import FAMILY, PartitiondError, WrongUseError, printable, sentence
 from partitiond.log_echo import LogEcho
 from partitiond.passes import Wish
 
@@ -82,6 +82,9 @@ def run(
     _log_to(options.log_file)
     for option, reason in cli_node_parser.idle(options).items():
         logger.warning("%s is not acted on: %s", option, reason)
+    if options.json and name in ("status", "supervisord", *CONTROL):
+        hint = "partitiond --json status and show list processes"
+        raise WrongUseError("node.text", "has words of supervisord's, and no JSON", resource=name, hint=hint)
     if name == "status" or name in CONTROL:
         return _control(options, found)
     if found.unmanaged is not None:
@@ -113,7 +116,7 @@ def _control(options: argparse.Namespace, found: Config) -> int:
             "supervisor.down",
             "there is no supervisord yet",
             resource=str(file),
-            hint="run partitiond apply, or partitiond node format",
+            hint="run partitiond node format" + (", or partitiond apply" if found.unmanaged is None else ""),
         )
     words = [] if options.node_verb == "supervisorctl" else [options.node_verb]
     try:
@@ -176,13 +179,26 @@ def _format(
     value = changing(
         "/1/apply", {"partitions": [], "force": False}, lambda context: alone.apply(context, [], force=False)
     )
+    status = FAILED if value["failures"] or value["left"] else OK
+    if status == OK and not options.local:
+        # made it is all the same: that is shown, in one object with what came of the telling
+        untold = _untold(sync)
+        if untold is not None:
+            value = {**value, "failures": verbs.failures_as_json([untold])}
+            status = exit_status(options, untold[1])
     show("apply", value)
-    if value["failures"] or value["left"]:
-        return FAILED
-    if not options.local:
+    return status
+
+
+def _untold(sync: Callable[[str], dict[str, Any]]) -> tuple[str, Exception] | None:
+    """Tell the master what there is; what could not be told it, and why."""
+    try:
         told = sync("capacity")
-        logger.info("%s", "; ".join(told["done"]))
-    return OK
+    except FAMILY as error:
+        logger.error("%s (%s)", sentence(error), printable(error.hint))  # noqa: TRY400 - told in words
+        return error.resource, error
+    logger.info("%s", "; ".join(told["done"]))
+    return None
 
 
 def wait(options: argparse.Namespace, longest: int) -> None:
@@ -209,7 +225,8 @@ def _pass(
     force = name != "report" and (options.force or (name == "software" and bool(only)))
     collect = name == "software" and options.garbage_collect
     patterns = {"software": ("software/*.log",), "instance": ("*/buildout.log",)}.get(name, ())
-    echo = LogEcho(found.log_dir, *patterns) if patterns and not options.json else contextlib.nullcontext()
+    silent = options.json or options.quiet
+    echo = LogEcho(found.log_dir, *patterns) if patterns and not silent else contextlib.nullcontext()
     with echo:
         value = sync(_LANES[name], Wish(force=force, only=only, again=True, collect=collect))
     show("sync", value)

@@ -9,6 +9,8 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
+from partitiond.config_reader import COMMAND_LINE
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -146,6 +148,16 @@ def overrides(options: argparse.Namespace) -> dict[tuple[str, str], str]:
         if section in ("slapos", "slapformat") and key and value is not None:
             found[section, key] = str(value)
     return found
+
+
+def blame(problems: str) -> str | None:
+    """The problems of a configuration, with options in place of keys, if all of them are those of options."""
+    lines = problems.splitlines()
+    if not lines or not all(line.startswith(f"{COMMAND_LINE}: ") for line in lines):
+        return None
+    names = {key: option for option, (_, key) in (_GRID | _FORMAT).items()}
+    said = [line.removeprefix(f"{COMMAND_LINE}: ").partition(" ") for line in lines]
+    return "\n".join(f"{names.get(key, key)} {rest}" for key, _, rest in said)
 
 
 def idle(options: argparse.Namespace) -> dict[str, str]:

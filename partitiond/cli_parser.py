@@ -7,6 +7,7 @@ import sys
 from typing import TYPE_CHECKING, NoReturn
 
 from partitiond import __version__, cli_logs, cli_node_parser, cli_register
+from partitiond.errors import printable
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -20,10 +21,19 @@ _LONGEST_TRIAL = 86400.0
 _TIME = "ISO 8601 time, date or month, today, yesterday"
 
 
+class Misuse(SystemExit):
+    """The arguments are wrong; standard error says so already. ``program`` is the verb's."""
+
+    def __init__(self, program: str, message: str) -> None:
+        super().__init__(WRONG_USE)
+        self.program, self.message = program, message
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.print_usage(sys.stderr)
-        self.exit(WRONG_USE, f"{self.prog}: {message}\nnext: {self.prog} --help\n")
+        sys.stderr.write(printable(f"{self.prog}: {message}\nnext: {self.prog} --help\n"))
+        raise Misuse(self.prog, message)
 
 
 def _common() -> _Parser:

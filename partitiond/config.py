@@ -192,7 +192,7 @@ def load(path: Path, overrides: Mapping[tuple[str, str], str] | None = None) -> 
         config_reader.read(parser, file)
     for (section, key), value in (overrides or {}).items():
         parser.read_dict({section: {key: value}}, source="the command line")
-    reader = Reader(parser, files)
+    reader = Reader(parser, files, given=frozenset(overrides or ()))
     _warn_unknown(reader)
     config_managers.warn(reader)
     _check_shapes(reader)

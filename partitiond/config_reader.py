@@ -19,6 +19,10 @@ _SYSTEM_DIRECTORIES = frozenset(
 )
 
 
+COMMAND_LINE = "the command line"
+"""The place of what an option says."""
+
+
 @dataclass(slots=True)
 class Reader:
     """The parsed sections, and every complaint collected on the way."""
@@ -27,9 +31,12 @@ class Reader:
     files: tuple[Path, ...]
     problems: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    given: frozenset[tuple[str, str]] = frozenset()  # on the command line, in place of what the files say
 
     def place(self, section: str, key: str) -> str:
         """``file:line`` of the last setting of a key; the section's head when the key is not there."""
+        if (section, key) in self.given:
+            return COMMAND_LINE
         found = f"{self.files[0]}: [{section}]"
         for path in self.files:
             current = ""

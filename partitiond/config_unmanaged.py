@@ -16,6 +16,7 @@ from ipaddress import IPv4Interface, IPv6Address, IPv6Interface, IPv6Network, ip
 from typing import TYPE_CHECKING
 
 from partitiond import config_reader
+from partitiond.errors import PartitiondError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -62,11 +63,22 @@ def chosen(reader: Reader) -> bool:
 
 
 def read(reader: Reader) -> Unmanaged | None:
-    """Read the definition file of such a node; what is wrong in it is the reader's to collect."""
+    """Read the definition file of such a node; what is wrong in it is the reader's to collect.
+
+    Raises PartitiondError ``node.nameless``, and as :func:`partitiond.config_reader.read` for the definition.
+    """
     if not chosen(reader):
         return None
     uid, gid = os.geteuid(), os.getegid()
-    user = pwd.getpwuid(uid).pw_name
+    try:
+        user = pwd.getpwuid(uid).pw_name
+    except KeyError:  # as in a container; builds and supervisord ask for the user by its name
+        raise PartitiondError(
+            "node.nameless",
+            "whose node it is has no name in the user database",
+            resource=f"uid {uid}",
+            hint="give it a line in /etc/passwd, or the files of libnss-wrapper",
+        ) from None
     file = reader.optional_path(*_HERE)
     if file is None:
         reader.bad(*_HERE, "", f"the file of the partitions' addresses: {' and '.join(KEYS)} are false")

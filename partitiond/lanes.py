@@ -262,9 +262,9 @@ def report(context: Context, *, asked: bool = False, force: bool = False) -> Res
     return reports.run_pass(context, node, ask=lambda: knock(context), asked=asked, force=force)
 
 
-def promise(context: Context) -> Result:
-    """Look at the promises of instances that run."""
-    return promises.run_pass(context, context.node_in_force or converge.observe(context).node)
+def promise(context: Context, only: frozenset[str] = frozenset()) -> Result:
+    """Look at the promises of instances that run, or ``only`` of these."""
+    return promises.run_pass(context, context.node_in_force or converge.observe(context).node, only)
 
 
 def usage(context: Context) -> Result:

@@ -5,6 +5,7 @@ The logs are followed, whoever builds: this process or the daemon.
 
 from __future__ import annotations
 
+import logging
 import re
 import sys
 import threading
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
     from types import TracebackType
+
+logger = logging.getLogger(__name__)
 
 _PAUSE = 0.1
 _PIECE = 1 << 20
@@ -49,8 +52,12 @@ class LogEcho:
         last = False
         while not last:
             last = self._done.wait(_PAUSE)  # then once more, for what was written since
-            for path in self._logs():
-                self._show(path)
+            try:
+                for path in self._logs():
+                    self._show(path)
+            except OSError as error:  # who read it has gone, say: the build goes on without a listener
+                logger.debug("builds are not shown any more: %s", error)
+                return
 
     def _show(self, path: Path) -> None:
         try:

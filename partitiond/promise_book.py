@@ -1,7 +1,8 @@
 """What is known of each partition's promises, and what the master was told of it.
 
 Lives in memory; a change of a state, and what the master was told, is also on disk (``state_dir/promises/``), so that a daemon
-that begins anew tells nothing twice, and readers without a daemon see it.
+that begins anew tells nothing twice, and readers without a daemon see it. Where no daemon runs, and a program of its own makes
+each pass, that keeps all of it there: what is due when, and what failed how often in a row.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ logger = logging.getLogger(__name__)
 ALL = "promise/(all)"
 """The key of what is wrong with the run of a partition's promises as a whole."""
 
+_LONGEST_REST = 86400.0  # of what is remembered on disk: the clock may have been set back since
 _MOST_TOLD, _HOUR = (
     20,
     3600.0,
@@ -155,22 +157,18 @@ class PromiseBook:
 
     def save(self, partition: str, page: Page) -> None:
         """Remember what must outlive the daemon. Raises OSError."""
-        value = {
-            "guid": page.guid,
-            "told": page.told,
-            "broken": page.broken,
-            "promises": {
-                key: {
-                    "failed": one.failed,
-                    "message": one.message,
-                    "since": one.since,
-                    "seconds": one.seconds,
-                }
-                for key, one in sorted(page.standings.items())
-            },
-        }
         files.make_directory(self._directory, 0o700)
-        files.write_path(self._path(partition), json.dumps(value).encode("ascii"), mode=0o600)
+        files.write_path(self._path(partition), _content(page), mode=0o600)
+
+    def keep(self) -> None:
+        """Remember all that the next program has to know of what was run by this one. Raises OSError."""
+        for name, page in self.ran().items():
+            try:
+                known = self._path(name).read_bytes()
+            except FileNotFoundError:
+                known = b""
+            if (page.standings or known) and _content(page) != known:
+                self.save(name, page)
 
     def _path(self, partition: str) -> Path:
         return self._directory / f"{partition}.json"
@@ -186,16 +184,62 @@ class PromiseBook:
                     since=float(one["since"]),
                     seconds=float(one["seconds"]),
                     # one that is an anomaly failed as often as it takes
-                    row=3 if one["failed"] else 0,
+                    row=int(one.get("row", 3 if one["failed"] else 0)),
+                    due=_monotonic(one.get("due", 0.0)),
+                    bang=bool(one.get("bang", False)),
                 )
                 for key, one in value["promises"].items()
             }
-            return Page(str(value["guid"]), standings, told=bool(value["told"]), broken=bool(value["broken"]))
+            return Page(
+                str(value["guid"]),
+                standings,
+                told=bool(value["told"]),
+                broken=bool(value["broken"]),
+                faults=int(value.get("faults", 0)),
+                bangs=int(value.get("bangs", 0)),
+                bang_after=_monotonic(value.get("bang_after", 0.0)),
+            )
         except FileNotFoundError:
             return None
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             logger.warning("%s: cannot be read, and is made anew: %s", self._path(partition), error)
             return None
+
+
+def _content(page: Page) -> bytes:
+    """What is on disk of a page."""
+    value = {
+        "guid": page.guid,
+        "told": page.told,
+        "broken": page.broken,
+        "faults": page.faults,
+        "bangs": page.bangs,
+        "bang_after": _unix(page.bang_after),
+        "promises": {
+            key: {
+                "failed": one.failed,
+                "message": one.message,
+                "since": one.since,
+                "seconds": one.seconds,
+                "row": one.row,
+                "due": _unix(one.due),
+                "bang": one.bang,
+            }
+            for key, one in sorted(page.standings.items())
+        },
+    }
+    return json.dumps(value).encode("ascii")
+
+
+def _unix(at: float) -> int:
+    """A time of the monotonic clock in whole Unix seconds: what was read is written as it was; 0 for what is over."""
+    left = at - time.monotonic()
+    return round(time.time() + left) if left > 0 else 0
+
+
+def _monotonic(at: float) -> float:
+    left = float(at) - time.time()
+    return time.monotonic() + left if 0 < left <= _LONGEST_REST else 0.0
 
 
 def stand(result: PromiseResult, before: Standing | None, now: float) -> Standing:

@@ -120,10 +120,10 @@ def _stopping(partition: Partition) -> PartitiondError:
     )
 
 
-def run_pass(context: Context, node: Node) -> Result:
-    """Look at what is due of the promises of all instances that are to run, and tell the master of changes."""
+def run_pass(context: Context, node: Node, only: frozenset[str] = frozenset()) -> Result:
+    """Look at what is due of the promises of instances that are to run, or of ``only`` these; tell the master of changes."""
     result = Result([], [])
-    turns = _due(context, node)
+    turns = [turn for turn in _due(context, node) if not only or turn.partition.id in only]
     if not turns:
         return result
     began = time.monotonic()

@@ -9,6 +9,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from partitiond import (
+    alone,
     cli_node_parser,
     lock,
     promises,
@@ -54,13 +55,16 @@ def run(
         )
     context = unmanaged.context(config)
     if name == "promise":
-        return _promise(context, cli_node_parser.named(options))
+        return _promise(options, context, show)
     if name == "supervisord":
         return _supervisord(context, foreground=options.nodaemon)
     if name == "format":
         if options.dry_run:
-            for one in unmanaged.plan(context):
+            changes = unmanaged.plan(context)
+            for one in changes:
                 logger.info("%s: %s", one.path, one.reason)
+            if options.json:
+                show("plan", {"operations": [_operation(one) for one in changes], "refused": []})
             return 0
         value = sync(context, "capacity", Wish(), told=not options.local)
         show("sync", value)
@@ -88,11 +92,14 @@ def sync(context: Context, lane: str, wish: Wish, *, told: bool = True) -> dict[
         if lane in ("instances", "report"):
             _have_supervisor(context)
         try:
-            return verbs.sync(context, lane, wish)
+            value = verbs.sync(context, lane, wish)
         except SlapError as error:
             if lane == "instances" and error.retryable:
                 _start_all(context)
             raise
+        if lane == "instances":  # its supervisord has a watchdog
+            alone.add(value, alone.in_between(context, wish.only, watchdog=False))
+        return value
 
 
 @contextlib.contextmanager
@@ -141,8 +148,25 @@ def _supervisord(context: Context, *, foreground: bool) -> int:
     return 0
 
 
-def _promise(context: Context, only: frozenset[str]) -> int:
+def _operation(change: unmanaged.Change) -> dict[str, str | None]:
+    """A change as ``plan`` shows it."""
+    kind = "directory" if change.content is None else "file"
+    return {
+        "id": f"{kind}:{change.path}",
+        "resource": str(change.path),
+        "action": "create" if change.reason == "missing" else "change",
+        "partition": None,
+        "before": None,
+        "after": kind,
+        "reason": change.reason,
+    }
+
+
+def _promise(
+    options: argparse.Namespace, context: Context, show: Callable[[str, dict[str, Any]], None]
+) -> int:
     """Test the promises of the instances that run; 2 when one fails, as slapgrid has it."""
+    only = cli_node_parser.named(options)
     node = context.node_in_force or unmanaged.node(context.config)
     states, damaged = context.store.readable()
     for name, error in damaged.items():
@@ -157,7 +181,17 @@ def _promise(context: Context, only: frozenset[str]) -> int:
     for name, outcome in found.items():
         for promise, said in outcome.failed.items():
             logger.warning("%s: promise %s fails: %s", name, promise, printable(said))
-    return 2 if any(outcome.failed for outcome in found.values()) else 0
+    failed = [
+        (name, PartitiondError("instance.promise", outcome.message, resource=name, hint="mend what it says"))
+        for name, outcome in found.items()
+        if outcome.failed
+    ]
+    if options.json:
+        failures = verbs.failures_as_json(failed)
+        show(
+            "sync", {"lane": "promises", "done": [f"{name}: tested" for name in found], "failures": failures}
+        )
+    return 2 if failed else 0
 
 
 def node_status(context: Context) -> dict[str, Any]:

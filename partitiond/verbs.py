@@ -79,14 +79,14 @@ def record(context: Context, outcome: Outcome) -> None:
         "apply.failed" if failed else "apply.done",
         message,
         done=outcome.done,
-        failures=_failures(outcome.failures) or None,
+        failures=failures_as_json(outcome.failures) or None,
     )
 
 
 def _outcome(outcome: Outcome) -> dict[str, Any]:
     return {
         "done": outcome.done,
-        "failures": _failures(outcome.failures),
+        "failures": failures_as_json(outcome.failures),
         "left": [as_json(operation) for operation in outcome.left],
         "refused": _refused(outcome.refused),
     }
@@ -96,7 +96,8 @@ def _refused(found: Iterable[Any]) -> list[dict[str, Any]]:
     return [refusal.as_json(one) for one in found]
 
 
-def _failures(found: Iterable[tuple[str, Exception]]) -> list[dict[str, str]]:
+def failures_as_json(found: Iterable[tuple[str, Exception]]) -> list[dict[str, str]]:
+    """Return the failures of a pass as verbs show them."""
     return [
         {
             "resource": resource,
@@ -121,7 +122,7 @@ def sync(context: Context, lane: str, wish: Wish) -> dict[str, Any]:
                 hint="partitiond status lists them",
             )
     result = lanes.run(context, lane, wish)
-    return {"lane": lane, "done": result.done, "failures": _failures(result.failures)}
+    return {"lane": lane, "done": result.done, "failures": failures_as_json(result.failures)}
 
 
 def tear_down(context: Context, *, purge: bool) -> dict[str, Any]:

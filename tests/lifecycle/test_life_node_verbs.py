@@ -71,9 +71,42 @@ def test_without_a_daemon(node, url):
     assert node.buildouts(name) == before, "it is not due"
     said(node, "instance", "--all")
     assert node.buildouts(name) == before + 1
+    _kept_without_a_daemon(node, name)
+    before = node.buildouts(name) - 1
     text = said(node, "instance", "--force", "--only-cp", f"{name},slappart77", expect=1)
     assert "[sync.unknown_partition] slappart77" in text
     assert node.buildouts(name) == before + 1
+
+
+def _kept_without_a_daemon(node, name):
+    """What a daemon does in between each run does: it asks promises, and looks after programs that ended."""
+    promise = node.base / "instance" / name / "etc" / "promise" / "kept"
+    promise.write_text("#!/bin/sh\necho >> asked; echo on purpose; exit 1\n")
+    promise.chmod(0o755)
+    said(node, "supervisorctl", "signal", "KILL", f"{name}:http-on-watch")
+    node.wait(lambda: "EXITED" in ask_status(node, name), "the program to end")
+    text = said(node, "instance")
+    assert f"{name}: http-on-watch ended; the master is told" in text
+    assert node.front.count("softwareInstanceBang") == 1
+    assert len((promise.parents[2] / "asked").read_text()) == 1
+    # as the master was told, it has it configured anew
+    assert "on purpose" in said(node, "instance", expect=2)
+    promise.unlink()
+    said(node, "instance")
+    assert "RUNNING" in ask_status(node, name)
+    assert node.front.count("softwareInstanceBang") == 1
+
+
+def ask_status(node, name):
+    done = subprocess.run(
+        list(map(str, node.line("node", "status", f"{name}:http-on-watch"))),
+        cwd="/",
+        env=node.environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return done.stdout
 
 
 @pytest.mark.full
@@ -106,7 +139,11 @@ def test_exit_codes(node, url):
     node.front.answers["*"] = always(b"", 503)
     # a report with nothing to tell asks nobody
     for verb, status in (("instance", 3), ("software", 1), ("report", 0), ("format", 2)):
-        said(node, verb, *(("--now",) if verb == "format" else ()), expect=status)
+        words = ("--now",) if verb == "format" else ()
+        said(node, verb, *words, expect=status)
+        value = node.cli("node", verb, *words, expect=status).value
+        if verb == "format":
+            assert [one["code"] for one in value["failures"]] == ["slap.unavailable"]
     node.front.answers.clear()
     node.request("bad", url, text="bad", fail="on purpose")
     said(node, "instance", expect=1)

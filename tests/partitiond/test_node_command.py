@@ -1,11 +1,18 @@
 """The command line from outside: exit codes, errors in people's words and as JSON, no traceback, no foreign code."""
 
+import contextlib
 import json
+import os
 import subprocess
+import sys
+import tempfile
+import threading
 from pathlib import Path
 
 import pytest
 from json_schemas import parsed
+
+from partitiond.log_echo import LogEcho
 
 INSTALLED = Path("/opt/partitiond/bin/partitiond")
 
@@ -33,6 +40,13 @@ def test_wrong_use_is_64_and_says_what_is_right(command, arguments):
     assert (done.returncode, done.stdout) == (64, "")
     assert "Traceback" not in done.stderr
     assert "partitiond" in done.stderr
+
+
+@pytest.mark.parametrize("arguments", [("plan", "--wrong"), ("tunnel",), ("node", "status"), ()])
+def test_wrong_use_is_one_object_where_json_is_asked_for(command, node_config, arguments):
+    done = command("--json", "-c", node_config(0, interface="lo").path, *arguments)
+    assert done.returncode == 64
+    assert parsed(done)["error"]["code"] in ("cli.usage", "node.verb", "node.text")
 
 
 @pytest.mark.parametrize(
@@ -193,3 +207,77 @@ def test_the_foreign_packages_do_harm_where_nothing_is_isolated(foreign):
     done = subprocess.run([str(interpreter), "-c", "import netplan"], cwd=directory, check=False)
     assert done.returncode == 99
     assert mark.exists()
+
+
+_UNMANAGED = """\
+[slapos]
+computer_id = local
+master_url = http://127.0.0.1:1/
+software_root = {base}/soft
+instance_root = {base}/inst
+
+[slapformat]
+input_definition_file = {base}/definition.cfg
+alter_user = false
+alter_network = false
+create_tap = false
+"""
+
+
+@pytest.fixture
+def of_others():
+    """A directory that everybody may read, with a configuration of a node that owns nothing."""
+    with tempfile.TemporaryDirectory(dir="/srv") as name:
+        base = Path(name)
+        base.chmod(0o755)
+        (base / "slapos.cfg").write_text(_UNMANAGED.format(base=base))
+        (base / "definition.cfg").write_text("[computer]\naddress = 127.0.0.1/255.0.0.0\n")
+        yield base
+
+
+def test_a_user_is_told_of_root_only_where_root_would_help(command, of_others):
+    def code(*arguments, uid=65534, expect=1):
+        line = ["/usr/bin/setpriv", f"--reuid={uid}", f"--regid={uid}", "--clear-groups", "--"]
+        line += command.line("--json", *arguments)
+        done = subprocess.run(
+            line, env=command.environment, cwd="/", capture_output=True, text=True, check=False
+        )
+        assert done.returncode == expect, done.stderr
+        return parsed(done)["error"]
+
+    file = str(of_others / "slapos.cfg")
+    found = code("status", "-c", file, uid=54321)
+    assert (found["code"], found["resource"]) == ("node.nameless", "uid 54321")
+    found = code("node", "instance", "-c", file, "--promise-timeout", "abc", expect=64)
+    assert found["message"].startswith("--promise-timeout = 'abc'; allowed: ")
+    (of_others / "definition.cfg").unlink()
+    found = code("status", "-c", file)
+    assert (found["code"], found["resource"]) == ("config.unreadable", str(of_others / "definition.cfg"))
+    assert code("status", "-c", f"{file}x")["code"] == "config.unreadable"
+    (of_others / "slapos.cfg").chmod(0o600)
+    assert code("status", "-c", file)["code"] == "cli.root"
+
+
+def test_a_status_outlives_the_reader(command, node_config):
+    reading, writing = os.pipe()
+    os.close(reading)
+    line = command.line("plan", "-c", node_config(3, interface="lo").path)
+    done = subprocess.run(
+        line, env=command.environment, cwd="/", stdout=writing, stderr=subprocess.PIPE, text=True, check=False
+    )
+    os.close(writing)
+    assert (done.returncode, "Traceback" in done.stderr) == (2, False), done.stderr
+
+
+def test_what_builds_say_ends_quietly_when_nobody_reads_it(tmp_path, monkeypatch):
+    reading, writing = os.pipe()
+    os.close(reading)
+    stream = os.fdopen(writing, "w")
+    problems = []
+    monkeypatch.setattr(sys, "stdout", stream)
+    monkeypatch.setattr(threading, "excepthook", problems.append)
+    with LogEcho(tmp_path, "*.log"):
+        (tmp_path / "a.log").write_text("said\n")
+    with contextlib.suppress(BrokenPipeError):
+        stream.close()
+    assert problems == []

@@ -10,7 +10,7 @@ import pytest
 from promise_scene import PYTHON, RELEASE, PromiseScene, slapgrid_launcher
 
 from accounting import Ledger
-from partitiond import metrics, present, promise_book, promises, status
+from partitiond import alone, metrics, present, promise_book, promises, status
 from partitiond.promise_book import Page, Standing, stand
 from partitiond.promise_results import PromiseResult
 
@@ -240,6 +240,37 @@ def test_a_daemon_that_begins_anew_tells_nothing_twice(scene):
     assert [words[0] for words in scene.master.told] == ["error"]
     assert scene.page().standings["promise/down"].since == since
     assert len(scene.events()) == 1
+
+
+def test_programs_that_each_make_one_pass_find_what_a_daemon_would(scene):
+    scene.promise("down", "echo x >> down; exit 1")
+    scene.plugin("mad.py", "open('mad', 'a').write('x'); self.logger.error('mad')", number=1)
+    directory = scene.context.config.state_dir / "promises"
+    content = []
+    for number in range(5):
+        scene.context.promises = promise_book.PromiseBook(directory)
+        page = scene.context.promises.page("slappart0", "SOFTINST-0")
+        for one in page.standings.values() if number in (1, 2) else ():
+            one.due = 0.0
+        assert alone.in_between(scene.context, frozenset(), watchdog=False).failures == []
+        content.append({path.name: path.read_bytes() for path in directory.iterdir()})
+    assert [words[:2] for words in scene.master.told] == [
+        ("bang", "slappart1"),
+        ("error", "slappart1"),
+        ("error", "slappart0"),
+    ]
+    # it has its rhythm, and what was not due changes nothing
+    assert [len((scene.partition(0).path / "down").read_text().split())] == [3]
+    assert (scene.partition(1).path / "mad").read_text() == "x"
+    assert content[2] == content[3] == content[4]
+
+
+def test_a_time_on_disk_that_is_far_away_keeps_no_promise_from_its_turn(tmp_path):
+    book = promise_book.PromiseBook(tmp_path)
+    one = promise_book.Standing(True, "m", 1.0, 0.1, row=2, due=time.monotonic() + 1e9)
+    book.save("slappart0", promise_book.Page("guid", {"promise/x": one}, bangs=3))
+    found = promise_book.PromiseBook(tmp_path).known("slappart0")
+    assert (found.standings["promise/x"].due, found.standings["promise/x"].row, found.bangs) == (0.0, 2, 3)
 
 
 def test_each_has_its_own_rhythm_and_a_pass_in_which_nothing_is_due_starts_nothing(scene, monkeypatch):
