@@ -39,6 +39,7 @@ from partitiond import (
     textfile,
     verbs,
 )
+from partitiond.alarm import Alarm
 from partitiond.api import Api
 from partitiond.asked_passes import AskedPasses
 from partitiond.bounded_http import Unknown
@@ -169,7 +170,6 @@ class Daemon:
         self._torn_down = False
         self._asked = AskedPasses()
         self._healer: Healer | None = None
-        self._reporting: threading.Timer | None = None
         self._processes = ProcessWatch(context, self._supervisor_ended)
         self._watchdog = Watchdog(context, self._wake_watchdog)
         self._reboots = Reboots(context)
@@ -189,13 +189,16 @@ class Daemon:
             "tunnels": self._lane("tunnels", TunnelLane(self._processes.attend).run),
             "certificates": self._lane("certificates", CertificateLane().run),
         }
+        wake_report = self._lanes["report"].wake
+        self._report_alarm, self._day_alarm = Alarm(wake_report), Alarm(wake_report)
+        self._watchdog_alarm = Alarm(self._lanes["watchdog"].wake)
         context.builds.patience = 1  # where one comes, others may follow
         if "NOTIFY_SOCKET" in os.environ:  # started by systemd, so perhaps with the machine
             capacity.delay = first_pause(time.clock_gettime(time.CLOCK_BOOTTIME))
         context.wishes.answered = self._answered
         context.troubles["master"] = lambda: context.wishes.trouble
         context.process_ended = self._process_ended
-        context.wake_report = self._lanes["report"].wake
+        context.wake_report = wake_report
         context.wake_instances = self._lanes["instances"].wake
         context.day_ended = self._day_ended
         context.limits_changed = lambda: self._tell(converge.apply(context))
@@ -321,9 +324,7 @@ class Daemon:
         if seconds <= 0:
             self._lanes["watchdog"].wake()
             return
-        timer = threading.Timer(seconds, self._lanes["watchdog"].wake)
-        timer.daemon = True  # the process does not wait for it when it ends
-        timer.start()
+        self._watchdog_alarm.ring_in(seconds)
 
     def _tell(self, outcome: Outcome) -> None:
         """Say what an apply that nobody waits for has led to."""
@@ -391,19 +392,14 @@ class Daemon:
     def _report(self, context: Context) -> Result:
         result = lanes.report(context)
         if result.failures:
-            again = threading.Timer(FIRST_PAUSE * 6, self._lanes["report"].wake)
-            again.daemon = True  # the process does not wait for it when it ends
-            again.start()
+            self._report_alarm.ring_in(FIRST_PAUSE * 6)
         return result
 
     def _day_ended(self) -> None:
         """Have the day reported, not by all nodes of a master at the same time."""
-        timer = self._reporting
-        if timer is None or not timer.is_alive():
+        if not self._day_alarm.is_set:  # else each pass would draw again, until it is soon
             most = min(self._interval("report"), _REPORTS_WITHIN)
-            self._reporting = timer = threading.Timer(random.uniform(0, most), self._lanes["report"].wake)  # noqa: S311 - jitter
-            timer.daemon = True
-            timer.start()
+            self._day_alarm.ring_in(random.uniform(0, most))  # noqa: S311 - jitter
 
     def _apply(self, body: dict[str, Any]) -> dict[str, Any]:
         """Apply, by the file as it is now."""
