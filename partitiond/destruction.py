@@ -2,7 +2,7 @@
 
 Promises: nothing is removed before the retention delay is over and its last usage is in documents, and until then the master
 may want it back; what was begun is finished, however often it is cut short; its end is told to the master last of all, and
-counts only when the master has taken it.
+counts only when the master has taken it, or by its answers knows nothing of the instance any more.
 """
 
 from __future__ import annotations
@@ -57,6 +57,7 @@ def retire(
 ) -> str | None:
     """Stop an instance that is to be destroyed; the report lane removes it. Return what was done. Raises PartitiondError."""
     if state.life == "destroying":
+        _note_dropped(context, state, dropped=entry.free)
         if state.keep_until and not state.removing and not kept(state, time.time()):
             context.wake_report()
         return None
@@ -75,6 +76,7 @@ def retire(
             instance_guid=state.instance_guid or entry.instance_guid or None,
             software_release=state.software_release or entry.software_release,
             keep_until=until,
+            dropped=entry.free,
             failures=0,
             next_try=0.0,
             error=None,
@@ -88,8 +90,24 @@ def retire(
         except PartitiondError as error:
             logger.warning("%s: %s", partition.id, sentence(error))
     context.wake_report()
-    report(lambda: context.client.instance_stopped(partition.id), partition.id)
+    if not entry.free:
+        report(lambda: context.client.instance_stopped(partition.id), partition.id)
     return f"stopped, kept until {iso_utc(until)}" if until else "stopped, to be destroyed"
+
+
+def _note_dropped(context: Context, state: InstanceState, *, dropped: bool) -> None:
+    """Remember whether the master still knows an instance that goes.
+
+    It does not when it lists the partition as free: it has dropped the instance, or has taken our word of its end although its
+    answer got lost. And it does not when it wants another one there. Told of the end it would answer 404 then, for ever, or
+    take it for the end of the other.
+    """
+    with context.applying:
+        now = context.store.instance(state.partition)
+        if now.life == "destroying" and now.dropped != dropped:
+            context.store.save_instance(replace(now, dropped=dropped))
+            if dropped and now.cleaned:
+                context.wake_report()
 
 
 def _kept_by_slapgrid(context: Context, partition: Partition, now: float) -> float:
@@ -125,6 +143,8 @@ def revoke(context: Context, state: InstanceState, entry: PartitionDocument) -> 
     Raises PartitiondError ``instances.kept`` for another instance than the one that is kept.
     """
     with context.applying:
+        if entry.instance_guid and state.instance_guid not in (None, entry.instance_guid):
+            _note_dropped(context, state, dropped=True)
         state = context.store.instance(state.partition)
         if state.life != "destroying" or state.settled or state.removing or state.cleaned:
             return None
@@ -139,7 +159,7 @@ def revoke(context: Context, state: InstanceState, entry: PartitionDocument) -> 
                     retryable=True,
                 )
             return None
-        back = replace(state, life="stopped", timestamp=None, keep_until=0.0, prerm_ran=False)
+        back = replace(state, life="stopped", timestamp=None, keep_until=0.0, prerm_ran=False, dropped=False)
         context.store.save_instance(back)
     logger.info("%s: not to be destroyed any more", state.partition)
     return back
@@ -314,12 +334,18 @@ def _finish_one(context: Context, node: Node, partition: Partition, *, tell: boo
                 raise
             logger.warning("%s: removed all the same: %s", partition.id, sentence(error))
         instance_cleanup.clean(context, node, partition)
-        state = replace(state, cleaned=True, error=None)
-        context.store.save_instance(state)
-    if not tell:
+        with context.applying:  # what the master said meanwhile stays
+            state = replace(context.store.instance(partition.id), cleaned=True, error=None)
+            context.store.save_instance(state)
+    if state.dropped:
+        # nor may what waits to be told be taken for the next one's
+        context.outbox.forget(("instance", partition.id))
+    elif not tell:
         return False
-    context.client.instance_destroyed(partition.id)
-    context.store.save_instance(replace(state, life="free"))
+    else:
+        context.client.instance_destroyed(partition.id)
+    with context.applying:
+        context.store.save_instance(replace(state, life="free"))
     # what every free partition has (its resource file, a new identity) is made again at once
     outcome = converge.apply(context, only=frozenset((partition.id,)))
     for refusal in outcome.refused:
@@ -367,11 +393,13 @@ def _note_failure(context: Context, state: InstanceState, error: PartitiondError
         return
     failures = state.failures + 1
     text = str(error)
-    if state.error != text:
+    if state.error != text and not state.dropped:
         report(lambda: context.client.instance_error(state.partition, text), state.partition)
-    context.store.save_instance(
-        replace(state, failures=failures, next_try=time.time() + pause_after(failures), error=text)
-    )
+    with context.applying:
+        now = context.store.instance(state.partition)
+        context.store.save_instance(
+            replace(now, failures=failures, next_try=time.time() + pause_after(failures), error=text)
+        )
 
 
 def _unsettled(partition: Partition) -> PartitiondError:

@@ -32,7 +32,7 @@ class InstanceState:
     ``by_promise``: the last try failed because a promise did. ``retention_days`` is fixed when the instance is first deployed,
     negative until then. Of one that is to be destroyed: ``keep_until``, nothing of it is removed before; ``prerm_ran``, it has
     taken its leave; ``settled``, its last usage is in documents; ``removing``, there is no way back; ``cleaned``, what it had
-    is removed.
+    is removed; ``dropped``, the master knows nothing of it any more, so that there is nobody to be told of its end.
     """
 
     partition: str
@@ -54,6 +54,7 @@ class InstanceState:
     keep_until: float = 0.0
     prerm_ran: bool = False
     removing: bool = False
+    dropped: bool = False
 
 
 @dataclass(frozen=True, slots=True)
