@@ -2,7 +2,7 @@
 
 Promises: nothing is removed before the retention delay is over and its last usage is in documents, and until then the master
 may want it back; what was begun is finished, however often it is cut short; its end is told to the master last of all, and
-counts only when the master has taken it.
+counts only when the master has taken it, or by its answers knows nothing of the instance any more.
 """
 
 from __future__ import annotations
@@ -58,6 +58,7 @@ def retire(
 ) -> str | None:
     """Stop an instance that is to be destroyed; the report lane removes it. Return what was done. Raises PartitiondError."""
     if state.life == "destroying":
+        _note_dropped(context, state, dropped=entry.free)
         if state.keep_until and not state.removing and not kept(state, time.time()):
             context.wake_report()
         return None
@@ -76,6 +77,7 @@ def retire(
             instance_guid=state.instance_guid or entry.instance_guid or None,
             software_release=state.software_release or entry.software_release,
             keep_until=until,
+            dropped=entry.free,
             failures=0,
             next_try=0.0,
             error=None,
@@ -89,8 +91,24 @@ def retire(
         except PartitiondError as error:
             logger.warning("%s: %s", partition.id, sentence(error))
     context.wake_report()
-    report(lambda: context.client.instance_stopped(partition.id), partition.id)
+    if not entry.free:
+        report(lambda: context.client.instance_stopped(partition.id), partition.id)
     return f"stopped, kept until {iso_utc(until)}" if until else "stopped, to be destroyed"
+
+
+def _note_dropped(context: Context, state: InstanceState, *, dropped: bool) -> None:
+    """Remember whether the master still knows an instance that goes.
+
+    It does not when it lists the partition as free: it has dropped the instance, or has taken our word of its end although its
+    answer got lost. And it does not when it wants another one there. Told of the end it would answer 404 then, for ever, or
+    take it for the end of the other.
+    """
+    with context.applying:
+        now = context.store.instance(state.partition)
+        if now.life == "destroying" and now.dropped != dropped:
+            context.store.save_instance(replace(now, dropped=dropped))
+            if dropped and now.cleaned:
+                context.wake_report()
 
 
 def _kept_by_slapgrid(context: Context, partition: Partition, now: float) -> float:
@@ -131,6 +149,8 @@ def revoke(context: Context, state: InstanceState, entry: PartitionDocument) -> 
             record = buildout.session_record(context.config, f"{name}.prerm")
             context.farewells.cut_short(name, record)
         with context.applying:
+            if entry.instance_guid and state.instance_guid not in (None, entry.instance_guid):
+                _note_dropped(context, state, dropped=True)
             state = context.store.instance(name)
             if _is_over(state):
                 return None
@@ -140,7 +160,13 @@ def revoke(context: Context, state: InstanceState, entry: PartitionDocument) -> 
             if context.farewells.is_going(name):
                 continue  # it has begun meanwhile
             back = replace(
-                state, life="stopped", timestamp=None, keep_until=0.0, prerm_ran=False, leaving=False
+                state,
+                life="stopped",
+                timestamp=None,
+                keep_until=0.0,
+                prerm_ran=False,
+                leaving=False,
+                dropped=False,
             )
             context.store.save_instance(back)
         _tell_back(context, state)
@@ -373,12 +399,18 @@ def _finish_one(context: Context, node: Node, partition: Partition, *, tell: boo
         except (*FAMILY, OSError) as error:
             _note_failure(context, state, error)
             raise
-        state = replace(state, cleaned=True, error=None)
-        context.store.save_instance(state)
-    if not tell:
+        with context.applying:  # what the master said meanwhile stays
+            state = replace(context.store.instance(partition.id), cleaned=True, error=None)
+            context.store.save_instance(state)
+    if state.dropped:
+        # nor may what waits to be told be taken for the next one's
+        context.outbox.forget(("instance", partition.id))
+    elif not tell:
         return False
-    context.client.instance_destroyed(partition.id)
-    context.store.save_instance(replace(state, life="free"))
+    else:
+        context.client.instance_destroyed(partition.id)
+    with context.applying:
+        context.store.save_instance(replace(state, life="free"))
     # what every free partition has (its resource file, a new identity) is made again at once
     outcome = converge.apply(context, only=frozenset((partition.id,)))
     for refusal in outcome.refused:
@@ -445,11 +477,13 @@ def _note_failure(context: Context, state: InstanceState, error: Exception) -> N
         return
     failures = state.failures + 1
     text = str(error)
-    if state.error != text:
+    if state.error != text and not state.dropped:
         report(lambda: context.client.instance_error(state.partition, text), state.partition)
-    context.store.save_instance(
-        replace(state, failures=failures, next_try=time.time() + pause_after(failures), error=text)
-    )
+    with context.applying:
+        now = context.store.instance(state.partition)
+        context.store.save_instance(
+            replace(now, failures=failures, next_try=time.time() + pause_after(failures), error=text)
+        )
 
 
 def _unsettled(partition: Partition) -> PartitiondError:

@@ -2,7 +2,8 @@
 
 Promises: root only lists these directories and looks at what lies in them; where a link leads is asked as the partition's user,
 who must not learn through root what there is elsewhere, nor keep root busy with paths that lead round and round; a name that is
-not a plain one is left out with a warning, and so is the second of two that supervisord could not tell apart.
+not a plain one is left out with a warning, and so is the second of two that supervisord could not tell apart; a program of
+``etc/run`` is not watched, whatever its name (slapgrid watches one that is called as its own are).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from partitiond import execute, files, privacy
 from partitiond.errors import PartitiondError
+from partitiond.incidents import WATCHED
 from partitiond.supervision import MOST_PROGRAMS, PROGRAM_NAME, Group, Program
 
 if TYPE_CHECKING:
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _SHOWN = 3
+_UNWATCHED = "-run"
 _LINK_SECONDS = 5.0
 _ANSWER_LIMIT = 16 * 1024  # of MOST_PROGRAMS names; a pipe holds more
 _LOOK = 'for one do if [ -f "$one" ] && [ -x "$one" ]; then echo "${one##*/}"; fi; done'
@@ -36,10 +39,10 @@ def group(context: Context, partition: Partition) -> Group:
     Raises PartitiondError ``instance.too_many_programs``, ``instance.links``, ``files.not_a_directory``, or OSError.
     """
     programs = []
-    for kind, suffix in (("run", ""), ("service", "-on-watch")):
+    for kind in ("run", "service"):
         for name in executables(context, partition, "etc", kind):
             command = str(partition.path / "etc" / kind / name)
-            programs.append(Program(name=name, process_name=name + suffix, command=command))
+            programs.append(Program(name=name, process_name=_process_name(kind, name), command=command))
     return Group(
         name=partition.id,
         user=partition.user,
@@ -50,6 +53,13 @@ def group(context: Context, partition: Partition) -> Group:
         programs=tuple(_without_doubles(partition.id, programs)),
         launcher=privacy.launcher(context.config, partition),
     )
+
+
+def _process_name(kind: str, name: str) -> str:
+    """What supervisord calls the process: by that alone those are known that are watched."""
+    if kind == "service":
+        return name + WATCHED
+    return name + _UNWATCHED if name.endswith(WATCHED) else name
 
 
 def _without_doubles(partition: str, programs: Sequence[Program]) -> list[Program]:

@@ -32,7 +32,8 @@ class InstanceState:
     ``by_promise``: the last try failed because a promise did. ``retention_days`` is fixed when the instance is first deployed,
     negative until then. Of one that is to be destroyed: ``keep_until``, nothing of it is removed before; ``leaving``, it has
     begun to take its leave; ``prerm_ran``, it has taken it; ``settled``, its last usage is in documents; ``removing``, there is
-    no way back; ``destroy_ran``, its own ``sbin/destroy`` needs not be run again; ``cleaned``, what it had is removed.
+    no way back; ``destroy_ran``, its own ``sbin/destroy`` needs not be run again; ``cleaned``, what it had is removed;
+    ``dropped``, the master knows nothing of it any more, so that there is nobody to be told of its end.
     """
 
     partition: str
@@ -56,6 +57,7 @@ class InstanceState:
     removing: bool = False
     leaving: bool = False
     destroy_ran: bool = False
+    dropped: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from hostile_scene import PATIENCE, within
 
 from partitiond import buildout, converge, files, instance_cleanup, programs, software_build, status, verbs
 from partitiond.errors import PartitiondError
+from partitiond.incidents import WATCHED
 
 FRIEND = 61999  # another user, who is in league with the tenant
 
@@ -242,12 +243,25 @@ def test_too_many_links_are_not_looked_at(scene):
 
 
 def test_two_programs_that_supervisord_could_not_tell_apart(scene, caplog):
-    for kind, name in (("run", "x-on-watch"), ("service", "x"), ("service", "y" * 95)):
+    for kind, name in (
+        ("run", "x-on-watch"),
+        ("run", "x-on-watch-run"),
+        ("service", "x"),
+        ("service", "y" * 95),
+    ):
         path = scene.tenant_directory("etc", kind) / name
         path.write_text("#!/bin/sh\n")
         path.chmod(0o755)
     group = programs.group(scene.context, scene.partition)
-    assert [program.process_name for program in group.programs] == ["x-on-watch"]
+    assert [program.process_name for program in group.programs] == ["x-on-watch-run", "x-on-watch"]
+    # what of etc/run has the name of a watched one is none
+    assert [
+        (program.process_name.endswith(WATCHED), program.command.split("/")[-2:])
+        for program in group.programs
+    ] == [
+        (False, ["run", "x-on-watch"]),
+        (True, ["service", "x"]),
+    ]
     assert group.render()
     assert len(caplog.messages) == 2
     hostile_scene.remove(scene.path / "etc")

@@ -335,6 +335,53 @@ def test_one_that_the_master_was_not_told_of_is_told_again(life, monkeypatch):
     assert life.finish() == ([f"{NAME}: destroyed"], [])
 
 
+def unknown(*_):
+    """As the production master answers about a partition that it has nothing in."""
+    raise SlapError("slap.http", "404")
+
+
+def test_of_one_that_the_master_dropped_it_is_told_nothing(life, monkeypatch):
+    life.wants()
+    monkeypatch.setattr(Master, "instance_destroyed", unknown, raising=False)
+    free = PartitionDocument(NAME, "destroyed")
+    assert life.take(free) == ["instances.held"]
+    assert life.take(free) == []
+    life.context.outbox.put("instance_stopped", NAME)
+    assert life.finish(untold=frozenset((NAME,))) == ([f"{NAME}: destroyed"], [])
+    assert (life.state.life, life.master.words()) == ("free", ["started"])
+    assert life.context.outbox.waiting() == []
+
+
+def test_an_end_whose_answer_was_lost_is_over_when_the_master_has_nothing_there(life, monkeypatch):
+    life.wants()
+    life.wants(state="destroyed")
+    with monkeypatch.context() as patch:
+        patch.setattr(Master, "instance_destroyed", unreachable, raising=False)
+        assert life.finish() == ([], ["slap.unreachable"])
+        # a 404 alone is no word of it
+        patch.setattr(Master, "instance_destroyed", unknown)
+        assert life.finish() == ([], ["slap.http"])
+        assert life.state.life == "destroying"
+        assert life.take(PartitionDocument(NAME, "destroyed")) == []
+        assert life.finish() == ([f"{NAME}: destroyed"], [])
+
+
+def test_the_end_of_one_is_not_told_of_the_next(life):
+    life.wants()
+    life.wants(state="destroyed")
+    assert life.wants(guid="SOFTINST-2") == []
+    assert life.finish() == ([f"{NAME}: destroyed"], [])
+    assert life.master.words() == ["started", "stopped"]
+    assert life.wants(guid="SOFTINST-2") == []
+    # and one that the master lists again before the end is told of
+    life.wants(guid="SOFTINST-2", state="destroyed")
+    assert life.wants(guid="SOFTINST-3") == []
+    assert life.state.dropped
+    assert life.wants(guid="SOFTINST-2", state="destroyed") == []
+    assert life.finish() == ([f"{NAME}: destroyed"], [])
+    assert life.master.words()[-1] == "destroyed"
+
+
 def unreachable(*_):
     raise SlapError("slap.unreachable", "no route", retryable=True)
 

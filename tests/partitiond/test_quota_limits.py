@@ -102,6 +102,7 @@ def node(bridge, node_config, command):
     return made
 
 
+@pytest.mark.full
 def test_without_a_daemon(node, far, command):
     assert command("sync", "usage", "-c", node.path).returncode == 0
     assert far.got("slapuser0") >= COUNT

@@ -121,6 +121,7 @@ def scene(standalone):
             made.node("supervisorctl", "shutdown")
 
 
+@pytest.mark.full
 def test_life(scene):
     scene.node("format", "--now")
     scene.slapos("supply", scene.url, "local")
