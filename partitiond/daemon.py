@@ -52,13 +52,14 @@ from partitiond.incidents import WATCHED
 from partitiond.metrics_listener import MetricsListener
 from partitiond.passes import Wish
 from partitiond.peers import Judge
-from partitiond.polling import FIRST_PAUSE, Pace, first_pause
+from partitiond.polling import FIRST_PAUSE, LONGEST_PAUSE, Pace, first_pause
 from partitiond.process_watch import ProcessWatch
 from partitiond.reboots import Reboots
 from partitiond.reflexes import Reflexes
 from partitiond.tunnel_lane import SECONDS, TunnelLane
 from partitiond.watch import Watch
 from partitiond.watchdog import Watchdog
+from slap_client.backoff import Backoff
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -196,6 +197,7 @@ class Daemon:
         }
         wake_report = self._lanes["report"].wake
         self._report_alarm, self._day_alarm = Alarm(wake_report), Alarm(wake_report)
+        self._report_backoff = Backoff(FIRST_PAUSE * 6, LONGEST_PAUSE)
         self._watchdog_alarm = Alarm(self._lanes["watchdog"].wake)
         # one buildout that never ends must not keep all of them unlooked at
         self._lanes["promises"].patience = self._interval("promises")
@@ -399,7 +401,9 @@ class Daemon:
     def _report(self, context: Context) -> Result:
         result = lanes.report(context)
         if result.failures:
-            self._report_alarm.ring_in(FIRST_PAUSE * 6)
+            self._report_alarm.ring_in(self._report_backoff.next())
+        else:
+            self._report_backoff.reset()
         return result
 
     def _day_ended(self) -> None:
