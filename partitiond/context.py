@@ -19,6 +19,7 @@ from partitiond.quotas import QuotaBook
 from partitiond.slapformat import Copies
 from partitiond.state import Store
 from partitiond.supervision import Supervisor
+from partitiond.told_ends import ToldEnds
 from partitiond.tunnel_sessions import SessionBook
 from partitiond.usage_scripts import Turns
 from partitiond.wishes import Wishes
@@ -87,6 +88,7 @@ class Context:
     outbox: Outbox
     connection: Connection
     wishes: Wishes = field(default_factory=Wishes)
+    ends: ToldEnds = field(default_factory=ToldEnds)
     sessions: SessionBook = field(default_factory=SessionBook)
     turns: Turns = field(default_factory=Turns)
     incidents: IncidentWatch = field(default_factory=IncidentWatch)

@@ -52,13 +52,14 @@ from partitiond.incidents import WATCHED
 from partitiond.metrics_listener import MetricsListener
 from partitiond.passes import Wish
 from partitiond.peers import Judge
-from partitiond.polling import FIRST_PAUSE, Pace, first_pause
+from partitiond.polling import FIRST_PAUSE, LONGEST_PAUSE, Pace, first_pause
 from partitiond.process_watch import ProcessWatch
 from partitiond.reboots import Reboots
 from partitiond.reflexes import Reflexes
 from partitiond.tunnel_lane import SECONDS, TunnelLane
 from partitiond.watch import Watch
 from partitiond.watchdog import Watchdog
+from slap_client.backoff import Backoff
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -98,7 +99,7 @@ class Lane(threading.Thread):
     ) -> None:
         super().__init__(name=name, daemon=True)
         self.pace = Pace(interval, phase=phase)
-        self.delay = 0.0
+        self.delay, self.patience = 0.0, float("inf")
         self._due = float("inf")
         self._body, self._halt, self._tally = body, stop, tally
         self._wake = threading.Event()
@@ -128,8 +129,7 @@ class Lane(threading.Thread):
 
     def run(self) -> None:
         """Until the daemon stops: a pass, then a jittered pause, longer and longer while passes fail."""
-        while self._after and not self._after.tried.wait(0.2) and not self._halt.is_set():
-            continue
+        self._wait_for_other()
         self._wake.wait(self.delay)
         while not self._halt.is_set():
             pause = self._pass()
@@ -138,6 +138,12 @@ class Lane(threading.Thread):
             self._wake.wait(pause)
             self._due = float("inf")
             self._wake.clear()
+
+    def _wait_for_other(self) -> None:
+        end = time.monotonic() + self.patience
+        while self._after and not self._after.tried.wait(0.2) and not self._halt.is_set():
+            if time.monotonic() >= end:
+                return
 
     def _pass(self) -> float:
         try:
@@ -191,7 +197,10 @@ class Daemon:
         }
         wake_report = self._lanes["report"].wake
         self._report_alarm, self._day_alarm = Alarm(wake_report), Alarm(wake_report)
+        self._report_backoff = Backoff(FIRST_PAUSE * 6, LONGEST_PAUSE)
         self._watchdog_alarm = Alarm(self._lanes["watchdog"].wake)
+        # one buildout that never ends must not keep all of them unlooked at
+        self._lanes["promises"].patience = self._interval("promises")
         context.builds.patience = 1  # where one comes, others may follow
         if "NOTIFY_SOCKET" in os.environ:  # started by systemd, so perhaps with the machine
             capacity.delay = first_pause(time.clock_gettime(time.CLOCK_BOOTTIME))
@@ -392,7 +401,9 @@ class Daemon:
     def _report(self, context: Context) -> Result:
         result = lanes.report(context)
         if result.failures:
-            self._report_alarm.ring_in(FIRST_PAUSE * 6)
+            self._report_alarm.ring_in(self._report_backoff.next())
+        else:
+            self._report_backoff.reset()
         return result
 
     def _day_ended(self) -> None:

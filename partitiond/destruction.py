@@ -381,7 +381,9 @@ def finish(
             done = _finish_one(context, node, partition, tell=partition.id not in untold, force=force)
         except (*FAMILY, OSError) as error:
             result.failures.append((partition.id, error))
-            logger.warning("%s: not destroyed yet: %s", partition.id, sentence(error))
+            # what was not even sent has been said before, or is the master's being away
+            level = logging.DEBUG if getattr(error, "unsent", False) else logging.WARNING
+            logger.log(level, "%s: not destroyed yet: %s", partition.id, sentence(error))
             continue
         if done:
             result.done.append(f"{partition.id}: destroyed")
@@ -408,7 +410,7 @@ def _finish_one(context: Context, node: Node, partition: Partition, *, tell: boo
     elif not tell:
         return False
     else:
-        context.client.instance_destroyed(partition.id)
+        context.ends.tell(context, partition.id, lambda client: client.instance_destroyed(partition.id))
     with context.applying:
         context.store.save_instance(replace(state, life="free"))
     # what every free partition has (its resource file, a new identity) is made again at once

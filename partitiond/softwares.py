@@ -88,7 +88,9 @@ class _Pass:
         try:
             self._deal(entry)
         except (*FAMILY, OSError) as error:
-            if not self.context.stop.is_set():
+            if getattr(error, "unsent", False):  # it was said when the master was last told, or it is away
+                self.result.failures.append((entry.url, error))
+            elif not self.context.stop.is_set():
                 self._failed(entry.url, error)
         return True
 
@@ -299,7 +301,7 @@ def _remove(context: Context, url: str) -> bool:
             context.store.save_software(replace(state, kept_for=words))
         return False
     discard(context, url)
-    context.client.software_destroyed(url)
+    context.ends.tell(context, url, lambda client: client.software_destroyed(url))
     return True
 
 

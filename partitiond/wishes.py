@@ -49,6 +49,11 @@ class _Outage:
     until: float
 
 
+def is_absence(error: SlapError) -> bool:
+    """Whether the master is away, or wants to be left alone; what else it says is about the matter."""
+    return error.code in _ABSENT or error.status in _ABSENT_STATUS
+
+
 def _nobody(_lane: str) -> None:
     """Wake nobody."""
 
@@ -121,7 +126,7 @@ class Wishes:
         try:
             yield
         except SlapError as error:
-            if error.code in _ABSENT or error.status in _ABSENT_STATUS:
+            if is_absence(error):
                 self._failed(client, error, first_pause)
             raise
         if self._good(client):

@@ -87,6 +87,28 @@ def test_a_pass_with_failures_is_no_success(answer, good):
     assert bool(told.samples) is good
 
 
+def test_a_lane_waits_for_another_s_first_pass_but_not_for_ever():
+    stop, tally, entered, hangs = threading.Event(), metrics.Tally(), threading.Event(), threading.Event()
+    first = Lane("instances", 60.0, hangs.wait, stop, tally)
+    second = Lane("promises", 60.0, entered.set, stop, tally, after=first)
+    second.patience = 0.1
+    third = Lane("software", 60.0, lambda: None, stop, tally, after=first)
+    lanes = (first, second, third)
+    for lane in lanes:
+        lane.start()
+    try:
+        assert entered.wait(20)
+        assert not third.tried.is_set()
+        hangs.set()
+        assert third.tried.wait(20)
+    finally:
+        hangs.set()
+        stop.set()
+        for lane in lanes:
+            lane.wake()
+            lane.join(20)
+
+
 def test_documents_are_told_by_state_and_not_to_tenants(context):
     ledger = context.meters.ledger()
     with ledger.transaction("IMMEDIATE") as connection:
