@@ -4,7 +4,8 @@ The protocol is that of slapos.libnetworkcache (an extra; shadir holds signed de
 SHA-512), the entries are those of slapgrid. Promises: what is taken was signed by a certificate of the configuration, is the
 file that was signed, was made for this URL, this ``software_root``, machine and distribution, and unpacks as
 ``safe_archive`` wants it; on any doubt the release is built instead, and its log says why. Everything that reads what is taken
-does so as the software user; only signing, with a key that builds must not see, is root's.
+does so as the software user; only signing and sending, with a key that builds must not see, is root's. All of it is done by
+processes of their own, which have a limit of time and of memory and can be ended: whatever a cache does, the lane goes on.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 
 _TAKEN, _NOT_TAKEN = 0, 3
 _LONGEST = 6 * 3600.0
+_SENDING_SECONDS = 3600.0  # in which nothing else is built
 _MEMORY = 2 * 2**30
 _PIECE = 1 << 20
 _SHA512 = re.compile(r"[0-9a-f]{128}")
@@ -126,67 +128,69 @@ def upload(config: Config, url: str, *, stop: threading.Event, log: int, session
         buildout.note(log, "it uses shared parts, which no other node has: not uploaded")
         return
     if cache.private_key is None:
-        raise _not_uploaded(url, "without a signature nobody would take it", "set signature-private-key-file")
+        reason = "without a signature nobody would take it"
+        raise _not_uploaded(config, url, reason, "set signature-private-key-file")
     packed = f".{directory.name}.upload"
     buildout.remove_tree(config.software_root, packed)
     job = {"do": "pack", "root": str(config.software_root), "name": directory.name, "target": packed}
     try:
         outcome = _as_user(config, job, stop=stop, log=log, session=session)
         if not outcome.ok:
-            raise _not_uploaded(url, "it could not be packed", "read its log")
-        with files.directory(config.software_root) as root, files.plain(packed, dir_fd=root) as archive:
-            if os.fstat(archive).st_uid != pwd.getpwnam(config.software_user).pw_uid:
-                raise _not_uploaded(url, "the archive is not the software user's", "look at software_root")
-            with open(os.dup(archive), "rb") as stream:
-                _send(config, url, stream)
+            raise _not_uploaded(config, url, f"it could not be packed ({buildout.ended(outcome)})")
+        job = _sending(config, url, packed)
+        limit = _SENDING_SECONDS
+        outcome = _as_user(config, job, stop=stop, log=log, session=session, user="root", limit=limit)
+        if not outcome.ok:
+            raise _not_uploaded(config, url, f"it could not be sent ({buildout.ended(outcome)})")
     finally:
         buildout.remove_tree(config.software_root, packed)
     buildout.note(log, "uploaded to the binary cache")
 
 
-def _send(config: Config, url: str, stream: IO[bytes]) -> None:
+def _sending(config: Config, url: str, packed: str) -> dict[str, Any]:
     cache = config.software.cache
-    paths = {name.replace("-", "_") + "": value for name, value in cache.files}
-    key = str(cache.private_key) if cache.private_key else None
-    try:
-        client = _client(
-            cache.upload_cache,
-            cache.upload_dir,
-            signature_private_key_file=key,
-            signature_certificate_list=list(cache.certificates),
-            **paths,
-        )
-        client.upload_generic(
-            stream,
-            buildout.software_directory(config, url).name,
-            software_url=url,
-            software_root=str(config.software_root),
-            multiarch=multiarch(),
-            os=distribution(),
-        )
-    except PartitiondError:
-        raise
-    except Exception as error:  # the library has an exception of its own that is no child of another
-        raise _not_uploaded(url, f"{type(error).__name__}: {error}", "look at [networkcache]") from error
+    return {
+        "do": "send",
+        "url": url,
+        "root": str(config.software_root),
+        "name": buildout.software_directory(config, url).name,
+        "target": packed,
+        "owner": pwd.getpwnam(config.software_user).pw_uid,
+        "cache": cache.upload_cache,
+        "dir": cache.upload_dir,
+        "key": str(cache.private_key),
+        "certificates": list(cache.certificates),
+        "files": dict(cache.files),
+    }
 
 
-def _not_uploaded(url: str, why: str, hint: str) -> PartitiondError:
+def _not_uploaded(config: Config, url: str, why: str, hint: str = "") -> PartitiondError:
+    hint = hint or f"read {buildout.software_log(config, url)}, look at [networkcache]"
     return PartitiondError("software.upload", why, resource=url, hint=hint, retryable=True)
 
 
 def _as_user(
-    config: Config, job: dict[str, Any], *, stop: threading.Event, log: int, session: Path | None
+    config: Config,
+    job: dict[str, Any],
+    *,
+    stop: threading.Event,
+    log: int,
+    session: Path | None,
+    user: str | None = None,
+    limit: float = _LONGEST,
 ) -> execute.Outcome:
+    """Have a job done by a process of its own: the software user's, or ``user``'s."""
     root = Path(__file__).resolve().parent.parent
+    user = user or config.software_user
     return execute.as_user(
-        config.software_user,
-        config.software_user,
+        user,
+        user,
         [sys.executable, "-I", "-c", _START, str(root), json.dumps(job)],
         cwd=config.software_root,
-        env=execute.environment(str(config.software_root), config.software_user),
+        env=execute.environment(str(config.software_root), user),
         log=log,
         stop=stop,
-        timeout=_LONGEST,
+        timeout=limit,
         record=session,
     )
 
@@ -207,6 +211,8 @@ def main(text: str) -> int:
             source = Path(job["root"], job["name"])
             safe_archive.pack(source, sink, skip=_NOT_PACKED, going_on=lambda: True)
         return _TAKEN
+    if job["do"] == "send":
+        return _send(job)
     try:
         for sha512 in _trusted(job):
             with tempfile.TemporaryFile(dir=job["root"]) as archive:
@@ -218,6 +224,28 @@ def main(text: str) -> int:
     except Exception as error:  # noqa: BLE001 - as above: the library's own
         _say(f"not used, it is built: {type(error).__name__}: {error}")
     return _NOT_TAKEN
+
+
+def _send(job: dict[str, Any]) -> int:
+    """Sign and send an archive that the software user has packed; as root, who alone may read the key."""
+    try:
+        with files.directory(Path(job["root"])) as root, files.plain(job["target"], dir_fd=root) as archive:
+            if os.fstat(archive).st_uid != job["owner"]:
+                _say("not uploaded: the archive is not the software user's")
+                return _NOT_TAKEN
+            with open(os.dup(archive), "rb") as stream:
+                _of(job, signature_private_key_file=job["key"]).upload_generic(
+                    stream,
+                    job["name"],
+                    software_url=job["url"],
+                    software_root=job["root"],
+                    multiarch=multiarch(),
+                    os=distribution(),
+                )
+    except Exception as error:  # noqa: BLE001 - the library has an exception of its own that is no child of another
+        _say(f"not uploaded: {type(error).__name__}: {error}")
+        return _NOT_TAKEN
+    return _TAKEN
 
 
 def _say(text: str) -> None:
@@ -233,9 +261,9 @@ def _client(cache: str, directory: str, **words: Any) -> Any:
     return NetworkcacheClient(cache, directory, **words)
 
 
-def _of(job: dict[str, Any]) -> Any:
-    paths = {name.replace("-", "_"): value for name, value in job["files"].items()}
-    return _client(job["cache"], job["dir"], signature_certificate_list=job["certificates"] or None, **paths)
+def _of(job: dict[str, Any], **more: str) -> Any:
+    words = {name.replace("-", "_"): value for name, value in job["files"].items()} | more
+    return _client(job["cache"], job["dir"], signature_certificate_list=job["certificates"] or None, **words)
 
 
 def _trusted(job: dict[str, Any]) -> Iterator[str]:

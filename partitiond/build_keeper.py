@@ -101,12 +101,13 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class Runner:
-    """A process that builds ``url``."""
+    """A process that builds ``url``, or puts it into a cache: ``uploading`` says since when, by the clock, or is 0."""
 
     url: str
     pid: int
     started: int
     boot: str
+    uploading: float = 0.0
 
     def lives(self) -> bool:
         """Whether it is that process still."""

@@ -14,7 +14,7 @@ import signal
 import sys
 import threading
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,7 +52,7 @@ def main(arguments: Sequence[str]) -> None:
     build_keeper.end_session(places)
     job = json.loads(places.job.read_bytes())
     own = Runner(job["url"], os.getpid(), procfs.started(os.getpid()) or 0, procfs.boot())
-    files.write_path(places.record, json.dumps(asdict(own)).encode(), mode=0o600)
+    _write(places, own)
     ready = int(tell)
     try:
         os.write(ready, b"ready")
@@ -60,7 +60,7 @@ def main(arguments: Sequence[str]) -> None:
         logger.warning("who started the build is gone; it goes on")
     os.close(ready)
     try:
-        _run(places, job, stop)
+        _run(places, job, stop, own)
     finally:
         places.record.unlink(missing_ok=True)
 
@@ -79,7 +79,7 @@ def _take(lock: int) -> bool:
             return True
 
 
-def _run(places: Places, job: dict[str, Any], stop: threading.Event) -> None:
+def _run(places: Places, job: dict[str, Any], stop: threading.Event, own: Runner) -> None:
     text = places.directory / "config.cfg"
     files.write_path(text, job["config"].encode(), mode=0o600)
     config, url = last_good.read(text, Path(job["file"])), str(job["url"])
@@ -94,9 +94,16 @@ def _run(places: Places, job: dict[str, Any], stop: threading.Event) -> None:
         logger.warning("%s", sentence(error))
         build_keeper.save_outcome(places, _failure(url, error))
         return
+    uploads = how == "built" and config.software.cache.uploads(url)
+    if uploads:  # before anybody hears of the outcome: from then on nobody has to wait
+        _write(places, replace(own, uploading=time.time()))
     build_keeper.save_outcome(places, Outcome(url, how))
-    if how == "built":
+    if uploads:
         _upload(config, url, stop, places)
+
+
+def _write(places: Places, own: Runner) -> None:
+    files.write_path(places.record, json.dumps(asdict(own)).encode(), mode=0o600)
 
 
 def _failure(url: str, error: Exception) -> Outcome:
@@ -106,9 +113,7 @@ def _failure(url: str, error: Exception) -> Outcome:
 
 
 def _upload(config: Config, url: str, stop: threading.Event, places: Places) -> None:
-    """Put the release into the network cache, where that is wished; it is there for this node either way."""
-    if not config.software.cache.uploads(url):
-        return
+    """Put the release into the network cache; it is there for this node either way."""
     with buildout.Log(buildout.software_log(config, url), f"uploading {url}") as log:
         try:
             binary_cache.upload(config, url, stop=stop, log=log, session=places.session)

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _SOFTWARE = "destroy-guard-software.json"
+_COLLECTED = "destroy-guard-collected.json"
 
 
 def held(
@@ -68,6 +69,23 @@ def spare_software(
     unknown = frozenset(url for url in gone if software_name(url) in damaged)
     built = unknown | frozenset(state.url for state in states if state.available)
     waiting = _decide(context.config.state_dir / _SOFTWARE, built, gone, frozenset(), context.events)
+    kept = tuple(entry for entry in document.software if entry.url not in waiting)
+    return (replace(document, software=kept) if waiting else document), _failures(waiting)
+
+
+def spare_unlisted(
+    context: Context, unlisted: frozenset[str]
+) -> tuple[frozenset[str], list[tuple[str, Exception]]]:
+    """Of releases that are not listed, and so to be collected, those that may go, and the others as failures of the pass."""
+    if not context.config.destroy_guard:
+        return unlisted, []
+    known = frozenset(state.url for state in context.store.softwares())
+    file = context.config.state_dir / _COLLECTED
+    waiting = _decide(file, known, unlisted, frozenset(), context.events)
+    return unlisted - waiting, _failures(waiting)
+
+
+def _failures(waiting: frozenset[str]) -> list[tuple[str, Exception]]:
     failures: list[tuple[str, Exception]] = []
     for url in sorted(waiting):
         error = PartitiondError(
@@ -79,8 +97,7 @@ def spare_software(
         )
         failures.append((url, error))
         logger.warning("%s", sentence(error))
-    kept = tuple(entry for entry in document.software if entry.url not in waiting)
-    return (replace(document, software=kept) if waiting else document), failures
+    return failures
 
 
 def _decide(

@@ -217,19 +217,39 @@ def software(context: Context, wish: Wish = _NOTHING_SPECIAL) -> Result:
 
     result = softwares.run_pass(context, document, force=wish.force, ask=again, only=wish.only)
     result.failures += held
-    if wish.collect and not answer.rejected_software:
-        _collect(context, frozenset(one.url for one in answer.software), result)
+    if wish.collect:
+        _collect(context, result)
     return result
 
 
-def _collect(context: Context, listed: frozenset[str], result: Result) -> None:
-    """Remove the releases that the master does not list and that nobody uses."""
+def _collect(context: Context, result: Result) -> None:
+    """Remove the releases that the master does not list and that nobody uses, nor is about to, by what it says now."""
     states, damaged = context.store.readable()
-    if damaged:  # nobody knows which releases these use
-        result.failures += damaged.items()
+    result.failures += damaged.items()
+    try:
+        with context.steady():
+            answer = ask(context)
+    except (PartitiondError, SlapError) as error:
+        result.failures.append((context.config.master_url, error))
+        return
+    if damaged or answer.rejected or answer.rejected_software:
+        # what is not understood may name, or use, any of them
+        refusal = PartitiondError(
+            "software.not_collected",
+            "no release is collected: not all that is listed or used can be read",
+            resource=str(context.config.software_root),
+            hint="look at the log for what is damaged here, or not understood of the master's answer",
+            retryable=True,
+        )
+        result.failures.append((refusal.resource, refusal))
         return
     used = {state.software_release for state in states.values()}
-    for url in sorted({state.url for state in context.store.softwares()} - listed - used):
+    used |= {entry.software_release for entry in answer.partitions}
+    listed = {one.url for one in answer.software}
+    unlisted = frozenset({state.url for state in context.store.softwares()} - listed - used)
+    going, held = destroy_guard.spare_unlisted(context, unlisted)
+    result.failures += held
+    for url in sorted(going):
         try:
             softwares.discard(context, url)
         except (PartitiondError, OSError) as error:

@@ -112,10 +112,18 @@ def _look(wish: Wish) -> _Work:
     known = registration_config.identity(before) if before else ""
     preview = registration_config.render(wish, before, ssl, known or registration_config.PLACEHOLDER)
     found = registration_config.preview(cfg, preview)
+    if before is not None:
+        registration_config.refuse_idle(wish, found)
     work = _Work(wish, cfg, before, found, stamp)
+    if wish.fingerprint and not found.grid.master_fingerprint:
+        work.steps.append(
+            "the fingerprint holds for the panel; that of the master, if it needs one, is master_fingerprint in [partitiond]"
+        )
+    authorities = Path(wish.ca_file) if wish.ca_file else found.master_ca_file
     for key, is_, wanted in (
         ("key_file", found.key_file, ssl / "key"),
         ("cert_file", found.cert_file, ssl / "certificate"),
+        ("master_ca_file", found.master_ca_file, authorities),
     ):
         if is_ != wanted:
             raise PartitiondError(

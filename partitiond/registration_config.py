@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from partitiond import config, config_edit
-from partitiond.errors import PartitiondError
+from partitiond.errors import PartitiondError, WrongUseError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -85,9 +85,33 @@ def render(wish: Wish, before: str | None, ssl: Path, computer: str) -> str:
         )
     if wish.master_url or not re.search(r"^master_url\s*[=:]\s*\S", before, re.MULTILINE):
         own["master_url"] = wish.master_url or MASTER_URL
+    if wish.ca_file:
+        own["master_ca_file"] = wish.ca_file
     if not re.search(r"^certificate_repository_path\s*[=:]\s*\S", before, re.MULTILINE):
         own["certificate_repository_path"] = str(ssl / "partition_pki")
     return config_edit.set_keys(before, "slapos", own)
+
+
+def refuse_idle(wish: Wish, found: Config) -> None:
+    """Refuse options for a new configuration that say something else than the one that is there.
+
+    Raises WrongUseError ``register.option``.
+    """
+    wanted = (
+        ("--interface-name", wish.interface, "interface_name", found.interface),
+        ("--ipv6-interface", wish.ipv6_interface, "ipv6_interface", found.ipv6_interface),
+        ("--partition-number", wish.partitions, "partition_amount", found.partition_amount),
+        ("--ipv4-local-network", wish.ipv4_network, "ipv4_local_network", found.ipv4_network),
+        ("--create-tap", "true" if wish.create_tap else None, "create_tap", str(found.create_tap).lower()),
+    )
+    for option, value, key, present in wanted:
+        if value is not None and str(value) != str(present):
+            raise WrongUseError(
+                "register.option",
+                f"{option} is for a new configuration, and {wish.cfg} is there, with {key} = {present}",
+                resource="register",
+                hint=f"set {key} in [slapformat] of {wish.cfg}, or leave the option out",
+            )
 
 
 def preview(cfg: Path, text: str) -> Config:

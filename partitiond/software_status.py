@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from partitiond.context import Context
     from partitiond.state import SoftwareState
 
+_LONG_UPLOAD = 600.0
+
 
 def releases(context: Context) -> list[dict[str, Any]]:
     """The releases by URL; what builds now is among them from its first moment on."""
@@ -26,7 +28,11 @@ def releases(context: Context) -> list[dict[str, Any]]:
     building = found.url if found else None
     rows = [_release(context, state, building) for _, state in sorted(states.items())]
     rows += [_unknown(error) for error in damaged.values()]
-    if building is not None and building not in states:
+    if found is not None and found.uploading:
+        for row in rows:
+            if row["url"] == found.url:
+                row["uploading"] = True
+    elif building is not None and building not in states:
         rows.append(
             {
                 "url": building,
@@ -37,6 +43,20 @@ def releases(context: Context) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def open_cases(context: Context) -> list[str]:
+    """An upload that takes long, for which the next build waits."""
+    try:
+        found = build_keeper.running(context.config)
+    except PartitiondError:
+        return []  # the list of releases says it
+    seconds = time.time() - found.uploading if found is not None and found.uploading else 0.0
+    if found is None or seconds < _LONG_UPLOAD:
+        return []
+    return [
+        f"{found.url} is being uploaded to the binary cache for {seconds / 60:.0f} min; the next build waits for it"
+    ]
 
 
 def _unknown(error: PartitiondError) -> dict[str, Any]:

@@ -72,6 +72,9 @@ class _Pass:
             if build_keeper.end_cut_off(context.config):
                 logger.warning("a build was cut off; what was left of it is ended, and it is gone on with")
             return
+        if found.uploading:
+            self._settle()
+            return  # until there is something to build nobody has to wait for it
         logger.info("%s: is being built already, log in %s", found.url, _log(context, found.url))
         self._wait(found)
         self._settle()
@@ -139,14 +142,15 @@ class _Pass:
         config = self.context.config
         while not self.context.stop.is_set():
             found = build_keeper.running(config)
+            earlier = found is not None and (found.url != url or found.uploading)
             if found is None:
                 build_keeper.end_cut_off(config)
                 build_keeper.start(config, url, force=self.force)
                 found = build_keeper.running(config)
             if found is not None:
                 self._wait(found)
-            # one that is over has left what came of it, or was killed; of another's only the place was waited for
-            if found is None or found.url == url:
+            # one that is over has left what came of it, or was killed; of an earlier one only the place was waited for
+            if not earlier:
                 if not self.context.stop.is_set():
                     self._end_if_dead()
                 return
@@ -160,8 +164,10 @@ class _Pass:
         context = self.context
         asked = time.monotonic()
         while not context.stop.is_set() and not self._waited(runner):
-            if any(one.url == runner.url for one in build_keeper.outcomes(context.config)):
-                return  # what it still does, nobody has to wait for
+            if not runner.uploading and any(
+                one.url == runner.url for one in build_keeper.outcomes(context.config)
+            ):
+                return  # what it still does, only the next build has to wait for
             if time.monotonic() - asked < context.config.intervals.software:
                 continue
             asked = time.monotonic()

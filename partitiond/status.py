@@ -93,6 +93,7 @@ def node(context: Context) -> dict[str, Any]:
                 *node_pair.open_cases(config),
                 *certificate_expiry.open_cases(config, seen.node.partitions),
                 *messages.open_cases(config.state_dir),
+                *software_status.open_cases(context),
                 *quotas.open_cases(config, ((one["id"], one["quota"]) for one in partitions)),
                 *report_verbs.open_cases(config),
                 *filter(None, (tell() for tell in context.troubles.values())),

@@ -25,9 +25,20 @@ from types import SimpleNamespace
 
 import pytest
 
-from partitiond import binary_cache, build_keeper, buildout, config, execute, software_build
+from partitiond import (
+    binary_cache,
+    build_keeper,
+    buildout,
+    config,
+    execute,
+    software_build,
+    software_status,
+    softwares,
+)
+from partitiond.context import Context
 from partitiond.errors import PartitiondError
 from partitiond.state import software_name
+from slap_client.documents import ComputerDocument, SoftwareDocument
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("slapos") is None or importlib.util.find_spec("slapos.libnetworkcache") is None,
@@ -389,6 +400,64 @@ def test_without_a_signature_nothing_is_uploaded(scene, cache):
         binary_cache.upload(found, scene.url, stop=threading.Event(), log=log, session=None)
     assert "shared parts" in log_of(scene)
     assert cache.asked == []
+
+
+@pytest.fixture
+def silent():
+    """A cache that takes connections and never says a word."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+
+
+def uploading_to(scene, url):
+    scene.keys.joinpath("trusted.key").chmod(0o600)
+    return scene.use(
+        "http://127.0.0.1:1",
+        signature_private_key_file=scene.keys / "trusted.key",
+        upload_binary_cache_url=url,
+        upload_binary_dir_url=url,
+    )
+
+
+def test_an_upload_that_hangs_has_a_limit(scene, silent, monkeypatch):
+    monkeypatch.setattr(binary_cache, "_SENDING_SECONDS", 1.0)
+    found = uploading_to(scene, silent)
+    directory_of(scene).mkdir()
+    with (
+        buildout.Log(buildout.software_log(found, scene.url), "x") as log,
+        pytest.raises(PartitiondError, match="could not be sent") as caught,
+    ):
+        binary_cache.upload(found, scene.url, stop=threading.Event(), log=log, session=None)
+    assert caught.value.code == "software.upload"
+    assert "took too long" in str(caught.value)
+    assert [path.name for path in (scene.base / "software").iterdir()] == [scene.name]
+
+
+def test_the_lane_goes_on_beside_an_upload_that_hangs(scene, silent, monkeypatch):
+    found = uploading_to(scene, silent)
+    build_keeper.start(found, scene.url, force=False)
+    context = Context.of(found)
+    try:
+        wait(lambda: build_keeper.running(found).uploading, "it to be built")
+        runner = build_keeper.running(found)
+        other = "http://other/"
+        (scene.base / "software" / software_name(other)).mkdir()
+        wished = (SoftwareDocument(other, "destroyed"), SoftwareDocument(scene.url, "available"))
+        result = softwares.run_pass(context, ComputerDocument("C", software=wished))
+        assert result.done == [f"{scene.url}: available"]
+        assert not (scene.base / "software" / software_name(other)).exists()
+        assert build_keeper.running(found) == runner
+        (row,) = software_status.releases(context)
+        assert (row["state"], row["uploading"]) == ("available", True)
+        assert software_status.open_cases(context) == []
+        monkeypatch.setattr(software_status, "_LONG_UPLOAD", 0.0)
+        assert "is being uploaded" in software_status.open_cases(context)[0]
+        began = time.monotonic()
+        assert build_keeper.end(found)
+        assert time.monotonic() - began < build_keeper._GRACE, "it had to be killed"
+    finally:
+        build_keeper.end(found)
+        context.meters.close()
 
 
 # --- the configuration ------------------------------------------------------------------------------------------------

@@ -30,8 +30,8 @@ from partitiond import (
 from partitiond.build_keeper import Outcome, Places
 from partitiond.context import Context
 from partitiond.errors import PartitiondError
-from partitiond.state import SoftwareState, software_name
-from slap_client.documents import ComputerDocument, SoftwareDocument
+from partitiond.state import InstanceState, SoftwareState, software_name
+from slap_client.documents import ComputerDocument, PartitionDocument, SoftwareDocument
 
 RELEASE = Path(__file__).resolve().parents[1] / "lifecycle" / "release"
 USER = "daemon"
@@ -327,6 +327,35 @@ def test_what_is_remembered_of_one_release_is_damaged(scene):
     rows = software_status.releases(context)
     assert {row["url"]: row["state"] for row in rows}[str(damaged)] == "unknown"
     assert len(rows) == 8
+    context.meters.close()
+
+
+def test_what_is_collected(scene, monkeypatch):
+    """Of the releases that are not listed: none that an instance has or is about to have, and never many at one answer."""
+    context = Context.of(scene.config)
+    urls = [f"http://{number}/" for number in range(6)]
+    for url in urls:
+        (scene.base / "software" / software_name(url)).mkdir()
+        context.store.save_software(SoftwareState(url, available=True))
+    context.store.save_instance(InstanceState("slappart0", "started", software_release=urls[0]))
+    soon = PartitionDocument("slappart1", "started", software_release=urls[1])
+    answers = []
+    monkeypatch.setattr(lanes, "ask", lambda _: answers[0])
+
+    def collect(answer):
+        answers[:] = [answer]
+        result = lanes.Result([], [])
+        lanes._collect(context, result)
+        left = {one.url for one in context.store.softwares()}
+        return [error.code for _, error in result.failures], sorted(left)
+
+    # one that lists nothing, as of a master restored from a backup, takes nothing at once
+    answer = ComputerDocument("C", partitions=(soon,))
+    assert collect(answer) == (["software.held"] * 4, urls)
+    assert collect(replace(answer, rejected_software=("x",))) == (["software.not_collected"], urls)
+    listed = SoftwareDocument(urls[2], "available"), SoftwareDocument(urls[3], "available")
+    assert collect(replace(answer, software=listed)) == ([], urls[:4])
+    assert collect(answer) == ([], urls[:2])
     context.meters.close()
 
 

@@ -15,7 +15,7 @@ from cryptography import x509
 from json_schemas import validate
 
 from partitiond import config, config_edit, node_pair, registration, registration_config
-from partitiond.errors import PartitiondError
+from partitiond.errors import PartitiondError, WrongUseError
 from partitiond.registration_config import Wish
 from slap_client.errors import SlapError
 from stunnel_mgr.identity import load_identity, make_identity
@@ -35,6 +35,7 @@ key_file =
 [slapformat]
 interface_name = lo
 partition_amount = 3
+create_tap = false
 """
 
 
@@ -120,7 +121,8 @@ def test_an_existing_configuration_keeps_all_other_lines(node, master):
     assert value["config_action"] == "changed"
     expected = EXISTING.replace("key_file =\n    /nowhere/key\n", f"key_file = {node.ssl}/key\n").replace(
         "# kept\n",
-        f"# kept\ncert_file = {node.ssl}/certificate\ncertificate_repository_path = {node.ssl}/partition_pki\n",
+        f"# kept\ncert_file = {node.ssl}/certificate\nmaster_ca_file = {master.ca_file}\n"
+        f"certificate_repository_path = {node.ssl}/partition_pki\n",
     )
     assert node.cfg.read_text() == expected
     (aside,) = [Path(one) for one in value["kept"]]
@@ -305,6 +307,28 @@ def test_bad_options_spend_no_token(node, master):
             node.register(**more)
     assert (master.asked, node.tokens) == ([], [])
     assert not node.cfg.parent.exists()
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"interface": "eth7"},
+        {"partitions": 5},
+        {"ipv4_network": "10.9.0.0/16"},
+        {"ipv6_interface": "eth7"},
+        {"create_tap": True},
+    ],
+)
+def test_options_that_an_existing_configuration_contradicts(node, master, more):
+    node.cfg.parent.mkdir()
+    node.cfg.write_text(EXISTING)
+    with pytest.raises(WrongUseError) as caught:
+        node.register(**more)
+    assert caught.value.code == "register.option"
+    assert (master.asked, node.tokens, node.cfg.read_text()) == ([], [], EXISTING)
+    # what it says already contradicts nobody
+    value = node.register(interface="lo", partitions=3, dry_run=True, fingerprint="sha256:" + "0" * 64)
+    assert "master_fingerprint in [partitiond]" in value["steps"][0]
 
 
 def test_a_drop_in_that_goes_before_is_named(node, master):
