@@ -25,6 +25,7 @@ from partitiond import (
     config_reader,
     config_software,
     config_unmanaged,
+    config_unread,
     device_config,
     metrics_config,
     privacy_config,
@@ -55,10 +56,10 @@ _SLAPOS_KEYS = frozenset(
     (
         "computer_id master_url master_rest_url software_root instance_root shared_part_list key_file cert_file"
         " build_time_part_list signature_private_key_file"
-        " certificate_repository_path master_ca_file partition_amount environment pidfile_software pidfile_instance"
+        " certificate_repository_path master_ca_file partition_amount pidfile_software pidfile_instance"
         " pidfile_report software_min_free_space instance_min_free_space maximum_periodicity promise_timeout"
         " partition_timeout manager_list root_check force_stop forbid_supervisord_automatic_launch buildout_debug"
-        " firewall ipv6_prefixshift instance_storage_home ipv4_global_network"
+        " ipv6_prefixshift instance_storage_home ipv4_global_network"
     ).split()
 )
 _FORMAT_KEYS = frozenset(
@@ -195,6 +196,7 @@ def load(path: Path, overrides: Mapping[tuple[str, str], str] | None = None) -> 
     reader = Reader(parser, files, given=frozenset(overrides or ()))
     _warn_unknown(reader)
     config_managers.warn(reader)
+    config_unread.check(reader, managed=not config_unmanaged.chosen(reader))
     _check_shapes(reader)
     config = _build(path, reader)
     _check_together(config, reader)

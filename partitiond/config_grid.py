@@ -19,7 +19,8 @@ _DEFAULT_SPACE = 1000 * 2**20
 class GridKeys:
     """Sizes in bytes, times in seconds; ``partition_timeout`` None: an instance's buildout may take as long as it likes.
 
-    ``keep_running`` are partitions whose programs must survive the end of supervisord, however it ends.
+    ``keep_running`` are partitions whose programs must survive the end of supervisord, however it ends. ``force_stop``:
+    instances are configured, and kept stopped whatever the master wants.
     """
 
     software_min_free_space: int = _DEFAULT_SPACE
@@ -30,6 +31,7 @@ class GridKeys:
     keep_running: frozenset[str] = frozenset()
     master_fingerprint: str = ""
     ipv4_global_network: str = ""
+    force_stop: bool = False
 
 
 def read(reader: Reader, partitions: frozenset[str]) -> GridKeys:
@@ -44,6 +46,7 @@ def read(reader: Reader, partitions: frozenset[str]) -> GridKeys:
         keep_running=_names(reader, "keep_running", partitions),
         master_fingerprint=_fingerprint(reader),
         ipv4_global_network=_network(reader),
+        force_stop=reader.truth("slapos", "force_stop", False),
     )
 
 

@@ -37,6 +37,7 @@ from partitiond.state import InstanceState
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from partitiond.config import Config
     from partitiond.context import Context
     from partitiond.node import Node, Partition
     from partitiond.periods import Periods
@@ -159,7 +160,7 @@ def _one(
         if back is None:
             return None  # the report lane finishes first; then the partition is free for the new instance
         state = back
-    due = _due(state, entry, period_of(entry.software_release or ""))
+    due = _due(state, entry, period_of(entry.software_release or ""), context.config)
     if not (force or due or (state.by_promise and partition.id in context.promises.mended)):
         page = context.promises.page(partition.id, state.instance_guid or "")
         # what the master shows as an error may be what it was told of a promise in between
@@ -169,9 +170,14 @@ def _one(
         return _configure(context, node, partition, state, entry)
 
 
-def _due(state: InstanceState, entry: PartitionDocument, period: int) -> bool:
+def _due(state: InstanceState, entry: PartitionDocument, period: int, config: Config) -> bool:
     """Whether an instance is to be configured (again)."""
     now = time.time()
+    # force_stop came or went
+    if (config.grid.force_stop and state.life == "started") or (
+        _is_parked(state) and not config.grid.force_stop
+    ):
+        return True
     if _is_other(state, entry):
         return True
     if state.failures:
@@ -233,19 +239,21 @@ def _configure(
         instance_build.configure_instance(context, partition, entry)
         another = (state.software_release, state.software_type) != (url, following.software_type)
         following = _fix_retention(partition, following, entry)
-        if entry.requested_state == "started":
+        starts = entry.requested_state == "started" and not context.config.grid.force_stop
+        if starts:
             running.start(context, partition, another=another)
             _keep_promises(context, partition, url)
         else:
             running.stop(context, partition)
     except (*FAMILY, OSError) as error:
         return _failed(context, partition, following, entry, error)
-    life: InstanceLife = "started" if entry.requested_state == "started" else "stopped"
+    life: InstanceLife = "started" if starts else "stopped"
     done = replace(
         following, life=life, failures=0, next_try=0.0, error=None, reported=False, by_promise=False
     )
     context.store.save_instance(done)
-    marks.succeeded(partition, entry.timestamp)
+    if not _is_parked(done):  # slapgrid would take it for one that runs
+        marks.succeeded(partition, entry.timestamp)
     _converge(context, partition)
     _tell(context, done)
     return life
@@ -307,7 +315,7 @@ def _failed(
 ) -> str | None:
     if context.stop.is_set():
         raise error  # cut short by our own end: no failure of the instance
-    if state.wanted != "started":
+    if state.wanted != "started" or context.config.grid.force_stop:
         # as in slapos.core: what is to be stopped is stopped even if its buildout fails
         try:
             running.stop(context, partition)
@@ -331,6 +339,11 @@ def _failed(
     raise error
 
 
+def _is_parked(state: InstanceState) -> bool:
+    """Whether ``force_stop`` keeps an instance stopped that the master wants started."""
+    return state.life == "stopped" and state.wanted == "started"
+
+
 def _is_error(access_status: str) -> bool:
     return access_status.startswith("#error")
 
@@ -344,7 +357,7 @@ def _tell(context: Context, state: InstanceState, access_status: str = "") -> No
     if state.life == "failed":
         told, text = state.reported, state.error or ""
         done = told or report(lambda: client.instance_error(name, log_digest.for_master(text)), name)
-    elif state.life in ("started", "stopped"):
+    elif state.life in ("started", "stopped") and not _is_parked(state):
         told = state.reported and not _is_error(access_status)
         tell = client.instance_started if state.life == "started" else client.instance_stopped
         done = told or report(lambda: tell(name), name)

@@ -165,6 +165,8 @@ def _due(context: Context, node: Node) -> list[_Turn]:
         state = states.get(partition.id)
         if partition.id in damaged:
             left.discard(partition.id)
+        elif context.config.grid.force_stop:
+            continue
         elif state is not None and state.wanted == "started" and state.life in ("started", "failed"):
             left.discard(partition.id)
             page = context.promises.page(partition.id, state.instance_guid or "")

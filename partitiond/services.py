@@ -76,7 +76,8 @@ def plan(
                 group=None,
             )
         )
-    to_run = context.store.to_run()
+    # with force_stop the next pass over instances stops what still runs
+    to_run = frozenset() if context.config.grid.force_stop else context.store.to_run()
     by_group: dict[str, list[Process]] = {}
     for process in processes:
         by_group.setdefault(process.group, []).append(process)

@@ -113,6 +113,10 @@ def _open_cases(target: Node) -> list[str]:
         found += (f"{name}: {text} (packet_filter = iptables)" for name, text in LEGACY_CASES.items())
     elif not holding.spared():
         found.append(_FLUSHABLE)
+    if config.grid.force_stop:
+        found.insert(
+            0, "force_stop is set: instances are configured and kept stopped, and the master is not told"
+        )
     if not config.address_ownership:
         found.insert(0, "address_ownership is off: every user may use every address of the node")
     rejected = last_good.rejected_file(config)

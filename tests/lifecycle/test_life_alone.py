@@ -1,5 +1,7 @@
 """The whole life cycle without a daemon: ``partitiond sync`` does each pass, the same code as in the daemon."""
 
+from pathlib import Path
+
 import pytest
 from life_front import WISHES, all_free, always
 from life_node import COMPUTER, processes_of
@@ -69,6 +71,29 @@ def test_instances(node, url):
     assert not processes_of(node.partition(names[1])["user"]["uid"])
     node.request("two", url, state="started", text="two")
     node.cli("sync", "instances")
+    assert node.states() == dict.fromkeys(names, "started")
+
+
+def test_force_stop_parks_what_the_master_wants_started(node, url):
+    """As with slapgrid: configured, stopped, and the master is told nothing; and it comes back when the key goes."""
+    names = sorted((node.holder("one"), node.holder("two")))
+    text, since = node.configuration.read_text(), len(node.front.seen)
+    node.configuration.write_text(text.replace("[slapos]", "[slapos]\nforce_stop = true"))
+    assert node.cli("sync", "instances").value["done"] == [f"{name}: stopped" for name in names]
+    assert not node.tenants()
+    assert not [name for name in names if Path(node.partition(name)["path"], ".timestamp").exists()]
+    node.cli("apply")
+    quiet(node, "instances")
+    node.request("two", url, state="started", text="changed")
+    assert node.cli("sync", "instances").value["done"] == [f"{node.holder('two')}: stopped"]
+    assert not node.tenants()
+    told = [one.endpoint for one in node.front.seen[since:]]
+    assert not {"startedComputerPartition", "stoppedComputerPartition"}.intersection(told)
+    assert any("force_stop" in one for one in node.cli("status").value["node"]["open_cases"])
+    node.request("two", url, state="started", text="two")
+    node.configuration.write_text(text)
+    assert node.cli("sync", "instances").value["done"] == [f"{name}: started" for name in names]
+    quiet(node, "instances")
     assert node.states() == dict.fromkeys(names, "started")
 
 

@@ -1,12 +1,13 @@
 """``slapos.cfg``: every mistake is named with its place; what slapos.core reads, we read with the same meaning."""
 
+import ast
 import dataclasses
 import ipaddress
 from pathlib import Path
 
 import pytest
 
-from partitiond import config
+from partitiond import config, config_unread
 from partitiond.errors import PartitiondError
 
 GOOD = """\
@@ -206,6 +207,42 @@ def test_the_bridge_of_old_configurations_is_pointed_to_the_new_key(load):
 def test_what_is_known_but_does_nothing_yet_is_said(load):
     text, _ = with_setting("slapformat", "input_definition_file", "/srv/node.cfg")
     assert "a definition of the node by file is for nodes with" in load(text).warnings[0]
+
+
+def test_every_key_that_nothing_reads_is_known_for_it():
+    """A key that is taken is read, by its name, in some module; or a warning says that it is not."""
+    read = set()
+    for path in Path(config.__file__).parent.glob("config*.py"):
+        if path.name != "config_unread.py":
+            read |= {
+                node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)
+            }
+    unread = {(section, key) for section in ("slapos", "slapformat") for key in config._KNOWN[section] - read}
+    assert unread == config_unread.KEYS.keys()
+
+
+@pytest.mark.parametrize(("section", "key"), sorted(config_unread.KEYS))
+def test_a_key_that_nothing_reads_is_warned_of(load, section, key):
+    text, line = with_setting(section, key, "false" if key == "root_check" else "yes")
+    (warning,) = load(text).warnings
+    assert warning.startswith(f"{warning.partition(':')[0]}:{line}: {key} is not acted on: ")
+    text, _ = with_setting(section, key, "true" if key == "root_check" else "")
+    assert load(text).warnings == ()
+
+
+def test_supervisord_is_partitionds_to_start(load):
+    text, line = with_setting("slapos", "forbid_supervisord_automatic_launch", "true")
+    assert f"slapos.cfg:{line}: forbid_supervisord_automatic_launch = 'true'; allowed: false" in str(
+        complaint(load, text)
+    )
+    text, _ = with_setting("slapos", "forbid_supervisord_automatic_launch", "false")
+    assert load(text).warnings == ()
+
+
+@pytest.mark.parametrize(("value", "stops"), [("", False), ("false", False), ("true", True)])
+def test_force_stop(load, value, stops):
+    text, _ = with_setting("slapos", "force_stop", value)
+    assert load(text).grid.force_stop is stops
 
 
 @pytest.mark.parametrize(
