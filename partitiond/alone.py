@@ -66,7 +66,7 @@ def in_between(context: Context, only: frozenset[str], *, watchdog: bool) -> Res
     Where no daemon runs nobody else does. As with slapgrid, a promise that fails in between is told, and fails no pass.
     """
     result = Result([], [])
-    if not any(state.wanted == "started" for state in context.store.readable()[0].values()):
+    if not context.store.to_run():
         return result
     # one that fails must not keep the other from its turn
     for name, body in (

@@ -82,12 +82,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
+    whole = parser()
     try:
-        return parser().parse_args(arguments)
+        options, others = whole.parse_known_args(arguments)
+        if others and not (options.verb == "node" and options.node_verb in cli_node_parser.CONTROL):
+            whole.error(f"unrecognized arguments: {' '.join(others)}")
     except Misuse as error:
         if "--json" in arguments:
             print_error("cli.usage", error.message, error.program, f"{error.program} --help")
         raise
+    if others:
+        options.words = [*others, *options.words]  # such as tail -f NAME
+    return options
 
 
 def _flushed(status: int) -> int:

@@ -29,6 +29,7 @@ from partitiond import (
 )
 from partitiond.errors import PartitiondError, sentence
 from partitiond.passes import Result, Wish
+from partitiond.state import software_name
 from slap_client.capacity import (
     CapacityNode,
     CapacityPartition,
@@ -217,9 +218,24 @@ def software(context: Context, wish: Wish = _NOTHING_SPECIAL) -> Result:
 
     result = softwares.run_pass(context, document, force=wish.force, ask=again, only=wish.only)
     result.failures += held
+    if not answer.rejected_software:
+        result.failures += _unknown(context, wish.only, answer)
     if wish.collect:
         _collect(context, result)
     return result
+
+
+def _unknown(context: Context, only: frozenset[str], answer: ComputerDocument) -> list[tuple[str, Exception]]:
+    """Releases that were named, and that neither the master nor the node knows."""
+    if not only:
+        return []
+    urls = {one.url for one in answer.software} | {one.url for one in context.store.softwares()}
+    error = PartitiondError(
+        "sync.unknown_release",
+        "neither the master nor this node knows such a release",
+        hint="name its URL, or the MD5 of that; partitiond status lists them",
+    )
+    return [(name, error) for name in sorted(only - urls - {software_name(url) for url in urls})]
 
 
 def _collect(context: Context, result: Result) -> None:

@@ -164,11 +164,8 @@ def _operation(change: unmanaged.Change) -> dict[str, str | None]:
     }
 
 
-def _promise(
-    options: argparse.Namespace, context: Context, show: Callable[[str, dict[str, Any]], None]
-) -> int:
-    """Test the promises of the instances that run; 2 when one fails, as slapgrid has it."""
-    only = cli_node_parser.named(options)
+def _tested(context: Context, only: frozenset[str]) -> dict[str, promises.PromiseOutcome]:
+    """Test the promises of the instances that are to run, or ``only`` of these."""
     node = context.node_in_force or unmanaged.node(context.config)
     states, damaged = context.store.readable()
     for name, error in damaged.items():
@@ -179,7 +176,17 @@ def _promise(
     releases = {
         name: states[name].software_release or "" for name in tested if states[name].wanted == "started"
     }
-    found = promises.check_all(context, releases, [tested[name] for name in releases])
+    return promises.check_all(context, releases, [tested[name] for name in releases])
+
+
+def _promise(
+    options: argparse.Namespace, context: Context, show: Callable[[str, dict[str, Any]], None]
+) -> int:
+    """Test the promises of the instances that run; 2 when one fails, as slapgrid has it."""
+    only = cli_node_parser.named(options)
+    verbs.refuse_unknown(context.config, only)
+    with _turn(context.config, "instances"):
+        found = _tested(context, only)
     for name, outcome in found.items():
         for promise, said in outcome.failed.items():
             logger.warning("%s: promise %s fails: %s", name, promise, printable(said))

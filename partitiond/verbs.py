@@ -109,18 +109,22 @@ def failures_as_json(found: Iterable[tuple[str, Exception]]) -> list[dict[str, s
     ]
 
 
+def refuse_unknown(config: Config, only: frozenset[str]) -> None:
+    """Raise PartitiondError ``sync.unknown_partition`` where one of the names is that of no partition."""
+    known = {f"{config.partition_base}{index}" for index in range(config.partition_amount)}
+    if unknown := sorted(only - known):
+        raise PartitiondError(
+            "sync.unknown_partition",
+            "there is no such partition",
+            resource=", ".join(unknown),
+            hint="partitiond status lists them",
+        )
+
+
 def sync(context: Context, lane: str, wish: Wish) -> dict[str, Any]:
     """``sync LANE``: one pass. Raises PartitiondError ``sync.unknown_partition``."""
     if lane == "instances":
-        config = context.config
-        known = {f"{config.partition_base}{index}" for index in range(config.partition_amount)}
-        if unknown := sorted(wish.only - known):
-            raise PartitiondError(
-                "sync.unknown_partition",
-                "there is no such partition",
-                resource=", ".join(unknown),
-                hint="partitiond status lists them",
-            )
+        refuse_unknown(context.config, wish.only)
     result = lanes.run(context, lane, wish)
     return {"lane": lane, "done": result.done, "failures": failures_as_json(result.failures)}
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from json_schemas import parsed
 
+from partitiond import cli
 from partitiond.log_echo import LogEcho
 
 INSTALLED = Path("/opt/partitiond/bin/partitiond")
@@ -40,6 +41,14 @@ def test_wrong_use_is_64_and_says_what_is_right(command, arguments):
     assert (done.returncode, done.stdout) == (64, "")
     assert "Traceback" not in done.stderr
     assert "partitiond" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "words", [("-f", "slappart0:http"), ("-100", "slappart0:http"), ("slappart0:http", "stderr")]
+)
+def test_options_of_supervisorctl_are_left_to_it(words):
+    assert cli._parsed(["node", "tail", *words]).words == list(words)
+    assert cli._parsed(["node", "tail", "--cfg", "x", *words]).words == list(words)
 
 
 @pytest.mark.parametrize("arguments", [("plan", "--wrong"), ("tunnel",), ("node", "status"), ()])

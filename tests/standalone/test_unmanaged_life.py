@@ -144,6 +144,7 @@ def test_life(scene):
         assert ("on purpose" in scene.node("instance", "--force", "--only-cp", "part0", expect=code)) is bool(
             code
         )
+    assert "[sync.unknown_partition] nix" in scene.node("promise", "--only-cp", "nix", expect=1)
     before = scene.timestamp()
     # the service is watched: that it ends is told, and the master asks for it to be configured again
     scene.node("supervisorctl", "signal", "KILL", "part0:http-on-watch")
