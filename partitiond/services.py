@@ -76,7 +76,8 @@ def plan(
         if state is None or partition.id not in set_up or state.wanted != "started":
             continue
         known = by_group.get(partition.id, [])
-        # EXITED and FATAL are the instance's own doing; STOPPED without ever a start is a supervisord that began anew
+        # EXITED and FATAL are the instance's own doing; STOPPED without a start as its file says is a supervisord
+        # that began anew, or an exchange that was cut off
         if not known or any(process.state == "STOPPED" and not process.started for process in known):
             operations.append(_operation(partition.id, "change", "not started", partition))
         elif (
@@ -151,9 +152,10 @@ def apply(context: Context, operation: ServiceOperation) -> None:
     elif operation.action == "remove":
         supervisor.stop_group(operation.group)
         supervisor.remove_group(operation.group)
-        supervisor.update()
+        supervisor.update(only=(operation.group,))
     else:
         if operation.owner is not None:
             privacy.relaunch(context, operation.owner, operation.group)
-        supervisor.update()
-        supervisor.start_group(operation.group)
+        # what would have to be stopped first is being exchanged, by somebody who waits for that
+        if operation.group not in supervisor.take_in():
+            supervisor.start_group(operation.group)
