@@ -76,7 +76,8 @@ class Context:
     right before such a look: what was told of the node until then is answered by it. ``links`` are those that somebody who
     listens knows, None where nobody does. ``taken_in_at`` is when partitions were last asked for their own usage files;
     ``judged`` what became of documents, where the ledger could not be told yet. ``free_seen`` is when the directories of free
-    partitions were last changed, of those that were looked at.
+    partitions were last changed, of those that were looked at; ``building``: since when
+    which instances are being built.
     """
 
     current: Settings
@@ -100,6 +101,7 @@ class Context:
     taken_in_at: float | None = None
     judged: list[tuple[Entry, State, str]] = field(default_factory=list)
     free_seen: dict[str, int] = field(default_factory=dict)
+    building: dict[str, float] = field(default_factory=dict)
     stop: threading.Event = field(default_factory=threading.Event)
     applying: threading.RLock = field(default_factory=threading.RLock)
     wake_report: Callable[[], None] = _nobody

@@ -26,6 +26,7 @@ from partitiond import (
     control,
     converge,
     execute,
+    instance_build,
     keyring,
     lanes,
     memory,
@@ -205,6 +206,7 @@ class Daemon:
         if "NOTIFY_SOCKET" in os.environ:  # started by systemd, so perhaps with the machine
             capacity.delay = first_pause(time.clock_gettime(time.CLOCK_BOOTTIME))
         context.wishes.answered = self._answered
+        context.troubles["instances"] = lambda: instance_build.trouble(context)
         context.troubles["master"] = lambda: context.wishes.trouble
         context.process_ended = self._process_ended
         context.wake_report = wake_report

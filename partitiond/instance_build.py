@@ -7,9 +7,19 @@ from __future__ import annotations
 
 import os
 import pwd
+import time
 from typing import TYPE_CHECKING
 
-from partitiond import build_server, buildout, certificates, execute, files, instance_bootstrap, privacy
+from accounting.model import iso_utc
+from partitiond import (
+    build_server,
+    buildout,
+    certificates,
+    execute,
+    files,
+    instance_bootstrap,
+    privacy,
+)
 from partitiond.errors import PartitiondError
 
 if TYPE_CHECKING:
@@ -19,6 +29,9 @@ if TYPE_CHECKING:
     from partitiond.context import Context
     from partitiond.node import Partition
     from slap_client.documents import PartitionDocument
+
+LONG_SECONDS = 900.0
+_LOG_LIMIT = 5 * 1024 * 1024
 
 
 def instance_profile(context: Context, partition: Partition, entry: PartitionDocument) -> bytes:
@@ -99,10 +112,26 @@ def configure_instance(context: Context, partition: Partition, entry: PartitionD
     env = execute.environment(str(partition.path), partition.user)
     env["SLAPGRID_INSTANCE_ROOT"] = str(config.instance_root)
     path = config.log_dir / partition.id / "buildout.log"
-    with buildout.Log(path, f"configuring {partition.id}") as log:
-        outcome = _build(context, partition, directory, env, log)
+    context.building[partition.id] = time.time()
+    try:
+        with buildout.Log(path, f"configuring {partition.id}", _LOG_LIMIT) as log:
+            outcome = _build(context, partition, directory, env, log)
+    finally:
+        context.building.pop(partition.id, None)
     if not outcome.ok:
         raise buildout.build_error("instance.build", partition.id, outcome, path)
+
+
+def trouble(context: Context) -> str:
+    """Which instance keeps the others waiting; empty where none does."""
+    late = [
+        f"{name} has been configuring since {iso_utc(since)}"
+        for name, since in list(context.building.items())
+        if time.time() - since > LONG_SECONDS
+    ]
+    if not late:
+        return ""
+    return f"{', '.join(late)}: the instances after it wait; partition_timeout would end it"
 
 
 def _build(

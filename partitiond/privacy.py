@@ -176,18 +176,18 @@ def apply(context: Context, operation: PrivacyOperation) -> None:
         # what it has would not start any more
         relaunch(context, owner, owner.id)
         if context.supervisor.running():
-            _start_anew(context)
+            _start_anew(context, owner)
     namespaces.remove(directory(context.config), operation.name)
 
 
-def _start_anew(context: Context) -> None:
-    """Let supervisord know of files that changed, and start at once what that stopped: a failure elsewhere, or our own end,
-    must not leave it so.
+def _start_anew(context: Context, partition: Partition) -> None:
+    """Let supervisord know of a partition's file that changed, and start at once what that stopped: a failure elsewhere, or
+    our own end, must not leave it so.
 
     Also when the file is as it was: one who was killed after writing it has told supervisord nothing.
     """
     to_run = context.store.to_run()
-    for name in sorted(context.supervisor.update()):
+    for name in sorted(context.supervisor.update(only=(partition.id,))):
         if name in to_run:
             context.supervisor.start_group(name)
 

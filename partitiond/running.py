@@ -1,6 +1,7 @@
 """An instance's programs, started and stopped by supervisord.
 
-Promises: what is stopped is not started again by anybody of ours; what runs and stays the same is not touched.
+Promises: what is stopped is not started again by anybody of ours; what runs and stays the same is not touched; for a tenant's
+program that does not end nobody else waits.
 """
 
 from __future__ import annotations
@@ -13,6 +14,9 @@ from partitiond.errors import PartitiondError
 if TYPE_CHECKING:
     from partitiond.context import Context
     from partitiond.node import Partition
+    from partitiond.supervision import Group
+
+_ROUNDS = 5
 
 
 def start(context: Context, partition: Partition, *, another: bool) -> None:
@@ -22,19 +26,43 @@ def start(context: Context, partition: Partition, *, another: bool) -> None:
     Raises PartitiondError, among them ``instance.start``, and OSError.
     """
     group = programs.group(context, partition)
-    with context.applying:
-        if not group.programs:
-            context.supervisor.remove_group(group.name)
-        elif another or not privacy.is_late(context.supervisor, group):
-            context.supervisor.write_group(group)
-        if another:
-            # its stunnel has run on outside until now, too
-            privacy.relaunch(context, partition, tunnels.group_name(partition.id))
+    for again in range(_ROUNDS):
+        with context.applying:
+            if again and group.programs and not context.supervisor.has_group(group.name):
+                break  # the partition, or the whole node, was taken down meanwhile
+            _write(context, partition, group, another=another)
+            if group.name not in context.supervisor.take_in():
+                if group.programs:
+                    context.supervisor.start_group(group.name)
+                    _look(context, partition)
+                return
+        # a tenant's program has a minute to end, and nobody else shall wait for it
+        context.supervisor.stop_group(group.name)
+    raise _interfered(partition)
+
+
+def _write(context: Context, partition: Partition, group: Group, *, another: bool) -> None:
+    """Let the files say what is to run; the tunnels follow at once: they are ours, and end when they are told to."""
+    if not group.programs:
+        context.supervisor.remove_group(group.name)
+    elif another or not privacy.is_late(context.supervisor, group):
+        context.supervisor.write_group(group)
+    if another:
+        # its stunnel has run on outside until now, too
+        tunnel = tunnels.group_name(partition.id)
+        privacy.relaunch(context, partition, tunnel)
         # also when the file is as it was: one who was killed after writing it has told supervisord nothing
-        context.supervisor.update()
-        if group.programs:
-            context.supervisor.start_group(group.name)
-            _look(context, partition)
+        context.supervisor.update(only=(tunnel,))
+
+
+def _interfered(partition: Partition) -> PartitiondError:
+    return PartitiondError(
+        "instance.start",
+        "its programs were changed by somebody else at the same time",
+        resource=partition.id,
+        hint="it is tried again",
+        retryable=True,
+    )
 
 
 def _look(context: Context, partition: Partition) -> None:
@@ -56,16 +84,21 @@ def _look(context: Context, partition: Partition) -> None:
 
 def stop(context: Context, partition: Partition) -> None:
     """Stop a partition's processes and tunnels, and make sure that nothing starts them again. Raises PartitiondError."""
-    names = [
-        name
-        for name in (partition.id, tunnels.group_name(partition.id))
-        if context.supervisor.has_group(name)
-    ]
-    if names and context.supervisor.running():
-        for name in names:
-            context.supervisor.stop_group(name)
-    # two lanes that update supervisord at the same time get in each other's way
-    with context.applying:
-        changed = [name for name in names if context.supervisor.remove_group(name)]
-        if changed and context.supervisor.running():
-            context.supervisor.update()
+    supervisor = context.supervisor
+    names = frozenset(
+        name for name in (partition.id, tunnels.group_name(partition.id)) if supervisor.has_group(name)
+    )
+    left = names
+    for _ in range(_ROUNDS):
+        if left and supervisor.running():
+            supervisor.stop_groups(sorted(left))
+        # two lanes that update supervisord at the same time get in each other's way
+        with context.applying:
+            for name in names:
+                supervisor.remove_group(name)
+            if not names or not supervisor.running():
+                return
+            left = names & supervisor.take_in()
+            if not left:
+                return
+    raise _interfered(partition)

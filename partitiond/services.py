@@ -85,7 +85,8 @@ def plan(
         if partition.id not in set_up or partition.id not in to_run:
             continue
         known = by_group.get(partition.id, [])
-        # EXITED and FATAL are the instance's own doing; STOPPED without ever a start is a supervisord that began anew
+        # EXITED and FATAL are the instance's own doing; STOPPED without a start as its file says is a supervisord
+        # that began anew, or an exchange that was cut off
         if not known or any(process.state == "STOPPED" and not process.started for process in known):
             operations.append(_operation(partition.id, "change", "not started", partition))
         elif any(process.outdated for process in known):
@@ -180,11 +181,12 @@ def apply(context: Context, operation: ServiceOperation) -> None:
     elif operation.action == "remove":
         supervisor.stop_group(operation.group)
         supervisor.remove_group(operation.group)
-        supervisor.update()
+        supervisor.update(only=(operation.group,))
         if operation.owner is not None:
             context.store.make_due(operation.owner.id)
     else:
         if operation.owner is not None:
             privacy.relaunch(context, operation.owner, operation.group)
-        supervisor.update()
-        supervisor.start_group(operation.group)
+        # what would have to be stopped first is being exchanged, by somebody who waits for that
+        if operation.group not in supervisor.take_in():
+            supervisor.start_group(operation.group)

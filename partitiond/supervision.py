@@ -28,7 +28,7 @@ from partitiond.namespaces import NSENTER
 from partitiond.supervisor_link import PLUGIN_VERSION, Link
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Container, Iterable, Sequence
 
     from partitiond.config import Config
 
@@ -391,21 +391,30 @@ class Supervisor(Link):
             return False
         return True
 
-    def update(self) -> frozenset[str]:
+    def update(self, only: Container[str] | None = None) -> frozenset[str]:
         """Make supervisord run what the files say; only groups whose file changed are stopped. Return those started (anew).
 
-        One file more is one file read, however many there are.
+        One file more is one file read, however many there are. ``only``: other groups are not stopped, whatever their files
+        say; somebody is about to exchange them, or will.
         """
+        return self._update(only)[0]
+
+    def take_in(self) -> frozenset[str]:
+        """Make supervisord run what the files say as far as nothing has to be stopped for it; return what is to be stopped."""
+        return self._update(frozenset())[1]
+
+    def _update(self, only: Container[str] | None) -> tuple[frozenset[str], frozenset[str]]:
+        """As :meth:`update`; return also the groups that were not to be stopped."""
         started: set[str] = set()
         for _ in range(_ROUNDS):
             answer = self._ask("reload")
             if answer is None:
-                return self._update_by_name()
+                return self._update_by_name(only)
             started.update(answer["done"])
-            if not (waiting := answer["waiting"]):
+            if not (waiting := [name for name in answer["waiting"] if only is None or name in only]):
                 for name, why in answer["refused"].items():
                     logger.warning("%s: supervisord refuses: %s; read %s", name, why, self.log)
-                return frozenset(started)
+                return frozenset(started), frozenset(answer["waiting"])
             self.stop_groups(waiting)
         raise PartitiondError(
             "supervisor.fault",
@@ -415,15 +424,18 @@ class Supervisor(Link):
             retryable=True,
         )
 
-    def _update_by_name(self) -> frozenset[str]:
+    def _update_by_name(self, only: Container[str] | None) -> tuple[frozenset[str], frozenset[str]]:
         """The same for a supervisord without our plug-in: it reads all files, and is told of each group that is another."""
         added, changed, removed = self._call("supervisor.reloadConfig")[0]
+        busy = frozenset() if only is None else running_groups(self.processes())
+        left = frozenset(one for one in (*changed, *removed) if one in busy and one not in (only or ()))
         for name in (*changed, *removed):
-            self.stop_group(name)
-            self._call("supervisor.removeProcessGroup", name)
-        coming = (*changed, *added)
+            if name not in left:
+                self.stop_group(name)
+                self._call("supervisor.removeProcessGroup", name)
+        coming = [name for name in (*changed, *added) if name not in left]
         refused = self._call_all([("supervisor.addProcessGroup", name) for name in coming])
-        return frozenset(coming) - refused.keys()
+        return frozenset(coming) - refused.keys(), left
 
     def start_group(self, name: str) -> None:
         """Start what is not running in a group."""

@@ -98,10 +98,16 @@ class Interface:
         return {"version": VERSION, "states": self.states(), "outdated": outdated}
 
     def states(self) -> str:
-        """All processes: a line each with group, name, state, pid, and 1 if it was ever started, by tabs."""
+        """All processes: a line each with group, name, state, pid, and 1 if it was ever started, by tabs.
+
+        A group that was stopped to be exchanged, by somebody who was killed then, was never started as its file says.
+        """
+        behind = {
+            name for name, group in self._supervisord.process_groups.items() if self._is_behind(name, group)
+        }
         return "\n".join(
             f"{name}\t{process.config.name}\t{getProcessStateDescription(process.get_state())}\t{process.pid}"
-            f"\t{int(bool(process.laststart))}"
+            f"\t{int(bool(process.laststart) and name not in behind)}"
             for name, group in self._supervisord.process_groups.items()
             for process in group.processes.values()
         )
@@ -190,15 +196,23 @@ class Interface:
             for entry in entries:
                 if entry.name.endswith(_SUFFIX) and not entry.name.startswith("."):
                     there = entry.stat(follow_symlinks=False)
-                    if not files.is_ours(there):
-                        continue  # nobody else says what root runs
-                    found[entry.name.removesuffix(_SUFFIX)] = (
-                        there.st_ino,
-                        there.st_size,
-                        there.st_mtime_ns,
-                        there.st_ctime_ns,
-                    )
+                    if files.is_ours(there):  # nobody else says what root runs
+                        found[entry.name.removesuffix(_SUFFIX)] = _mark(there)
         return found
+
+    def _is_behind(self, name: str, group: Any) -> bool:
+        """Whether a group was stopped, with all that is in it, and its file is another than the one that was read."""
+        states = {process.get_state() for process in group.processes.values()}
+        if (
+            ProcessStates.STOPPED not in states
+            or not states.issubset(STOPPED_STATES)
+            or name not in self._seen
+        ):
+            return False
+        try:
+            return self._seen[name] != _mark(os.lstat(self._groups / f"{name}{_SUFFIX}"))
+        except FileNotFoundError:
+            return False  # it is to go
 
     def _parse(self, name: str) -> Any:
         """The one group that a file says, by supervisor's own parser. Raises ValueError, OSError, configparser.Error."""
@@ -375,3 +389,8 @@ def _opened(directory: Path) -> Iterator[int]:
         yield descriptor
     finally:
         os.close(descriptor)
+
+
+def _mark(there: os.stat_result) -> tuple[int, int, int, int]:
+    """What is another after each change of a file."""
+    return there.st_ino, there.st_size, there.st_mtime_ns, there.st_ctime_ns

@@ -136,7 +136,7 @@ class Carrier:
             return
         for name in names:
             self._supervisor.remove_group(name)
-        if not self._try("tunnels", self._supervisor.update):
+        if not self._try("tunnels", partial(self._supervisor.update, only=names)):
             return
         for one in operations:
             partition = one.wanted.partition
@@ -205,7 +205,7 @@ class Carrier:
         started: frozenset[str] = frozenset()
         if any(one.anew for one in ready):
             try:
-                started = self._supervisor.update()
+                started = self._supervisor.update(only=[one.group for one in ready])
             except PartitiondError as error:
                 for one in ready:
                     self._fail(one.id, error)

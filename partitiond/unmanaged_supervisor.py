@@ -14,6 +14,8 @@ from partitiond.errors import PartitiondError
 from partitiond.supervision import Supervisor
 
 if TYPE_CHECKING:
+    from collections.abc import Container
+
     from partitiond.config import Config
 
 WATCHDOG = "watchdog"  # the name that slapos.core gives it
@@ -49,8 +51,8 @@ class UnmanagedSupervisor(Supervisor):
             f"[include]\nfiles={self.groups_directory}/*.conf\n"
         )
 
-    def update(self) -> frozenset[str]:
-        """Make supervisord run what the files say; return the groups that were started (anew)."""
+    def _update(self, only: Container[str] | None) -> tuple[frozenset[str], frozenset[str]]:  # noqa: ARG002 - nobody waits
+        """Make supervisord run what the files say; return the groups that were started (anew), and none that is left."""
         added, changed, removed = self._call("supervisor.reloadConfig")[0]
         for name in (*changed, *removed):
             self.stop_group(name)
@@ -58,7 +60,7 @@ class UnmanagedSupervisor(Supervisor):
         coming = (*changed, *added)
         for name in coming:
             self._call("supervisor.addProcessGroup", name)
-        return frozenset(coming)
+        return frozenset(coming), frozenset()
 
     def need(self) -> None:
         """Raise PartitiondError ``supervisor.down`` when it does not run, and nobody but its owner may start it."""

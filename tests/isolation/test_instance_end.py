@@ -4,8 +4,10 @@ import dataclasses
 import errno
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,6 +25,7 @@ from partitiond import (
     metrics,
     periods,
     procfs,
+    programs,
     remains,
     retention,
     running,
@@ -841,3 +844,84 @@ def test_however_many_names_others_have_made_nothing_is_overlooked(life, tmp_pat
     assert not [path.name for path in own if path.exists()]
     assert len(list(tmp_path.iterdir())) == 100_001
     shutil.rmtree(tmp_path)
+
+
+# --- exchanged --------------------------------------------------------------------------------------------------------
+
+
+STUBBORN = "trap '' TERM\nwhile :; do sleep 0.1; done"
+
+
+def started(life, name):
+    end = time.monotonic() + 20
+    while not (found := [one for one in life.context.supervisor.processes() if one.name == name and one.pid]):
+        assert time.monotonic() < end, f"{name} does not run"
+        time.sleep(0.05)
+    return found[0].pid
+
+
+def waits_for(life, name):
+    """Until supervisord waits for a program to end."""
+    end = time.monotonic() + 20
+    while not any(
+        one.name == name and one.state == "STOPPING" for one in life.context.supervisor.processes()
+    ):
+        assert time.monotonic() < end, f"{name} is not stopped"
+        time.sleep(0.05)
+
+
+def test_a_program_that_does_not_end_keeps_only_its_own_partition_waiting(life):
+    life.program("etc", "run", "stubborn", text=STUBBORN)
+    assert life.wants() == []
+    pid = started(life, "stubborn")
+    time.sleep(0.3)  # until it has its trap
+    for name in ("stubborn", "other"):
+        life.program("etc", "run", name, text="exec sleep 1000")
+    failed = []
+    exchange = threading.Thread(target=lambda: failed.extend(life.wants(stamp="2")))
+    exchange.start()
+    try:
+        waits_for(life, "stubborn")
+        assert life.context.applying.acquire(timeout=5), "the whole node waits"
+        # neither does who tells supervisord of something else meanwhile
+        life.context.supervisor.update(only=("slappart1",))
+        life.context.applying.release()
+        assert procfs.is_alive(pid)
+        assert exchange.is_alive()
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        exchange.join(30)
+    assert failed == []
+    assert started(life, "other")
+    assert started(life, "stubborn") != pid
+
+
+def test_an_exchange_that_was_cut_off_is_finished_by_the_plan_and_a_stop_by_hand_is_left(life):
+    life.program("etc", "run", "first", text="exec sleep 1000")
+    assert life.wants() == []
+    started(life, "first")
+    life.context.supervisor.stop_group(NAME)
+    assert verbs.plan(life.context)["operations"] == [], "somebody stopped it by hand"
+    life.program("etc", "run", "second", text="exec sleep 1000")
+    # as far as one gets who is killed before the start
+    life.context.supervisor.write_group(programs.group(life.context, life.partition))
+    assert [one["id"] for one in verbs.plan(life.context)["operations"]] == [f"processes/{NAME}"]
+    assert verbs.apply(life.context, [])["failures"] == []
+    assert started(life, "first")
+    assert started(life, "second")
+    assert verbs.plan(life.context)["operations"] == []
+
+
+def test_what_a_buildout_leaves_running_writes_no_log(life):
+    endless = "setsid sh -c 'while echo more; do sleep 0.01; done' & head -c 6000000 /dev/zero"
+    (life.scene.software / "bin" / "buildout").write_text(f"#!/bin/sh\n{endless}\nsleep 0.1\n")
+    assert life.wants() == []
+    logs = life.scene.config.log_dir / NAME
+
+    def size():
+        return sum(one.stat().st_size for one in logs.iterdir())
+
+    before = size()
+    assert before < 11 * 1024 * 1024
+    time.sleep(0.3)
+    assert size() == before
