@@ -115,6 +115,8 @@ def said(command, own, *words, expect=0, uid=USER, cwd="/"):
         "nonsense",
         "",
         "boot",
+        "bang",
+        "bang -m again",
         "prune --whatever",
         "register title",
     ],
