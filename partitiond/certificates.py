@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import re
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -62,7 +63,10 @@ def place(config: Config, partition: Partition) -> pair_files.Place | None:
     repository = config.certificate_repository
     if repository is None:
         return None
-    name, owner = partition.id, (partition.uid, partition.gid)
+    return _place(repository, partition.id, (partition.uid, partition.gid))
+
+
+def _place(repository: Path, name: str, owner: tuple[int, int] = (0, 0)) -> pair_files.Place:
     return pair_files.Place(repository, name, f"{name}.key", f"{name}.crt", owner=owner)
 
 
@@ -219,3 +223,20 @@ def remove(context: Context, partition: Partition) -> None:
     where = place(context.config, partition)
     if where is not None:
         pair_files.remove(where)
+
+
+def purge(config: Config) -> None:
+    """Remove the pairs of all partitions that there are or ever were: the next user of the number would have the key.
+
+    Raises OSError, PartitiondError.
+    """
+    repository = config.certificate_repository
+    if repository is None:
+        return
+    name = re.compile(rf"\.?({re.escape(config.partition_base)}[0-9]+)(?:\.key|\.crt|\.pair|-[0-9a-f]{{12}})")
+    try:
+        found = {match[1] for one in os.listdir(repository) if (match := name.fullmatch(one))}  # noqa: PTH208 - names suffice
+    except FileNotFoundError:
+        return
+    for one in sorted(found):
+        pair_files.remove(_place(repository, one))

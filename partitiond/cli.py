@@ -166,7 +166,7 @@ def _own_config(options: argparse.Namespace, load: Callable[[], Config]) -> Conf
             "node.unmanaged",
             "this node owns nothing of the machine: alter_user and alter_network are false",
             resource=options.verb,
-            hint=f"there are {', '.join(_UNMANAGED)}",
+            hint=f"there are {', '.join(_UNMANAGED)} and logs",
         )
     return found
 

@@ -93,7 +93,7 @@ def run(
         hint = "partitiond apply starts it, and the daemon sees that it runs"
         raise WrongUseError("node.elsewhere", "is not started by itself", resource=name, hint=hint)
     if name == "promise":
-        hint = "the daemon checks them; partitiond show PARTITION says what fails"
+        hint = "partitiond show PARTITION says what fails; the daemon checks them, or node instance where none runs"
         raise WrongUseError("node.elsewhere", "is not among the verbs here", resource=name, hint=hint)
     return _managed(options, found, changing, show)
 
@@ -133,14 +133,6 @@ def _managed(
     show: Callable[[str, dict[str, Any]], None],
 ) -> int:
     name = options.node_verb
-    if name == "bang":
-        raise WrongUseError(
-            "node.elsewhere",
-            "is not among the verbs here",
-            resource=name,
-            hint="partitiond sync instances --force configures all instances again",
-        )
-
     replaced = cli_node_parser.overrides(options)
     if replaced and control.call(found.run_dir / "control.sock", "GET", "/1/node", timeout=_SOON) is not None:
         names = ", ".join(sorted(key for _, key in replaced))

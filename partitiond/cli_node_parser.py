@@ -48,7 +48,9 @@ _IDLE = {
     "--pidfile": "a lock of the kernel keeps two passes apart",
 }
 CONTROL = ("supervisorctl", "start", "stop", "restart", "tail")
+_OWNS_NOTHING = "only on a node with alter_user and alter_network = false"
 ELSEWHERE = {
+    "bang": "partitiond sync instances --force configures all instances again",
     "boot": "the daemon does all of it when it starts: systemctl enable partitiond, or partitiond run",
     "prune": "parts that are shared are not removed; a release goes when the master destroys it",
     "register": "partitiond register --token TOKEN",
@@ -73,13 +75,11 @@ def add(
     _add_software(verb("software", "build and remove software releases"))
     _add_instance(verb("instance", "configure, start and stop instances"))
     _add_grid(verb("report", "tell the master what was used, and finish what is to be destroyed"))
-    promise = verb("promise", "check what instances promise")
+    promise = verb("promise", f"check what instances promise ({_OWNS_NOTHING})")
     _add_grid(promise)
     promise.add_argument("--only-cp", "--only", dest="only", metavar="ID,…")
     verb("collect", "one pass of the meters")
-    bang = verb("bang", "ask the master to have every instance configured again")
-    bang.add_argument("-m", "--message", default="")
-    supervisord = verb("supervisord", "start the supervisord of the instances where it does not run")
+    supervisord = verb("supervisord", f"start supervisord where it does not run ({_OWNS_NOTHING})")
     supervisord.add_argument("-n", "--nodaemon", action="store_true", help="in the foreground")
     for name, text in (
         ("status", "what supervisord says of processes"),

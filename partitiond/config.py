@@ -436,7 +436,7 @@ def _build(path: Path, reader: Reader) -> Config:
     key_file, cert_file = _key_pair(reader)
     partitions = frozenset(f"{partition_base}{index}" for index in range(amount))
     return Config(
-        file=path,
+        file=path.absolute(),  # supervisord, and what it starts, run elsewhere
         computer_id=reader.text(
             "slapos", "computer_id", None, _COMPUTER, "letters, digits, . _ -, at most 64"
         ),

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 KEYS = ("alter_user", "alter_network")
 _HERE = ("slapformat", "input_definition_file")
 _SECTION = re.compile(r"partition_([0-9]{1,5})")
+_COMMENT = re.compile(r"\s[;#]")
 _BASE = re.compile(r"[A-Za-z_][A-Za-z0-9_-]{0,24}?")
 
 
@@ -82,6 +83,10 @@ def read(reader: Reader) -> Unmanaged | None:
     file = reader.optional_path(*_HERE)
     if file is None:
         reader.bad(*_HERE, "", f"the file of the partitions' addresses: {' and '.join(KEYS)} are false")
+    own = str(reader.files[0].absolute())
+    if not own.isprintable() or _COMMENT.search(own):
+        # it stands in the configuration of supervisord, as the watchdog's to read
+        reader.problems.append(f"{own!r}: the file must lie at a path without line breaks, ' ;' and ' #'")
     parser = configparser.ConfigParser(interpolation=None)
     if file is not None:
         config_reader.read(parser, file)

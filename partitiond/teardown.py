@@ -13,6 +13,7 @@ from netplan.model import DesiredNetwork
 from partitiond import (
     block_devices,
     build_keeper,
+    certificates,
     converge,
     device_access,
     execute,
@@ -55,6 +56,7 @@ def run(context: Context, *, purge: bool) -> Outcome:
             ("network", lambda: _network(outcome)),
             ("reserved ports", lambda: port_reservation.remove(context.config)),
             *((("storage", lambda: storage.purge(context.config)),) if purge else ()),
+            *((("certificates", lambda: certificates.purge(context.config)),) if purge else ()),
             ("data", lambda: _purge(context.config)) if purge else ("state", lambda: _state(context)),
             ("users", lambda: _users(context.config)),
         ]

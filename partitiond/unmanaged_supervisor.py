@@ -6,6 +6,7 @@ supervisord itself.
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,11 +24,11 @@ WATCHDOG = "watchdog"  # the name that slapos.core gives it
 
 def _watchdog(file: Path) -> str:
     """The command of the watchdog, from where this very copy of ours lies, whatever the environment of supervisord says."""
-    root = Path(__file__).parents[1]
+    root = str(Path(__file__).parents[1])
     program = (
-        f"import sys; sys.path.insert(0, '{root}'); from partitiond.unmanaged_watchdog import main; main()"
+        f"import sys; sys.path.insert(0, {root!r}); from partitiond.unmanaged_watchdog import main; main()"
     )
-    return f'{sys.executable} -I -c "{program}" {file}'.replace("%", "%%")
+    return shlex.join((sys.executable, "-I", "-c", program, str(file))).replace("%", "%%")
 
 
 class UnmanagedSupervisor(Supervisor):

@@ -46,7 +46,7 @@ def run(
 ) -> int:
     """Run a verb of ``node``; ``take_pass`` is what the passes have in common with those of other nodes."""
     name = options.node_verb
-    if name in ("collect", "bang"):
+    if name == "collect":
         raise WrongUseError(
             "node.elsewhere",
             "is not among the verbs of a node without meters and daemon",

@@ -184,6 +184,23 @@ def test_tunnels_are_given_the_pair_that_is_in_force(scene):
     assert second.certificate.decode() == scene.answer.certificate
 
 
+def test_a_purge_leaves_the_next_user_of_the_number_no_key(scene):
+    scene.config.partition_base = "slappart"
+    certificates.purge(scene.config)  # there is no directory yet
+    scene.fetch()
+    # of a node that had more partitions, by slapos.core; what is nobody's of ours stays
+    for name in ("slappart7.key", "slappart7.crt", "slappart7.pem", "slappartner.key", "node.key"):
+        (scene.repository / name).write_text("x")
+    certificates.purge(scene.config)
+    assert {one.name for one in scene.repository.iterdir()} == {
+        "slappart7.pem",
+        "slappartner.key",
+        "node.key",
+    }
+    scene.config.certificate_repository = None
+    certificates.purge(scene.config)
+
+
 def test_what_the_user_did_to_its_files_is_undone(scene):
     scene.fetch()
     (scene.repository / "slappart0.key").write_text("mine")

@@ -75,6 +75,9 @@ def test_nothing_is_left(uplink, node_config, command, settings, purge):
     try:
         before, ran = machine(), processes()
         node = node_config(3, interface="eth0", **{"tunnel db": TUNNEL}, **settings)
+        node.write(slapos={"certificate_repository_path": node.root / "pki"})
+        (node.root / "pki").mkdir(mode=0o711)
+        (key := node.root / "pki" / "slappart1.key").write_text("of its instance")
         done = command("apply", "-c", node.path)
         assert done.returncode == 0, done.stdout + done.stderr
         instance_runs(node, 1)
@@ -90,6 +93,7 @@ def test_nothing_is_left(uplink, node_config, command, settings, purge):
         reached_again(uplink, NODE4)
         reached_again(uplink, NODE6)
         assert (node.instance / "slappart1" / "etc" / "service" / "sleeper").exists() != bool(purge)
+        assert key.exists() != bool(purge), "the next user of the number has the key"
     finally:
         RESERVED_PORTS.write_text("\n")
         ip("rule delete pref 500", "route flush table 77", "link delete guests0")

@@ -3,11 +3,13 @@
 import json
 import os
 import pwd
+import shlex
 import subprocess
 from pathlib import Path
 
 import pytest
 from json_schemas import validate
+from supervisor.options import ServerOptions
 
 from partitiond import cli, cli_node_parser, execute, lock
 from partitiond.cli_parser import parser
@@ -80,13 +82,13 @@ def write(base, *replaced, definition=()):
     (base / "definition.cfg").write_text(defined)
 
 
-def said(command, own, *words, expect=0, uid=USER):
+def said(command, own, *words, expect=0, uid=USER, cwd="/"):
     """What a verb says that the user runs: its output and errors."""
     switch = [execute.SETPRIV, "--reuid", str(uid), "--regid", str(uid), "--clear-groups", "--"]
     done = subprocess.run(
         [*switch, *command.line(*words)],
         env={**command.environment, "SLAPOS_CONFIGURATION": str(own / "slapos.cfg")},
-        cwd="/",
+        cwd=cwd,
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
@@ -113,6 +115,8 @@ def said(command, own, *words, expect=0, uid=USER):
         "nonsense",
         "",
         "boot",
+        "bang",
+        "bang -m again",
         "prune --whatever",
         "register title",
     ],
@@ -235,6 +239,21 @@ def test_it_is_made_also_where_the_master_is_down(own, command):
     # nobody may start it but its owner, and nobody has
     assert "[supervisor.down]" in said(command, own, "node", "instance", expect=1)
     assert "[slap.unreachable]" in said(command, own, "node", "software", expect=1)
+
+
+@pytest.mark.parametrize(("directory", "fine"), [("it's a %(x)s", True), ("a ;b", False), ("a\nb", False)])
+def test_the_watchdog_finds_its_configuration_from_anywhere(own, command, directory, fine):
+    place = own / directory
+    place.mkdir(exist_ok=True)
+    (own / "slapos.cfg").rename(place / "own.cfg")
+    words = ("node", "format", "--now", "--local", "-c", "own.cfg")
+    shown = said(command, own, *words, expect=0 if fine else 1, cwd=place)
+    if not fine:
+        assert "the file must lie at a path without" in shown
+        return
+    found = ServerOptions().read_config(str(own / "inst" / "etc" / "supervisord.conf"))
+    (watchdog,) = [one for one in found.process_group_configs if one.name == "watchdog"]
+    assert shlex.split(watchdog.process_configs[0].command)[-1] == str(place / "own.cfg")
 
 
 def test_one_pass_of_a_kind_at_a_time(own, command):
