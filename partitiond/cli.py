@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from partitiond import cli_logs, cli_node_parser
 from partitiond.cli_output import hush, log_to_stderr, print_error, write_line
-from partitiond.cli_parser import DEFAULT_FILE, WRONG_USE, Misuse, parser
+from partitiond.cli_parser import DEFAULT_FILE, WRONG_USE, Misuse, named, parser
 from partitiond.errors import FAMILY, PartitiondError, WrongUseError, printable
 
 if TYPE_CHECKING:
@@ -215,7 +215,7 @@ def _changing(
             return answer
         try:
             # a daemon that is just starting holds the lock before it listens: ask it again every second
-            with recovery.exclusive(context.config, options.verb, wait=1.0):
+            with recovery.exclusive(context.config, named(options), wait=1.0):
                 return _alone(context, alone)
         except PartitiondError as error:
             if error.code != "node.busy" or time.monotonic() > deadline:

@@ -139,3 +139,9 @@ def _add_report(report: argparse.ArgumentParser, common: _Parser) -> None:
     ):
         changing = verbs.add_parser(name, help=text, description=text, parents=[common])
         changing.add_argument("references", metavar="REFERENCE", nargs="+")
+
+
+def named(options: argparse.Namespace) -> str:
+    """What goes on, for whoever has to wait for it: the verb with its lane."""
+    words = (options.verb, *(getattr(options, name, None) for name in ("node_verb", "lane")))
+    return " ".join(filter(None, words))

@@ -13,10 +13,13 @@ the answer to (that something was destroyed) does not wait here, but goes only a
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import json
 import logging
+import os
 import threading
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -25,7 +28,7 @@ from partitiond.errors import sentence
 from slap_client.errors import SlapError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
 logger = logging.getLogger(__name__)
@@ -97,15 +100,14 @@ class Outbox:
         self._sending = threading.Lock()
         self._waiting: dict[tuple[str, str], Message] | None = None
         self._last = 0
+        self._names: frozenset[str] | None = None
 
     def put(self, kind: Kind, about: str, text: str = "") -> None:
         """Let a report wait. Raises OSError: then it does not."""
-        with self._turn:
+        with self._turn, self._beside_others():
             waiting = self._read()
             self._last += 1
             message = Message(self._last, kind, about, text[-_LONGEST:], self._clock())
-            if not waiting:
-                files.make_directory(self._directory, 0o700)
             self._write(message)
             self._drop(message.resource)
             waiting[message.resource] = message
@@ -113,6 +115,22 @@ class Outbox:
                 first = next(one for one in waiting.values() if one.kind != "computer_bang")
                 logger.warning("%s: %s is not told any more: too much waits", first.about, first.kind)
                 self._drop(first.resource)
+
+    @contextmanager
+    def _beside_others(self) -> Iterator[None]:
+        """Know what other programs have put here, and let none of them put anything during the block. Raises OSError.
+
+        Without a daemon each pass is a program, and on a node that owns nothing a build goes on beside passes over instances.
+        """
+        files.make_directory(self._directory, 0o700)
+        with files.directory(self._directory) as descriptor:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)  # gone with the descriptor
+            if self._names != frozenset(os.listdir(descriptor)):  # noqa: PTH208 - by descriptor
+                self._waiting = None
+            try:
+                yield
+            finally:
+                self._names = frozenset(os.listdir(descriptor))  # noqa: PTH208 - by descriptor
 
     def waiting(self) -> list[Message]:
         """What waits, in its order."""
@@ -213,7 +231,7 @@ class Outbox:
                 # of two of one resource the later: whoever put it there was killed before it took the other away
                 self._drop(message.resource)
                 self._waiting[message.resource] = message
-                self._last = message.number
+                self._last = max(self._last, message.number)
         return self._waiting
 
 

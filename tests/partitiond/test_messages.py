@@ -227,6 +227,18 @@ def test_killed_between_the_new_and_the_old(master, tmp_path):
     assert len(list((tmp_path / "outbox").iterdir())) == 1
 
 
+def test_programs_beside_each_other_lose_nothing_of_each_other(tmp_path):
+    software, instance = Outbox(tmp_path), Outbox(tmp_path)
+    assert software.waiting() == instance.waiting() == []
+    software.put("software_building", "https://example.org/software.cfg")
+    instance.put("instance_error", "slappart0", "bad")
+    software.put("software_available", "https://example.org/software.cfg")
+    instance.put("instance_started", "slappart0")
+    kept = [(one.number, one.kind) for one in Outbox(tmp_path).waiting()]
+    assert kept == [(3, "software_available"), (4, "instance_started")]
+    assert [one.kind for one in instance.waiting()] == ["software_available", "instance_started"]
+
+
 def test_a_damaged_one_harms_no_other(master, tmp_path, caplog):
     Outbox(tmp_path).put("instance_started", "slappart0")
     for number, content in enumerate(

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from json_schemas import parsed
 
-from partitiond import cli
+from partitiond import cli, cli_parser
 from partitiond.log_echo import LogEcho
 
 INSTALLED = Path("/opt/partitiond/bin/partitiond")
@@ -49,6 +49,11 @@ def test_wrong_use_is_64_and_says_what_is_right(command, arguments):
 def test_options_of_supervisorctl_are_left_to_it(words):
     assert cli._parsed(["node", "tail", *words]).words == list(words)
     assert cli._parsed(["node", "tail", "--cfg", "x", *words]).words == list(words)
+
+
+def test_who_has_to_wait_is_told_what_for():
+    lines = ("node software", "sync software", "apply")
+    assert tuple(cli_parser.named(cli._parsed(line.split())) for line in lines) == lines
 
 
 @pytest.mark.parametrize("arguments", [("plan", "--wrong"), ("tunnel",), ("node", "status"), ()])
