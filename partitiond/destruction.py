@@ -26,8 +26,8 @@ from partitiond import (
     programs,
     retention,
     running,
+    slapgrid_agreement,
     usage_scripts,
-    users,
 )
 from partitiond.errors import FAMILY, PartitiondError, sentence
 from partitiond.passes import Result, pause_after, report
@@ -68,7 +68,7 @@ def retire(
     now = time.time()
     until = retention.keep_until(state.retention_days, now)
     if state.life == "free":
-        until = _kept_by_slapgrid(context, partition, now)
+        until = slapgrid_agreement.keep_until(context, partition, now)
     context.store.save_instance(
         replace(
             state,
@@ -111,32 +111,6 @@ def _note_dropped(context: Context, state: InstanceState, *, dropped: bool) -> N
                 context.wake_report()
 
 
-def _kept_by_slapgrid(context: Context, partition: Partition, now: float) -> float:
-    """Until when slapgrid would have kept an instance that nobody here has ever known."""
-    owners = frozenset((0, *_software_uid(context)))
-    date = marks.of_slapgrid(partition, marks.RETENTION_DATE, owners)
-    if date is not None and (until := retention.date(date, now)) is not None:
-        return until
-    return retention.keep_until(days_of_slapgrid(context, partition), now)
-
-
-def days_of_slapgrid(context: Context, partition: Partition) -> float:
-    """The delay that slapgrid has fixed for what is in a partition; negative where it has fixed none."""
-    owners = frozenset((0, *_software_uid(context)))
-    text = marks.of_slapgrid(partition, marks.RETENTION_DELAY, owners)
-    found = None if text is None else retention.days(text)
-    return retention.NOT_FIXED if found is None else found
-
-
-def _software_uid(context: Context) -> tuple[int, ...]:
-    # slapgrid gives these files to the owner of the software
-    if context.config.unmanaged is not None:
-        return (context.config.unmanaged.uid,)
-    numbers = users.observe().numbers()
-    found = numbers.get(context.config.software_user)
-    return () if found is None else (found[0],)
-
-
 def revoke(context: Context, state: InstanceState, entry: PartitionDocument) -> InstanceState | None:
     """Give an instance back that was to be destroyed and is wanted again, as one to be configured; None when it is too late:
     then the partition is free for what is wanted as soon as the report lane has finished.
@@ -144,6 +118,8 @@ def revoke(context: Context, state: InstanceState, entry: PartitionDocument) -> 
     Raises PartitiondError ``instances.kept`` for another instance than the one that is kept.
     """
     name = state.partition
+    if entry.instance_guid and state.instance_guid not in (None, entry.instance_guid):
+        _note_dropped(context, state, dropped=True)
     while True:
         if not _is_over(state) and (state.instance_guid or "") == entry.instance_guid:
             record = buildout.session_record(context.config, f"{name}.prerm")
@@ -443,8 +419,9 @@ def _said_goodbye(
             _note_failure(context, state, error)
             raise
         logger.warning("%s: removed all the same: %s", partition.id, sentence(error))
-    state = replace(state, destroy_ran=True)
-    context.store.save_instance(state)
+    with context.applying:
+        state = replace(context.store.instance(partition.id), destroy_ran=True)
+        context.store.save_instance(state)
     return state
 
 

@@ -29,6 +29,7 @@ from partitiond import (
     remembered,
     retention,
     running,
+    slapgrid_agreement,
 )
 from partitiond.errors import FAMILY, PartitiondError, sentence
 from partitiond.passes import Result, pause_after, report
@@ -219,7 +220,7 @@ def _configure(
         failures=0 if _is_other(state, entry) else state.failures,
     )
     if state.life == "free" or state.instance_guid != following.instance_guid:
-        taken_over = destruction.days_of_slapgrid(context, partition) if state.life == "free" else -1.0
+        taken_over = slapgrid_agreement.days(context, partition) if state.life == "free" else -1.0
         following = replace(following, retention_days=taken_over)
         # from here on what is used is the new instance's, also when the first try fails or is cut short
         context.meters.settle(context, node)
