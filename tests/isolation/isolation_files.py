@@ -237,7 +237,12 @@ def set_link(name, request, value):
 def reach_socket(path):
     with socket.socket(socket.AF_UNIX) as sock:
         sock.settimeout(5)
-        sock.connect(path)
+        try:
+            sock.connect(path)
+        except OSError as error:
+            if error.errno != errno.EPROTOTYPE:  # it is one of datagrams
+                raise
+            reach_datagram(path)
 
 
 def reach_datagram(path):
