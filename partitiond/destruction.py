@@ -125,8 +125,6 @@ def revoke(context: Context, state: InstanceState, entry: PartitionDocument) -> 
             record = buildout.session_record(context.config, f"{name}.prerm")
             context.farewells.cut_short(name, record)
         with context.applying:
-            if entry.instance_guid and state.instance_guid not in (None, entry.instance_guid):
-                _note_dropped(context, state, dropped=True)
             state = context.store.instance(name)
             if _is_over(state):
                 return None
