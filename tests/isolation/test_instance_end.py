@@ -769,7 +769,7 @@ def test_one_damaged_state_stops_nobody_and_loses_nothing(life, monkeypatch):
         # nobody knows what it uses
         assert not softwares._remove(life.context, hostile_node.URL + "?another")
         result = lanes.software(life.context, Wish(collect=True))
-        assert [error.code for _, error in result.failures] == ["state.damaged"]
+        assert [error.code for _, error in result.failures] == ["state.damaged", "software.not_collected"]
         answers.append(ComputerDocument("COMP-1", ()))
         with pytest.raises(PartitiondError) as caught:
             lanes.ask(life.context)

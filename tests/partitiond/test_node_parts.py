@@ -251,7 +251,7 @@ def test_releases_are_held_likewise_and_it_is_told(tmp_path):
     built = [SoftwareState(f"http://x/{number}", available=True) for number in range(10)]
     context = SimpleNamespace(
         config=SimpleNamespace(state_dir=tmp_path, destroy_guard=True),
-        store=SimpleNamespace(softwares=lambda: built),
+        store=SimpleNamespace(softwares=lambda: built, readable_softwares=lambda: (built, {})),
         events=SimpleNamespace(record=lambda event, _, **more: events.append((event, more["names"]))),
     )
     urls = [state.url for state in built]
