@@ -12,6 +12,8 @@ from partitiond import (
     alone,
     cli_node_parser,
     lock,
+    messages,
+    node_pair,
     promises,
     recovery,
     remembered,
@@ -220,6 +222,8 @@ def node_status(context: Context) -> dict[str, Any]:
             "open_cases": [
                 "alter_user and alter_network are false: nothing keeps partitions apart or is metered",
                 *remembered.open_cases(context),
+                *node_pair.open_cases(context.config),
+                *messages.open_cases(context.config.state_dir),
             ],
             "drift": [],
         },

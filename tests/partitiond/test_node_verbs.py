@@ -174,6 +174,11 @@ def test_root_is_refused(own, capsys):
     assert not (own / "inst").exists()
 
 
+def test_a_pair_that_is_not_there_is_an_open_case(own, command):
+    write(own, ("root_check = False", f"root_check = False\nkey_file = {own}/key\ncert_file = {own}/cert"))
+    assert f"{own}/key cannot be read" in said(command, own, "status")
+
+
 def test_half_of_it_is_a_node_of_roots(own, command):
     write(own, ("alter_user = false", "alter_user = true"))
     assert "partitiond owns the node's network" in said(command, own, "node", "format", expect=1)
