@@ -151,6 +151,28 @@ def _is_held(lock: Path) -> bool:
     return False
 
 
+@contextlib.contextmanager
+def idle(config: Config) -> Iterator[bool]:
+    """Whether nobody builds; then nobody begins to before the end of the block. Raises OSError."""
+    try:
+        # made where it is not: a runner whose daemon was killed may be about to do so
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+        descriptor = os.open(Places.of(config).lock, flags, 0o600)
+    except FileNotFoundError:
+        yield True  # nor has anybody been told to
+        return
+    try:
+        try:
+            # shared, as who looks whether it is held takes it: no runner gets it beside us
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+    finally:
+        os.close(descriptor)
+
+
 def _named(record: Path) -> Runner | None:
     try:
         return Runner(**json.loads(record.read_bytes()))
@@ -187,12 +209,26 @@ def save_outcome(places: Places, outcome: Outcome) -> None:
 
 
 def end_cut_off(config: Config) -> bool:
-    """End what a runner that was killed left running; whether there was such a one. Only while none runs."""
+    """End what a runner that was killed left running; whether there was such a one. Of one that runs nothing is touched."""
+    return _end_cut_off(config, None)
+
+
+def _end_cut_off(config: Config, killed: Runner | None) -> bool:
+    """The same, also of a runner to which SIGKILL was sent and that takes long to be gone."""
     places = Places.of(config)
-    found = places.record.exists()
-    end_session(places)
-    places.record.unlink(missing_ok=True)
-    return found
+    deadline = time.monotonic() + _NAMING_SECONDS
+    while True:
+        with idle(config) as nobody:
+            if nobody or (killed is not None and killed.lives()):
+                found = places.record.exists()
+                end_session(places)
+                places.record.unlink(missing_ok=True)
+                return found
+        holder = _named(places.record)
+        if (holder is not None and holder.lives()) or time.monotonic() > deadline:
+            return False
+        # one that has just begun, or a thread of one that was killed
+        time.sleep(0.02)
 
 
 def end_session(places: Places) -> None:
@@ -295,5 +331,5 @@ def end(config: Config, url: str | None = None) -> bool:
                 os.close(descriptor)
         if wait(found, _GRACE):
             break
-    end_cut_off(config)
+    _end_cut_off(config, found)
     return True

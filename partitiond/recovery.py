@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from partitiond import files, lock, messages
+from partitiond import build_keeper, files, lock, messages
 from partitiond.errors import PartitiondError, sentence
 
 if TYPE_CHECKING:
@@ -36,8 +36,7 @@ def exclusive(config: Config, what: str, *, wait: float = 0.0) -> Iterator[None]
 
 def remove_leftovers(config: Config) -> None:
     """Remove them everywhere; what cannot be removed is logged and stays."""
-    roots = (config.instance_root, config.software_root, config.state_dir, config.log_dir, config.run_dir)
-    for root in roots:
+    for root in (config.instance_root, config.state_dir, config.log_dir, config.run_dir):
         _remove(root, trees=True)
     for directory in (
         USER_DATABASE,
@@ -45,14 +44,27 @@ def remove_leftovers(config: Config) -> None:
         config.instance_root / "etc" / "supervisord.conf.d",
         config.state_dir / "instances",
         config.state_dir / "software",
-        config.state_dir / "builds",
         config.state_dir / messages.DIRECTORY,
         *filter(None, (config.certificate_repository,)),
     ):
         _remove(directory)
-    for parent in (config.instance_root, config.software_root, config.state_dir / "tunnels"):
+    for parent in (config.instance_root, config.state_dir / "tunnels"):
         for name in _directories(parent):
             _remove(parent, name)
+    try:
+        with build_keeper.idle(config) as nobody:
+            if nobody:
+                _remove_of_builds(config)
+    except OSError as error:
+        logger.warning("left over from a partitiond that was killed: %s", sentence(error))
+
+
+def _remove_of_builds(config: Config) -> None:
+    """Where builds write, too: one that outlived its daemon may be about to give such a file its name."""
+    _remove(config.software_root, trees=True)
+    _remove(build_keeper.Places.of(config).outcomes)
+    for name in _directories(config.software_root):
+        _remove(config.software_root, name)
 
 
 def _remove(root: Path, *below: str, trees: bool = False) -> None:

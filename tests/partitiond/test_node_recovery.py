@@ -1,10 +1,14 @@
 """What a killed partitiond left in the file system goes with the next command, and nothing else does."""
 
+import fcntl
+import json
+import os
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
-from partitiond import files, lock, recovery
+from partitiond import build_keeper, files, lock, procfs, recovery
 
 LEFT = ".base-address.0123456789ab.partitiond"
 TREE = ".removing-0123456789abcdef"
@@ -18,6 +22,7 @@ PLACES = (
     "state",
     "state/instances",
     "state/software",
+    "state/builds",
     "state/tunnels/slappart0",
     "log",
     "run",
@@ -114,3 +119,27 @@ def test_emptying_keeps_what_is_to_be_kept(tmp_path):
     with files.directory(tmp_path) as descriptor:
         files.empty(descriptor, keep=frozenset(("lock",)))
     assert names(tmp_path) == ["lock"]
+
+
+def test_a_build_that_outlived_its_daemon_is_left_alone(config):
+    """It may stand between making a file and giving it its name; so may one that is just beginning."""
+    places = build_keeper.Places.of(config)
+    places.directory.mkdir()
+    own = build_keeper.Runner("http://r/", os.getpid(), procfs.started(os.getpid()), procfs.boot())
+    places.record.write_text(json.dumps(asdict(own)))
+    with places.lock.open("w") as runner:
+        fcntl.flock(runner, fcntl.LOCK_EX)
+        recovery.remove_leftovers(config)
+        of_builds = {f"{name}/{LEFT}" for name in ("software", "software/0123", "state/builds")}
+        assert left(config) == of_builds | {f"software/{TREE}"}
+        assert not build_keeper.end_cut_off(config)
+        assert places.record.exists()
+    recovery.remove_leftovers(config)
+    assert not left(config)
+    with build_keeper.idle(config) as nobody:
+        assert nobody
+        assert build_keeper.running(config) is None, "who looks is not taken for a runner"
+        with places.lock.open("w") as runner, pytest.raises(BlockingIOError):
+            fcntl.flock(runner, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    assert build_keeper.end_cut_off(config)
+    assert not places.record.exists()
