@@ -113,8 +113,8 @@ def ask_status(node, name):
 def test_releases(node, url):
     built = node.base / "log" / "software"
     text = "".join(path.read_text() for path in built.iterdir())
-    text = said(node, "software", "--only-sr", "0123456789abcdef0123456789abcdef", expect=1)
-    assert "[sync.unknown_release] 0123456789abcdef0123456789abcdef" in text
+    typo = said(node, "software", "--only-sr", "0123456789abcdef0123456789abcdef", expect=1)
+    assert "0123456789abcdef0123456789abcdef: [sync.unknown_release]" in typo
     said(node, "software")
     assert "".join(path.read_text() for path in built.iterdir()) == text
     said(node, "software", "--only-sr", node.software(url).name)
