@@ -69,7 +69,7 @@ class Poller(PollPoller):  # type: ignore[misc]
         name, turn = group.config.name, group.transition
 
         def transition() -> None:
-            if name in self.restless:
+            if name in self.restless and self._is_there(name, group):
                 self.restless.discard(name)
                 turn()  # what changes by that is told, and makes it restless again
                 if any(process.state in IN_TRANSIT for process in group.processes.values()):
@@ -78,6 +78,12 @@ class Poller(PollPoller):  # type: ignore[misc]
         group.transition = transition
         self.restless.add(name)
         self.hurry = True
+
+    def _is_there(self, name: str, group: Any) -> bool:
+        """Whether supervisord still has a group: it lists them before it waits, and one that was exchanged for another
+        meanwhile must not take the turn of that.
+        """
+        return self._groups.get(name) is group
 
     def changed(self, process: Any) -> None:
         """Take note of a process that has another state now."""

@@ -567,11 +567,12 @@ def test_a_tunnel_is_in_its_partitions_namespaces(scene):
     )
 
     def stunnel():
-        (found,) = [
-            one.pid for one in scene.context.supervisor.processes() if one.group == "slappart2-tunnel"
-        ]
-        until(lambda: scene.user_of(found), "stunnel")
-        return found
+        def there():  # supervisord starts it in its next turn, and then it is still root's
+            processes = scene.context.supervisor.processes()
+            (pid,) = [one.pid for one in processes if one.group == "slappart2-tunnel"]
+            return pid if pid and scene.user_of(pid) else None
+
+        return until(there, "stunnel")
 
     try:
         scene.apply()

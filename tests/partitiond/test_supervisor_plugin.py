@@ -203,6 +203,20 @@ def test_only_what_changed_is_stopped_and_what_is_wrong_is_refused_alone(made):
     assert not node.running("/bin/sleep", "1000") - {after["same", "p0"]}
 
 
+def test_a_group_that_is_another_is_started_while_something_else_is_on_its_way(made):
+    """Within the turn in which it comes, supervisord still has the one before it on its list."""
+    node = made()
+    node.start()
+    node.write("never", node.script("never", "exit 1"))
+    node.write("one", sleeps(1000))
+    node.supervisor.update()
+    until(lambda: node.pids()["one", "p0"])
+    for number in range(3):
+        node.write("one", sleeps(1001 + number))
+        node.supervisor.update()
+        until(lambda: node.pids()["one", "p0"], "its start")
+
+
 def services_plan(node, *, carry_out=False):
     context = Context.of(node.base.load())
     try:
