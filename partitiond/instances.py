@@ -38,7 +38,6 @@ from partitiond.state import InstanceState
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from partitiond.config import Config
     from partitiond.context import Context
     from partitiond.node import Node, Partition
     from partitiond.periods import Periods
@@ -161,7 +160,7 @@ def _one(
         if back is None:
             return None  # the report lane finishes first; then the partition is free for the new instance
         state = back
-    due = _due(state, entry, period_of(entry.software_release or ""), context.config)
+    due = _is_misparked(context, state) or _due(state, entry, period_of(entry.software_release or ""))
     if not (force or due or (state.by_promise and partition.id in context.promises.mended)):
         page = context.promises.page(partition.id, state.instance_guid or "")
         # what the master shows as an error may be what it was told of a promise in between
@@ -171,14 +170,16 @@ def _one(
         return _configure(context, node, partition, state, entry)
 
 
-def _due(state: InstanceState, entry: PartitionDocument, period: int, config: Config) -> bool:
+def _is_misparked(context: Context, state: InstanceState) -> bool:
+    """Whether ``force_stop`` came or went since: also what has failed is not left running for its pause."""
+    if context.config.grid.force_stop:
+        return state.life == "started" or context.supervisor.has_group(state.partition)
+    return _is_parked(state)
+
+
+def _due(state: InstanceState, entry: PartitionDocument, period: int) -> bool:
     """Whether an instance is to be configured (again)."""
     now = time.time()
-    # force_stop came or went
-    if (config.grid.force_stop and state.life == "started") or (
-        _is_parked(state) and not config.grid.force_stop
-    ):
-        return True
     if _is_other(state, entry):
         return True
     if state.failures:
@@ -205,6 +206,8 @@ def _configure(
     if not buildout.completed(context.config, url):
         if entry.requested_state == "stopped" and state.life != "free" and state.wanted != "stopped":
             return _stop_as_it_is(context, partition, state)
+        if context.config.grid.force_stop and _is_misparked(context, state):
+            return _park_as_it_is(context, partition, state)
         if state.life in ("started", "stopped"):
             logger.info("%s: waits for its new software release %s", partition.id, url)
         return None  # what runs keeps running on the old release until the new one is there
@@ -276,6 +279,14 @@ def _stop_as_it_is(context: Context, partition: Partition, state: InstanceState)
     context.store.save_instance(done)
     _converge(context, partition)
     _tell(context, done)
+    return "stopped; configured when its new software release is there"
+
+
+def _park_as_it_is(context: Context, partition: Partition, state: InstanceState) -> str:
+    """The same for ``force_stop``, of which the master is told nothing."""
+    running.stop(context, partition)
+    context.store.save_instance(replace(state, life="stopped" if state.life == "started" else state.life))
+    _converge(context, partition)
     return "stopped; configured when its new software release is there"
 
 

@@ -77,16 +77,22 @@ def test_instances(node, url):
 def test_force_stop_parks_what_the_master_wants_started(node, url):
     """As with slapgrid: configured, stopped, and the master is told nothing; and it comes back when the key goes."""
     names = sorted((node.holder("one"), node.holder("two")))
+    node.request("two", url, text="fails", fail="on purpose")
+    node.cli("sync", "instances", expect=3)
+    two = node.partition(node.holder("two"))
+    assert processes_of(two["user"]["uid"]), "what ran goes on"
     text, since = node.configuration.read_text(), len(node.front.seen)
     node.configuration.write_text(text.replace("[slapos]", "[slapos]\nforce_stop = true"))
-    assert node.cli("sync", "instances").value["done"] == [f"{name}: stopped" for name in names]
+    done = node.cli("sync", "instances", expect=3).value
+    assert done["done"] == [f"{node.holder('one')}: stopped"]
+    assert [one["resource"] for one in done["failures"]] == [two["id"]], "although its pause is not over"
     assert not node.tenants()
     assert not [name for name in names if Path(node.partition(name)["path"], ".timestamp").exists()]
     node.cli("apply")
-    quiet(node, "instances")
     node.request("two", url, state="started", text="changed")
     assert node.cli("sync", "instances").value["done"] == [f"{node.holder('two')}: stopped"]
     assert not node.tenants()
+    quiet(node, "instances")
     told = [one.endpoint for one in node.front.seen[since:]]
     assert not {"startedComputerPartition", "stoppedComputerPartition"}.intersection(told)
     assert any("force_stop" in one for one in node.cli("status").value["node"]["open_cases"])
