@@ -187,6 +187,8 @@ def apply(context: Context, operation: ServiceOperation) -> None:
     else:
         if operation.owner is not None:
             privacy.relaunch(context, operation.owner, operation.group)
-        # what would have to be stopped first is being exchanged, by somebody who waits for that
-        if operation.group not in supervisor.take_in():
-            supervisor.start_group(operation.group)
+        if operation.reason == _OUTDATED:
+            supervisor.update(only=(operation.group,))
+        elif operation.group in supervisor.take_in():
+            return  # what has to be stopped first is being exchanged, by somebody who waits for that
+        supervisor.start_group(operation.group)

@@ -28,7 +28,7 @@ from partitiond.namespaces import NSENTER
 from partitiond.supervisor_link import PLUGIN_VERSION, Link
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Container, Iterable, Sequence
+    from collections.abc import Callable, Collection, Iterable, Sequence
 
     from partitiond.config import Config
 
@@ -43,8 +43,7 @@ _REACHABLE_SECONDS = 5
 # it ends first what another has left, see survivors.py; to kill it meanwhile would begin that anew
 _ANSWERS_WITHIN = 20.0
 _STARTS_WITHIN = 5.0
-_ROUNDS = 5
-_MOMENT = 0.002
+_ROUNDS, _MOMENT = 5, 0.002
 _NOTES = "processes"
 _TUNNEL_SUFFIX = "-tunnel"
 _MODULE = "supervisor.supervisord"
@@ -391,11 +390,10 @@ class Supervisor(Link):
             return False
         return True
 
-    def update(self, only: Container[str] | None = None) -> frozenset[str]:
+    def update(self, only: Collection[str] | None = None) -> frozenset[str]:
         """Make supervisord run what the files say; only groups whose file changed are stopped. Return those started (anew).
 
-        One file more is one file read, however many there are. ``only``: other groups are not stopped, whatever their files
-        say; somebody is about to exchange them, or will.
+        One file more is one file read, however many there are. ``only``: no others are stopped, whatever their files say.
         """
         return self._update(only)[0]
 
@@ -403,7 +401,7 @@ class Supervisor(Link):
         """Make supervisord run what the files say as far as nothing has to be stopped for it; return what is to be stopped."""
         return self._update(frozenset())[1]
 
-    def _update(self, only: Container[str] | None) -> tuple[frozenset[str], frozenset[str]]:
+    def _update(self, only: Collection[str] | None) -> tuple[frozenset[str], frozenset[str]]:
         """As :meth:`update`; return also the groups that were not to be stopped."""
         started: set[str] = set()
         for _ in range(_ROUNDS):
@@ -424,11 +422,11 @@ class Supervisor(Link):
             retryable=True,
         )
 
-    def _update_by_name(self, only: Container[str] | None) -> tuple[frozenset[str], frozenset[str]]:
+    def _update_by_name(self, only: Collection[str] | None) -> tuple[frozenset[str], frozenset[str]]:
         """The same for a supervisord without our plug-in: it reads all files, and is told of each group that is another."""
         added, changed, removed = self._call("supervisor.reloadConfig")[0]
-        busy = frozenset() if only is None else running_groups(self.processes())
-        left = frozenset(one for one in (*changed, *removed) if one in busy and one not in (only or ()))
+        others = frozenset() if only is None else frozenset((*changed, *removed)) - {*only}
+        left = others and others & running_groups(self.processes())
         for name in (*changed, *removed):
             if name not in left:
                 self.stop_group(name)

@@ -196,8 +196,9 @@ class Interface:
             for entry in entries:
                 if entry.name.endswith(_SUFFIX) and not entry.name.startswith("."):
                     there = entry.stat(follow_symlinks=False)
-                    if files.is_ours(there):  # nobody else says what root runs
-                        found[entry.name.removesuffix(_SUFFIX)] = _mark(there)
+                    if not files.is_ours(there):
+                        continue  # nobody else says what root runs
+                    found[entry.name.removesuffix(_SUFFIX)] = _mark(there)
         return found
 
     def _is_behind(self, name: str, group: Any) -> bool:
@@ -210,9 +211,10 @@ class Interface:
         ):
             return False
         try:
-            return self._seen[name] != _mark(os.lstat(self._groups / f"{name}{_SUFFIX}"))
+            there = os.lstat(self._groups / f"{name}{_SUFFIX}")
         except FileNotFoundError:
             return False  # it is to go
+        return files.is_ours(there) and self._seen[name] != _mark(there)
 
     def _parse(self, name: str) -> Any:
         """The one group that a file says, by supervisor's own parser. Raises ValueError, OSError, configparser.Error."""

@@ -15,7 +15,7 @@ from partitiond.errors import PartitiondError
 from partitiond.supervision import Supervisor
 
 if TYPE_CHECKING:
-    from collections.abc import Container
+    from collections.abc import Collection
 
     from partitiond.config import Config
 
@@ -52,7 +52,7 @@ class UnmanagedSupervisor(Supervisor):
             f"[include]\nfiles={self.groups_directory}/*.conf\n"
         )
 
-    def _update(self, only: Container[str] | None) -> tuple[frozenset[str], frozenset[str]]:  # noqa: ARG002 - nobody waits
+    def _update(self, only: Collection[str] | None) -> tuple[frozenset[str], frozenset[str]]:  # noqa: ARG002 - nobody waits
         """Make supervisord run what the files say; return the groups that were started (anew), and none that is left."""
         added, changed, removed = self._call("supervisor.reloadConfig")[0]
         for name in (*changed, *removed):

@@ -18,6 +18,7 @@ import pytest
 from partitiond import (
     buildout,
     destruction,
+    instance_build,
     instance_cleanup,
     instances,
     lanes,
@@ -925,3 +926,18 @@ def test_what_a_buildout_leaves_running_writes_no_log(life):
     assert before < 11 * 1024 * 1024
     time.sleep(0.3)
     assert size() == before
+
+
+def test_one_that_is_configured_for_long_is_an_open_case(life, monkeypatch):
+    monkeypatch.setattr(instance_build, "LONG_SECONDS", 0.1)
+    told = []
+    (life.scene.software / "bin" / "buildout").write_text("#!/bin/sh\nsleep 1\n")
+    with ThreadPoolExecutor(1) as pool:
+        taken = pool.submit(life.wants)
+        while not taken.done():
+            told.append(instance_build.trouble(life.context))
+            time.sleep(0.02)
+    assert taken.result() == []
+    assert told[0] == ""
+    assert [one for one in told if one.startswith(f"{NAME} has been configuring since")]
+    assert instance_build.trouble(life.context) == ""
