@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from partitiond import files, privacy
+from partitiond.errors import PartitiondError, sentence
 from partitiond.operation import Operation
 from partitiond.supervision import running_groups
 from partitiond.tunnels import group_name
@@ -21,6 +23,9 @@ if TYPE_CHECKING:
 _STRANGE = "its configuration is not root's alone"
 
 
+logger = logging.getLogger(__name__)
+
+_A_WHILE = 2.0  # for all that goes with the node's lock
 _OUTDATED = "it runs on as it was started before supervisord was, and its configuration is another since"
 
 
@@ -187,8 +192,14 @@ def apply(context: Context, operation: ServiceOperation) -> None:
     else:
         if operation.owner is not None:
             privacy.relaunch(context, operation.owner, operation.group)
-        if operation.reason == _OUTDATED:
-            supervisor.update(only=(operation.group,))
-        elif operation.group in supervisor.take_in():
-            return  # what has to be stopped first is being exchanged, by somebody who waits for that
-        supervisor.start_group(operation.group)
+        waits = supervisor.take_in()
+        if operation.group in waits and operation.reason == _OUTDATED:
+            # nobody else exchanges it; what takes longer to end is found ended by the next look
+            try:
+                supervisor.stop_groups([operation.group], within=_A_WHILE)
+            except PartitiondError as error:
+                logger.warning("%s: %s", operation.id, sentence(error))
+            waits = supervisor.take_in()
+        # what would have to be stopped first is being exchanged, by somebody who waits for that
+        if operation.group not in waits:
+            supervisor.start_group(operation.group)

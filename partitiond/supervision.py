@@ -56,9 +56,7 @@ _SOCKET_LIMIT = 104  # struct sockaddr_un holds 108 bytes; supervisord makes a l
 
 @dataclass(frozen=True, slots=True)
 class Process:
-    """A process as supervisord knows it; ``pid`` 0 when it does not run. ``outdated``: its group goes on from before a
-    supervisord that was killed, and is not what its file says.
-    """
+    """A process as supervisord knows it; ``pid`` 0 when it does not run. ``outdated``: its group is not what its file says."""
 
     group: str
     name: str
@@ -337,9 +335,7 @@ class Supervisor(Link):
         )
 
     def is_outdated(self) -> bool:
-        """Whether the one that :meth:`processes` last asked lacks this version of our plug-in; it may be replaced when it runs
-        nothing.
-        """
+        """Whether the one that :meth:`processes` last asked lacks our plug-in of this version; it may go when nothing runs."""
         return self._outdated
 
     def group_file(self, name: str) -> Path:
@@ -440,9 +436,9 @@ class Supervisor(Link):
         if self._ask("start", name) is None:
             self._call("supervisor.startProcessGroup", name, False)
 
-    def stop_groups(self, names: Sequence[str]) -> None:
+    def stop_groups(self, names: Sequence[str], *, within: float = _ANSWER_SECONDS) -> None:
         """Stop several groups side by side, and wait; those that do not exist are stopped already."""
-        deadline = time.monotonic() + _ANSWER_SECONDS
+        deadline = time.monotonic() + within
         while left := self._ask("stop", list(names)):
             if time.monotonic() > deadline:
                 raise PartitiondError(
@@ -485,7 +481,6 @@ class Supervisor(Link):
 
 
 def _process(line: str, outdated: frozenset[str]) -> Process:
-    """A line of the plug-in's states."""
     group, name, state, pid, started = line.split("\t")
     return Process(group, name, state, int(pid), started == "1", group in outdated)
 

@@ -103,7 +103,9 @@ class Interface:
         A group that was stopped to be exchanged, by somebody who was killed then, was never started as its file says.
         """
         behind = {
-            name for name, group in self._supervisord.process_groups.items() if self._is_behind(name, group)
+            name
+            for name, group in self._supervisord.process_groups.items()
+            if name in self._anew or self._is_behind(name, group)
         }
         return "\n".join(
             f"{name}\t{process.config.name}\t{getProcessStateDescription(process.get_state())}\t{process.pid}"

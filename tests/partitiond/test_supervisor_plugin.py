@@ -642,7 +642,10 @@ def test_the_plan_sees_no_drift_in_what_was_taken_over(made):
 
 
 @pytest.mark.parametrize("restart", [True, False])
-def test_a_kept_program_whose_configuration_changed_while_no_supervisord_ran_is_started_anew(made, restart):
+def test_a_kept_program_whose_configuration_changed_while_no_supervisord_ran_is_started_anew(
+    made, restart, monkeypatch
+):
+    monkeypatch.setattr(services, "_A_WHILE", 0.1)
     node = made("slappart2 slappart3")
     node.start()
     for name in ("slappart2", "slappart3"):
@@ -656,6 +659,7 @@ def test_a_kept_program_whose_configuration_changed_while_no_supervisord_ran_is_
     older.write_text(" ".join(older.read_text().split()[:4]))  # by a version that noted less
     node.start()
     assert node.pids() == before
+    os.kill(before["slappart2", "p0"], signal.SIGSTOP)  # it takes longer to end than anybody waits
     context = Context.of(node.base.load())
     partitions = [SimpleNamespace(id=name) for name in ("slappart2", "slappart3")]
 
@@ -670,7 +674,14 @@ def test_a_kept_program_whose_configuration_changed_while_no_supervisord_ran_is_
         (operation,) = plan()
         assert (operation.group, operation.action) == ("slappart2", "change")
         services.apply(context, replace(operation, owner=None))
+        assert node.states()["slappart2", "p0"] == "STOPPING"
+        os.kill(before["slappart2", "p0"], signal.SIGCONT)
+        until(lambda: not procfs.is_alive(before["slappart2", "p0"]))
+        until(lambda: node.states()["slappart2", "p0"] == "STOPPED")
+        (operation,) = plan()
+        services.apply(context, replace(operation, owner=None))
         after = node.all_run()
+        until(lambda: node.running("/bin/sleep", "1001"))
         assert node.running("/bin/sleep", "1001") == {after["slappart2", "p0"]}
         assert node.running("/bin/sleep", "1000") == {before["slappart3", "p0"]}
         assert plan() == ()
