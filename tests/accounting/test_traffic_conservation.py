@@ -126,7 +126,7 @@ def judged(scene, sent, table, title):
     assert not others, f"counted, and nobody sent it: {others}"
 
 
-@pytest.mark.parametrize("kills", [40, pytest.param(100, marks=pytest.mark.full)])
+@pytest.mark.parametrize("kills", [20, pytest.param(100, marks=pytest.mark.full)])
 def test_the_filter_is_loaded_anew_and_the_meter_killed(traffic, table, kills):
     """The lane of the daemon that meters, killed with SIGKILL at any moment, between loads of the whole filter."""
     scene = traffic

@@ -170,6 +170,7 @@ def test_killed_during_an_instance_buildout(node):
     converged(node)
 
 
+@pytest.mark.full  # test_life_churn.py does so for a minute
 def test_killed_at_any_moment_of_a_reconfiguration(node):
     """Also the moments around the buildout: each time the next daemon brings about what is wanted, once."""
     url = str(node.base / "tiny" / "software.cfg")

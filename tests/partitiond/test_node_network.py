@@ -490,7 +490,7 @@ def lan4():
         yield made
 
 
-@pytest.fixture(params=["no address", "switched off"])
+@pytest.fixture(params=["no address", pytest.param("switched off", marks=pytest.mark.full)])
 def operator4(request, lan4, node_config, command, master):
     """Make an IPv4-only node; the kernel has IPv6 and gives no address, or it is switched off entirely."""
     if request.param == "switched off":
@@ -882,6 +882,7 @@ def comes_and_goes(here, before, after, parts):
     here.apply()
 
 
+@pytest.mark.full
 def test_growing_and_shrinking_with_everything_routed(operator, gateway):
     here = operator(5, slapformat={"create_tun": "true", "tap_gateway_interface": gateway})
     before = network()
