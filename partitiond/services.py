@@ -50,37 +50,7 @@ def plan(
     """Compare supervisord with what the last good configuration of each instance says; ``set_up`` are the groups on disk,
     ``strange`` those beside them whose files may be somebody else's, ``homeless`` the partitions whose namespaces are missing.
     """
-    operations = []
-    supervisor = context.supervisor
-    try:
-        text = supervisor.configuration.read_text()
-    except OSError:
-        text = None
-    running = bool(processes) or supervisor.running()
-    reasons = [
-        *(["its configuration is missing"] if text is None else []),
-        *(["its configuration is another"] if text not in (None, supervisor.render()) else []),
-        *([_STRANGE] if text is not None and not files.is_own(supervisor.configuration) else []),
-        *([] if running else ["it does not run"]),
-        *(
-            ["it is of another version, and runs nothing"]
-            if running and _may_go(supervisor, processes)
-            else []
-        ),
-    ]
-    if reasons:
-        operations.append(
-            ServiceOperation(
-                id="supervisord",
-                resource="supervisord",
-                action="create" if text is None else "change",
-                partition=None,
-                before=None if text is None else "running" if running else "stopped",
-                after="running",
-                reason="; ".join(reasons),
-                group=None,
-            )
-        )
+    operations = [*_of_supervisord(context.supervisor, processes)]
     # with force_stop the next pass over instances stops what still runs
     to_run = frozenset() if context.config.grid.force_stop else context.store.to_run()
     by_group: dict[str, list[Process]] = {}
@@ -90,19 +60,9 @@ def plan(
         if partition.id not in set_up or partition.id not in to_run:
             continue
         known = by_group.get(partition.id, [])
-        # EXITED and FATAL are the instance's own doing; STOPPED without a start as its file says is a supervisord
-        # that began anew, or an exchange that was cut off
-        if not known or any(process.state == "STOPPED" and not process.started for process in known):
-            operations.append(_operation(partition.id, "change", "not started", partition))
-        elif any(process.outdated for process in known):
-            operations.append(_operation(partition.id, "change", _OUTDATED, partition))
-        elif (
-            partition.id in homeless
-            and all(process.state in ("EXITED", "FATAL") for process in known)
-            and privacy.is_launched(context, partition)
-        ):
-            # what was started without them ended at once
-            operations.append(_operation(partition.id, "change", "could not start", partition))
+        reason = _reason_to_start(context, partition, known, homeless=partition.id in homeless)
+        if reason:
+            operations.append(_operation(partition.id, "change", reason, partition))
         tunnel = group_name(partition.id)
         if tunnel in set_up and any(process.outdated for process in by_group.get(tunnel, [])):
             operations.append(_operation(tunnel, "change", _OUTDATED, partition))
@@ -119,6 +79,59 @@ def plan(
         ),
     ]
     return tuple(operations)
+
+
+def _of_supervisord(supervisor: Supervisor, processes: tuple[Process, ...]) -> list[ServiceOperation]:
+    """What is to be done about supervisord itself: nothing, or one thing."""
+    try:
+        text = supervisor.configuration.read_text()
+    except OSError:
+        text = None
+    running = bool(processes) or supervisor.running()
+    reasons = [
+        *(["its configuration is missing"] if text is None else []),
+        *(["its configuration is another"] if text not in (None, supervisor.render()) else []),
+        *([_STRANGE] if text is not None and not files.is_own(supervisor.configuration) else []),
+        *([] if running else ["it does not run"]),
+        *(
+            ["it is of another version, and runs nothing"]
+            if running and _may_go(supervisor, processes)
+            else []
+        ),
+    ]
+    if not reasons:
+        return []
+    return [
+        ServiceOperation(
+            id="supervisord",
+            resource="supervisord",
+            action="create" if text is None else "change",
+            partition=None,
+            before=None if text is None else "running" if running else "stopped",
+            after="running",
+            reason="; ".join(reasons),
+            group=None,
+        )
+    ]
+
+
+def _reason_to_start(
+    context: Context, partition: Partition, known: list[Process], *, homeless: bool
+) -> str | None:
+    """Why the programs of an instance that is to run are to be started (anew), if they are."""
+    # EXITED and FATAL are the instance's own doing; STOPPED without a start as its file says is a supervisord
+    # that began anew, or an exchange that was cut off
+    if not known or any(process.state == "STOPPED" and not process.started for process in known):
+        return "not started"
+    if any(process.outdated for process in known):
+        return _OUTDATED
+    if (
+        homeless
+        and all(process.state in ("EXITED", "FATAL") for process in known)
+        and privacy.is_launched(context, partition)
+    ):
+        return "could not start"  # what was started without them ended at once
+    return None
 
 
 def _may_go(supervisor: Supervisor, processes: tuple[Process, ...]) -> bool:
