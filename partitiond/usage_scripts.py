@@ -178,10 +178,7 @@ def _run(context: Context, partition: Partition, name: str, ran: Ran, seconds: f
         ran.written.add(file)
     ran.late |= outcome.cut_short is not None
     if not outcome.ok:
-        ended = outcome.cut_short or (
-            f"exit status {outcome.status}" if outcome.status >= 0 else f"signal {-outcome.status}"
-        )
-        ran.faults.append(f"etc/report/{name}: {ended}")
+        ran.faults.append(f"etc/report/{name}: {buildout.ended(outcome)}")
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from datetime import UTC, datetime, timedelta
 from types import SimpleNamespace
 
 import pytest
+from killed_calls import CALLS, cut_short
 
 from partitiond import certificate_expiry, certificates, pair_files
 from partitiond.certificate_lane import CertificateLane
@@ -212,10 +213,6 @@ def pair_of(content):
     return pair_files.Found(content.key.encode(), content.certificate.encode(), b"{}")
 
 
-class Killed(BaseException):
-    pass
-
-
 @pytest.mark.parametrize("start", ["nothing", "plain", "half", "linked"])
 def test_killed_anywhere_the_two_match(scene, monkeypatch, start):
     """Whatever call into the kernel is the last one: the old pair or the new one, and the next time the new one."""
@@ -224,7 +221,9 @@ def test_killed_anywhere_the_two_match(scene, monkeypatch, start):
     after = 0
     while True:
         prepare(scene, where, start, old)
-        done = cut_short(monkeypatch, after, lambda: pair_files.write(where, pair_of(new)))
+        done = cut_short(
+            monkeypatch, after, lambda: pair_files.write(where, pair_of(new)), (*CALLS, "fchmod")
+        )
         names = [scene.repository / f"slappart0.{kind}" for kind in ("crt", "key")]
         there = [path.exists() for path in names]
         if all(there):
@@ -249,30 +248,6 @@ def prepare(scene, where, start, old):
         (scene.repository / "slappart0.crt").write_text(old.certificate)
     if start == "linked":
         pair_files.write(where, pair_of(old))
-
-
-def cut_short(monkeypatch, after, work):
-    """Do it until so many calls were made; whether it came to its end."""
-    left = after
-
-    def dying(original):
-        def call(*arguments, **more):
-            nonlocal left
-            if left == 0:
-                raise Killed
-            left -= 1
-            return original(*arguments, **more)
-
-        return call
-
-    with monkeypatch.context() as patch:
-        for name in ("mkdir", "rename", "symlink", "unlink", "rmdir", "fchmod", "fsync", "write"):
-            patch.setattr(os, name, dying(getattr(os, name)))
-        try:
-            work()
-        except Killed:
-            return False
-    return True
 
 
 def clean(scene, where):

@@ -13,6 +13,7 @@ import production_master
 import pytest
 from cryptography import x509
 from json_schemas import validate
+from killed_calls import Killed, cut_short
 
 from partitiond import config, config_edit, node_pair, registration, registration_config
 from partitiond.errors import PartitiondError, WrongUseError
@@ -350,34 +351,6 @@ def test_a_full_disk_spends_no_token(node, master, monkeypatch):
     with pytest.raises(OSError, match="No space"):
         node.register()
     assert master.asked == []
-
-
-class Killed(BaseException):
-    pass
-
-
-def cut_short(monkeypatch, after, work):
-    """Do it until so many calls into the kernel were made; whether it came to its end."""
-    left = after
-
-    def dying(original):
-        def call(*arguments, **more):
-            nonlocal left
-            if left == 0:
-                raise Killed
-            left -= 1
-            return original(*arguments, **more)
-
-        return call
-
-    with monkeypatch.context() as patch:
-        for name in ("rename", "symlink", "unlink", "rmdir", "mkdir", "fsync", "write"):
-            patch.setattr(os, name, dying(getattr(os, name)))
-        try:
-            work()
-        except Killed:
-            return False
-    return True
 
 
 @pytest.mark.parametrize("start", ["nothing", "pair"])
