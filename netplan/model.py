@@ -32,6 +32,9 @@ BRIDGE_ALIAS = ALIAS_MARK + "bridge/"
 PORT_ALIAS = ALIAS_MARK + "port/"
 """What the alias of a port that we put into the bridge starts with; the alias that it had before follows."""
 
+MESH_ALIAS = ALIAS_MARK + "mesh/"
+"""The alias of the interface of the mesh."""
+
 GROUP_MAKING = 1 << 29
 """A link of ours in this group was just made and has no alias yet, which the kernel takes only afterwards."""
 
@@ -154,6 +157,25 @@ class BridgeSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class MeshSpec:
+    """The flat IPv4 space that nodes share by a VPN: a persistent tun that only root may attach a program to, the whole
+    ``network``, this node's ``own`` part of it and, of that, the node's own ``address``.
+    """
+
+    interface: str
+    network: IPv4Network
+    own: IPv4Network
+    address: IPv4Address
+
+    def __post_init__(self) -> None:
+        _check_link(self.interface)
+        if not self.own.subnet_of(self.network):
+            raise _invalid(f"mesh/{self.interface}", f"{self.own} is no part of {self.network}")
+        if self.address not in self.own:
+            raise _invalid(f"mesh/{self.interface}", f"{self.address} is not in {self.own}")
+
+
+@dataclass(frozen=True, slots=True)
 class RoutableIPv4:
     """An IPv4 address that the world reaches, with its network, and the gateway that its packets leave by."""
 
@@ -170,7 +192,7 @@ class PartitionNetwork:
     """The share of the network that one partition owns; ``uid`` is the user that its processes run as.
 
     ``ipv4`` is private: only that user reaches it.  ``public_ipv4`` takes the place of ``ipv6`` on a node
-    without IPv6.
+    without IPv6.  ``vpn_ipv4`` is of the node's part of the mesh, and on its interface.
     """
 
     id: str
@@ -183,6 +205,12 @@ class PartitionNetwork:
     tun: TunSpec | None = None
     public_ipv4: IPv4Address | None = None
     routable_ipv4: RoutableIPv4 | None = None
+    vpn_ipv4: IPv4Address | None = None
+
+    @property
+    def stand_in_ipv4(self) -> IPv4Address | None:
+        """What stands in for the IPv6 where there is none."""
+        return self.public_ipv4 or (None if self.ipv6 else self.vpn_ipv4)
 
     @property
     def world_ipv4(self) -> tuple[IPv4Address, ...]:
@@ -200,7 +228,7 @@ class PartitionNetwork:
     def reached_ipv4(self) -> tuple[IPv4Address, ...]:
         """The IPv4 addresses that the host has for it, but the private one: likewise."""
         tun = self.tun.ipv4.ip if self.tun and self.tun.ipv4 else None
-        return (*self.world_ipv4, *((tun,) if tun else ()))
+        return (*self.world_ipv4, *(one for one in (self.vpn_ipv4, tun) if one))
 
     def __post_init__(self) -> None:
         # the id becomes part of nft's text and of link aliases
@@ -252,6 +280,7 @@ class DesiredNetwork:
     ``local_source_table`` gives unbound clients of a partition on the same host the host's source address,
     ``host_ipv6`` or ``host_ipv4``, where nothing does better; ``cgroup_bpf``: programs at the cgroup shall, if
     this kernel and our rights allow it; ``protected`` is what no guest behind a tap may claim;
+    ``mesh`` is the VPN that nodes share;
     ``closed`` is a port that partitions' users cannot reach; ``limits`` has those who are limited, or may become so,
     by their ids.
     """
@@ -270,6 +299,7 @@ class DesiredNetwork:
     backend: Backend = "nftables"
     closed: ClosedPort | None = None
     limits: Mapping[str, RateLimit] = field(default_factory=dict)
+    mesh: MeshSpec | None = None
 
     def __post_init__(self) -> None:
         partitions = self.partitions
@@ -278,7 +308,7 @@ class DesiredNetwork:
         _unique("interface", (link.name for one in partitions for link in (one.tap, one.tun) if link))
         own = () if self.host_ipv6 is None else (self.host_ipv6,)
         _unique("address", (*own, *(end.ip for one in partitions for end in one.reached_ipv6)))
-        own4 = () if self.host_ipv4 is None else (self.host_ipv4,)
+        own4 = tuple(one for one in (self.host_ipv4, self.mesh.address if self.mesh else None) if one)
         _unique(
             "address",
             (*own4, *(ip for one in partitions for ip in (one.ipv4, *one.reached_ipv4) if ip)),
@@ -286,6 +316,9 @@ class DesiredNetwork:
         _unique("range", (one.ipv6_range for one in partitions if one.ipv6_range))
         if self.interface is None and any(one.ipv6 or one.ipv4 or one.world_ipv4 for one in partitions):
             raise _invalid("interface", "addresses are wanted, but no interface to put them on")
+        for one in partitions:
+            if one.vpn_ipv4 and (self.mesh is None or one.vpn_ipv4 not in self.mesh.own):
+                raise _invalid(f"address/{one.vpn_ipv4}", "is not of this node's part of a mesh")
         if self.local_source_table and self.host_ipv6 is None and self.host_ipv4 is None:
             raise _invalid("rule/localtab", "a local source table needs host_ipv6 or host_ipv4")
 

@@ -184,6 +184,7 @@ def rules(config: Config, base: ipaddress.IPv6Interface | None, look: Look) -> R
         prefixshift=config.ipv6_prefixshift,
         ipv4_network=config.ipv4_network,
         partition_network=keys.partition_network,
+        mesh_range=config.mesh.own if config.mesh else None,
         ipv6_range=config.ipv6_range,
         tap_ipv6=routed and keys.tap_ipv6,
         tap_gateway=_tap_gateway(config, look) if routed else None,
@@ -233,7 +234,8 @@ def _taken(config: Config, look: Look) -> frozenset[ipaddress.IPv4Address]:
 
 
 def _elsewhere(config: Config) -> tuple[ipaddress.IPv4Network, ...]:
-    networks = (config.ipv4_network, config.network.partition_network)
+    mesh = config.mesh.own if config.mesh else None
+    networks = (config.ipv4_network, config.network.partition_network, mesh)
     return tuple(
         found for network in networks if network for found in netplan_observe.routed_elsewhere(network)
     )

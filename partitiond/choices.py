@@ -30,7 +30,8 @@ class Rules:
     """What the configuration and the node's own addresses say about those of the partitions.
 
     ``partitions`` are the ids by index. ``base`` is the node's own IPv6, None without one: then nobody has any.
-    ``partition_network`` is that of the IPv4 addresses that stand in for IPv6, None where none do.
+    ``partition_network`` is that of the IPv4 addresses that stand in for IPv6, None where none do. ``mesh_range`` is the node's
+    part of the mesh.
     ``tap_gateway`` is the address of ``tap_gateway_interface``, None where taps get no IPv4. ``taken`` are IPv4 addresses
     that something else on this node uses, ``elsewhere`` IPv4 networks that the node uses or routes elsewhere: they turn
     away new choices, never old ones.
@@ -41,6 +42,7 @@ class Rules:
     prefixshift: int
     ipv4_network: IPv4Network
     partition_network: IPv4Network | None = None
+    mesh_range: IPv4Network | None = None
     ipv6_range: bool = True
     tap_ipv6: bool = False
     tap_gateway: IPv4Interface | None = None
@@ -65,6 +67,7 @@ class Chosen:
     tun_ipv6: IPv6Interface | None = None
     tun_ipv4: IPv4Interface | None = None
     public_ipv4: IPv4Address | None = None
+    vpn_ipv4: IPv4Address | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +86,7 @@ class Kept:
     tun_ipv6: IPv6Interface | None = None
     tun_ipv4: IPv4Interface | None = None
     public_ipv4: IPv4Address | None = None
+    vpn_ipv4: IPv4Address | None = None
 
 
 NATURAL = Kept()
@@ -106,6 +110,7 @@ PARSERS: Mapping[str, Callable[[str], object]] = {
     "tun_ipv6": IPv6Interface,
     "tun_ipv4": IPv4Interface,
     "public_ipv4": IPv4Address,
+    "vpn_ipv4": IPv4Address,
 }
 
 
@@ -315,26 +320,14 @@ def _kinds_of_ipv4(rules: Rules) -> Iterator[_Kind]:
         used.add(value)
         return _add(given, value)
 
-    yield _Kind(
-        name="ipv4",
-        words="private IPv4",
-        where=f"ipv4_local_network = {network}",
-        natural=lambda index: addresses.private_ipv4(network, index),
-        new=lambda index: addresses.private_ipv4(network, index, used, rules.elsewhere),
-        fits=lambda kept: kept if kept in network else None,
-        claim=claim,
-    )
-    world = rules.partition_network
-    if world is not None:
-        yield _Kind(
-            name="public_ipv4",
-            words="public IPv4",
-            where=f"ipv4_partition_network = {world}",
-            natural=lambda index: addresses.private_ipv4(world, index),
-            new=lambda index: addresses.private_ipv4(world, index, used, rules.elsewhere),
-            fits=lambda kept: kept if kept in world else None,
-            claim=claim,
-        )
+    where = f"ipv4_local_network = {network}"
+    yield _ipv4_of("ipv4", "private IPv4", where, network, used, rules.elsewhere, claim)
+    for name, words, key, world in (
+        ("public_ipv4", "public IPv4", "ipv4_partition_network", rules.partition_network),
+        ("vpn_ipv4", "IPv4 of the mesh", "[tinc] range", rules.mesh_range),
+    ):
+        if world is not None:
+            yield _ipv4_of(name, words, f"{key} = {world}", world, used, rules.elsewhere, claim)
     if gateway is not None:
         yield _Kind(
             name="tap_ipv4",
@@ -355,6 +348,27 @@ def _kinds_of_ipv4(rules: Rules) -> Iterator[_Kind]:
             fits=lambda kept: kept if kept.ip in addresses.TUN_NETWORK else None,
             claim=lambda value: _add(tuns, value.ip),
         )
+
+
+def _ipv4_of(
+    name: str,
+    words: str,
+    where: str,
+    network: IPv4Network,
+    used: set[IPv4Address],
+    elsewhere: tuple[IPv4Network, ...],
+    claim: Callable[[IPv4Address], bool],
+) -> _Kind:
+    """An address of a network that is dealt out by index."""
+    return _Kind(
+        name=name,
+        words=words,
+        where=where,
+        natural=lambda index: addresses.private_ipv4(network, index),
+        new=lambda index: addresses.private_ipv4(network, index, used, elsewhere),
+        fits=lambda kept: kept if kept in network else None,
+        claim=claim,
+    )
 
 
 def _add(given: set[IPv4Address], value: IPv4Address) -> bool:

@@ -16,11 +16,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from netplan import addresses
 from partitiond import (
     accounting_config,
     config_grid,
     config_guard,
     config_managers,
+    config_mesh,
     config_network,
     config_reader,
     config_software,
@@ -44,6 +46,7 @@ if TYPE_CHECKING:
     from accounting.allowance import Quota
     from netplan.model import Backend, ClosedPort
     from partitiond.config_guard import GuardKeys
+    from partitiond.config_mesh import MeshKeys
     from partitiond.config_network import NetworkKeys
     from partitiond.config_unmanaged import Unmanaged
     from partitiond.device_config import OperatorDevice
@@ -88,7 +91,7 @@ _OPEN_SECTIONS = (
     "slapproxy",
     "slapconsole",
     config_software.SECTION,
-    "tinc",
+    config_mesh.SECTION,
     accounting_config.SECTION,
     "firewall",
     "disabled-firewall",  # as slapos.core ships it
@@ -176,6 +179,7 @@ class Config:
     quotas: Mapping[str, Quota] = field(default_factory=dict)
     # of a node that owns nothing of the machine
     unmanaged: Unmanaged | None = None
+    mesh: MeshKeys | None = None
     warnings: tuple[str, ...] = field(default=(), compare=False)
     # file and drop-ins as one text, which reads back as the same configuration
     text: str = field(default="", compare=False, repr=False)
@@ -261,13 +265,24 @@ def _check_networks(config: Config, reader: Reader) -> None:
         words = f"a network apart from ipv4_local_network, which is {config.ipv4_network}"
         value = reader.raw("partitiond", "ipv4_partition_network")
         reader.bad("partitiond", "ipv4_partition_network", value, words)
+    mesh = config.mesh.network if config.mesh else None
+    others = {"ipv4_local_network": config.ipv4_network, "ipv4_partition_network": world}
+    others |= {"the tuns' network": addresses.TUN_NETWORK} if config.network.create_tun else {}
+    for key, other in others.items():
+        if mesh and other and mesh.overlaps(other):
+            value, words = reader.raw("tinc", "network"), f"a network apart from {key}, which is {other}"
+            reader.bad("tinc", "network", value, words)
     for partition, routable in config.network.routable.items():
-        if any(routable.interface.ip in one for one in (world, config.ipv4_network) if one):
-            words = "an address outside of ipv4_local_network and ipv4_partition_network"
+        if any(routable.interface.ip in one for one in (world, config.ipv4_network, mesh) if one):
+            words = "an address outside of ipv4_local_network, ipv4_partition_network and the mesh"
             reader.bad("routable_ipv4", partition, reader.raw("routable_ipv4", partition), words)
     bridge = config.network.bridge or ""
-    if re.fullmatch(rf"(?:{re.escape(config.tap_base)}|slaptun)[0-9]+", bridge):
-        reader.bad("partitiond", "bridge", bridge, "another name: taps and tuns of partitions are called so")
+    mesh_link = config.mesh.interface if config.mesh else ""
+    for section, key, name in (("partitiond", "bridge", bridge), ("tinc", "interface", mesh_link)):
+        if re.fullmatch(rf"(?:{re.escape(config.tap_base)}|slaptun)[0-9]+", name):
+            reader.bad(section, key, name, "another name: taps and tuns of partitions are called so")
+    if mesh_link and mesh_link in (bridge, *config.network.bridge_ports, config.interface, "lo"):
+        reader.bad("tinc", "interface", mesh_link, "a name of its own: the interface is made")
     if config.create_tap and config.network.create_tun and config.tap_base == "slaptun":
         reader.bad("slapformat", "tap_base_name", "slaptun", "another name: tun interfaces are called so")
 
@@ -314,13 +329,13 @@ def _warn_keys(reader: Reader, section: str, known: frozenset[str]) -> None:
                 f"{reader.place(section, key)}: {key} is not read; set bridge in [partitiond] instead"
             )
         elif key not in known:
-            reader.warnings.append(f"{reader.place(section, key)}: unknown key {key!r}{_suggest(key, known)}")
+            reader.warn_unknown(section, key, known)
         elif key == "input_definition_file" and not config_unmanaged.chosen(reader):
             words = "a definition of the node by file is for nodes with alter_user and alter_network = false"
             reader.warnings.append(f"{reader.place(section, key)}: {words}")
 
 
-def _suggest(word: str, known: frozenset[str] | tuple[str, ...]) -> str:
+def _suggest(word: str, known: tuple[str, ...]) -> str:
     near = difflib.get_close_matches(word, sorted(known), 1)
     return f", did you mean {near[0]!r}?" if near else ""
 
@@ -491,6 +506,7 @@ def _build(path: Path, reader: Reader) -> Config:
         accounting=accounting_config.accounting_keys(reader),
         quotas=quota_config.quotas(reader, partition_base, amount),
         unmanaged=own,
+        mesh=None if own else config_mesh.read(reader, path.absolute().parent, amount),
         warnings=tuple(reader.warnings),
         text=config_reader.merged(reader.parser),
     )

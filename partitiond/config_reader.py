@@ -7,8 +7,12 @@ import difflib
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from partitiond.errors import PartitiondError
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
 
 _SYSTEM_DIRECTORIES = frozenset(
     (
@@ -73,6 +77,12 @@ class Reader:
     def bad(self, section: str, key: str, value: str, words: str) -> None:
         """Complain of a value."""
         self.problems.append(f"{self.place(section, key)}: {key} = {value!r}; allowed: {words}")
+
+    def warn_unknown(self, section: str, key: str, known: Collection[str]) -> None:
+        """Warn of a key that nothing reads, with what may have been meant."""
+        near = difflib.get_close_matches(key, sorted(known), 1)
+        meant = f", did you mean {near[0]!r}?" if near else ""
+        self.warnings.append(f"{self.place(section, key)}: unknown key {key!r}{meant}")
 
     def number(self, section: str, key: str, default: int | None, low: int, high: int) -> int:
         """A whole number within bounds."""

@@ -123,7 +123,7 @@ def description(target: Node, data: storage.Observed, distribution: tuple[str, s
     Raises PartitiondError for a node without an address.
     """
     config, keys = target.config, target.config.network
-    address = target.host_ipv4 if keys.partition_network else target.base
+    address = target.address
     if config.unmanaged is not None:
         address = config.unmanaged.address
     if address is None:
@@ -170,7 +170,7 @@ def _distribution() -> tuple[str, str, str]:
 
 def _offer(partition: Partition, target: Node, data: storage.Observed) -> CapacityPartition:
     network = partition.network
-    world = target.config.network.partition_network
+    world = target.stand_in
     return CapacityPartition(
         reference=partition.id,
         path=str(partition.path),
@@ -179,8 +179,8 @@ def _offer(partition: Partition, target: Node, data: storage.Observed) -> Capaci
         ipv6=partition.ipv6,
         ipv6_prefixlen=network.ipv6.network.prefixlen if network.ipv6 else 128,
         ipv6_range=network.ipv6_range,
-        public_ipv4=IPv4Interface((int(network.public_ipv4), world.prefixlen))
-        if network.public_ipv4 and world
+        public_ipv4=IPv4Interface((int(network.stand_in_ipv4), world.prefixlen))
+        if network.stand_in_ipv4 and world
         else None,
         external_storage=tuple(data.paths(partition.id)),
         tap=_tap(partition, target),

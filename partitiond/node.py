@@ -81,6 +81,22 @@ class Node:
         """The IPv4 address of ``tap_gateway_interface``."""
         return self.choice.rules.tap_gateway
 
+    @property
+    def stand_in(self) -> ipaddress.IPv4Network | None:
+        """The IPv4 network whose addresses stand in for IPv6, where there is none."""
+        if self.config.network.partition_network is not None:
+            return self.config.network.partition_network
+        return self.config.mesh.network if self.config.mesh and self.base is None else None
+
+    @property
+    def address(self) -> ipaddress.IPv4Interface | ipaddress.IPv6Interface | None:
+        """The node's own address, of the kind that its partitions have."""
+        if self.config.network.partition_network is not None:
+            return self.host_ipv4
+        if self.config.mesh and self.base is None:
+            return self.config.mesh.own_interface()
+        return self.base
+
     def partition(self, name: str) -> Partition | None:
         """Return the partition of that id, or None."""
         return next((partition for partition in self.partitions if partition.id == name), None)
@@ -116,6 +132,7 @@ class Node:
             cgroup_bpf=config.address_ownership,
             closed=config.metrics_listen,
             limits=self.limits,
+            mesh=config.mesh.spec() if config.mesh else None,
         )
 
 
@@ -212,6 +229,7 @@ def _partition(
         ipv6_range=chosen.ipv6_range,
         ipv4=chosen.ipv4,
         public_ipv4=chosen.public_ipv4,
+        vpn_ipv4=chosen.vpn_ipv4,
         routable_ipv4=routable,
     )
     return Partition(

@@ -203,7 +203,12 @@ def _trial(found: dict[str, Any]) -> str:
 
 def _public_addresses(partitions: Sequence[dict[str, Any]]) -> dict[str, str]:
     """Keys and heads of the addresses that others reach, as far as there are any."""
-    heads = {"ipv6": "IPv6", "public_ipv4": "public IPv4", "routable_ipv4": "routable IPv4"}
+    heads = {
+        "ipv6": "IPv6",
+        "public_ipv4": "public IPv4",
+        "vpn_ipv4": "mesh IPv4",
+        "routable_ipv4": "routable IPv4",
+    }
     found = {key: head for key, head in heads.items() if any(item[key] for item in partitions)}
     return found or {"ipv6": "IPv6"}
 
@@ -273,6 +278,8 @@ def _optional(item: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """What most partitions have not."""
     if item["public_ipv4"]:
         yield "public IPv4", item["public_ipv4"]
+    if item["vpn_ipv4"]:
+        yield "mesh IPv4", item["vpn_ipv4"]
     if item["routable_ipv4"]:
         yield "routable IPv4", f"{item['routable_ipv4']}/{item['routable_ipv4_prefixlen']}"
     if tun := item["tun"]:

@@ -154,12 +154,12 @@ def _tun(partition: Partition) -> dict[str, str] | None:
 def addresses(node: Node, partition: Partition) -> list[dict[str, str]]:
     """The partition's addresses with their netmasks, as slapformat lists them: the private one, then the public one."""
     found = [{"addr": str(partition.ipv4), "netmask": _IPV4_MASK}]
-    network, world = partition.network, node.config.network.partition_network
+    network, world = partition.network, node.stand_in
     if network.ipv6:
         base = network.ipv6
         found.append({"addr": str(base.ip), "netmask": netmask6(base.network.prefixlen)})
-    elif network.public_ipv4 and world:
-        found.append({"addr": str(network.public_ipv4), "netmask": str(world.netmask)})
+    elif network.stand_in_ipv4 and world:
+        found.append({"addr": str(network.stand_in_ipv4), "netmask": str(world.netmask)})
     return found
 
 
@@ -173,7 +173,7 @@ def plan(
     operations = []
     config = node.config
     # all that the content hangs on besides the partition: a daemon may take another configuration into force
-    common = (node.tap_gateway, config.software_user, config.tap_base, config.network.partition_network)
+    common = (node.tap_gateway, config.software_user, config.tap_base, node.stand_in)
     for partition in partitions:
         path = f"{partition.path}/{NAME}"
         given = (partition, published[partition.id], holdings[partition.id], common)

@@ -136,9 +136,9 @@ def _open_cases(target: Node) -> list[str]:
                 f"{config.network.ipv4_interface} has no IPv4 address of its own, so the node cannot be offered, and"
                 " unbound clients do not reach partitions of this node"
             )
-    elif target.base is None:
+    elif target.address is None:
         found.append(f"{interface} has no global IPv6 address, so partitions have none either")
-    elif not target.base_is_here:
+    elif target.base and not target.base_is_here:
         found.append(f"{interface} has lost {target.base}; the partitions' addresses are kept")
     return found
 
@@ -291,7 +291,7 @@ def partition_object(
         "routable_ipv4_prefixlen": network.routable_ipv4.interface.network.prefixlen
         if network.routable_ipv4
         else None,
-        "vpn_ipv4": None,
+        "vpn_ipv4": str(network.vpn_ipv4) if network.vpn_ipv4 else None,
         "block_devices": list(block_devices),
         "software_release": state.software_release,
         "instance_guid": state.instance_guid,

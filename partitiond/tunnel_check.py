@@ -181,7 +181,7 @@ def _jobs(scene: _Scene, number: int, subject: _Subject) -> Iterator[_Job]:
     yield _Job(number, tunnel.partition, partial(_told, partial(check.check_server, tunnel, own)))
     guest = _guest(scene, tunnel)
     if guest is not None:
-        source = guest.ipv6 if tunnel.listen_host.version == 6 else guest.network.public_ipv4
+        source = guest.ipv6 if tunnel.listen_host.version == 6 else guest.network.stand_in_ipv4
         pair = _pair(scene.config, guest, _names(scene, guest))
         way_in = partial(check.check_way_in, tunnel, own, pair, source=source)
         yield _Job(number, guest.id, partial(_told, way_in), guest=True)

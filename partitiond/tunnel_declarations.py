@@ -126,7 +126,7 @@ def declared(node: Node, partition: Partition, local: Mapping[str, str]) -> Part
         partition=partition.id,
         ipv4=partition.ipv4,
         ipv6=partition.ipv6,
-        ipv4_public=partition.network.public_ipv4,
+        ipv4_public=partition.network.stand_in_ipv4,
         local_certificates=local,
         read_file=lambda path: allowance.take(_read_below(partition, path)),
     )
