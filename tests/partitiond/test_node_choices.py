@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from netplan import addresses
-from partitiond.choices import NATURAL, Kept, Rules, choose
+from partitiond.choices import NATURAL, Chosen, Kept, Rules, choose
 from partitiond.errors import PartitiondError
 from partitiond.state import Store
 
@@ -54,10 +54,7 @@ def test_what_does_not_apply_is_none_and_is_not_forgotten():
     assert before.kept["slappart0"].ipv6 == IPv6Address("2001:db8:1::1:2")
     bare = choose(rules(2, base=None, tap_ipv6=False), before.kept)
     for index, name in enumerate(bare.rules.partitions):
-        assert dataclasses.astuple(bare.chosen[name]) == (
-            addresses.private_ipv4(PRIVATE, index),
-            *[None] * 7,
-        )
+        assert bare.chosen[name] == Chosen(ipv4=addresses.private_ipv4(PRIVATE, index))
     assert bare.kept == before.kept
     assert choose(before.rules, bare.kept).chosen == before.chosen
 
@@ -254,8 +251,26 @@ def test_the_memory_is_written_once_and_read_once(tmp_path):
     assert os.listdir(tmp_path) == ["addresses.json"]  # noqa: PTH208 - names suffice
 
 
+def test_addresses_of_the_mesh_are_those_of_the_index_and_stay():
+    part = IPv4Network("10.64.2.0/23")
+    first = choose(rules(500, mesh_range=part), {})
+    given = [first.chosen[f"slappart{index}"].vpn_ipv4 for index in range(500)]
+    assert given == [part.network_address + 2 + index for index in range(500)]
+    # who came there while something else had its place keeps what it has
+    taken = frozenset({part.network_address + 2})
+    moved = choose(rules(1, mesh_range=part, taken=taken), {})
+    address = moved.chosen["slappart0"].vpn_ipv4
+    assert address in part
+    assert address not in taken
+    assert choose(rules(1, mesh_range=part), moved.kept).chosen["slappart0"].vpn_ipv4 == address
+    # another part: all of them are derived anew, and it is said
+    elsewhere = choose(rules(1, mesh_range=IPv4Network("10.64.4.0/23")), moved.kept)
+    assert elsewhere.chosen["slappart0"].vpn_ipv4 == IPv4Address("10.64.4.2")
+    assert "IPv4 of the mesh of slappart0" in elsewhere.warnings[0]
+
+
 def test_the_memory_of_a_later_version(tmp_path):
-    row = {"ipv4": "10.0.0.9", "vpn_ipv4": "10.9.0.1"}
+    row = {"ipv4": "10.0.0.9", "another_ipv4": "10.9.0.1"}
     (tmp_path / "addresses.json").write_text(json.dumps({"partitions": {"slappart0": row}, "more": 1}))
     assert Store(tmp_path).addresses() == {"slappart0": Kept(ipv4=IPv4Address("10.0.0.9"))}
 
