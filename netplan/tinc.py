@@ -45,8 +45,9 @@ class Endpoint:
 
 @dataclass(frozen=True, slots=True)
 class HostBlock:
-    """A node of the mesh as the others know it. ``key`` is a PEM (``RSA PUBLIC KEY``); ``cipher`` and ``digest`` are how it wants to
-    be sent to, which nodes tell each other again when they talk.
+    """A node of the mesh as the others know it. ``key`` is a PEM (``RSA PUBLIC KEY``).
+
+    ``cipher`` and ``digest`` are how it wants to be sent to, which nodes tell each other again when they talk.
 
     ``passed_over`` are variables that stood there and are not taken over.
     """

@@ -63,17 +63,18 @@ class Known:
 def read(keys: MeshKeys) -> Known:
     """Read the directory; one that is missing is empty. Raises nothing of what lies in it: that is refused."""
     hosts = keys.directory / HOSTS
-    names = _names(hosts)
+    found = names(hosts)
     paths = [str(path) for path in (keys.directory, keys.directory / KEY, hosts)]
     return _read.get(
         str(keys.directory),
-        [*paths, *(f"{hosts}/{name}" for name in names)],
+        [*paths, *(f"{hosts}/{name}" for name in found)],
         keys,
-        partial(_read_all, keys, names),
+        partial(_read_all, keys, found),
     )
 
 
-def _names(hosts: Path) -> list[str]:
+def names(hosts: Path) -> list[str]:
+    """Names of the host blocks that lie there."""
     try:
         with files.directory(hosts) as descriptor:
             return [name for name in files.names(descriptor, MOST_PEERS) if not name.startswith(".")]
@@ -81,7 +82,7 @@ def _names(hosts: Path) -> list[str]:
         return []
 
 
-def _read_all(keys: MeshKeys, names: list[str]) -> Known:
+def _read_all(keys: MeshKeys, found: list[str]) -> Known:
     refused: list[Refusal] = []
     public = ""
     try:
@@ -92,7 +93,7 @@ def _read_all(keys: MeshKeys, names: list[str]) -> Known:
         refused.append(_refusal("this node's key", keys.directory / KEY, error))
     own = block_of(keys, public)
     peers: list[HostBlock] = []
-    for name in names:
+    for name in found:
         if name == keys.name:
             continue  # who runs tincd by hand has this node's own there, too
         path = keys.directory / HOSTS / name

@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING
 from netplan import tinc_config, tinc_keys, tinc_status
 from partitiond import files, mesh, mesh_peers, users
 from partitiond.errors import PartitiondError
+from partitiond.mesh_log import NewLines
 from partitiond.supervision import MESH
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from pathlib import Path
 
     from partitiond.config_mesh import MeshKeys
@@ -106,59 +108,35 @@ def _run(context: Context, keys: MeshKeys) -> None:
     """Have tincd run with what is written."""
     config, supervisor = context.config, context.supervisor
     found = _found(keys)
-    with _Log(mesh.log_file(config)) as log:
-        supervisor.write_group(mesh.group(config, found))
-        # another file, or another one than it runs: it is stopped and started
-        started = MESH in supervisor.update(only=(MESH,))
-        process = _process(context)
-        if process is None or not process.pid:
-            supervisor.start_group(MESH)
-            started = True
-        if started:
-            _await_ready(context, log)
-        elif process is not None:
-            supervisor.hang_up(MESH, process.name, process.pid)
+    log = NewLines(mesh.log_file(config))
+    supervisor.write_group(mesh.group(config, found))
+    # another file, or another one than it runs: it is stopped and started
+    started = MESH in supervisor.update(only=(MESH,))
+    process = process_of(supervisor.processes())
+    if process is None or not process.pid:
+        supervisor.start_group(MESH)
+        started = True
+    if started:
+        _await_ready(context, log)
+    elif process is not None:
+        supervisor.hang_up(MESH, process.name, process.pid)
     path = mesh.directory_of(config) / mesh.LOADED
     files.write_path(path, f"{found.peers_digest()}\n".encode(), mode=0o600)
 
 
-def _process(context: Context) -> Process | None:
-    return next((one for one in context.supervisor.processes() if one.group == MESH), None)
+def process_of(processes: Iterable[Process]) -> Process | None:
+    """tincd, as supervisord has it."""
+    return next((one for one in processes if one.group == MESH), None)
 
 
-class _Log:
-    """What is added to a log from now on."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._from = path.stat().st_size if path.exists() else 0
-
-    def __enter__(self) -> _Log:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        return
-
-    def lines(self) -> list[str]:
-        """The whole lines that came."""
-        try:
-            with self._path.open("rb") as stream:
-                # one that is smaller than it was has been rotated
-                stream.seek(self._from if stream.seek(0, os.SEEK_END) >= self._from else 0)
-                text = stream.read(1 << 20).decode("utf-8", "replace")
-        except FileNotFoundError:
-            return []
-        return text.split("\n")[:-1]
-
-
-def _await_ready(context: Context, log: _Log) -> None:
+def _await_ready(context: Context, log: NewLines) -> None:
     """Wait until tincd is where it listens. Raises PartitiondError ``mesh.start`` with its own words."""
     deadline = time.monotonic() + _STARTS_WITHIN
     while time.monotonic() < deadline:
         lines = log.lines()
         if tinc_status.READY in lines:
             return
-        process = _process(context)
+        process = process_of(context.supervisor.processes())
         if process is None or process.state in ("BACKOFF", "FATAL", "EXITED", "STOPPED"):
             break
         time.sleep(_MOMENT)

@@ -466,13 +466,17 @@ class Supervisor(Link):
         """Stop a group and wait; a group that does not exist is stopped already."""
         self.stop_groups([name])
 
+    def signal(self, group: str, process: str, name: str) -> None:
+        """Send a signal by its name (``USR2``) to a process, which has a handler for it."""
+        self._call("supervisor.signalProcess", f"{group}:{process}", name)
+
     def hang_up(self, group: str, process: str, pid: int) -> bool:
         """Send SIGHUP to a process when it handles it, as one that is starting does not yet; return whether it was there."""
         deadline = time.monotonic() + _STARTS_WITHIN
         while (handles := self.handles_hang_up(pid)) is False and time.monotonic() < deadline:
             time.sleep(0.005)
         if handles:
-            self._call("supervisor.signalProcess", f"{group}:{process}", "HUP")
+            self.signal(group, process, "HUP")
         return bool(handles)
 
     @staticmethod

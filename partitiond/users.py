@@ -23,7 +23,7 @@ from partitiond.operation import Operation
 from partitiond.settled import Settled
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 
 _read: Settled[UserDatabase] = Settled()
 
@@ -338,10 +338,7 @@ def _edit(files: _Files, todo: Sequence[UserOperation], today: str) -> None:
     for name in gone:
         files.drop(name)
         files.drop_group(name)
-    specs: list[UserSpec] = []
-    for operation in todo:
-        if operation.spec:
-            specs.append(_with_uid(operation.spec, files, specs))
+    specs = _with_uids([operation.spec for operation in todo if operation.spec], files)
     touched = {spec.name for spec in specs} | gone
     memberships = {spec.name: spec.groups for spec in specs}
     groups = {row[0]: row for row in reversed(files.group) if len(row) == 4}
@@ -378,12 +375,19 @@ def _set_members(row: list[str], touched: set[str], memberships: Mapping[str, tu
         row[3] = ",".join(kept)
 
 
-def _with_uid(spec: UserSpec, files: _Files, coming: Sequence[UserSpec]) -> UserSpec:
-    """Choose a number as ``useradd --system`` does: the highest that neither a user nor a group has, nor one that is coming."""
-    if spec.uid is not None or any(row[0] == spec.name for row in files.passwd):
-        return spec
+def _with_uids(specs: Iterable[UserSpec], files: _Files) -> list[UserSpec]:
+    """Choose a number for each that has none and needs one."""
     taken = {row[2] for row in (*files.passwd, *files.group) if len(row) > 2}
-    taken |= {str(one.uid) for one in coming}
+    known = {row[0] for row in files.passwd}
+    found = []
+    for spec in specs:
+        found.append(spec if spec.uid is not None or spec.name in known else _with_uid(spec, taken))
+        taken.add(str(found[-1].uid))
+    return found
+
+
+def _with_uid(spec: UserSpec, taken: Container[str]) -> UserSpec:
+    """Choose a number as ``useradd --system`` does: the highest that neither a user nor a group has."""
     for uid in range(999, 99, -1):
         if str(uid) not in taken:
             return replace(spec, uid=uid)
