@@ -422,7 +422,7 @@ def _but(whole: Plan, ids: set[str]) -> Plan:
 
 
 def _hangs_alone(failure: tuple[str, Exception]) -> bool:
-    return failure[0].startswith(("mesh/", "tunnels/", "ports/"))
+    return failure[0].startswith(("tinc/", "tunnels/", "ports/"))
 
 
 def look(context: Context, *, force: bool = False, done: Plan | None = None) -> tuple[Observation, Plan]:

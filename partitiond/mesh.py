@@ -232,8 +232,8 @@ def _of_files(config: Config, write: Sequence[str], stale: Sequence[str]) -> Mes
 def _operation(step: Step, action: Action, reason: str) -> MeshOperation:
     names = {"key": "key", "files": "configuration", "daemon": "tincd", "remove": "configuration"}
     return MeshOperation(
-        id=f"mesh/{names[step]}",
-        resource="mesh",
+        id=f"tinc/{names[step]}",
+        resource="tinc",
         action=action,
         partition=None,
         before=None if action == "create" else "there",

@@ -65,6 +65,7 @@ def _answered(packet: bytes, mark: int, token: bytes) -> int:
     if len(body) < _HEADER.size:
         return -1
     kind, _, _, found, number = _HEADER.unpack_from(body)
+    answered: int = number
     if (kind, found, body[_HEADER.size :]) != (_REPLY, mark, token):
         return -1
-    return int(number)
+    return answered
