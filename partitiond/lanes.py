@@ -19,6 +19,7 @@ from partitiond import (
     destruction,
     incidents,
     instances,
+    master_way,
     node_pair,
     promises,
     quotas,
@@ -99,16 +100,20 @@ def capacity(context: Context) -> Result:
             return Result(["not posted while a configuration is on trial"], [])
         # a daemon looks at the node often enough, and at once when the kernel tells of something
         target = context.node_in_force or converge.observe(context).node
-    if not target.partitions:
+    offered = master_way.offered(target)
+    if not offered:
         raise PartitiondError(
-            "capacity.nothing", "there are no partitions to offer", hint="set partition_amount"
+            "capacity.nothing",
+            "there are no partitions to offer"
+            + (": the only one keeps the tunnel to the master" if target.partitions else ""),
+            hint="set partition_amount",
         )
     data = same(storage.observe(target.config).data)
     client = context.client
     with context.wishes.telling(client, context.lane, context.first_pause):
         client.post_capacity(_document(target, data, same(_distribution())))
     _tell(context, "master.back", context.master.note(True))
-    return Result([f"capacity of {len(target.partitions)} partitions posted"], [])
+    return Result([f"capacity of {len(offered)} partitions posted"], [])
 
 
 @once
@@ -156,7 +161,7 @@ def description(target: Node, data: storage.Observed, distribution: tuple[str, s
             tap_ipv6=keys.tap_ipv6,
             instance_storage_home=str(config.instance_storage_home) if config.instance_storage_home else None,
         ),
-        [_offer(item, target, data) for item in target.partitions],
+        [_offer(item, target, data) for item in master_way.offered(target)],
     )
 
 

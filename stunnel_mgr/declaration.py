@@ -38,6 +38,9 @@ _PORT = re.compile(r"[1-9][0-9]{0,4}")
 _PIN_FORMS = "cert:<base64 of the DER>, file:<path below the partition>, sha256:<hex>"
 _CLIENT_CONNECT = "[IPv6 address]:port or IPv4 address:port"
 _BROADCAST = IPv4Address("255.255.255.255")
+LOOPBACK = IPv4Address("127.0.0.1")
+"""Where an operator's client may listen for all users of the node, written ``listen = 127.0.0.1:port``."""
+_FOR_ALL = f"{LOOPBACK}:"
 
 
 def parse_declaration(text: str, *, name: str, file: str, context: TunnelContext) -> Tunnel:
@@ -66,11 +69,12 @@ def declare(
 ) -> Tunnel:
     """Make the tunnel of a ``[tunnel NAME]`` section that another reader has split into keys.
 
-    ``entries`` come without ``partition``; ``line`` is the one of the section's header. Raises as
+    ``entries`` come without ``partition``; ``line`` is the one of the section's header. Such a client may also
+    listen on ``LOOPBACK``, for whoever is on the node: what is in a declaration of a tenant's never may. Raises as
     ``parse_declaration`` does.
     """
     try:
-        return _Reader(_short_name(name), file, context, entries, line).read()
+        return _Reader(_short_name(name), file, context, entries, line, operator=True).read()
     except FaultError as fault:
         raise fault.error(name=_full_name(name, context), file=file) from fault
 
@@ -99,11 +103,12 @@ class _Reader:
     context: TunnelContext
     entries: Mapping[str, Entry]
     line: int
+    operator: bool = False
 
     def read(self) -> Tunnel:
         mode = cast("Mode", self.choice("mode", ("server", "client")))
         self.check_keys(mode)
-        listen = (self.listen_host(mode), self.listen_port())
+        listen = self.listen(mode)
         connect = self.server_connect() if mode == "server" else self.client_connect()
         if listen == connect:
             raise self.fault("connect", f"{format_endpoint(connect)} is where this tunnel itself listens")
@@ -165,15 +170,20 @@ class _Reader:
         allowed = f"a port, {first} to {_LAST_PORT}"
         if not _PORT.fullmatch(text) or int(text) > _LAST_PORT:
             only = "" if text.isdigit() else "; the address is the partition's own and is not chosen here"
+            if key == "listen" and self.operator:
+                only = f"; or {_FOR_ALL}port, of a client that is for all users of this node"
             raise self.fault(key, f"{shown(text)}; allowed: {allowed}{only}", line=line)
         if int(text) < first:
             reason = "an ordinary user, as who the tunnel runs, cannot listen below 1024"
             raise self.fault(key, f"{shown(text)}; allowed: {allowed}: {reason}", line=line)
         return int(text)
 
-    def listen_port(self) -> int:
+    def listen(self, mode: Mode) -> Endpoint:
         line, text = self.single("listen", f"a port, {_FIRST_ORDINARY_PORT} to {_LAST_PORT}")
-        return self.port("listen", line, text, _FIRST_ORDINARY_PORT)
+        if self.operator and mode == "client" and text.startswith(_FOR_ALL):
+            port = text.removeprefix(_FOR_ALL)
+            return (LOOPBACK, self.port("listen", line, port, _FIRST_ORDINARY_PORT))
+        return (self.listen_host(mode), self.port("listen", line, text, _FIRST_ORDINARY_PORT))
 
     def listen_host(self, mode: Mode) -> IPAddress:
         if mode == "client":

@@ -260,6 +260,28 @@ def test_of_the_operator():
     assert tunnel == parse(SERVER)
 
 
+def of_the_operator(listen, mode="client"):
+    values = {
+        "client": {"mode": "client", "listen": listen, "connect": "[2001:db8::12]:3306", "peer": PIN},
+        "server": {"mode": "server", "listen": listen, "connect": "3307", "allow": PIN},
+    }[mode]
+    entries = {key: Entry.of(value, line) for line, (key, value) in enumerate(values.items(), 11)}
+    return declare(entries, name="db", file="slapos.cfg", line=10, context=CONTEXT)
+
+
+def test_a_client_for_the_whole_node():
+    assert format_endpoint(of_the_operator("127.0.0.1:3306").listen) == "127.0.0.1:3306"
+    assert format_endpoint(of_the_operator("3306").listen) == "10.0.0.3:3306"
+    for wrong in ("127.0.0.2:3306", "0.0.0.0:3306", "[::1]:3306", "10.0.0.4:3306", "127.0.0.1:80", "127.0.0.1:"):
+        with pytest.raises(TunnelError, match="listen") as caught:
+            of_the_operator(wrong)
+        assert caught.value.line == 12
+    with pytest.raises(TunnelError, match=r"listen: '127.0.0.1:3306'"):
+        of_the_operator("127.0.0.1:3306", "server")
+    with pytest.raises(TunnelError, match="the address is the partition's own"):
+        parse(CLIENT.replace("listen = 3306", "listen = 127.0.0.1:3306"))
+
+
 def test_conflicts():
     a, b = parse(SERVER, name="a"), parse(SERVER, name="b")
     c = parse(CLIENT, name="c")
