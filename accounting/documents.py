@@ -309,8 +309,8 @@ def _of_node(
     computer: str,
     apart: frozenset[str],
 ) -> Draft:
-    """The meters of all that is there, but for those ``apart``. The node's own is what nobody's partitions used, and what came up of an instance after
-    its last documents: the master rejects what names it then.
+    """The meters of all that is there, but for those ``apart``. The node's own is what nobody's partitions used, and what came
+    up of an instance after its last documents: the master rejects what names it then.
     """
     movements: list[Movement] = []
     free = _Part()

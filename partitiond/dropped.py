@@ -35,7 +35,8 @@ def title_of(entry: PartitionDocument) -> str:
 def is_another(state: InstanceState, entry: PartitionDocument) -> bool:
     """Whether another instance is wanted than the one that is there. Pure.
 
-    By the guid; and of one that the master had let go of, by the title, too: of one that it has always known that is a new name.
+    By the guid; and of one that the master had let go of, by the title, too: of one that it has always known that is a new
+    name.
     """
     if entry.free or state.life == "free":
         return False

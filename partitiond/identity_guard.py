@@ -68,7 +68,8 @@ def refuse(context: Context) -> None:
 def before_offer(context: Context, node: Node, *, force: bool) -> Node:
     """What is asked before the master is told of a node; give the node as it is then.
 
-    ``force``: the operator says that this is the one. Raises PartitiondError ``node.twin``, and SlapError where the master is away.
+    ``force``: the operator says that this is the one. Raises PartitiondError ``node.twin``, and SlapError where the master is
+    away.
     """
     book = context.offers
     if force:
