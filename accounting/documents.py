@@ -109,16 +109,26 @@ def under_way(connection: sqlite3.Connection) -> Period | None:
 
 
 def gather(
-    connection: sqlite3.Connection, period: Period, tariff: Tariff, computer: str, *, last: bool
+    connection: sqlite3.Connection,
+    period: Period,
+    tariff: Tariff,
+    computer: str,
+    *,
+    last: bool,
+    apart: frozenset[str] = frozenset(),
 ) -> Drafts:
-    """Give the documents of a period that has ended; with ``last`` also what partitions have said so far."""
+    """Give the documents of a period that has ended; with ``last`` also what partitions have said so far.
+
+    ``apart`` are partitions whose instances the master may not know: a document that names one is rejected as a whole, so each
+    has one of its own.
+    """
     owners = _owners(connection)
     parts = _parts(connection, period, owners, tariff, until=_end_of(period.day))
-    drafts = [_of_node(owners, parts, tariff, computer)]
+    drafts = [_of_node(owners, parts, tariff, computer, apart)]
     drafts += [
         _of_instance(owner, parts[owner.id], tariff)
         for owner in owners
-        if owner.guid and not owner.present and not owner.gone
+        if owner.guid and not owner.gone and (not owner.present or owner.partition in apart)
     ]
     if last:
         drafts += _of_partitions(connection, tariff)
@@ -292,15 +302,23 @@ def _add(part: _Part, meter: str, amount: Decimal) -> None:
     part.quantities[meter] = part.quantities.get(meter, Decimal(0)) + amount
 
 
-def _of_node(owners: Iterable[Owner], parts: Mapping[int, _Part], tariff: Tariff, computer: str) -> Draft:
-    """The meters of all that is there. The node's own is what nobody's partitions used, and what came up of an instance after
-    its last documents: the master rejects what names it then.
+def _of_node(
+    owners: Iterable[Owner],
+    parts: Mapping[int, _Part],
+    tariff: Tariff,
+    computer: str,
+    apart: frozenset[str],
+) -> Draft:
+    """The meters of all that is there, but for those ``apart``. The node's own is what nobody's partitions used, and what came
+    up of an instance after its last documents: the master rejects what names it then.
     """
     movements: list[Movement] = []
     free = _Part()
     for owner in owners:
         part = parts[owner.id]
         if owner.guid and owner.present and not owner.gone:
+            if owner.partition in apart:
+                continue
             movements += _movements(part, tariff, owner.guid, owner.partition)
         elif owner.gone or not owner.guid:
             for meter, amount in part.quantities.items():

@@ -282,7 +282,9 @@ def _sync(options: argparse.Namespace) -> int:
     from partitiond import alone, present  # noqa: PLC0415 - as above
     from partitiond.passes import Wish  # noqa: PLC0415 - as above
 
-    lane, wish = options.lane, Wish(force=options.force)
+    lane, wish = options.lane, Wish(force=options.force, only=frozenset(options.partition))
+    if wish.only and lane != "instances":
+        raise WrongUseError("sync.partition", "only instances are had by partition", resource=lane)
     if os.geteuid() != 0:
         from partitiond import unmanaged, unmanaged_verbs  # noqa: PLC0415 - as above
 

@@ -106,7 +106,18 @@ def _add_changing(verb: Add) -> None:
     verb("confirm", "keep what is on trial")
     sync = verb("sync", "one pass of a lane")
     sync.add_argument("lane", choices=("capacity", "software", "instances", "usage", "report"))
-    sync.add_argument("--force", action="store_true", help="also what is not due")
+    sync.add_argument(
+        "--force",
+        action="store_true",
+        help="also what is not due; with --partition also the end of an instance that the master does not know",
+    )
+    sync.add_argument(
+        "--partition",
+        action="append",
+        default=[],
+        metavar="ID",
+        help="of instances: only this partition; may be given several times",
+    )
 
 
 def _add_reading(verb: Add) -> None:

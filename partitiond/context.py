@@ -14,6 +14,7 @@ from partitiond.incidents import IncidentWatch
 from partitiond.master import Connection, MasterContact
 from partitiond.messages import Outbox
 from partitiond.metering import Metering, ledger_path
+from partitiond.offers import OfferBook
 from partitiond.promise_book import PromiseBook
 from partitiond.quotas import QuotaBook
 from partitiond.slapformat import Copies
@@ -88,6 +89,7 @@ class Context:
     promises: PromiseBook
     outbox: Outbox
     connection: Connection
+    offers: OfferBook
     wishes: Wishes = field(default_factory=Wishes)
     ends: ToldEnds = field(default_factory=ToldEnds)
     sessions: SessionBook = field(default_factory=SessionBook)
@@ -106,6 +108,7 @@ class Context:
     applying: threading.RLock = field(default_factory=threading.RLock)
     wake_report: Callable[[], None] = _nobody
     wake_instances: Callable[[], None] = _nobody
+    wake_capacity: Callable[[], None] = _nobody
     day_ended: Callable[[], None] = _nobody
     limits_changed: Callable[[], None] = _nobody
     # called by the thread that hears of supervisord's processes, at once and for each: it has to return soon
@@ -129,6 +132,7 @@ class Context:
             promises=PromiseBook(state / "promises"),
             outbox=(outbox := Outbox(state)),
             connection=Connection(outbox),
+            offers=OfferBook(state / "offered.json"),
         )
 
     def adopt(self, config: Config) -> None:

@@ -212,6 +212,7 @@ class Daemon:
         context.process_ended = self._process_ended
         context.wake_report = wake_report
         context.wake_instances = self._lanes["instances"].wake
+        context.wake_capacity = capacity.wake
         context.day_ended = self._day_ended
         context.limits_changed = lambda: self._tell(converge.apply(context))
         self._trials = Trials(context, self._lanes["converge"].wake, self._reloaded, self._give_up)

@@ -5,6 +5,9 @@ gone. So an answer that would retire more than max(2, 20 %) of the busy partitio
 instance without an explicit destroy, is held until a second answer says the same; likewise one that would remove as large a
 part of the releases that are built, which costs hours each. What is held is told once, as an event.
 
+The second equal answer is believed: what it destroys by word goes. What it only lists as free is known from then on to be
+nothing of this master's, which is no word about its data (``dropped.py``).
+
 Nothing else counts as a destroy: not an answer without a partition, not a 404 (the master answers so to its own mistakes, too),
 not a release that is no longer listed.
 """
@@ -49,11 +52,18 @@ def held(
 
 
 def decide(
-    file: Path, busy: frozenset[str], document: ComputerDocument, events: EventLog | None = None
+    file: Path,
+    busy: frozenset[str],
+    document: ComputerDocument,
+    events: EventLog | None = None,
+    noted: frozenset[str] = frozenset(),
 ) -> frozenset[str]:
-    """Apply the guard to an answer about partitions, remembering it in ``file`` for the next one."""
+    """Apply the guard to an answer about partitions, remembering it in ``file`` for the next one.
+
+    Those that are ``noted`` as dropped already are not dropped again: they must not hold up what is asked for by word.
+    """
     explicit = frozenset(entry.partition_id for entry in document.partitions if entry.destroy_requested)
-    dropped = frozenset(entry.partition_id for entry in document.partitions if entry.free)
+    dropped = frozenset(entry.partition_id for entry in document.partitions if entry.free) - noted
     return _decide(file, busy, explicit, dropped, events)
 
 

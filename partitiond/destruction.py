@@ -18,6 +18,7 @@ from accounting.model import iso_utc
 from partitiond import (
     buildout,
     converge,
+    dropped,
     execute,
     files,
     instance_cleanup,
@@ -118,17 +119,17 @@ def revoke(context: Context, state: InstanceState, entry: PartitionDocument) -> 
     Raises PartitiondError ``instances.kept`` for another instance than the one that is kept.
     """
     name = state.partition
-    if entry.instance_guid and state.instance_guid not in (None, entry.instance_guid):
+    if dropped.is_another(state, entry):
         _note_dropped(context, state, dropped=True)
     while True:
-        if not _is_over(state) and (state.instance_guid or "") == entry.instance_guid:
+        if not _is_over(state) and not _is_another(state, entry):
             record = buildout.session_record(context.config, f"{name}.prerm")
             context.farewells.cut_short(name, record)
         with context.applying:
             state = context.store.instance(name)
             if _is_over(state):
                 return None
-            if (state.instance_guid or "") != entry.instance_guid:
+            if _is_another(state, entry):
                 _refuse_another(state)
                 return None
             if context.farewells.is_going(name):
@@ -145,6 +146,11 @@ def revoke(context: Context, state: InstanceState, entry: PartitionDocument) -> 
             context.store.save_instance(back)
         _tell_back(context, state)
         return back
+
+
+def _is_another(state: InstanceState, entry: PartitionDocument) -> bool:
+    """Whether it is not surely the same: only that is given its data back. Pure."""
+    return (state.instance_guid or "") != entry.instance_guid or dropped.is_another(state, entry)
 
 
 def _is_over(state: InstanceState) -> bool:

@@ -39,8 +39,8 @@ NAMES = frozenset(
         " usage.full usage.refused usage.resumed usage.unrecorded"
         " quota.exceeded quota.near quota.renewed report.held report.refused report.sent storage.refused"
         " certificate.expiring certificate.renewed destroy.held master.back master.lost node.rebooted node.registered"
-        " instance.prerm_failed instance.wanted_back watchdog.banged watchdog.started"
-        " trial.begun trial.confirmed trial.rolled_back"
+        " instance.dropped instance.prerm_failed instance.rebuilt instance.wanted_back node.twin"
+        " watchdog.banged watchdog.started trial.begun trial.confirmed trial.rolled_back"
         " tunnel.cut tunnel.expiring tunnel.failed tunnel.refused tunnel.rejected tunnel.session"
     ).split()
 )

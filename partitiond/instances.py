@@ -19,6 +19,7 @@ from partitiond import (
     converge,
     destroy_guard,
     destruction,
+    dropped,
     free_space,
     instance_build,
     log_digest,
@@ -26,6 +27,7 @@ from partitiond import (
     periods,
     privacy,
     promises,
+    rebuilt,
     remembered,
     retention,
     running,
@@ -34,6 +36,7 @@ from partitiond import (
 from partitiond.errors import FAMILY, PartitiondError, sentence
 from partitiond.passes import Result, pause_after, report
 from partitiond.state import InstanceState
+from slap_client.documents import PartitionDocument
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -42,7 +45,7 @@ if TYPE_CHECKING:
     from partitiond.node import Node, Partition
     from partitiond.periods import Periods
     from partitiond.state import InstanceLife
-    from slap_client.documents import ComputerDocument, PartitionDocument
+    from slap_client.documents import ComputerDocument
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +87,8 @@ def run_pass(
         try:
             if context.store.instance(partition.id).life != known.get(partition.id, _FREE).life:
                 continue
-            done = _one(context, node, partition, entry, period_of, force=force)
+            # what only a name can mean is not meant by who forces all of them
+            done = _one(context, node, partition, entry, period_of, force=force, end=force and bool(only))
         except (*FAMILY, OSError) as error:
             result.failures.append((partition.id, error))
             _tell_failed(context, partition, error)
@@ -93,13 +97,15 @@ def run_pass(
             result.done.append(f"{partition.id}: {done}")
             logger.info("%s: %s", partition.id, done)
             state = context.store.instance(partition.id)
-            _record(context, state, state.life, done)
+            # the report lane may have finished its end by now
+            _record(context, state, "destroying" if state.life == "free" else state.life, done)
+    rebuilt.tell(context, wanted, result)
     return result
 
 
 def _tell_failed(context: Context, partition: Partition, error: Exception) -> None:
-    """Record why an instance could not be brought where it should be; of a state that is damaged the sweep tells, once."""
-    if getattr(error, "code", "") == "state.damaged":
+    """Record why an instance could not be brought where it should be; what is told once by others is left to them."""
+    if getattr(error, "code", "") in ("state.damaged", dropped.CODE):
         return
     logger.warning("%s: %s", partition.id, sentence(error))
     _record(context, remembered.shown(context, partition.id), "failed", sentence(error))
@@ -125,7 +131,11 @@ def _held(context: Context, document: ComputerDocument, result: Result) -> froze
     # one that cannot be read counts as one that is there: that holds more, not less
     busy = frozenset((*damaged, *(name for name, state in states.items() if state.life != "destroying")))
     held = destroy_guard.decide(
-        context.config.state_dir / "destroy-guard.json", busy, document, context.events
+        context.config.state_dir / "destroy-guard.json",
+        busy,
+        document,
+        context.events,
+        dropped.noted(states.values()),
     )
     for name in sorted(held):
         error = PartitiondError(
@@ -148,13 +158,26 @@ def _one(
     period_of: Periods,
     *,
     force: bool,
+    end: bool,
 ) -> str | None:
     state = context.store.instance(partition.id)
     if entry.free and state.life == "free":
         marks.tidy(context, partition)
         return None
+    if (
+        state.life not in ("free", "destroying")
+        and context.config.destroy_guard
+        and _is_unknown(state, entry)
+    ):
+        if end:
+            return destruction.retire(context, partition, state, PartitionDocument(partition.id, "destroyed"))
+        if entry.destroy_requested:
+            return dropped.end_rival(context, state)
+        dropped.keep(context, state, entry)
     if entry.destroy_requested or entry.free:
         return destruction.retire(context, partition, state, entry)
+    if state.life not in ("free", "destroying"):
+        state = dropped.note_known(context, state, entry)
     if state.life == "destroying":
         back = destruction.revoke(context, state, entry)
         if back is None:
@@ -168,6 +191,11 @@ def _one(
         return None
     with context.promises.resting(partition.id):
         return _configure(context, node, partition, state, entry)
+
+
+def _is_unknown(state: InstanceState, entry: PartitionDocument) -> bool:
+    """Whether the master knows nothing of the instance that is there."""
+    return entry.free or dropped.is_another(state, entry)
 
 
 def _is_misparked(context: Context, state: InstanceState) -> bool:
@@ -215,6 +243,7 @@ def _configure(
         state,
         wanted=entry.requested_state,
         instance_guid=entry.instance_guid or None,
+        title=dropped.title_of(entry),
         software_release=url,
         software_type=entry.software_type or None,
         timestamp=entry.timestamp or None,
@@ -224,7 +253,9 @@ def _configure(
     )
     if state.life == "free" or state.instance_guid != following.instance_guid:
         taken_over = slapgrid_agreement.days(context, partition) if state.life == "free" else -1.0
-        following = replace(following, retention_days=taken_over)
+        # a free partition here, where the master has what its instance published: this node had it, and lost it
+        lost = state.life == "free" and bool(entry.connection)
+        following = replace(following, retention_days=taken_over, rebuilt=lost)
         # from here on what is used is the new instance's, also when the first try fails or is cut short
         context.meters.settle(context, node)
         context.store.save_instance(replace(following, life="stopped", timestamp=None))

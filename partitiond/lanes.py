@@ -17,6 +17,7 @@ from partitiond import (
     converge,
     destroy_guard,
     destruction,
+    identity_guard,
     incidents,
     instances,
     master_way,
@@ -52,6 +53,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _NOTHING_SPECIAL = Wish()
+# how slapproxy and the production master answer about a computer that they do not know, and otherwise, too
+_UNKNOWN_HERE = (404, 500)
 
 
 def knock(context: Context) -> ComputerDocument:
@@ -63,9 +66,12 @@ def knock(context: Context) -> ComputerDocument:
         explained = node_pair.explain(context.config, error)
         if context.is_current(client):
             _tell(context, "master.lost", context.master.note(False), explained)
+            if error.status in _UNKNOWN_HERE:
+                identity_guard.missed(context)
         raise explained from error
     if context.is_current(client):
         _tell(context, "master.back", context.master.note(True))
+        identity_guard.look(context, document)
     return document
 
 
@@ -83,6 +89,7 @@ def ask(context: Context) -> ComputerDocument:
     for name in document.rejected_software:
         logger.warning("the master's software entry is not understood and left alone: %s", name)
     if not document.partitions and context.store.partitions():
+        identity_guard.missed(context)
         raise PartitiondError(
             "instances.empty_answer",
             "the master lists no partition at all; what runs keeps running",
@@ -93,8 +100,10 @@ def ask(context: Context) -> ComputerDocument:
     return document
 
 
-def capacity(context: Context) -> Result:
-    """Tell the master what this node has; nothing as long as that may be taken back."""
+def capacity(context: Context, *, force: bool = False) -> Result:
+    """Tell the master what this node has; nothing as long as that may be taken back, nor where another one says that it is this
+    node, unless by ``force``.
+    """
     with context.applying:  # what is being changed is not offered yet
         if trial.is_open(context.config.state_dir):
             return Result(["not posted while a configuration is on trial"], [])
@@ -111,7 +120,14 @@ def capacity(context: Context) -> Result:
     data = same(storage.observe(target.config).data)
     client = context.client
     with context.wishes.telling(client, context.lane, context.first_pause):
+        try:
+            target = identity_guard.before_offer(context, target, force=force)
+        except PartitiondError as error:
+            if context.lane and error.retryable:
+                raise  # the lane tries again soon
+            return Result([], [(context.config.computer_id, error)])
         client.post_capacity(_document(target, data, same(_distribution())))
+    context.offers.add({item.id: _told(item) for item in target.partitions})
     _tell(context, "master.back", context.master.note(True))
     return Result([f"capacity of {len(offered)} partitions posted"], [])
 
@@ -171,6 +187,12 @@ def _distribution() -> tuple[str, str, str]:
     except OSError:
         return ("", "", "")
     return (found.get("ID", ""), found.get("VERSION_ID", ""), found.get("NAME", ""))
+
+
+def _told(partition: Partition) -> list[str]:
+    """The addresses that the master gives back."""
+    stand_in = partition.network.stand_in_ipv4
+    return [str(one) for one in (partition.ipv4, partition.ipv6 or stand_in) if one is not None]
 
 
 def _offer(partition: Partition, target: Node, data: storage.Observed) -> CapacityPartition:
@@ -281,6 +303,7 @@ def _collect(context: Context, result: Result) -> None:
 
 def instance(context: Context, *, force: bool = False, only: frozenset[str] = frozenset()) -> Result:
     """Configure, start and stop instances."""
+    identity_guard.refuse(context)
     known, wishes = context.store.readable()[0], ask(context)
     target = _target(context)
     return instances.run_pass(context, target, wishes, known=known, force=force, only=only)
@@ -328,7 +351,7 @@ def run(context: Context, lane: str, wish: Wish) -> Result:
     if wish.again:
         _forgive(context)
     passes: dict[str, Callable[[], Result]] = {
-        "capacity": lambda: capacity(context),
+        "capacity": lambda: capacity(context, force=wish.force),
         "software": lambda: software(context, wish),
         "instances": lambda: instance(context, force=wish.force, only=wish.only),
         "report": lambda: report(context, asked=True, force=wish.force),

@@ -383,6 +383,8 @@ def _tell_master(context: Context, turn: _Turn) -> None:
             context.promises.mended.add(partition)
             context.wake_instances()
         return
+    if context.store.instance(partition).dropped:
+        return  # the master has another one there, or none
     _bang(context, partition, page)
     if bool(failing) == page.told:
         return

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from accounting import documents, outbox, tioxml
 from accounting.errors import AccountingError
-from partitiond import destruction, report_sending, usage_intake
+from partitiond import destruction, dropped, report_sending, usage_intake
 from partitiond.errors import sentence
 from partitiond.passes import Result
 from slap_client.errors import SlapError
@@ -87,11 +87,14 @@ def _make(context: Context, result: Result) -> None:
     ledger = context.meters.ledger()
     with ledger.transaction() as connection:
         periods = documents.due(connection)
+    apart = dropped.noted(context.store.readable()[0].values())
     for period in periods:
         if context.stop.is_set():
             return
         with ledger.reader() as reader, reader.transaction() as connection:
-            drafts = documents.gather(connection, period, tariff, computer, last=period == periods[-1])
+            drafts = documents.gather(
+                connection, period, tariff, computer, last=period == periods[-1], apart=apart
+            )
         with ledger.transaction("IMMEDIATE") as connection:
             made = documents.store(connection, drafts, tariff, computer, context.clock())
             outbox.forget_old(connection, context.clock())

@@ -33,7 +33,9 @@ class InstanceState:
     negative until then. Of one that is to be destroyed: ``keep_until``, nothing of it is removed before; ``leaving``, it has
     begun to take its leave; ``prerm_ran``, it has taken it; ``settled``, its last usage is in documents; ``removing``, there is
     no way back; ``destroy_ran``, its own ``sbin/destroy`` needs not be run again; ``cleaned``, what it had is removed;
-    ``dropped``, the master knows nothing of it any more, so that there is nobody to be told of its end.
+    ``dropped``, the master knows nothing of it any more, so that there is nobody to be told of its end; of one that goes on,
+    ``rival`` is then who is wanted in its place. ``title`` is its own and its root's, as the master has them. ``rebuilt``: it
+    was made anew where the master had known it before, and those of its tree do not know yet.
     """
 
     partition: str
@@ -58,6 +60,9 @@ class InstanceState:
     leaving: bool = False
     destroy_ran: bool = False
     dropped: bool = False
+    rival: str = ""
+    title: str = ""
+    rebuilt: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ import time
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from partitiond import files
+from partitiond import dropped, files
 from partitiond.errors import PartitiondError, sentence
 from partitiond.incidents import WATCHED
 from partitiond.passes import Result
@@ -115,12 +115,14 @@ def down(processes: Iterable[Process], states: Mapping[str, InstanceState]) -> d
 
 @dataclass(slots=True)
 class _Turn:
-    """What comes of one look: ``away``, the master does not answer; ``waits``, in how many seconds to look again."""
+    """What comes of one look: ``away``, the master does not answer; ``unknown``, it knows
+    nothing of the instances there; ``waits``, in how many seconds to look again."""
 
     result: Result
     after: dict[str, Trouble] = field(default_factory=dict)
     waits: list[float] = field(default_factory=list)
     away: bool = False
+    unknown: frozenset[str] = frozenset()
 
 
 @dataclass(slots=True)
@@ -151,7 +153,7 @@ class Watchdog:
             return result
         self._fresh.clear()
         ended = down(context.supervisor.processes(), states)
-        turn = _Turn(result)
+        turn = _Turn(result, unknown=dropped.noted(states.values()))
         for partition in sorted(troubles.keys() | ended.keys()):
             if context.stop.is_set():
                 return result
@@ -172,7 +174,12 @@ class Watchdog:
         if trouble is None:
             return
         if decision.bang:
-            told = not turn.away and self._may_bang() and self._bang(turn, partition, names)
+            told = (
+                not turn.away
+                and partition not in turn.unknown
+                and self._may_bang()
+                and self._bang(turn, partition, names)
+            )
             now = time.time()
             if told:
                 trouble = replace(trouble, told=deployment, bangs=trouble.bangs + 1, banged_at=now)

@@ -58,7 +58,8 @@ class PartitionDocument:
     all it says. ``parameters`` holds the user's own (the "json in xml" key ``_`` is left as is) without the
     reserved keys, which are the fields from ``software_type`` on. ``ip_list`` rows are (interface, address),
     ``full_ip_list`` rows (interface, address, gateway, netmask, network). ``filter`` is the SLA. Titles and
-    ``access_status`` are free text in which unprintable characters are replaced. Mappings are read-only.
+    ``access_status`` are free text in which unprintable characters are replaced. ``connection`` is what the instance
+    has published. Mappings are read-only.
     """
 
     partition_id: str
@@ -75,6 +76,7 @@ class PartitionDocument:
     slave_instance_list: tuple[Mapping[str, Frozen], ...] = ()
     instance_title: str = ""
     root_instance_title: str = ""
+    connection: Mapping[str, Frozen] = field(default_factory=_nothing)
 
     @property
     def free(self) -> bool:
@@ -174,7 +176,16 @@ def parse_partition(value: Value) -> PartitionDocument:
         slave_instance_list=checks.frozen_mappings(mixed.get("slave_instance_list"), "slave_instance_list"),
         instance_title=checks.shown_text(mixed.get("instance_title"), "the instance's title"),
         root_instance_title=checks.shown_text(mixed.get("root_instance_title"), "the root instance's title"),
+        connection=checks.frozen_mapping(_published(attributes), "the connection parameters"),
     )
+
+
+def _published(attributes: Mapping[str, Value]) -> dict[str, Value]:
+    """What was published. It decides nothing but a courtesy, so what is no dictionary is taken as nothing."""
+    found = attributes.get("_connection_dict")
+    if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
+        return {}
+    return {key: item for key, item in found.items() if isinstance(key, str)}
 
 
 def parse_software(value: Value) -> SoftwareDocument:

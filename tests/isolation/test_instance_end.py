@@ -101,10 +101,10 @@ class Life:
         )
         return self.take(entry, force=force)
 
-    def take(self, entry, force=False):
+    def take(self, entry, **how):
         document = ComputerDocument("COMP-1", (entry,))
         known = self.context.store.readable()[0]
-        result = instances.run_pass(self.context, self.context.node, document, known=known, force=force)
+        result = instances.run_pass(self.context, self.context.node, document, known=known, **how)
         return [error.code for _, error in result.failures]
 
     @property
@@ -349,7 +349,10 @@ def test_of_one_that_the_master_dropped_it_is_told_nothing(life, monkeypatch):
     monkeypatch.setattr(Master, "instance_destroyed", unknown, raising=False)
     free = PartitionDocument(NAME, "destroyed")
     assert life.take(free) == ["instances.held"]
-    assert life.take(free) == []
+    for _ in range(3):
+        assert life.take(free) == ["instances.dropped"]
+    assert (life.state.life, life.state.dropped) == ("started", True)
+    assert life.take(free, force=True, only=frozenset((NAME,))) == []
     life.context.outbox.put("instance_stopped", NAME)
     assert life.finish(untold=frozenset((NAME,))) == ([f"{NAME}: destroyed"], [])
     assert (life.state.life, life.master.words()) == ("free", ["started"])

@@ -126,7 +126,7 @@ def test_bad_answers(node):
 
 
 def test_destroyed(node, url):
-    """Two ways to go: by word, and by an answer that lists all as free; that one must come twice."""
+    """By word; what an answer lists as free that comes twice is the operator's to end."""
     name = node.holder("one")
     node.request("one", url, state="destroyed")
     assert node.cli("sync", "instances").value["done"] == [f"{name}: stopped, to be destroyed"]
@@ -155,7 +155,14 @@ def test_destroyed(node, url):
     (failure,) = node.cli("sync", "instances", expect=3).value["failures"]
     assert failure["code"] == "instances.held", "an answer in between said otherwise"
     assert node.tenants() == before
-    assert node.cli("sync", "instances").value["done"] == [f"{other}: stopped, to be destroyed"]
+    for words in ((), ("--force",), ("--force", "--partition", name)):
+        said = node.cli("sync", "instances", *words, expect=None).value
+        assert said["done"] == []
+        assert [one["code"] for one in said["failures"]] == ([] if name in words else ["instances.dropped"])
+        assert node.tenants() == before
+    assert any(case.startswith(f"{other}: ") for case in node.cli("status").value["node"]["open_cases"])
+    ended = node.cli("sync", "instances", "--force", "--partition", other).value["done"]
+    assert ended == [f"{other}: stopped, to be destroyed"]
     node.cli("sync", "report")
     node.front.answers.clear()
     assert set(node.states().values()) == {"free"}

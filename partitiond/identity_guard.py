@@ -1,0 +1,211 @@
+"""Two machines with one identity: found out, told, and not fought with.
+
+Whoever was there first goes on as it is: what runs keeps running, and the master is told nothing that the other would take
+back. A node that begins with nothing and finds that somebody answers at the addresses that the master has does not begin: a
+database that runs twice is worse than one that begins later. A node that is rebuilt takes over the addresses that its
+partitions had, as far as they are of its networks.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from partitiond import alive, converge
+from partitiond.choices import NATURAL
+from partitiond.errors import PartitiondError
+from partitiond.offers import Offered, addresses_of, compare, digest
+from partitiond.wishes import is_absence
+from slap_client.errors import SlapError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from partitiond.context import Context
+    from partitiond.node import Node
+    from slap_client.documents import ComputerDocument
+
+logger = logging.getLogger(__name__)
+
+CODE = "node.twin"
+_ASKED = 16  # addresses
+_NAMED = 3
+_STALE = 2
+
+
+def look(context: Context, document: ComputerDocument) -> None:
+    """Judge an answer of the master by the addresses in it."""
+    book = context.offers
+    verdict, other = compare(book.read(), addresses_of(document))
+    book.missed = book.missed and not document.partitions
+    book.stale = book.stale + 1 if verdict == "older" else 0
+    if book.stale == _STALE:
+        logger.warning("the master has addresses of partitions that it was told earlier; it is told again")
+        context.wake_capacity()
+    if verdict == "foreign":
+        _suspect(context, other)
+    elif verdict == "ours" and book.read().foreign:
+        book.suspect({})
+        _record(context, "the master has the addresses of this node's partitions again")
+
+
+def missed(context: Context) -> None:
+    """Offer the node again, once, to a master that seems not to know it, although it was told."""
+    book = context.offers
+    if book.read().told and not book.missed:
+        book.missed = True
+        context.wake_capacity()
+
+
+def refuse(context: Context) -> None:
+    """Raise PartitiondError ``node.twin`` where this node may not begin."""
+    if context.offers.read().alive:
+        raise _alive(context.offers.read())
+
+
+def before_offer(context: Context, node: Node, *, force: bool) -> Node:
+    """What is asked before the master is told of a node; give the node as it is then.
+
+    ``force``: the operator says that this is the one. Raises PartitiondError ``node.twin``, and SlapError where the master is
+    away.
+    """
+    book = context.offers
+    if force:
+        return node
+    if not book.read().told or not context.lane:
+        try:
+            document = context.client.computer()
+        except SlapError as error:
+            if is_absence(error):
+                raise
+            return node  # it does not know this node yet
+        if book.read().told:
+            look(context, document)
+        else:
+            node = _begin(context, node, document)
+    if book.read().foreign:
+        raise _twin(book.read().foreign)
+    return node
+
+
+def open_cases(context: Context) -> list[str]:
+    """What ``partitiond status`` says of it."""
+    offered = context.offers.read()
+    errors = [_twin(offered.foreign)] if offered.foreign else []
+    errors += [_alive(offered)] if offered.alive else []
+    return [f"{error}; {error.hint}" for error in errors]
+
+
+def _begin(context: Context, node: Node, document: ComputerDocument) -> Node:
+    """The first word to a master: of a node that is new, rebuilt, or the twin of another."""
+    found = addresses_of(document)
+    blank = not context.store.partitions()
+    if blank:
+        others = [one for rows in found.values() for text in rows if (one := _elsewhere(node, text))]
+        answering = tuple(map(str, alive.answering(others[:_ASKED])))
+        if answering:
+            offered = Offered(alive=answering)
+            error = _alive(offered)
+            if context.offers.read() != offered:
+                _record(context, str(error), error.hint)
+            context.offers.save(offered)
+            raise error
+    # what it has is not what somebody else tells it after this node did
+    context.offers.save(Offered(({name: digest(rows) for name, rows in found.items()},) if found else ()))
+    return _take_over(context, node, document) if blank else node
+
+
+def _elsewhere(node: Node, text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    """An address that is in none of this node's networks, where others would reach it."""
+    rules = node.choice.rules
+    try:
+        address = ipaddress.ip_address(text)
+    except ValueError:
+        return None
+    own = (rules.ipv4_network, rules.partition_network, rules.mesh_range, rules.base and rules.base.network)
+    return None if any(address in one for one in own if one) else address
+
+
+def _take_over(context: Context, node: Node, document: ComputerDocument) -> Node:
+    """Give partitions the addresses that the master has of them, where these are of the node's networks."""
+    kept = dict(context.store.addresses())
+    for entry in document.partitions:
+        item = node.partition(entry.partition_id)
+        if item is None:
+            continue
+        had = _fitting(node, [row[1] for row in entry.ip_list if len(row) > 1])
+        chosen = item.chosen
+        now = {"ipv4": chosen.ipv4, "ipv6": chosen.ipv6 and chosen.ipv6.ip}
+        now |= {"public_ipv4": chosen.public_ipv4, "vpn_ipv4": chosen.vpn_ipv4}
+        other = {name: value for name, value in had.items() if now[name] != value}
+        if other:
+            changes: dict[str, Any] = dict(other)
+            kept[item.id] = replace(kept.get(item.id, NATURAL), **changes)
+    changed = [name for name in kept if kept[name] != context.store.addresses().get(name)]
+    if not changed:
+        return node
+    logger.info("taken over from the master: the addresses of %s", ", ".join(changed))
+    context.store.save_addresses(kept)
+    converge.apply(context)
+    return converge.observe(context).node
+
+
+def _fitting(node: Node, texts: list[str]) -> dict[str, ipaddress.IPv4Address | ipaddress.IPv6Address]:
+    """Which of these could be a partition's, by the name of what it would be."""
+    rules = node.choice.rules
+    kinds = (
+        ("public_ipv4", rules.partition_network),
+        ("vpn_ipv4", rules.mesh_range),
+        ("ipv4", rules.ipv4_network),
+        ("ipv6", rules.base.network if rules.base else None),
+    )
+    found: dict[str, ipaddress.IPv4Address | ipaddress.IPv6Address] = {}
+    for text in texts:
+        try:
+            address = ipaddress.ip_address(text)
+        except ValueError:
+            continue
+        name = next((name for name, network in kinds if network is not None and address in network), "")
+        if name:
+            found.setdefault(name, address)
+    return found
+
+
+def _suspect(context: Context, other: Mapping[str, list[str]]) -> None:
+    if context.offers.read().foreign == other:
+        return
+    context.offers.suspect(other)
+    error = _twin(other)
+    _record(context, str(error), error.hint)
+
+
+def _record(context: Context, message: str, hint: str = "") -> None:
+    (logger.error if hint else logger.info)("%s", message)
+    more = {"hint": hint, "code": CODE} if hint else {}
+    context.events.record(CODE, message, resource=context.config.computer_id, **more)
+
+
+def _twin(foreign: Mapping[str, list[str]]) -> PartitiondError:
+    names = sorted(foreign)
+    shown = "; ".join(f"{name}: {', '.join(foreign[name])}" for name in names[:_NAMED])
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return PartitiondError(
+        CODE,
+        f"another machine told the master that it is this node: of {shown}{more} the master has addresses that were never"
+        " told by this one; it is not told again, and what runs here keeps running",
+        hint="end one of the two; on the one that stays: partitiond sync capacity --force",
+    )
+
+
+def _alive(offered: Offered) -> PartitiondError:
+    shown = ", ".join(offered.alive[:_NAMED])
+    return PartitiondError(
+        CODE,
+        f"another machine with this identity seems to be up: somebody answers at {shown}, which the master has as addresses"
+        " of this node's partitions, and this node begins with nothing",
+        hint="end the other machine, and this one begins by itself; or, if it is another's address by now: partitiond"
+        " sync capacity --force",
+        retryable=True,
+    )
