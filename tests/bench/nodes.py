@@ -18,10 +18,12 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "partitiond"))
 import node
 import nodes_master
 import nodes_mesh
+import nodes_wire
+import tunnel_load
 
 from partitiond import sandbox
 
-SECTIONS = ("master", "mesh")
+SECTIONS = ("master", "wire", "mesh")
 
 
 def main() -> None:
@@ -47,6 +49,9 @@ def main() -> None:
         nodes_master.print_slapproxy(
             options.computers, options.partitions, each, options.rounds, options.seconds
         )
+    if "wire" in sections:
+        tunnel_load.compile_program()
+        nodes_wire.print_ways(options.rounds)
     if "mesh" in sections:
         nodes_mesh.print_convergence(options.meshes, options.rounds)
 

@@ -60,8 +60,11 @@ def member(number: int, reached: str) -> Member:
     return Member(f"node{number}", reached, IPv4Network((start, _PREFIX)))
 
 
-def write(directory: Path, own: Member, members: list[Member]) -> None:
-    """Write what tincd of one member reads: it connects to all others, and takes for theirs what their blocks say."""
+def write(directory: Path, own: Member, members: list[Member], *, seen_as: Path | None = None) -> None:
+    """Write what tincd of one member reads: it connects to all others, and takes for theirs what their blocks say.
+
+    ``seen_as`` is what tincd calls the directory, where that is something else.
+    """
     (directory / "hosts").mkdir(parents=True)
     lines = [
         f"Name = {own.name}",
@@ -69,7 +72,7 @@ def write(directory: Path, own: Member, members: list[Member]) -> None:
         "DeviceType = tun",
         f"Interface = {INTERFACE}",
         "StrictSubnets = yes",
-        f"PrivateKeyFile = {directory}/rsa_key.priv",
+        f"PrivateKeyFile = {seen_as or directory}/rsa_key.priv",
         *(f"ConnectTo = {one.name}" for one in members if one is not own),
     ]
     (directory / "tinc.conf").write_text("".join(f"{line}\n" for line in lines))
