@@ -18,12 +18,13 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "partitiond"))
 import node
 import nodes_master
 import nodes_mesh
+import nodes_rebuild
 import nodes_wire
 import tunnel_load
 
 from partitiond import sandbox
 
-SECTIONS = ("master", "wire", "mesh")
+SECTIONS = ("master", "wire", "mesh", "rebuild")
 
 
 def main() -> None:
@@ -39,6 +40,7 @@ def main() -> None:
     parser.add_argument("--partitions", type=int, default=10, help="busy ones of each such computer")
     parser.add_argument("--seconds", type=float, default=1.0, help="of each round of questions to slapproxy")
     parser.add_argument("--meshes", type=int, nargs="*", default=[3, 10], help="nodes of each mesh")
+    parser.add_argument("--instances", type=int, default=20, help="of the node that is rebuilt")
     options = parser.parse_args()
     if unknown := set(options.sections) - set(SECTIONS):
         parser.error(f"{', '.join(sorted(unknown))}: no section; allowed: {', '.join(SECTIONS)}")
@@ -54,6 +56,8 @@ def main() -> None:
         nodes_wire.print_ways(options.rounds)
     if "mesh" in sections:
         nodes_mesh.print_convergence(options.meshes, options.rounds)
+    if "rebuild" in sections:
+        nodes_rebuild.print_rebuild(options.instances, options.rounds)
 
 
 if __name__ == "__main__":

@@ -128,9 +128,9 @@ class Mesh:
             process.wait()
         self._tincds.clear()
 
-    def watch(self, *, everybody: bool) -> Seen:
-        """Ping until each pair has answered; ``everybody``: also those that have answered are pinged on."""
-        number, began = next(self._watch) & 0xFFFF, time.perf_counter()
+    def watch(self, began: float, *, everybody: bool) -> Seen:
+        """Ping until each pair has answered, seconds since ``began``; ``everybody``: also who has answered is pinged on."""
+        number = next(self._watch) & 0xFFFF
         seen, last = Seen(), dict.fromkeys(((a.name, b.name) for a, b in self._pairs), began)
         due = began
         while len(seen.first) < len(last):
@@ -197,12 +197,14 @@ def print_convergence(counts: Iterable[int], rounds: int) -> None:
         started, back, others = [], [], []
         with standing(count) as mesh:
             for one in range(rounds):
+                began = time.perf_counter()
                 mesh.start()
-                started.append(mesh.watch(everybody=False).whole())
+                started.append(mesh.watch(began, everybody=False).whole())
                 victim = mesh.members[one % count].name
+                began = time.perf_counter()
                 mesh.kill(victim)
                 mesh.start([victim])
-                seen = mesh.watch(everybody=True)
+                seen = mesh.watch(began, everybody=True)
                 back.append(seen.whole(victim))
                 others.append(seen.disturbed(victim))
                 mesh.stop()

@@ -149,7 +149,7 @@ class Pair:
             pid
             for node in self.nodes
             for pid, (_, line) in node.processes().items()
-            if Path(line.partition(" ")[0]).name in names
+            if Path(line.partition(" ")[0]).name.startswith(names)
         ]
 
 

@@ -8,6 +8,7 @@ their users in empty directories, one after the other, an interpreter for each.
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from datetime import datetime
@@ -15,9 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import life
-from tunnel_load import wait_for
 from tunnel_table import middle, row
 
+from partitiond import execute
 from partitiond.demo.world import World
 
 if TYPE_CHECKING:
@@ -99,3 +100,70 @@ def _parts(events: list[dict[str, Any]], began: float) -> dict[str, float]:
     for one in events:
         at.setdefault(one["event"], []).append(datetime.fromisoformat(one["time"]).timestamp() - began)
     return {event: max(times) for event, times in at.items()} | {"first": min(at["instance.started"])}
+
+
+def _lost_and_rebuilt(world: World, node: Node, count: int) -> dict[str, float]:
+    """Lose it, and have it again."""
+    world.lose(node)
+    world.rebuild(node)
+    if _events(node) or node.seen("/srv/slapgrid").exists():
+        sys.exit("something of the lost node is still there")
+    return _up(node, count)
+
+
+# --- the floor --------------------------------------------------------------------------------------------------------
+
+
+def _floor(node: Node, count: int) -> dict[str, float]:
+    """The buildouts alone."""
+    software = next(node.seen("/srv/slapgrid/software").glob("[0-9a-f]*"))
+    place = Path("/srv/slapgrid/software", software.name)
+    own = _FLOOR / "software"
+    python = (sys.executable, "-I", "-c", _BUILDOUT, "-U", "-N", "-c", "buildout.cfg")
+    found = {"software": _run(node, own, place, python)}
+    found["instances"] = sum(
+        _run(node, _FLOOR / partition, node.path(partition), (str(place / "bin" / "buildout"), "-U"))
+        for partition in list(node.partitions())[:count]
+    )
+    return found
+
+
+def _run(node: Node, own: Path, like: Path, command: Sequence[str]) -> float:
+    """Seconds of a command in an empty directory with the profile of another, by the owner of that one."""
+    owner = node.seen(like).stat()
+    shown = node.seen(own)
+    shown.mkdir(parents=True)
+    (shown / "buildout.cfg").write_bytes((node.seen(like) / "buildout.cfg").read_bytes())
+    for path in (shown, shown / "buildout.cfg"):
+        os.chown(path, owner.st_uid, owner.st_gid)
+    ids = ("--reuid", str(owner.st_uid), "--regid", str(owner.st_gid), "--init-groups")
+    run = ("/bin/sh", "-ec", 'cd "$0"; HOME=$0 exec "$@"', str(own), *command)
+    began = time.perf_counter()
+    node.run(execute.SETPRIV, *ids, "--", *run)
+    return time.perf_counter() - began
+
+
+def print_rebuild(count: int, rounds: int) -> None:
+    """From ``partitiond run`` on a new machine until all instances are started; and the floor."""
+    print()
+    row(f"a node with {count} instances, seconds from partitiond run", "rebuilt")
+    rebuilt: list[dict[str, float]] = []
+    world = World(1, partitions=count, delay=0.0, loss=0.0, settings=_SETTINGS).up()
+    try:
+        node = world["A"]
+        world.start()
+        _ask(world, node, count)
+        for _ in range(rounds):
+            rebuilt.append(_lost_and_rebuilt(world, node, count))
+        floor = _floor(node, count)
+    finally:
+        world.close()
+    for what, key in (
+        ("formatted: users, network, directories, supervisord", "apply.done"),
+        ("software available", "software.available"),
+        ("first instance started", "first"),
+        (f"all {count} instances started, their services running", "instance.started"),
+    ):
+        row(f"  {what}", middle([one[key] for one in rebuilt]))
+    row("  floor: the software's buildout alone", f"{floor['software']:.2f}")
+    row(f"  floor: {count} instances' buildouts alone", f"{floor['instances']:.2f}")
