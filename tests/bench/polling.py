@@ -42,13 +42,20 @@ from slap_client.errors import SlapError  # noqa: E402
 from slap_client.marshal import dumps  # noqa: E402
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
 INTERVAL = 300.0
 HOUR = 3600.0
 LANES = ("software", "instances")
 PEER_DELAYS = (30.0, 20.0)
 COMPUTER = "COMP-BENCH"
+# of the client that slapgrid has
+PEER_HEADERS = {
+    "Accept": "*/*",
+    "User-agent": "slapos.core/1.26.1",
+    "Accept-Encoding": "gzip, deflate",
+    "Connection": "keep-alive",
+}
 SLAPOS = Path(sys.prefix) / "master" / "bin" / "slapos"
 
 
@@ -144,12 +151,17 @@ def row(name: str, asked: Counter[int], begin: float, end: float) -> None:
     mean = statistics.fmean(rates)
     p50, p99 = rates[len(rates) // 2], rates[int(len(rates) * 0.99)]
     ratio = f"{rates[-1] / mean:.1f}" if mean else "-"
-    print(f"{name:<58}{mean:>8.1f}{p50:>8}{p99:>8}{rates[-1]:>8}{ratio:>10}")
+    print(f"{name:<58}{f'{mean:.3g}':>8}{p50:>8}{p99:>8}{rates[-1]:>8}{ratio:>10}", flush=True)
+
+
+def head(name: str) -> None:
+    """Print what the columns of rows are."""
+    print(f"{name:<58}{'mean':>8}{'p50':>8}{'p99':>8}{'max':>8}{'max/mean':>10}", flush=True)
 
 
 def spread(nodes: int) -> None:
     print(f"\nspread: questions per second of {nodes} nodes, interval {INTERVAL:.0f} s")
-    print(f"{'phase':<58}{'mean':>8}{'p50':>8}{'p99':>8}{'max':>8}{'max/mean':>10}")
+    head("phase")
     outage = (HOUR, 2 * HOUR)
     booted = simulate(nodes, 4 * HOUR, outage, uptime=30.0)
     row("ours: first minute, machines and daemons started at once", booted, 0, 60)
@@ -218,9 +230,20 @@ class Counting:
         self._listener.close()
 
 
+class Proxy(NamedTuple):
+    """A slapproxy that runs."""
+
+    port: int
+    pid: int
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}/"
+
+
 @contextmanager
-def slapproxy(partitions: int) -> Iterator[int]:
-    """A slapproxy with so many busy partitions; its port."""
+def slapproxy(partitions: int, computers: Sequence[str] = (COMPUTER,)) -> Iterator[Proxy]:
+    """A slapproxy with so many busy partitions on each of these computers."""
     with tempfile.TemporaryDirectory() as directory, socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         taken.close()
@@ -234,14 +257,17 @@ def slapproxy(partitions: int) -> Iterator[int]:
         command = [SLAPOS, "proxy", "start", "--cfg", file]
         process = subprocess.Popen(command, stdin=quiet, stdout=quiet, stderr=quiet)
         try:
-            _fill(f"http://127.0.0.1:{port}/", partitions)
-            yield port
+            proxy = Proxy(port, process.pid)
+            _await(proxy.url)
+            for computer in computers:
+                _fill(proxy.url, partitions, computer)
+            yield proxy
         finally:
             process.terminate()
             process.wait(20)
 
 
-def _capacity(partitions: int) -> str:
+def _capacity(partitions: int, computer: str = COMPUTER) -> str:
     def addresses(number: int) -> list[dict[str, str]]:
         return [
             {"addr": f"10.0.0.{number}", "netmask": "255.255.255.255"},
@@ -252,11 +278,11 @@ def _capacity(partitions: int) -> str:
         {"reference": f"slappart{n}", "address_list": addresses(n + 2), "tap": {"name": f"slaptap{n}"}}
         for n in range(partitions)
     ]
-    node = {"reference": COMPUTER, "address": "2001:db8::1", "netmask": "ffff::", "partition_list": rows}
+    node = {"reference": computer, "address": "2001:db8::1", "netmask": "ffff::", "partition_list": rows}
     return capacity_document(node)  # type: ignore[arg-type]
 
 
-def _fill(url: str, partitions: int) -> None:
+def _await(url: str) -> None:
     deadline = time.monotonic() + 60
     while True:
         try:
@@ -266,22 +292,25 @@ def _fill(url: str, partitions: int) -> None:
             if time.monotonic() > deadline:
                 raise
             time.sleep(0.2)
-    with SlapClient(url, COMPUTER) as client:
-        client.post_capacity(_capacity(partitions))
+
+
+def _fill(url: str, partitions: int, computer: str) -> None:
+    with SlapClient(url, computer) as client:
+        client.post_capacity(_capacity(partitions, computer))
     release = "https://lab.example/software/demo/software.cfg"
     marshalled = lambda value: dumps(value).decode()  # noqa: E731
     requests.post(
-        f"{url}supplySupply", {"url": release, "computer_id": COMPUTER, "state": "available"}, timeout=60
+        f"{url}supplySupply", {"url": release, "computer_id": computer, "state": "available"}, timeout=60
     )
     for number in range(partitions):
         fields = {
             "software_release": release,
             "software_type": "default",
-            "partition_reference": f"instance{number}",
+            "partition_reference": f"{computer} {number}",
             "partition_parameter_xml": marshalled(
                 {"_": json.dumps({"name": f"instance{number}", "port": 8000})}
             ),
-            "filter_xml": marshalled({}),
+            "filter_xml": marshalled({"computer_guid": computer}),
             "state": marshalled("started"),
             "shared_xml": marshalled(False),
         }
@@ -290,19 +319,13 @@ def _fill(url: str, partitions: int) -> None:
 
 def _peer_sizes(way: Counting) -> dict[str, Size]:
     """What each request of slapgrid takes, with the headers of its client."""
-    headers = {
-        "Accept": "*/*",
-        "User-agent": "slapos.core/1.26.1",
-        "Accept-Encoding": "gzip, deflate",
-        "Connection": "keep-alive",
-    }
     place = {"computer_id": COMPUTER, "computer_partition_id": "slappart0"}
     told = {
-        **headers,
+        **PEER_HEADERS,
         "Authorization": f"X-SlapPartition computer_id={COMPUTER}, computer_partition_id=slappart0",
     }
     with requests.Session() as session:
-        get = lambda name, **query: session.get(way.url + name, params=query, headers=headers, timeout=60)  # noqa: E731
+        get = lambda name, **query: session.get(way.url + name, params=query, headers=PEER_HEADERS, timeout=60)  # noqa: E731
         return {
             "hateoas": way.measure(lambda: get("getHateoasUrl")),
             "wishes": way.measure(lambda: get("getFullComputerInformation", computer_id=COMPUTER)),
@@ -323,7 +346,7 @@ def day(partitions: int) -> None:
     print(f"\nday: an unchanged node of {partitions} partitions")
     polls = sum(simulate(1, 25 * HOUR, (10**9, 10**9), uptime=10**6).values()) * 24 / 25
     with ExitStack() as stack:
-        way = Counting(stack.enter_context(slapproxy(partitions)))
+        way = Counting(stack.enter_context(slapproxy(partitions)).port)
         stack.callback(way.close)
         client = stack.enter_context(SlapClient(way.url, COMPUTER))
         wishes = way.measure(client.computer)

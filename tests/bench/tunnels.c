@@ -1,7 +1,8 @@
 /* Bounded loads for tests/bench/tunnels.py.  Numbers on stdout; whatever goes wrong ends the program with status 1.
  *
  *   serve ADDRESS PORT                        send back all that is not zero, swallow zeros; until stdin ends
- *   bulk ADDRESS PORT BYTES                   zeros through one connection, and the answer: bytes per second
+ *   bulk ADDRESS PORT BYTES [STREAMS]         zeros through one connection, or through so many at once, each its share, and the
+ *                                             answers: bytes per second of all
  *   ask ADDRESS PORT COUNT                    64-byte requests one after the other: microseconds p50, p99
  *   connect ADDRESS PORT WIDTH SECONDS MOST   connections, WIDTH at a time, each with a byte there and back:
  *                                             how many, per second, microseconds p50, p99
@@ -22,6 +23,7 @@
 #include <string.h>
 #include <sys/epoll.h>
 #include <sys/socket.h>
+#include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -160,21 +162,42 @@ static void serve(char **v)
 
 /* --- loads ------------------------------------------------------------------------------------------------------- */
 
-static void bulk(char **v)
+/* zeros, and a byte that is answered when they all have arrived */
+static void fill(int fd, double left)
 {
-	int fd = connected(v);
-	double total = atof(v[2]), left, began;
-	bytes[0] = 1;
-	send_all(fd, 1); /* the bridge is through */
-	receive_all(fd, 1);
 	bytes[0] = 0;
-	began = now();
-	for (left = total; left > sizeof bytes; left -= sizeof bytes)
+	for (; left > sizeof bytes; left -= sizeof bytes)
 		send_all(fd, sizeof bytes);
+	send_all(fd, left);
 	bytes[0] = 1;
 	send_all(fd, 1);
 	receive_all(fd, 1);
-	printf("%.0f\n", (total - left + 1) / (now() - began));
+}
+
+static void bulk(char **v, int streams)
+{
+	double share = atof(v[2]) / streams, began;
+	int fds[WIDEST], status = 0;
+	if (streams < 1 || streams > WIDEST)
+		exit(64);
+	for (int i = 0; i < streams; i++) {
+		fds[i] = connected(v);
+		bytes[0] = 1;
+		send_all(fds[i], 1); /* the bridge is through */
+		receive_all(fds[i], 1);
+	}
+	began = now();
+	for (int i = 1; i < streams; i++)
+		if (!fork()) {
+			alarm(LIMIT_SECONDS);
+			fill(fds[i], share);
+			_exit(0);
+		}
+	fill(fds[0], share);
+	for (int i = 1; i < streams; i++)
+		if (wait(&status) < 0 || status)
+			die("a stream was lost");
+	printf("%.0f\n", share * streams / (now() - began));
 }
 
 static void ask(char **v)
@@ -355,7 +378,9 @@ int main(int argc, char **argv)
 	}
 	alarm(LIMIT_SECONDS);
 	if (!strcmp(argv[1], "bulk") && argc == 5)
-		bulk(v);
+		bulk(v, 1);
+	else if (!strcmp(argv[1], "bulk") && argc == 6)
+		bulk(v, atoi(v[3]));
 	else if (!strcmp(argv[1], "ask") && argc == 5)
 		ask(v);
 	else if (!strcmp(argv[1], "connect") && argc == 7)
