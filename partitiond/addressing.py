@@ -33,7 +33,7 @@ def own_ipv6(config: Config, look: Look) -> list[ipaddress.IPv6Interface]:
 
     Before an interface is moved into the bridge, what it has counts: it will be there.
     """
-    if config.network.partition_network is not None:
+    if config.without_ipv6:
         return []
     links = _links(config, look, config.network.interface)
     return [
@@ -185,7 +185,7 @@ def rules(config: Config, base: ipaddress.IPv6Interface | None, look: Look) -> R
     routed = config.create_tap and keys.bridge is None
     return Rules(
         partitions=node.names(config),
-        base=None if keys.partition_network else base,
+        base=None if config.without_ipv6 else base,
         prefixshift=config.ipv6_prefixshift,
         ipv4_network=config.ipv4_network,
         partition_network=keys.partition_network,

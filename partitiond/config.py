@@ -184,6 +184,11 @@ class Config:
     # file and drop-ins as one text, which reads back as the same configuration
     text: str = field(default="", compare=False, repr=False)
 
+    @property
+    def without_ipv6(self) -> bool:
+        """Whether partitions are to have no IPv6 address, whatever the interface has."""
+        return self.network.partition_network is not None or bool(self.mesh and self.mesh.replaces_ipv6)
+
 
 def load(path: Path, overrides: Mapping[tuple[str, str], str] | None = None) -> Config:
     """Read a configuration file and its drop-ins ``<file>.d/*.cfg``; ``overrides`` are values by section and key.

@@ -17,9 +17,10 @@ if TYPE_CHECKING:
 
 SECTION = "tinc"
 _KEYS = frozenset(
-    "name network range index port cipher digest address connect_to interface directory".split()
+    "name network range index port cipher digest address connect_to interface directory replaces_ipv6".split()
 )
 _INDEXED = 23  # 509 partitions and the node
+_REPLACES = {"auto": None, "yes": True, "no": False}
 _INTERFACE = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,14}")
 _LIST = re.compile(r"[\s,]+")
 
@@ -31,6 +32,7 @@ class MeshKeys:
     ``network`` is the whole space, ``own`` this node's part: its first address is the node's, those from the third on are the
     partitions'. ``addresses`` are where others reach this node ("": what its interface has), ``connect_to`` the peers that it
     connects to by itself (none: all that say where they are). ``directory`` holds the key and the host blocks of peers.
+    ``replaces_ipv6``: partitions have no IPv6 and are reached by the mesh; None: where the interface has no global IPv6.
     """
 
     name: str
@@ -43,6 +45,7 @@ class MeshKeys:
     digest: str = DIGESTS[0]
     addresses: tuple[str, ...] = ()
     connect_to: tuple[str, ...] = ()
+    replaces_ipv6: bool | None = None
 
     @property
     def address(self) -> ipaddress.IPv4Address:
@@ -86,6 +89,7 @@ def read(reader: Reader, beside: Path, amount: int) -> MeshKeys | None:
         digest=reader.choice(SECTION, "digest", DIGESTS[0], DIGESTS),
         addresses=_addresses(reader),
         connect_to=_connect_to(reader, name),
+        replaces_ipv6=_REPLACES[reader.choice(SECTION, "replaces_ipv6", "auto", tuple(_REPLACES))],
     )
 
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from partitiond.choices import Choice, Chosen
     from partitiond.config import Config
     from partitiond.config_guard import Allowance
+    from partitiond.config_mesh import MeshKeys
 
 _NOTHING = Protected()
 
@@ -86,16 +87,22 @@ class Node:
         """The IPv4 network whose addresses stand in for IPv6, where there is none."""
         if self.config.network.partition_network is not None:
             return self.config.network.partition_network
-        return self.config.mesh.network if self.config.mesh and self.base is None else None
+        mesh = self._mesh_instead
+        return mesh.network if mesh else None
+
+    @property
+    def _mesh_instead(self) -> MeshKeys | None:
+        """The mesh, where its addresses stand in for IPv6."""
+        mesh = self.config.mesh
+        return mesh if mesh and self.base is None and mesh.replaces_ipv6 is not False else None
 
     @property
     def address(self) -> ipaddress.IPv4Interface | ipaddress.IPv6Interface | None:
         """The node's own address, of the kind that its partitions have."""
         if self.config.network.partition_network is not None:
             return self.host_ipv4
-        if self.config.mesh and self.base is None:
-            return self.config.mesh.own_interface()
-        return self.base
+        mesh = self._mesh_instead
+        return mesh.own_interface() if mesh else self.base
 
     def partition(self, name: str) -> Partition | None:
         """Return the partition of that id, or None."""

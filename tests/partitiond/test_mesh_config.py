@@ -60,10 +60,12 @@ def test_everything_said(load):
         "connect_to = rome, oslo",
         "interface = mesh0",
         "directory = /etc/opt/mesh",
+        "replaces_ipv6 = yes",
     ).mesh
     assert found.own == IPv4Network("10.100.0.0/20")
     assert found.addresses == ("2001:db8::7", "paris.example", "192.0.2.7")
     assert found.connect_to == ("rome", "oslo")
+    assert found.replaces_ipv6 is True
     assert (found.name, found.port, found.cipher, found.digest) == ("paris", 1655, "aes-128-cbc", "sha512")
 
 
@@ -108,6 +110,7 @@ RIGHT = ("network = 10.64.0.0/16", "index = 3")
         ((*RIGHT, "interface = slaptap3"), "another name: taps and tuns of partitions are called so"),
         ((*RIGHT, "interface = br0"), "a name of its own"),
         ((*RIGHT, "interface = 0a"), "a name of a network interface"),
+        ((*RIGHT, "replaces_ipv6 = maybe"), "allowed: auto or yes or no"),
         ((*RIGHT, "directory = tinc"), "directory = 'tinc'"),
         ((*RIGHT, "directory = /etc"), "a directory of its own"),
         (("network = 10.0.0.0/12", "index = 0"), "apart from ipv4_local_network, which is 10.0.0.0/16"),
