@@ -89,7 +89,7 @@ def read(reader: Reader, beside: Path, amount: int) -> MeshKeys | None:
         digest=reader.choice(SECTION, "digest", DIGESTS[0], DIGESTS),
         addresses=_addresses(reader),
         connect_to=_connect_to(reader, name),
-        replaces_ipv6=_REPLACES[reader.choice(SECTION, "replaces_ipv6", "auto", tuple(_REPLACES))],
+        replaces_ipv6=_REPLACES.get(reader.choice(SECTION, "replaces_ipv6", "auto", tuple(_REPLACES))),
     )
 
 
