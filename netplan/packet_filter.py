@@ -19,7 +19,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from netplan import closed_port, nfbatch
+from netplan import closed_port, held_port, nfbatch
 from netplan.metering import TRAFFIC, metering
 from netplan.model import DesiredNetwork, FilterContents
 from netplan.netlink import Request
@@ -229,8 +229,10 @@ def _limit(full: str) -> str:
 @once
 def render(desired: DesiredNetwork) -> Filter:
     """Return the packet filter of a desired state."""
-    first = (closed_port.way(desired.closed),) if desired.closed else ()
+    closed = (closed_port.way(desired.closed),) if desired.closed else ()
+    first = (*closed, *held_port.ways(desired.held))
     parts = [closed_port.closed_port(desired.partitions)] if desired.closed else []
+    parts += [held_port.held_ports()] if desired.held else []
     limited = ways(desired.partitions, desired.limits)
     if desired.ownership:
         parts += [
