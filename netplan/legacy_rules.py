@@ -19,10 +19,11 @@ from socket import AF_INET, AF_INET6, AddressFamily
 from typing import Literal, NamedTuple
 
 from netplan.closed_port import RULE as CLOSED
+from netplan.held_port import ADDRESS as LOOPBACK
 from netplan.mesh_guard import RULE as MESH
 from netplan.mesh_guard import counter
 from netplan.metering import counter_name
-from netplan.model import ClosedPort, DesiredNetwork, MeshSpec, PartitionNetwork
+from netplan.model import ClosedPort, DesiredNetwork, HeldPort, MeshSpec, PartitionNetwork
 from netplan.once import once, once_each
 from netplan.ownership import RULES
 from netplan.xtables import ANY_USER, Chains, Entry, Rule, entry
@@ -124,8 +125,8 @@ def render_legacy(desired: DesiredNetwork) -> LegacyFilter:
         owned = [one for share in shares for one in share[family]]
         if desired.closed and (family == AF_INET) == (desired.closed.address.version == 4):
             _closed_port(draft, desired.partitions, desired.closed)
-        if desired.mesh:
-            _mesh(draft, desired.partitions, desired.mesh, family)
+        if desired.held and family == AF_INET:
+            _held_ports(draft, desired.held)
         if desired.mesh:
             _mesh(draft, desired.partitions, desired.mesh, family)
         if desired.ownership:
@@ -256,6 +257,21 @@ def _mesh_in(draft: _Draft, mesh: MeshSpec) -> None:
     away = draft.chain("MESH-AWAY-IN", (*passing, elsewhere))
     draft.chain("IN", (Rule(away, source=network), Rule(away, destination=network)))
     draft.chain("FORWARD", (replace(elsewhere, source=network), replace(elsewhere, destination=network)))
+
+
+def _held_ports(draft: _Draft, held: Sequence[HeldPort]) -> None:
+    """Write the rules of :mod:`netplan.held_port`."""
+    deny = draft.chain("DENY-HELD", (Rule("RESET", tcp=True), Rule("DROP")))
+    for one in held:
+        others = ((ANY_USER[0], one.uid - 1), (one.uid + 1, ANY_USER[1]))
+        draft.chain(
+            "OUT",
+            [
+                Rule(deny, goto=True, source=str(LOOPBACK), from_port=one.port, users=users)
+                for users in others
+                if users[0] <= users[1]
+            ],
+        )
 
 
 def _ownership(draft: _Draft, partitions: Sequence[PartitionNetwork], owned: Sequence[_Owned]) -> None:

@@ -273,6 +273,18 @@ class RateLimit:
 
 
 @dataclass(frozen=True, slots=True)
+class HeldPort:
+    """A TCP port of 127.0.0.1 at which one user alone, besides root, may answer."""
+
+    port: int
+    uid: int
+
+    def __post_init__(self) -> None:
+        if not 0 < self.port < 65536:
+            raise _invalid(f"port/{self.port}", "a port is from 1 to 65535")
+
+
+@dataclass(frozen=True, slots=True)
 class DesiredNetwork:
     """What the node's network should have.  Without partitions and interface: nothing that is ours.
 
@@ -285,8 +297,8 @@ class DesiredNetwork:
     ``cgroup_bpf``: programs at the cgroup shall, if this kernel and our rights allow it;
     ``protected`` is what no guest behind a tap may claim;
     ``mesh`` is the VPN that nodes share;
-    ``closed`` is a port that partitions' users cannot reach; ``limits`` has those who are limited, or may become so,
-    by their ids.
+    ``closed`` is a port that partitions' users cannot reach, ``held`` are ports of the loopback that have an owner;
+    ``limits`` has those who are limited, or may become so, by their ids.
     """
 
     interface: str | None = None
@@ -304,6 +316,7 @@ class DesiredNetwork:
     closed: ClosedPort | None = None
     limits: Mapping[str, RateLimit] = field(default_factory=dict)
     mesh: MeshSpec | None = None
+    held: tuple[HeldPort, ...] = ()
 
     def __post_init__(self) -> None:
         partitions = self.partitions
@@ -319,6 +332,7 @@ class DesiredNetwork:
             "address",
             (*own4, *(ip for one in partitions for ip in (one.ipv4, *one.reached_ipv4) if ip)),
         )
+        _unique("port", (one.port for one in self.held))
         _unique("range", (one.ipv6_range for one in partitions if one.ipv6_range))
         if self.interface is None and any(one.ipv6 or one.ipv4 or one.world_ipv4 for one in partitions):
             raise _invalid("interface", "addresses are wanted, but no interface to put them on")

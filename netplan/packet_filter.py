@@ -20,7 +20,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from netplan import closed_port, nfbatch
+from netplan import closed_port, held_port, nfbatch
 from netplan.mesh_guard import mesh_guard, ways_out
 from netplan.metering import TRAFFIC, metering
 from netplan.model import DesiredNetwork, FilterContents
@@ -232,7 +232,9 @@ def _limit(full: str) -> str:
 def render(desired: DesiredNetwork) -> Filter:
     """Return the packet filter of a desired state."""
     first: tuple[str, ...] = (closed_port.way(desired.closed),) if desired.closed else ()
+    first += held_port.ways(desired.held)
     parts = [closed_port.closed_port(desired.partitions)] if desired.closed else []
+    parts += [held_port.held_ports()] if desired.held else []
     if desired.mesh:
         first += ways_out(desired.mesh)
         parts.append(mesh_guard(desired.mesh, "out4" if desired.ownership else "meter4_out"))

@@ -77,7 +77,8 @@ class Rule:
 
     ``link_in`` and ``link_out`` are the names of the links that it comes and leaves by.
     ``users`` are the first and last number of the users whose sockets match; ``unlike_local`` wants a source
-    that the host does not have, ``to_local`` a destination that it has; ``port`` is a destination of TCP.
+    that the host does not have, ``to_local`` a destination that it has; ``port`` is a destination of TCP,
+    ``from_port`` a source.
     """
 
     target: str
@@ -89,6 +90,7 @@ class Rule:
     tcp: bool = False
     rst: bool = False
     port: int = 0
+    from_port: int = 0
     echo_request: bool = False
     users: tuple[int, int] | None = None
     unlike_local: bool = False
@@ -124,7 +126,11 @@ def entry(rule: Rule, family: AddressFamily) -> Entry:
     layout = _LAYOUTS[family]
     matches = b"".join(_matches(rule, layout))
     protocol = (
-        IPPROTO_TCP if rule.tcp or rule.rst or rule.port else layout.echo[1] if rule.echo_request else 0
+        IPPROTO_TCP
+        if rule.tcp or rule.rst or rule.port or rule.from_port
+        else layout.echo[1]
+        if rule.echo_request
+        else 0
     )
     flags = (layout.says_protocol if protocol else 0) | (layout.goto if rule.goto else 0)
     source, source_mask = _network(rule.source, layout.address)
@@ -154,6 +160,8 @@ def _matches(rule: Rule, layout: _Layout) -> Iterator[bytes]:
         yield _module("tcp", 0, _TCP.pack(0, 0xFFFF, 0, 0xFFFF, 0, _RST, _RST, 0))
     if rule.port:
         yield _module("tcp", 0, _TCP.pack(0, 0xFFFF, rule.port, rule.port, 0, 0, 0, 0))
+    if rule.from_port:
+        yield _module("tcp", 0, _TCP.pack(rule.from_port, rule.from_port, 0, 0xFFFF, 0, 0, 0, 0))
     if rule.echo_request:
         name, _, kind = layout.echo
         yield _module(name, 0, _ICMP.pack(kind, 0, 0xFF, 0))

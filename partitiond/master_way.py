@@ -36,10 +36,11 @@ def find(node: Node) -> Way | None:
     place = f"{host}:{url.port or _PORTS.get(url.scheme)}"
     for given in node.config.tunnels:
         partition = node.partition(given.partition)
+        if partition is None or given.values.get("mode", "").strip() != "client":
+            continue
         listen = given.values.get("listen", "").strip()
-        if partition is not None and given.values.get("mode", "").strip() == "client":
-            if place == (listen if ":" in listen else f"{partition.ipv4}:{listen}"):
-                return Way(f"{partition.id}/{given.name}", partition)
+        if place == (listen if ":" in listen else f"{partition.ipv4}:{listen}"):
+            return Way(f"{partition.id}/{given.name}", partition)
     return None
 
 

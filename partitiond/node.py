@@ -11,6 +11,7 @@ from netplan import addresses
 from netplan.model import (
     BridgeSpec,
     DesiredNetwork,
+    HeldPort,
     PartitionNetwork,
     Protected,
     TapGuard,
@@ -140,7 +141,17 @@ class Node:
             closed=config.metrics_listen,
             limits=self.limits,
             mesh=config.mesh.spec() if config.mesh else None,
+            held=self._held_ports(),
         )
+
+    def _held_ports(self) -> tuple[HeldPort, ...]:
+        """The ports of the loopback that tunnels of the operator's have: of two that want one, the first."""
+        found: dict[int, HeldPort] = {}
+        for given in self.config.tunnels:
+            partition, port = self.partition(given.partition), given.loopback_port
+            if partition is not None and port is not None:
+                found.setdefault(port, HeldPort(port, partition.uid))
+        return tuple(found.values())
 
 
 @once

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -9,6 +10,9 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from partitiond.config_reader import Reader
+
+
+_ON_THE_LOOPBACK = re.compile(r"127\.0\.0\.1:([1-9][0-9]{3,4})")
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +24,13 @@ class OperatorTunnel:
     values: Mapping[str, str]
     file: str
     line: int
+
+    @property
+    def loopback_port(self) -> int | None:
+        """The port of 127.0.0.1 that it is to have, if it is a client for all users of the node."""
+        found = _ON_THE_LOOPBACK.fullmatch(self.values.get("listen", "").strip())
+        port = int(found[1]) if found and self.values.get("mode", "").strip() == "client" else 0
+        return port if 1024 <= port < 65536 else None
 
 
 def operator_tunnels(reader: Reader) -> list[OperatorTunnel]:

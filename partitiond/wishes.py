@@ -63,7 +63,8 @@ class Wishes:
     """The last answer, or the last failure. Threads may share it.
 
     ``answered`` is called with the lane that asked, after each answer that the master gave to one, and with an empty name when
-    it took anything else after it had been away.
+    it took anything else after it had been away, or is there again with an answer of no use: slapproxy has but an error for a
+    computer of which it was not told yet.
     """
 
     answered: Callable[[str], None] = _nobody
@@ -88,13 +89,20 @@ class Wishes:
         """
         if not lane:
             return self._ask(client, "", first_pause)
-        # whoever comes while it is being asked has that answer
-        with self._turn:
-            document = self._shared(client, lane)
-            if document is not None:
-                return document
-            self.spare(client, lane)
-            document = self._ask(client, lane, first_pause)
+        away = False
+        try:
+            # whoever comes while it is being asked has that answer
+            with self._turn:
+                document = self._shared(client, lane)
+                if document is not None:
+                    return document
+                self.spare(client, lane)
+                away = self._away
+                document = self._ask(client, lane, first_pause)
+        except SlapError as error:
+            if away and not is_absence(error):
+                self.answered("")
+            raise
         self.answered(lane)
         return document
 
@@ -118,11 +126,14 @@ class Wishes:
 
     @contextmanager
     def telling(self, client: SlapClient, lane: str, first_pause: float) -> Iterator[None]:
-        """For a call that tells the master something: not made while it is to be left alone, and noted whether it is there.
+        """For a call that tells the master something: not made while it is away, and noted whether it is there.
 
-        What it says of the matter is no sign of that. Raises as :meth:`spare` does.
+        What it says of the matter is no sign of that; and one that has no answer of use may have to be told something first.
+        Raises as :meth:`spare` does.
         """
-        self.spare(client, lane)
+        self._attend(client)
+        if self._away:
+            self.spare(client, lane)
         try:
             yield
         except SlapError as error:
@@ -145,6 +156,11 @@ class Wishes:
         if self._good(client) and not lane:
             self.answered("")
         return document
+
+    @property
+    def _away(self) -> bool:
+        """Whether nobody answered when it was asked last."""
+        return self._outage is not None and is_absence(self._outage.error)
 
     def _attend(self, client: SlapClient) -> None:
         """Forget what another master said, or failed to say: this one is asked now."""

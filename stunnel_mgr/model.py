@@ -83,9 +83,10 @@ class Tunnel:
     partition.
 
     A server listens on the partition's public address in TLS and forwards to its private IPv4; a client
-    listens on the private IPv4 (one of the operator's maybe on 127.0.0.1) and connects in TLS, from ``source_host`` where the partition has an address
-    of that family of its own. ``file`` is where it was declared, for messages. ``missing`` are fingerprints that
-    it names, besides ``pins``, of no partition of this node: whoever had them is gone, or has another one by now.
+    listens on the private IPv4 (one of the operator's maybe on 127.0.0.1) and connects in TLS, from
+    ``source_host`` where the partition has an address of that family of its own. ``file`` is where it was
+    declared, for messages. ``missing`` are fingerprints that it names, besides ``pins``, of no partition of this
+    node: whoever had them is gone, or has another one by now.
     """
 
     name: str

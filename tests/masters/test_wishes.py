@@ -183,6 +183,32 @@ def test_a_refused_report_is_no_absence(master, client, wishes):
         wishes.spare(client, "software")
 
 
+def test_a_master_that_does_not_know_the_computer_can_be_told_of_it(master, client, wishes):
+    """slapproxy has but an error until then: whoever could tell it must not be kept from that by the others' questions."""
+    woken = []
+    wishes.answered = woken.append
+    master.override("*", 503)
+    with pytest.raises(SlapError):
+        wishes.ask(client, "software", 5)
+    with pytest.raises(SlapError) as spared, wishes.telling(client, "capacity", 5):
+        pytest.fail("it is away")
+    assert spared.value.unsent
+    wishes.clock.now += 10
+    master.clear()
+    master.override("getFullComputerInformation", 500)
+    master.override("loadComputerConfigurationFromXML", 200)
+    for _ in range(2):
+        with pytest.raises(SlapError):
+            wishes.ask(client, "software", 5)
+        assert woken == [""], "who waits to tell it goes along, once"
+    with pytest.raises(SlapError):
+        wishes.spare(client, "instances")
+    with wishes.telling(client, "capacity", 5):
+        client.post_capacity("<marshal/>")
+    assert master.count("loadComputerConfigurationFromXML") == 1
+    wishes.spare(client, "instances")
+
+
 @pytest.fixture
 def other():
     with (

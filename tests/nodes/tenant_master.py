@@ -1,10 +1,12 @@
 """The master as a tenant of node A, and nodes that are served by it through tunnels: what operators do, by hand."""
 
+import contextlib
+import http.client
 import json
 import shutil
 import sys
-import urllib.request
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from nodes_world import until
 
@@ -76,20 +78,8 @@ class Tenancy:
     @staticmethod
     def ask(machine, url, title):
         """The connection parameters of an instance, as a master's own interface has them; empty when there are none."""
-        request = urllib.request.Request(
-            f"{url}slapos.get.v0.instance_tree",
-            json.dumps({"title": title}).encode(),
-            {"Content-Type": "application/json"},
-        )
-
-        def fetch():
-            try:
-                with urllib.request.urlopen(request, timeout=20) as answer:
-                    return json.load(answer).get("connection_parameters") or {}
-            except OSError:  # not yet, or not at the moment
-                return {}
-
-        return machine.within(fetch)
+        said = fetch(machine, url, "slapos.get.v0.instance_tree", json.dumps({"title": title}))
+        return json.loads(said).get("connection_parameters") or {} if said else {}
 
     # --- the others
 
@@ -143,14 +133,25 @@ def running(node, program):
     return [pid for pid, (_, line) in node.processes().items() if program in line]
 
 
-def answers(node, url=URL):
+def answers(node, url=URL, patience=20):
     """Whether a master answers at a URL on a node."""
+    return fetch(node, url, "getRunId", patience=patience) is not None
 
-    def fetch():
-        try:
-            with urllib.request.urlopen(f"{url}getRunId", timeout=20) as answer:
-                return answer.status == 200
-        except OSError:
-            return False
 
-    return node.within(fetch)
+def fetch(machine, url, path, body=None, patience=20):
+    """What is answered at a URL as it is seen from a machine, None without an answer of use."""
+
+    def ask():
+        place = urlsplit(url)
+        connection = http.client.HTTPConnection(place.hostname, place.port, timeout=patience)
+        with contextlib.closing(connection):
+            try:
+                connection.request(
+                    "POST" if body else "GET", f"/{path}", body, {"Content-Type": "application/json"}
+                )
+                answer = connection.getresponse()
+                return answer.read() if answer.status == 200 else None
+            except (OSError, http.client.HTTPException):
+                return None
+
+    return machine.within(ask)

@@ -12,7 +12,14 @@ from tenant_master import KEEPER, NEAR, URL, Tenancy, answers, running
 
 from partitiond.demo import master
 
+# the pauses between questions to a master that is away grow to 300 s
+LONGEST_PAUSE = 400.0
 MEMCACHED = "/srv/releases/release/software.cfg"
+_SQUAT = """
+import http.server, sys
+http.server.HTTPServer.allow_reuse_address = True
+http.server.test(http.server.SimpleHTTPRequestHandler, port=int(sys.argv[1]), bind="0.0.0.0")
+"""
 _CONNECT = "import socket, sys; socket.create_connection((sys.argv[1], int(sys.argv[2])), 5).close()"
 
 
@@ -37,14 +44,20 @@ def nodes(tenancy):
     b.start()
     until(lambda: b.verb("status")["node"]["master"]["reachable"] is False, "B to ask in vain", b)
     (case,) = cases(b)
-    assert case.endswith(f"whose near end is up: partitiond tunnel check {KEEPER}/master says what its far end does")
+    assert case.endswith(
+        f"whose near end is up: partitiond tunnel check {KEEPER}/master says what its far end does"
+    )
     check = b.verb("tunnel", "check", expect=(3,))
     print(f"B before it is let in: {case}\n{check}")
     assert not answers(b)
     tenancy.allow(*certificates)
     began = time.monotonic()
-    until(b.offered, "B to be served", b)
-    print(f"B was served {time.monotonic() - began:.1f} s after it was let in")
+    until(lambda: answers(b), "B's tunnel to work", tenancy.a)
+    through = time.monotonic() - began
+    until(b.offered, "B to be served", b, seconds=LONGEST_PAUSE)
+    print(
+        f"B's tunnel works after {through:.1f} s, its daemon is served {time.monotonic() - began - through:.1f} s later"
+    )
     assert not cases(b)
     b.verb("tunnel", "check")
     # by the private address of the partition, as root may: C's instances would not reach their master
@@ -93,13 +106,11 @@ def test_an_instance_of_b(tenancy, nodes):
         tenancy.slapos(b, *request)
         given = until(lambda: tenancy.ask(b, URL, "cache").get("host"), "the instance to publish", b)
         until(lambda: "POST /startedComputerPartition" in tenancy.log(), "it to be reported started", b)
-        b.verb("sync", "report")
     item = next(one for one in b.partitions().values() if one["instance_guid"])
     assert (item["state"], item["ipv6"]) == ("started", given)
     assert {one["state"] for one in item["processes"]} == {"RUNNING"}
     row = next(row for row in tenancy.rows("partition") if row["partition_reference"] == "cache")
     assert (row["computer_reference"], row["slap_state"]) == ("COMP-B", "busy")
-    assert 'POST /useComputer HTTP/1.1" 200' in tenancy.log()
     carried = sum(map(len, capture.packets()))
     assert carried > 20_000
     for words in (b"HTTP/1.", b"COMP-", b"slappart", b"marshal", b"memcached", b"slap"):
@@ -114,13 +125,14 @@ def test_who_is_not_allowed(tenancy, nodes):
         "mode": "client",
         "listen": "127.0.0.1:5001",
         "connect": f"[{place['host']}]:{place['port']}",
-        "peer": f"cert:{place['certificate']}" if "certificate" in place else f"cert:{place['peer']}",
+        "peer": f"cert:{place['peer']}",
     }
     c.configure({"tunnel stranger": stranger})
     c.verb("apply")
     try:
         assert not answers(c, "http://127.0.0.1:5001/")
-        (found,) = c.verb("tunnel", "check", "slappart1/stranger", expect=(3,))["tunnels"]
+        (found,) = c.verb("tunnel", "check", "slappart1/stranger", expect=(3,))["checks"]
+        assert found["outcome"] == "refused_by_pin"
         print(f"with a certificate that nobody allowed: {found}")
         assert answers(c)
     finally:
@@ -137,6 +149,30 @@ def test_who_is_not_allowed(tenancy, nodes):
                 return b""
 
     assert b"HTTP" not in c.within(plainly)
+
+
+def test_nobody_takes_the_place_of_the_master(tenancy, nodes):
+    """Another tenant that has the near end's port while the tunnel is away answers nobody."""
+    c = nodes["C"]
+    peer = c.sections["tunnel master"].pop("peer")
+    c.configure({})
+    c.verb("apply", expect=(3,))
+    until(lambda: not listened(c), "the near end to be gone", c)
+    squatter = c.launch(*c.as_user("slappart0", "/usr/bin/python3", "-I", "-c", _SQUAT, str(NEAR)))
+    try:
+        until(lambda: listened(c), "the squatter to listen", c)
+        assert not answers(c, patience=2)
+        assert refused(c, "slappart1", "127.0.0.1")
+    finally:
+        c.end(squatter, signal.SIGKILL)
+        c.configure({"tunnel master": {"peer": peer}})
+        c.verb("apply")
+    assert answers(c)
+
+
+def listened(node):
+    """Whether anybody listens at the near end's port."""
+    return f":{NEAR} " in node.run("/usr/bin/ss", "-Hltn").stdout
 
 
 def _kill(number):
@@ -190,3 +226,14 @@ def test_what_status_says_of_a_tunnel_that_is_refused(tenancy, nodes):
     c.verb("apply")
     assert answers(c)
     assert not [one for one in cases(c) if "not up" in one]
+
+
+def test_usage_of_an_instance_that_ends_is_reported(tenancy, nodes):
+    b = nodes["B"]
+    b.configure({"accounting": {"network_in": "resource/in per kB", "network_out": "resource/out per kB"}})
+    b.verb("apply")
+    request = ("request", "cache", MEMCACHED, "--type", "server", "--state", "destroyed")
+    tenancy.slapos(b, *request)
+    until(lambda: 'POST /destroyedComputerPartition HTTP/1.1" 200' in tenancy.log(), "its end to be told", b)
+    assert 'POST /useComputer HTTP/1.1" 200' in tenancy.log()
+    assert tenancy.ask(b, URL, "cache") == {}

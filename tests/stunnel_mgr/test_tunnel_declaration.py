@@ -272,7 +272,14 @@ def of_the_operator(listen, mode="client"):
 def test_a_client_for_the_whole_node():
     assert format_endpoint(of_the_operator("127.0.0.1:3306").listen) == "127.0.0.1:3306"
     assert format_endpoint(of_the_operator("3306").listen) == "10.0.0.3:3306"
-    for wrong in ("127.0.0.2:3306", "0.0.0.0:3306", "[::1]:3306", "10.0.0.4:3306", "127.0.0.1:80", "127.0.0.1:"):
+    for wrong in (
+        "127.0.0.2:3306",
+        "0.0.0.0:3306",
+        "[::1]:3306",
+        "10.0.0.4:3306",
+        "127.0.0.1:80",
+        "127.0.0.1:",
+    ):
         with pytest.raises(TunnelError, match="listen") as caught:
             of_the_operator(wrong)
         assert caught.value.line == 12
