@@ -46,7 +46,9 @@ def look(context: Context, document: ComputerDocument) -> None:
         if _answering(context.node_in_force or converge.observe(context).node, other):
             verdict = "foreign"
         else:
-            logger.warning("the master has addresses of partitions that it was told earlier; it is told again")
+            logger.warning(
+                "the master has addresses of partitions that it was told earlier; it is told again"
+            )
             context.wake_capacity()
     if verdict == "foreign":
         _suspect(context, other)

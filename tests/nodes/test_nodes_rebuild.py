@@ -1,7 +1,7 @@
 """A node that is lost with everything on it is rebuilt by ``partitiond run`` from what its master knows.
 
-A database on A, a cache on B, and on C an application that uses both through tunnels: each is lost in turn. What the other two run
-is not touched, and the application works again by itself.
+A database on A, a cache on B, and on C an application that uses both through tunnels: each is lost in turn. What the other two
+run is not touched, and the application works again by itself.
 """
 
 import json
@@ -114,8 +114,10 @@ def test_a_lost_node_comes_back_by_run_alone(world, capsys, name):
 def test_a_lost_node_counts_from_its_own_beginning(world):
     """What the machine before it used was told by that one, or is lost with it: never told twice."""
     node = world["B"]
-    value = node.verb("usage")
-    assert value["from"] >= min(one["time"] for one in events(node, "node.started"))[:19]
+    first = min(one["time"] for one in events(node, "node.started"))[:19]
+    value = node.verb("usage", "--from", "2020-01-01")
+    assert all(gap["from"] >= first for gap in value["gaps"])
+    assert node.verb("usage", "--from", "2020-01-01", "--to", f"{first}Z")["partitions"] == []
 
 
 def test_addresses_that_do_not_follow_from_the_index_come_from_the_master(make_world, capsys):
@@ -143,7 +145,9 @@ def test_addresses_that_do_not_follow_from_the_index_come_from_the_master(make_w
     assert {name for name, row in kept.items() if row} >= started(node)
     node.settled()
     with capsys.disabled():
-        print(f"\n  two instances with addresses of their own: up again after {time.monotonic() - began:.1f} s")
+        print(
+            f"\n  two instances with addresses of their own: up again after {time.monotonic() - began:.1f} s"
+        )
 
 
 def started(node):
