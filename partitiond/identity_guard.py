@@ -42,8 +42,14 @@ def look(context: Context, document: ComputerDocument) -> None:
     book.missed = book.missed and not document.partitions
     book.stale = book.stale + 1 if verdict == "older" else 0
     if book.stale == _STALE:
-        logger.warning("the master has addresses of partitions that it was told earlier; it is told again")
-        context.wake_capacity()
+        # also those of the machine before this one, which may have come back
+        if _answering(context.node_in_force or converge.observe(context).node, other):
+            verdict = "foreign"
+        else:
+            logger.warning(
+                "the master has addresses of partitions that it was told earlier; it is told again"
+            )
+            context.wake_capacity()
     if verdict == "foreign":
         _suspect(context, other)
     elif verdict == "ours" and book.read().foreign:
@@ -103,8 +109,7 @@ def _begin(context: Context, node: Node, document: ComputerDocument) -> Node:
     found = addresses_of(document)
     blank = not context.store.partitions()
     if blank:
-        others = [one for rows in found.values() for text in rows if (one := _elsewhere(node, text))]
-        answering = tuple(map(str, alive.answering(others[:_ASKED])))
+        answering = _answering(node, found)
         if answering:
             offered = Offered(alive=answering)
             error = _alive(offered)
@@ -115,6 +120,15 @@ def _begin(context: Context, node: Node, document: ComputerDocument) -> Node:
     # what it has is not what somebody else tells it after this node did
     context.offers.save(Offered(({name: digest(rows) for name, rows in found.items()},) if found else ()))
     return _take_over(context, node, document) if blank else node
+
+
+def _answering(node: Node, found: Mapping[str, list[str]]) -> tuple[str, ...]:
+    """Those of the master's addresses at which another machine answers.
+
+    The first of a partition is its private IPv4, which any host of any site may have.
+    """
+    others = [one for rows in found.values() for text in rows[1:] if (one := _elsewhere(node, text))]
+    return tuple(map(str, alive.answering(others[:_ASKED])))
 
 
 def _elsewhere(node: Node, text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:

@@ -9,13 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from partitiond import files
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
     from pathlib import Path
 
     from slap_client.documents import ComputerDocument
@@ -46,9 +47,9 @@ def digest(addresses: Iterable[str]) -> str:
 
 
 def addresses_of(document: ComputerDocument) -> dict[str, list[str]]:
-    """The addresses that the master has, of those partitions that it says them of: those in use."""
+    """The addresses that the master has, in its order, of those partitions that it says them of: those in use."""
     return {
-        entry.partition_id: sorted({row[1] for row in entry.ip_list if len(row) > 1})
+        entry.partition_id: [row[1] for row in entry.ip_list if len(row) > 1]
         for entry in document.partitions
         if entry.ip_list
     }
@@ -72,6 +73,7 @@ class OfferBook:
     def __init__(self, file: Path) -> None:
         self._file = file
         self._read: Offered | None = None
+        self.turn = 0  # odd while the master is being told
         self.stale = 0  # answers in a row that had older addresses
         self.missed = False  # the capacity was offered again since the master was last seen to know this node
 
@@ -89,13 +91,29 @@ class OfferBook:
         files.write_path(self._file, json.dumps(asdict(offered), sort_keys=True).encode(), mode=0o600)
         self._read = offered
 
-    def add(self, told: Mapping[str, Iterable[str]]) -> None:
-        """Remember what the master has taken; with it nobody is suspected any more."""
-        row = {name: digest(addresses) for name, addresses in told.items()}
-        before = self.read().told
-        rows = before if before and before[-1] == row else (*before, row)[-_REMEMBERED:]
-        self.save(Offered(rows))
-        self.stale = 0
+    @contextmanager
+    def telling(self, addresses: Mapping[str, Iterable[str]]) -> Iterator[None]:
+        """For the call that tells the master these; when it ends well they are what it was told last, and nobody is suspected.
+
+        Before that they count as told earlier: the master may take them although its answer gets lost.
+        """
+        row = {name: digest(one) for name, one in addresses.items()}
+        before = self.read()
+        self.turn += 1
+        try:
+            if row not in before.told:
+                rows = (*before.told[:-1], row, *before.told[-1:])[-_REMEMBERED:]
+                self.save(replace(before, told=rows))
+            yield
+            others = tuple(one for one in self.read().told if one != row)
+            self.save(Offered((*others, row)))
+            self.stale = 0
+        finally:
+            self.turn += 1
+
+    def judges(self, turn: int) -> bool:
+        """Whether what was asked for at that ``turn`` may be compared: the master was told nothing new meanwhile."""
+        return turn == self.turn and turn % 2 == 0
 
     def suspect(self, foreign: Mapping[str, list[str]]) -> None:
         """Remember that somebody else told the master these; empty: nobody does any more."""
