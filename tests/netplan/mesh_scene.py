@@ -55,9 +55,20 @@ def attached():
     """Be at the end of the tun: packets are read from and written to the descriptor."""
     device = attach(IFF_TUN | IFF_NO_PI)
     try:
+        _wait_for_the_first(device)
         yield device
     finally:
         os.close(device)
+
+
+def _wait_for_the_first(device):
+    """The kernel lets packets pass some time after somebody has attached (net/core/link_watch.c)."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for _ in range(400):
+            probe.sendto(b"probe", (str(NETWORK[-2]), 9))
+            if select.select([device], [], [], 0.05)[0]:
+                break
+    assert packets(device, 0), "nothing leaves by the tun"
 
 
 def packets(device, patience=0.3):
