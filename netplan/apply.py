@@ -33,6 +33,7 @@ from netplan.operations import (
     TapOperation,
 )
 from netplan.packet_filter import FilterOperation
+from netplan.sysctls import ipv6_switch
 from netplan.taps import make_taps
 
 # What a bridge takes over of its first port: whether it hears router advertisements, and how strictly it
@@ -328,7 +329,26 @@ def _taps(sock: NetlinkSocket, group: Sequence[TapOperation]) -> list[Failure]:
     failures += (Failure(one, failed[one.name]) for one in kept if one.name in failed)
     # what else is to be set is set also where the owner could not be
     settings = [one for one in kept if one.name not in failed or one.action == "change"]
+    open_ = _switch_ipv6_off([one for one in settings if one.without_ipv6])
+    failures += open_
+    if open_:
+        names = {one.operation.id for one in open_}
+        settings = [one for one in settings if one.id not in names]
     return failures + _send(sock, (step for one in settings for step in _settings(one)))
+
+
+def _switch_ipv6_off(group: Sequence[TapOperation]) -> list[Failure]:
+    """Keep links from having IPv6 at all; return those where it could not be done, which do not come up."""
+    failures = []
+    for one in group:
+        setting = ipv6_switch(one.name)
+        try:
+            setting.write_text("1", encoding="ascii")
+        except FileNotFoundError:
+            continue  # no IPv6 in this kernel
+        except OSError as error:
+            failures.append(Failure(one, _unwritable(setting, one.id, error)))
+    return failures
 
 
 def _make(group: Sequence[TapOperation], mark: Callable[[Iterable[str]], None]) -> dict[str, NetplanError]:

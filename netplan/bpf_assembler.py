@@ -108,6 +108,10 @@ class Assembler:
         """Keep those of the lower 32 bits that are in the mask."""
         self._add(_Instruction(_ALU | _AND, target, immediate=value))
 
+    def mask_register(self, target: int, source: int) -> None:
+        """Keep those bits that another register has, too."""
+        self._add(_Instruction(_ALU64 | _AND | _REGISTER, target, source))
+
     def shift_left(self, target: int, bits: int) -> None:
         """Multiply by a power of two."""
         self._add(_Instruction(_ALU64 | _SHIFT, target, immediate=bits))

@@ -48,10 +48,11 @@ class Refusal(IntEnum):
 OWNERS, RANGES, SOURCES, REFUSED, NOTE = "owners", "ranges", "sources", "refused", "note"
 RECEIVED = "received"
 MAPS = {
-    # address → user, flags; prefix length and address → the same; user → its IPv6 and its IPv4 address
+    # address → user, flags; prefix length and address → the same; user → its IPv6, its IPv4, its IPv4 of the mesh, and
+    # network and mask of the mesh (0 without one)
     OWNERS: MapKind(HASH, 16, 8, 16384),
     RANGES: MapKind(LPM_TRIE, 20, 8, 4096),
-    SOURCES: MapKind(HASH, 4, 32, 4096),
+    SOURCES: MapKind(HASH, 4, 56, 4096),
     # user, rule → how often; user, IP version → bytes, packets.  These two are written by programs, and by nobody else.
     REFUSED: MapKind(HASH, 8, 8, 16384),
     RECEIVED: MapKind(HASH, 8, 16, 8192),
@@ -73,6 +74,8 @@ _IPPROTO_ICMP, _IPPROTO_TCP, _IPPROTO_ICMPV6 = 1, 6, 58
 _TCP_FLAGS, _TCP_RST = 13, 4
 _AF_INET, _AF_INET6 = 2, 10
 _ALLOW, _DENY = 1, 0
+# in an entry of SOURCES: where the IPv6 is, the IPv4, and behind that by how much the rest of the mesh
+_IPV6, _IPV4, _TO_MESH, _MESH_NETWORK, _MESH_MASK = 0, 16, 16, 48, 52
 # registers: arguments are 1 to 5, a call leaves 6 to 9 as they are
 _CONTEXT, _USER, _IS_OWNED, _FLAGS_AT = 6, 7, 8, 9
 # the stack: a key of RANGES is the length followed by the address, a key of OWNERS is the address
@@ -348,7 +351,7 @@ def _give_source4(give: Callable[[Assembler], None], *, connecting: bool) -> Cod
     _only_unbound(made, (_SOCKET_IP4,) if connecting else (), (_SOURCE_IP4,))
     _address4(made)
     _but_special4(made, 1)
-    _choose(made, connecting=connecting, place=16)
+    _choose(made, connecting=connecting, place=_IPV4)
     give(made)
     return _end(made)
 
@@ -367,7 +370,7 @@ def _give_source6(give: Callable[[Assembler], None], *, connecting: bool) -> Cod
     made.jump_if_word(3, "!=", _word(b"\0\0\xff\xff"), "allow")  # :: and ::1
     if connecting:  # a datagram to a mapped address meets sendmsg4 (net/ipv6/udp.c, udpv6_sendmsg)
         _but_special4(made, 4)
-        _choose(made, connecting=connecting, place=16)
+        _choose(made, connecting=connecting, place=_IPV4)
         give(made)
     made.jump("allow")
     made.label("six")
@@ -376,7 +379,7 @@ def _give_source6(give: Callable[[Assembler], None], *, connecting: bool) -> Cod
     made.jump_if_word(2, "==", _word(b"\xff\0\0\0"), "allow")  # ff00::/8
     made.mask_word(1, _word(b"\xff\xc0\0\0"))
     made.jump_if_word(1, "==", _word(b"\xfe\x80\0\0"), "allow")  # fe80::/10
-    _choose(made, connecting=connecting, place=0)
+    _choose(made, connecting=connecting, place=_IPV6)
     give(made)
     return _end(made)
 
@@ -414,7 +417,8 @@ def _choose(made: Assembler, *, connecting: bool, place: int) -> None:
     """Find the source for the address: register 0 points at it, in the user's or the node's entry.
 
     A partition's user has its own.  Anybody else, and who has none of this family, has the
-    node's towards partitions, and what the kernel chooses towards the rest.  A datagram to the node may be the answer
+    node's towards partitions, and what the kernel chooses towards the rest.  Towards the mesh each has
+    that of the mesh.  A datagram to the node may be the answer
     of a wildcard server, which must come from where the question went; a connection there is left to the kernel.
     """
     own, node, give = (made.fresh(name) for name in ("own", "node", "give"))
@@ -438,6 +442,7 @@ def _choose(made: Assembler, *, connecting: bool, place: int) -> None:
     made.store(FRAME, _SOURCE_KEY, _USER)
     _look_up(made, SOURCES, _SOURCE_KEY)
     made.jump_if(RESULT, "==", 0, node)
+    _choose_mesh(made, place)
     made.load(
         1, RESULT, place + (12 if place else 0)
     )  # the first word of IPv6 and the last of IPv4 are never 0
@@ -447,10 +452,31 @@ def _choose(made: Assembler, *, connecting: bool, place: int) -> None:
     made.store_number(FRAME, _SOURCE_KEY, -1)
     _look_up(made, SOURCES, _SOURCE_KEY)
     made.jump_if(RESULT, "==", 0, "allow")
+    _choose_mesh(made, place)
     made.load(1, RESULT, place + (12 if place else 0))
     made.jump_if_word(1, "==", 0, "allow")
     made.label(give)
     made.add(RESULT, place)
+
+
+def _choose_mesh(made: Assembler, place: int) -> None:
+    """Take the entry's IPv4 of the mesh for its IPv4 where the address is of the mesh; register 0 points at the entry.
+
+    Who has none there is left to the kernel, which knows the node's.  Without a mesh it is one comparison.
+    """
+    if place != _IPV4:
+        return
+    elsewhere = made.fresh("elsewhere")
+    made.load(1, RESULT, _MESH_MASK)
+    made.jump_if_word(1, "==", 0, elsewhere)
+    made.load(2, FRAME, _ADDRESS + 12)
+    made.mask_register(2, 1)
+    made.load(1, RESULT, _MESH_NETWORK)
+    made.jump_if_registers(1, "!=", 2, elsewhere)
+    made.add(RESULT, _TO_MESH)
+    made.load(1, RESULT, _IPV4 + 12)
+    made.jump_if_word(1, "==", 0, "allow")
+    made.label(elsewhere)
 
 
 def _bind_to_4(made: Assembler) -> None:

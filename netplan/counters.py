@@ -7,7 +7,7 @@ segmentation offload counts one header.
 
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +17,8 @@ from netplan.errors import NetplanError
 from netplan.legacy_filter import read_legacy_counters
 from netplan.legacy_rules import REFUSED as LEGACY_REFUSED
 from netplan.legacy_rules import SHARED as LEGACY_SHARED
+from netplan.mesh_guard import COUNTED as OF_MESH
+from netplan.mesh_guard import Verdict, parse
 from netplan.metering import DIRECTIONS, SHARED, address_of
 from netplan.model import ALIAS_MARK, Backend
 from netplan.netlink import NETLINK_ROUTE, NetlinkSocket
@@ -30,7 +32,7 @@ _TRIES = 3
 
 class Traffic(NamedTuple):
     """What one address of a partition carried; ``family`` is ``ipv6``, ``range``, ``ipv4`` (the private
-    one), ``public4`` or ``routable4``, ``scope`` ``remote`` or ``local``.
+    one), ``public4``, ``vpn4`` or ``routable4``, ``scope`` ``remote`` or ``local``.
 
     ``in`` is towards the partition.  ``address`` is that of the counters themselves, whatever the partition has by now.  Values
     of one epoch and ``life`` can be compared: counters that went and came again have another.  Both are empty for counters of
@@ -71,7 +73,7 @@ class Shared(NamedTuple):
 @dataclass(frozen=True, slots=True)
 class CounterReading:
     """One reading of all counters.  ``epoch`` is empty when there is no packet filter; that of what was refused
-    at taps is ``tap_epoch``.
+    at taps is ``tap_epoch``.  ``mesh`` is what the mesh's own rules dropped, without those that never did.
     """
 
     epoch: str
@@ -79,6 +81,7 @@ class CounterReading:
     refused: tuple[Refused, ...] = ()
     shared: tuple[Shared, ...] = ()
     tap_epoch: str = ""
+    mesh: Mapping[Verdict, int] = field(default_factory=dict)
 
 
 class TapTraffic(NamedTuple):
@@ -118,6 +121,7 @@ def read_counters(backend: Backend = "nftables") -> CounterReading:
                     tuple(_shared(sets)),
                     # where one table of several is made again, frames refused before count once more
                     f"{boot}/" + ".".join(map(str, before.values())),
+                    _of_mesh(zip((key.name for key in keys), values[1::2], strict=True)),
                 )
     raise NetplanError(
         "network.packet_filter",
@@ -158,7 +162,13 @@ def _legacy_reading() -> CounterReading:
         one._replace(life=lives.get(_of_life(one), one.life)) if one.life else one
         for one in _traffic(traffic)
     )
-    return CounterReading(f"{_boot_id()}/{since}", tuple(told), tuple(refused), tuple(shared))
+    return CounterReading(
+        f"{_boot_id()}/{since}",
+        tuple(told),
+        tuple(refused),
+        tuple(shared),
+        mesh=_of_mesh((one.name, one.packets) for one in values),
+    )
 
 
 def _of_life(one: Traffic) -> str:
@@ -257,6 +267,15 @@ def _named_refusals(keys: tuple[nfnetlink.CounterKey, ...], values: tuple[int, .
     for user, rule, place in places:
         if values[place]:
             yield Refused(user, None, rule, values[place])
+
+
+def _of_mesh(counted: Iterable[tuple[str, int]]) -> dict[Verdict, int]:
+    found: dict[Verdict, int] = {}
+    for name, packets in counted:
+        verdict = parse(name) if packets and name.startswith(OF_MESH) else None
+        if verdict is not None:
+            found[verdict] = packets
+    return found
 
 
 def _shared(sets: Mapping[str, Iterable[nfnetlink.Counted]]) -> Iterator[Shared]:

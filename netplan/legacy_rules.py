@@ -19,8 +19,10 @@ from socket import AF_INET, AF_INET6, AddressFamily
 from typing import Literal, NamedTuple
 
 from netplan.closed_port import RULE as CLOSED
+from netplan.mesh_guard import RULE as MESH
+from netplan.mesh_guard import counter
 from netplan.metering import counter_name
-from netplan.model import ClosedPort, DesiredNetwork, PartitionNetwork
+from netplan.model import ClosedPort, DesiredNetwork, MeshSpec, PartitionNetwork
 from netplan.once import once, once_each
 from netplan.ownership import RULES
 from netplan.xtables import ANY_USER, Chains, Entry, Rule, entry
@@ -32,6 +34,8 @@ _JUMPS = {"INPUT": "IN", "FORWARD": "FORWARD", "OUTPUT": "OUT"}
 REFUSED, SHARED = "refused", "shared"
 """What the comments of the rules start with that count refusals, and use of the host's own address."""
 
+_LO = "lo"
+_LO = "lo"
 _BITS = 4  # the addresses of one chain differ in so many
 
 
@@ -120,6 +124,10 @@ def render_legacy(desired: DesiredNetwork) -> LegacyFilter:
         owned = [one for share in shares for one in share[family]]
         if desired.closed and (family == AF_INET) == (desired.closed.address.version == 4):
             _closed_port(draft, desired.partitions, desired.closed)
+        if desired.mesh:
+            _mesh(draft, desired.partitions, desired.mesh, family)
+        if desired.mesh:
+            _mesh(draft, desired.partitions, desired.mesh, family)
         if desired.ownership:
             _ownership(draft, desired.partitions, owned)
         _metering(draft, desired, owned, family)
@@ -143,7 +151,13 @@ def _share(one: PartitionNetwork) -> Mapping[AddressFamily, tuple[_Owned, ...]]:
     tun6 = one.tun.ipv6.ip if one.tun and one.tun.ipv6 else None
     tun4 = one.tun.ipv4.ip if one.tun and one.tun.ipv4 else None
     six = {"ipv6": one.ipv6.ip if one.ipv6 else None, "tun": tun6, "range": one.ipv6_range}
-    four = {"ipv4": one.ipv4, "public4": one.public_ipv4, "routable4": routable, "tun": tun4}
+    four = {
+        "ipv4": one.ipv4,
+        "public4": one.public_ipv4,
+        "vpn4": one.vpn_ipv4,
+        "routable4": routable,
+        "tun": tun4,
+    }
     return {
         family: tuple(_owned(one, kind, str(what)) for kind, what in have.items() if what is not None)
         for family, have in ((AF_INET6, six), (AF_INET, four))
@@ -184,6 +198,64 @@ def _closed_port(draft: _Draft, partitions: Sequence[PartitionNetwork], closed: 
         "OUT",
         [Rule(kept_out, destination=address, port=closed.port, to_local=everywhere, users=ANY_USER)],
     )
+
+
+def _mesh(
+    draft: _Draft, partitions: Sequence[PartitionNetwork], mesh: MeshSpec, family: AddressFamily
+) -> None:
+    """Write the rules of :mod:`netplan.mesh_guard`; what comes is seen on input, and where it would be forwarded."""
+    link = mesh.interface
+    if not mesh.taken:
+        forwarded = _dropped("forward", "any")
+        draft.chain("FORWARD", (replace(forwarded, link_in=link), replace(forwarded, link_out=link)))
+    if family == AF_INET:
+        _mesh_out(draft, partitions, mesh)
+        _mesh_in(draft, mesh)
+    elif not mesh.taken:
+        draft.chain("OUT", [replace(_dropped("out", "ipv6"), link_out=link)])
+        draft.chain("IN", [replace(_dropped("in", "ipv6"), link_in=link)])
+
+
+def _dropped(direction: str, reason: str) -> Rule:
+    return Rule("DROP", comment=counter(direction, reason))
+
+
+def _mesh_out(draft: _Draft, partitions: Sequence[PartitionNetwork], mesh: MeshSpec) -> None:
+    link, network, own = mesh.interface, str(mesh.network), str(mesh.own)
+    by_user = _by_user(draft, MESH.upper(), partitions, f"{REFUSED}/{MESH}")
+
+    def deny(reason: str) -> tuple[Rule, ...]:
+        reset = Rule("RESET", tcp=True, comment=counter("out", reason))
+        return (Rule(by_user), reset, _dropped("out", reason))
+
+    passing = [Rule("RETURN", link_out=_LO)]
+    if not mesh.taken:
+        passing.append(Rule("RETURN", link_out=link))
+        wrong = draft.chain("MESH-DESTINATION", deny("destination"))
+        destinations = (
+            Rule(wrong, goto=True, destination=own),
+            Rule("RETURN", destination=network),
+            Rule(wrong, goto=True),
+        )
+        sources = (Rule(draft.chain("MESH-OWN", destinations), goto=True, source=own), *deny("source"))
+        draft.chain("OUT", [Rule(draft.chain("MESH-OUT", sources), link_out=link)])
+    elsewhere = draft.chain("MESH-AWAY-OUT", (*passing, *deny("elsewhere")))
+    draft.chain("OUT", (Rule(elsewhere, source=network), Rule(elsewhere, destination=network)))
+
+
+def _mesh_in(draft: _Draft, mesh: MeshSpec) -> None:
+    link, network, own = mesh.interface, str(mesh.network), str(mesh.own)
+    wrong, elsewhere = _dropped("in", "source"), _dropped("in", "elsewhere")
+    passing = [Rule("RETURN", link_in=_LO)]
+    if not mesh.taken:
+        passing.append(Rule("RETURN", link_in=link))
+        destinations = (Rule("RETURN", destination=own), _dropped("in", "destination"))
+        others = Rule(draft.chain("MESH-OTHERS", destinations), goto=True, source=network)
+        sources = (replace(wrong, source=own), others, wrong)
+        draft.chain("IN", [Rule(draft.chain("MESH-IN", sources), link_in=link)])
+    away = draft.chain("MESH-AWAY-IN", (*passing, elsewhere))
+    draft.chain("IN", (Rule(away, source=network), Rule(away, destination=network)))
+    draft.chain("FORWARD", (replace(elsewhere, source=network), replace(elsewhere, destination=network)))
 
 
 def _ownership(draft: _Draft, partitions: Sequence[PartitionNetwork], owned: Sequence[_Owned]) -> None:
@@ -241,23 +313,26 @@ def _metering(draft: _Draft, desired: DesiredNetwork, owned: Sequence[_Owned], f
     version = "ipv6" if family == AF_INET6 else "ipv4"
     shared = _by_user(draft, "SHARED", desired.partitions, f"{SHARED}/{version}")
     to_lo = (
-        [Rule(counters("local", "out"), goto=True, to_lo=True)] if metered else [Rule("RETURN", to_lo=True)]
+        [Rule(counters("local", "out"), goto=True, link_out=_LO)]
+        if metered
+        else [Rule("RETURN", link_out=_LO)]
     )
     draft.chain(
         "OUT",
         (
-            Rule("RETURN", to_lo=True, rst=True),  # of what ownership refused, see netplan.metering
+            Rule("RETURN", link_out=_LO, rst=True),  # of what ownership refused, see netplan.metering
             *to_lo,
             Rule(counters("remote", "out", shared), goto=True),
         ),
     )
     if metered:
-        spoofed = [one.target for one in draft.chains.get("FORWARD", ())]
+        forwarded = draft.chains.get("FORWARD", ())
+        spoofed = [one.target for one in forwarded if one.target.startswith(PREFIX)]
         draft.chain(
             "IN",
             (
-                Rule("RETURN", from_lo=True, rst=True),
-                Rule(counters("local", "in"), goto=True, from_lo=True),
+                Rule("RETURN", link_in=_LO, rst=True),
+                Rule(counters("local", "in"), goto=True, link_in=_LO),
                 *(Rule(name) for name in spoofed),
                 Rule(counters("remote", "in"), goto=True),
             ),

@@ -28,9 +28,10 @@ _TYPE = {
     "range": "type ipv6_addr : counter; flags interval",
     "ipv4": "type ipv4_addr : counter",
     "public4": "type ipv4_addr : counter",
+    "vpn4": "type ipv4_addr : counter",
     "routable4": "type ipv4_addr : counter",
 }
-_VERSION = {"ipv6": "6", "range": "6", "ipv4": "4", "public4": "4", "routable4": "4"}
+_VERSION = {"ipv6": "6", "range": "6", "ipv4": "4", "public4": "4", "vpn4": "4", "routable4": "4"}
 SHARED = "shared_"
 """What the names of the sets start with that count what uses the host's own address; ``ipv6_in`` follows."""
 
@@ -112,6 +113,8 @@ def addresses(partition: PartitionNetwork) -> Iterator[tuple[str, str]]:
         yield "ipv4", text(partition.ipv4)
     if partition.public_ipv4:
         yield "public4", text(partition.public_ipv4)
+    if partition.vpn_ipv4:
+        yield "vpn4", text(partition.vpn_ipv4)
     if partition.routable_ipv4:
         yield "routable4", text(partition.routable_ipv4.interface.ip)
 

@@ -160,12 +160,15 @@ class BridgeSpec:
 class MeshSpec:
     """The flat IPv4 space that nodes share by a VPN: a persistent tun that only root may attach a program to, the whole
     ``network``, this node's ``own`` part of it and, of that, the node's own ``address``.
+
+    ``taken``: somebody else's link has that name.  Nothing is put on it then, and nothing of the mesh passes it.
     """
 
     interface: str
     network: IPv4Network
     own: IPv4Network
     address: IPv4Address
+    taken: bool = False
 
     def __post_init__(self) -> None:
         _check_link(self.interface)
@@ -278,8 +281,9 @@ class DesiredNetwork:
     source hint for unbound IPv6 traffic; ``ownership`` False leaves only metering in the packet filter;
     ``packet_filter`` False leaves no packet filter at all; ``backend`` says what it is made of;
     ``local_source_table`` gives unbound clients of a partition on the same host the host's source address,
-    ``host_ipv6`` or ``host_ipv4``, where nothing does better; ``cgroup_bpf``: programs at the cgroup shall, if
-    this kernel and our rights allow it; ``protected`` is what no guest behind a tap may claim;
+    ``host_ipv6`` or ``host_ipv4`` (of the mesh: its ``address``), where nothing does better;
+    ``cgroup_bpf``: programs at the cgroup shall, if this kernel and our rights allow it;
+    ``protected`` is what no guest behind a tap may claim;
     ``mesh`` is the VPN that nodes share;
     ``closed`` is a port that partitions' users cannot reach; ``limits`` has those who are limited, or may become so,
     by their ids.
@@ -305,7 +309,9 @@ class DesiredNetwork:
         partitions = self.partitions
         _unique("partition", (one.id for one in partitions))
         _unique("uid", (one.uid for one in partitions))
-        _unique("interface", (link.name for one in partitions for link in (one.tap, one.tun) if link))
+        mesh = (self.mesh.interface,) if self.mesh else ()
+        taps = (link.name for one in partitions for link in (one.tap, one.tun) if link)
+        _unique("interface", (*mesh, *taps))
         own = () if self.host_ipv6 is None else (self.host_ipv6,)
         _unique("address", (*own, *(end.ip for one in partitions for end in one.reached_ipv6)))
         own4 = tuple(one for one in (self.host_ipv4, self.mesh.address if self.mesh else None) if one)
@@ -319,13 +325,13 @@ class DesiredNetwork:
         for one in partitions:
             if one.vpn_ipv4 and (self.mesh is None or one.vpn_ipv4 not in self.mesh.own):
                 raise _invalid(f"address/{one.vpn_ipv4}", "is not of this node's part of a mesh")
-        if self.local_source_table and self.host_ipv6 is None and self.host_ipv4 is None:
-            raise _invalid("rule/localtab", "a local source table needs host_ipv6 or host_ipv4")
+        if self.local_source_table and not (self.host_ipv6 or self.host_ipv4 or self.mesh):
+            raise _invalid("rule/localtab", "a local source table needs host_ipv6, host_ipv4 or a mesh")
 
     @property
     def filtered(self) -> bool:
         """Whether there shall be a packet filter."""
-        return self.packet_filter and bool(self.partitions)
+        return self.packet_filter and bool(self.partitions or self.mesh)
 
     @property
     def hooked(self) -> bool:
@@ -511,7 +517,7 @@ class ObservedNetwork:
     at. ``moving`` is what the ports of the bridge, or a bridge that goes, have of addresses and routes.
     ``sysctls`` are the settings that a plan may change (absent: not in this kernel), ``notes`` the names of
     those that we changed, as our table says; ``legacy`` and ``legacy_notes`` say the same of iptables.
-    ``address_marks``: the kernel keeps IFA_PROTO.
+    ``address_marks``: the kernel keeps IFA_PROTO.  ``mesh_ipv6``: IPv6 is on at the interface of the mesh.
     """
 
     links: Mapping[str, Link]
@@ -522,6 +528,7 @@ class ObservedNetwork:
     sysctls: Mapping[str, str] = field(default_factory=dict)
     notes: frozenset[str] = frozenset()
     address_marks: bool = True
+    mesh_ipv6: bool = False
     filter: FilterState = field(default_factory=FilterState)
     hooks: HookState = field(default_factory=HookState)
     legacy: FilterState = field(default_factory=FilterState)

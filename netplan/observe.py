@@ -26,6 +26,7 @@ from netplan.moving import observe_moving
 from netplan.netlink import NETLINK_ROUTE, NetlinkSocket
 from netplan.nfnetlink import generation, nft_socket
 from netplan.packet_filter import render
+from netplan.plan_mesh import settled
 
 LOOPBACK = 1
 """The index of lo in every network namespace (LOOPBACK_IFINDEX, include/net/flow.h)."""
@@ -70,6 +71,7 @@ def observe(desired: DesiredNetwork, seen: Look | None = None) -> ObservedNetwor
     addresses does not exist, ``network.netlink`` when the kernel does not answer.
     """
     links, addresses = seen or look()
+    desired = settled(desired, links)
     with NetlinkSocket(NETLINK_ROUTE) as sock:
         for name in (desired.interface, desired.ipv4_interface):
             to_be_made = desired.bridge is not None and desired.bridge.name == name
@@ -97,11 +99,21 @@ def observe(desired: DesiredNetwork, seen: Look | None = None) -> ObservedNetwor
         sysctls=sysctls.read(),
         notes=notes,
         address_marks=_kernel() >= _ADDRESS_MARKS_SINCE,
+        mesh_ipv6=_mesh_ipv6(desired, links),
         filter=nft,
         legacy=there.filter,
         legacy_notes=there.notes,
         hooks=observe_hooks(wanted=desired.hooked),
     )
+
+
+def _mesh_ipv6(desired: DesiredNetwork, links: Mapping[str, Link]) -> bool:
+    if desired.mesh is None or desired.mesh.interface not in links:
+        return False
+    try:
+        return sysctls.ipv6_switch(desired.mesh.interface).read_text(encoding="ascii").strip() == "0"
+    except FileNotFoundError:  # no IPv6 in this kernel, or the link has just gone
+        return False
 
 
 def has_nft() -> bool:

@@ -86,7 +86,8 @@ class TapOperation(Operation):
     """A tap (or ``tun``) to be made (or given to ``owner``, when not None), and then set up; or removed.
 
     ``anew``: where somebody holds it, it is removed and made again, which all settings are given for.
-    ``forwards``: what the bridge forwards from its port (:data:`netplan.model.GUARDED_PORT`).
+    ``forwards``: what the bridge forwards from its port (:data:`netplan.model.GUARDED_PORT`).  ``without_ipv6``: IPv6 is
+    switched off on it before it is up.
     """
 
     name: str
@@ -99,6 +100,7 @@ class TapOperation(Operation):
     group: int | None = None
     forwards: int | None = None
     anew: bool = False
+    without_ipv6: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

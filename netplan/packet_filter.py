@@ -1,7 +1,8 @@
 """The packet filter as the text of nft transactions.  Pure.
 
 The filter is a sum of parts (:mod:`netplan.ownership`, :mod:`netplan.metering`, :mod:`netplan.tap_guard`,
-:mod:`netplan.tun_guard`, :mod:`netplan.rate_limits`) in the tables ``inet``, ``bridge`` and ``arp partitiond``, of
+:mod:`netplan.tun_guard`,
+:mod:`netplan.mesh_guard`, :mod:`netplan.rate_limits`) in the tables ``inet``, ``bridge`` and ``arp partitiond``, of
 which only the first is always there; it has all named counters.  A transaction changes what differs and nothing
 else: elements of those who stay are not touched, what the kernel put into sets itself never, and rules only when
 they changed.
@@ -20,6 +21,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from netplan import closed_port, nfbatch
+from netplan.mesh_guard import mesh_guard, ways_out
 from netplan.metering import TRAFFIC, metering
 from netplan.model import DesiredNetwork, FilterContents
 from netplan.netlink import Request
@@ -229,8 +231,11 @@ def _limit(full: str) -> str:
 @once
 def render(desired: DesiredNetwork) -> Filter:
     """Return the packet filter of a desired state."""
-    first = (closed_port.way(desired.closed),) if desired.closed else ()
+    first: tuple[str, ...] = (closed_port.way(desired.closed),) if desired.closed else ()
     parts = [closed_port.closed_port(desired.partitions)] if desired.closed else []
+    if desired.mesh:
+        first += ways_out(desired.mesh)
+        parts.append(mesh_guard(desired.mesh, "out4" if desired.ownership else "meter4_out"))
     limited = ways(desired.partitions, desired.limits)
     if desired.ownership:
         parts += [

@@ -1,5 +1,5 @@
 """The plan for the partitions' own addresses: on the interface IPv6 with the interface's prefix length and
-IPv4 as /32, on routed taps and tuns the host's ends.
+IPv4 as /32, on routed taps and tuns the host's ends, on the interface of the mesh those of the mesh.
 """
 
 from collections.abc import Iterator
@@ -16,6 +16,7 @@ from netplan.model import (
 )
 from netplan.once import once_each
 from netplan.operations import AddressOperation, Operation, RefusedOperation
+from netplan.plan_mesh import mesh_link
 from netplan.rtnetlink import (
     IFA_F_DADFAILED,
     IFA_F_DEPRECATED,
@@ -37,7 +38,8 @@ def address_operations(desired: DesiredNetwork, observed: ObservedNetwork) -> It
         seen.setdefault(address.packed, []).append(address)
     names = {one.ifindex: one.name for one in observed.links.values()}
     wanted = set()
-    for partition, address, settled in _wanted(desired, link, link4):
+    of_mesh, mesh_ends = _of_mesh(desired, observed)
+    for partition, address, settled in (*_wanted(desired, link, link4), *of_mesh):
         wanted.add((address.link, address.packed))
         if seen.get(address.packed) == settled:
             continue  # there, nowhere else, and all as we left it: so it is with nearly all of them
@@ -46,7 +48,7 @@ def address_operations(desired: DesiredNetwork, observed: ObservedNetwork) -> It
         )
         if operation is not None:
             yield operation
-    for partition, name, address in _ends(desired):
+    for partition, name, address in (*_ends(desired), *mesh_ends):
         here = observed.links.get(name)
         at = address._replace(link=here.ifindex) if here else address
         wanted.add((at.link, at.packed))
@@ -95,6 +97,33 @@ def _of_partition(
     return tuple((one.id, address, [_settled(address)]) for address in found)
 
 
+_Wished = tuple[str | None, Address, list[Address]]
+
+
+def _of_mesh(
+    desired: DesiredNetwork, observed: ObservedNetwork
+) -> tuple[list[_Wished], list[tuple[str | None, str, Address]]]:
+    """Return the addresses on the interface of the mesh, as :func:`_of_partition` does; where it is still to be made, as
+    :func:`_ends` does.
+    """
+    mesh, link = desired.mesh, mesh_link(desired, observed)
+    if mesh is None or link is None:
+        return [], []
+    node = Address(link, mesh.address.packed, 32, PROTOCOL_MARK, 0)
+    found: list[_Wished] = [(None, node, [_settled(node)])]
+    for one in desired.partitions:
+        found += _vpn_of_partition(one, link)
+    return (found, []) if link else ([], [(owner, mesh.interface, address) for owner, address, _ in found])
+
+
+@once_each
+def _vpn_of_partition(one: PartitionNetwork, link: int) -> tuple[_Wished, ...]:
+    if one.vpn_ipv4 is None:
+        return ()
+    address = Address(link, one.vpn_ipv4.packed, 32, PROTOCOL_MARK, 0)
+    return ((one.id, address, [_settled(address)]),)
+
+
 def _ends(desired: DesiredNetwork) -> Iterator[tuple[str, str, Address]]:
     for one in desired.partitions:
         yield from _ends_of_partition(one)
@@ -124,7 +153,7 @@ def _on_link(interface: IPv4Interface | IPv6Interface, flags: int) -> Address:
 
 
 def _operation(
-    partition: str,
+    partition: str | None,
     wanted: Address,
     seen: list[Address],
     names: dict[int, str],
@@ -194,7 +223,7 @@ def _describe(address: Address, names: dict[int, str]) -> str:
     return f"{address.text()} on {names.get(address.link, f'link {address.link}')}"
 
 
-def _taken(partition: str, foreign: Address, names: dict[int, str]) -> RefusedOperation:
+def _taken(partition: str | None, foreign: Address, names: dict[int, str]) -> RefusedOperation:
     message = f"{_describe(foreign, names)} is already there and not ours"
     return RefusedOperation(
         id=_resource(foreign),

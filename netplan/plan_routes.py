@@ -1,5 +1,5 @@
 """The plan for routes: ranges, routed taps, gateways of routable addresses, a default route that says which
-source to use, and the local source table.
+source to use, the mesh, and the local source table.
 
 Why the default route: without a source hint, choosing one costs the kernel 143 µs per unconnected packet at
 500 addresses (facts/packets.md, B7).  The host's own route is not touched: ours is a copy of the best one
@@ -7,7 +7,7 @@ with a better metric and the hint, made anew when the original changes and remov
 """
 
 from collections.abc import Iterator
-from ipaddress import IPv4Address, IPv6Address
+from ipaddress import IPv4Address, IPv4Network, IPv6Address
 from socket import AF_INET, AF_INET6
 from typing import NamedTuple
 
@@ -22,13 +22,23 @@ from netplan.model import (
 from netplan.once import once_each
 from netplan.operations import Operation, RouteOperation
 from netplan.plan_addresses import interfaces
-from netplan.rtnetlink import ROUTE_LOCAL, ROUTE_UNICAST, TABLE_LOCAL, TABLE_LOCAL_SOURCE, TABLE_MAIN
+from netplan.plan_mesh import mesh_link
+from netplan.rtnetlink import (
+    ROUTE_LOCAL,
+    ROUTE_UNICAST,
+    ROUTE_UNREACHABLE,
+    TABLE_LOCAL,
+    TABLE_LOCAL_SOURCE,
+    TABLE_MAIN,
+)
 
 TABLE_GATEWAYS = TABLE_LOCAL_SOURCE + 1
 """The first of our tables for gateways of routable addresses: one for each gateway, in their order."""
 
 _LOOPBACK = 1
 _METRIC = 1024  # what the kernel gives an IPv6 route that names none (IP6_RT_PRIO_USER)
+_MESH_METRIC, _NO_MESH_METRIC = 112, 11200
+"""Ours alone: setting an IPv4 route replaces one of the same destination and metric, whoever's it is."""
 _ONLINK = 4  # RTNH_F_ONLINK: the gateway is a neighbour although no prefix covers it
 
 
@@ -76,13 +86,19 @@ def route_operations(desired: DesiredNetwork, observed: ObservedNetwork) -> Iter
 
 
 def _wanted(desired: DesiredNetwork, observed: ObservedNetwork) -> Iterator[_Wanted]:
-    sources = (desired.host_ipv6, desired.host_ipv4) if desired.local_source_table else (None, None)
+    mesh = desired.mesh
+    sources: tuple[IPv6Address | None, IPv4Address | None, IPv4Address | None] = (None, None, None)
+    if desired.local_source_table:
+        reachable = mesh_link(desired, observed) is not None
+        sources = (desired.host_ipv6, desired.host_ipv4, mesh.address if mesh and reachable else None)
     for one in desired.partitions:
         yield from _of_partition(one, *sources)
         if one.tap and (one.tap.ipv6 or one.tap.ipv4):
             here = observed.links.get(one.tap.name)
             yield from _tap_routes(one, here.ifindex if here else 0)
     yield from _gateway_routes(desired, interfaces(desired, observed)[1])
+    if mesh is not None:
+        yield from _mesh_routes(mesh.network, mesh.address, mesh.interface, mesh_link(desired, observed))
     if desired.host_ipv6 is not None:
         route_with_hint = _default(desired.host_ipv6, observed)
         if route_with_hint:
@@ -107,6 +123,22 @@ def _gateway_routes(desired: DesiredNetwork, link: int) -> Iterator[_Wanted]:
         yield _Wanted(None, _identity(route), route)
 
 
+def _mesh_routes(
+    network: IPv4Network, source: IPv4Address, interface: str, link: int | None
+) -> Iterator[_Wanted]:
+    """Yield the way to the mesh, and behind it the one that is left without an interface: nothing goes by the default
+    route.
+    """
+    destination = network.network_address.packed
+    if link is not None:
+        way = _over(link, destination, network.prefixlen, b"")
+        way = way._replace(metric=_MESH_METRIC, source=source.packed)
+        yield _Wanted(None, _identity(way), way, interface)
+    none = _over(0, destination, network.prefixlen, b"")
+    none = none._replace(kind=ROUTE_UNREACHABLE, metric=_NO_MESH_METRIC)
+    yield _Wanted(None, _identity(none), none)
+
+
 def _in_table(table: int, link: int, destination: bytes, length: int, gateway: bytes, flags: int) -> Route:
     return Route(
         table, ROUTE_UNICAST, PROTOCOL_MARK, destination, length, gateway, link, 0, b"", flags, AF_INET
@@ -120,18 +152,26 @@ def gateway_tables(desired: DesiredNetwork) -> dict[IPv4Address, int]:
 
 
 def _local_sources(
-    one: PartitionNetwork, host_ipv6: IPv6Address | None, host_ipv4: IPv4Address | None
+    one: PartitionNetwork,
+    host_ipv6: IPv6Address | None,
+    host_ipv4: IPv4Address | None,
+    mesh: IPv4Address | None,
 ) -> Iterator[tuple[bytes, bytes]]:
     """Yield each address of a partition that others on this host connect to, and the source they shall have."""
     if host_ipv6:
         yield from ((ipv6.packed, host_ipv6.packed) for ipv6 in one.reached_ipv6)
-    if host_ipv4:
-        yield from ((ipv4.packed, host_ipv4.packed) for ipv4 in one.reached_ipv4)
+    for ipv4 in one.reached_ipv4:
+        source = mesh if ipv4 == one.vpn_ipv4 else host_ipv4
+        if source:
+            yield ipv4.packed, source.packed
 
 
 @once_each
 def _of_partition(
-    one: PartitionNetwork, host_ipv6: IPv6Address | None, host_ipv4: IPv4Address | None
+    one: PartitionNetwork,
+    host_ipv6: IPv6Address | None,
+    host_ipv4: IPv4Address | None,
+    mesh: IPv4Address | None,
 ) -> tuple[_Wanted, ...]:
     """Return the routes to the partition's range, and those of the local source table."""
     routes = []
@@ -140,7 +180,7 @@ def _of_partition(
         routes.append(_local(TABLE_LOCAL, network.network_address.packed, network.prefixlen))
     routes += (
         _local(TABLE_LOCAL_SOURCE, address, 8 * len(address), source)
-        for address, source in _local_sources(one, host_ipv6, host_ipv4)
+        for address, source in _local_sources(one, host_ipv6, host_ipv4, mesh)
     )
     return tuple(_Wanted(one.id, _identity(route), route) for route in routes)
 
@@ -202,14 +242,19 @@ def _identity(route: Route) -> str:
     if route.table >= TABLE_GATEWAYS:
         return f"gateway/{route.table}/{route.text()}"
     kind = {TABLE_LOCAL: "range", TABLE_LOCAL_SOURCE: "source"}.get(route.table, "route")
+    kind = "unreachable" if route.kind == ROUTE_UNREACHABLE else kind
     return f"{kind}/{route.text()}"
 
 
+_KINDS = {ROUTE_LOCAL: "local", ROUTE_UNREACHABLE: "unreachable"}
+
+
 def _describe(route: Route, names: dict[int, str], on: str | None = None) -> str:
-    words = [f"local {route.text()}" if route.kind == ROUTE_LOCAL else route.text()]
+    words = [f"{_KINDS[route.kind]} {route.text()}" if route.kind in _KINDS else route.text()]
     if route.gateway:
         words.append(f"via {address_text(route.gateway)}")
-    words.append(f"dev {on or names.get(route.link, route.link)}")
+    if on or route.link:
+        words.append(f"dev {on or names.get(route.link, route.link)}")
     if route.source:
         words.append(f"src {address_text(route.source)}")
     if route.kind != ROUTE_LOCAL and route.metric:

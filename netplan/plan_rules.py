@@ -31,7 +31,10 @@ def rule_operations(desired: DesiredNetwork, observed: ObservedNetwork) -> Itera
     """Yield the operations that the rules need."""
     local = desired.local_source_table
     six = local and desired.host_ipv6 is not None and any(one.reached_ipv6 for one in desired.partitions)
-    four = local and desired.host_ipv4 is not None and any(one.reached_ipv4 for one in desired.partitions)
+    four = local and any(
+        (desired.host_ipv4 and one.reached_ipv4) or (desired.mesh and one.vpn_ipv4)
+        for one in desired.partitions
+    )
     yield from _local_first(observed, AF_INET6, wanted=six)
     yield from _local_first(observed, AF_INET, wanted=four)
     yield from _gateways(desired, observed)

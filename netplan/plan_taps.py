@@ -8,6 +8,7 @@ from netplan.model import (
     ALIAS_MARK,
     GROUP_GOING,
     GUARDED_PORT,
+    MESH_ALIAS,
     DesiredNetwork,
     Link,
     ObservedNetwork,
@@ -30,7 +31,8 @@ def tap_operations(desired: DesiredNetwork, observed: ObservedNetwork) -> Iterat
             wanted.add(partition.tun.name)
             yield from _wanted_tun(partition, partition.tun, observed)
     for link in observed.links.values():
-        if link.kind == "tun" and link.alias.startswith(ALIAS_MARK) and link.name not in wanted:
+        ours = link.alias.startswith(ALIAS_MARK) and not link.alias.startswith(MESH_ALIAS)
+        if link.kind == "tun" and ours and link.name not in wanted:
             yield TapOperation(
                 id=f"{_kind(link)}/{link.name}",
                 action="remove",

@@ -187,7 +187,7 @@ def _keys(one: PartitionNetwork, kind: str) -> Iterator[str]:
     elif kind == "range6" and one.ipv6_range:
         yield text(one.ipv6_range)
     elif kind == "4":
-        yield from (text(address) for address in (one.ipv4, *one.world_ipv4) if address)
+        yield from (text(address) for address in (one.ipv4, *one.world_ipv4, one.vpn_ipv4) if address)
 
 
 def _counter(one: PartitionNetwork) -> str:

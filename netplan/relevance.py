@@ -25,6 +25,7 @@ from netplan import rtnetlink
 from netplan.model import (
     ALIAS_MARK,
     BRIDGE_ALIAS,
+    MESH_ALIAS,
     PORT_ALIAS,
     PROTOCOL_MARK,
     Address,
@@ -34,7 +35,14 @@ from netplan.model import (
 )
 from netplan.netlink import Message, attributes
 from netplan.nfnetlink import FAMILIES, TABLE
-from netplan.rtnetlink import ROUTE_UNICAST, RTMSG, TABLE_LOCAL, TABLE_LOCAL_SOURCE, TABLE_MAIN
+from netplan.rtnetlink import (
+    ROUTE_UNICAST,
+    ROUTE_UNREACHABLE,
+    RTMSG,
+    TABLE_LOCAL,
+    TABLE_LOCAL_SOURCE,
+    TABLE_MAIN,
+)
 
 Change = Literal["appeared", "changed", "gone", "lost"]
 
@@ -204,7 +212,7 @@ class Relevance:
 def _kind(now: Link, before: Link | None) -> str:
     """The kind of resource that a link is to the plan; its own mark may just have been taken from it."""
     for link in (now, before or now):
-        for mark, kind in ((BRIDGE_ALIAS, "bridge"), (PORT_ALIAS, "port")):
+        for mark, kind in ((BRIDGE_ALIAS, "bridge"), (PORT_ALIAS, "port"), (MESH_ALIAS, "mesh")):
             if link.alias.startswith(mark):
                 return kind
     if now.kind == "tun":
@@ -232,6 +240,7 @@ def _route_cause(route: Route) -> str:
     if route.table > TABLE_LOCAL_SOURCE:
         return f"gateway/{route.table}/{route.text()}"
     kind = {TABLE_LOCAL: "range", TABLE_LOCAL_SOURCE: "source"}.get(route.table, "route")
+    kind = "unreachable" if route.kind == ROUTE_UNREACHABLE else kind
     return f"{kind}/{route.text()}"
 
 

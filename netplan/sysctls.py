@@ -54,6 +54,11 @@ BRIDGE_FILTERS = tuple(
 ALL = (NONLOCAL_BIND, *BRIDGE_FILTERS)
 
 
+def ipv6_switch(link: str) -> Path:
+    """Return where the kernel has whether a link is to have no IPv6; it goes with the link, and is not noted."""
+    return Path("/proc/sys/net/ipv6/conf", link, "disable_ipv6")
+
+
 def needed(desired: DesiredNetwork) -> tuple[Sysctl, ...]:
     """Return the settings that a network needs."""
     found: tuple[Sysctl, ...] = ()

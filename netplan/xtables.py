@@ -43,8 +43,6 @@ _REJECT = struct.Struct("=I4x")
 _OFFSETS = struct.Struct("=HH")
 _COUNTERS = struct.Struct("=QQ")
 _INTERFACE = 16  # IFNAMSIZ
-_LO, _LO_MASK = b"lo".ljust(_INTERFACE, b"\0"), b"\xff\xff\xff".ljust(_INTERFACE, b"\0")
-_ANY = bytes(_INTERFACE)
 
 
 class _Layout(NamedTuple):
@@ -77,6 +75,7 @@ class Rule:
     """A rule in words.  ``target`` is ``RETURN``, ``DROP``, ``RESET`` (of a TCP connection) or one of our
     chains, to come back from unless it is a ``goto``.
 
+    ``link_in`` and ``link_out`` are the names of the links that it comes and leaves by.
     ``users`` are the first and last number of the users whose sockets match; ``unlike_local`` wants a source
     that the host does not have, ``to_local`` a destination that it has; ``port`` is a destination of TCP.
     """
@@ -85,8 +84,8 @@ class Rule:
     goto: bool = False
     source: str = ""
     destination: str = ""
-    from_lo: bool = False
-    to_lo: bool = False
+    link_in: str = ""
+    link_out: str = ""
     tcp: bool = False
     rst: bool = False
     port: int = 0
@@ -130,18 +129,23 @@ def entry(rule: Rule, family: AddressFamily) -> Entry:
     flags = (layout.says_protocol if protocol else 0) | (layout.goto if rule.goto else 0)
     source, source_mask = _network(rule.source, layout.address)
     destination, destination_mask = _network(rule.destination, layout.address)
-    links = (
-        (_LO if rule.from_lo else _ANY)
-        + (_LO if rule.to_lo else _ANY)
-        + (_LO_MASK if rule.from_lo else _ANY)
-        + (_LO_MASK if rule.to_lo else _ANY)
-    )
+    links = b"".join(map(_link, (rule.link_in, rule.link_out)))
+    links += b"".join(map(_link_mask, (rule.link_in, rule.link_out)))
     head = (
         source + destination + source_mask + destination_mask + links + layout.tail.pack(protocol, flags, 0)
     )
     if rule.target == "RESET":
         return Entry(head + matches, "REJECT", _REJECT.pack(layout.tcp_reset))
     return Entry(head + matches, rule.target)
+
+
+def _link(name: str) -> bytes:
+    return name.encode().ljust(_INTERFACE, b"\0")
+
+
+def _link_mask(name: str) -> bytes:
+    """Return what is compared of a name: with the byte behind it, as another name may begin alike."""
+    return (b"\xff" * (len(name) + 1 if name else 0)).ljust(_INTERFACE, b"\0")
 
 
 def _matches(rule: Rule, layout: _Layout) -> Iterator[bytes]:

@@ -52,7 +52,12 @@ def own_ipv4(config: Config, look: Look) -> ipaddress.IPv4Interface | None:
     _refuse_own(config, look)
     if keys.partition_network is None and not keys.routable and not keys.create_tun:
         return None
-    links = _links(config, look, keys.ipv4_interface)
+    return first_ipv4(config, look)
+
+
+def first_ipv4(config: Config, look: Look) -> ipaddress.IPv4Interface | None:
+    """The node's own first IPv4 address of the interface where it is reached."""
+    links = _links(config, look, config.network.ipv4_interface)
     return next(
         (
             ipaddress.IPv4Interface((int(ip), address.prefixlen))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any
 
-from partitiond import lanes, last_good, rollback, trial, verbs
+from partitiond import lanes, last_good, mesh_verbs, rollback, trial, verbs
 from partitiond.errors import FAMILY, sentence
 from partitiond.passes import Result
 from partitiond.watchdog import Watchdog
@@ -33,6 +33,13 @@ def apply(context: Context, partitions: list[str], *, force: bool) -> dict[str, 
     """``apply``: by the file as it is, also one that was rejected."""
     _settled(context)
     return verbs.apply(context, partitions, force=force)
+
+
+def change_mesh(context: Context, body: dict[str, Any]) -> dict[str, Any]:
+    """``mesh import`` and ``mesh remove``."""
+    _settled(context)
+    found = mesh_verbs.change(context, body)
+    return {**found, "applied": verbs.apply(context, [])}
 
 
 def try_out(context: Context, timeout: float, *, force: bool) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from partitiond import (
     directories,
     execute,
     identities,
+    mesh_process,
     port_reservation,
     privacy,
     resource_file,
@@ -87,6 +88,7 @@ def run(context: Context, seen: Observation, planned: Plan) -> tuple[list[tuple[
             for one in todo.services
             if one not in early and one.partition not in homeless
         ),
+        *((one.id, partial(mesh_process.apply, context, one)) for one in todo.mesh),
         *((one.id, partial(port_reservation.apply, config, one.wanted)) for one in todo.ports),
     ]
     try:

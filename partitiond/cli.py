@@ -462,6 +462,17 @@ def _report(options: argparse.Namespace) -> int:
     return OK
 
 
+def _mesh(options: argparse.Namespace) -> int:
+    from partitiond import alone, cli_mesh  # noqa: PLC0415 - as above
+
+    return cli_mesh.run(
+        options,
+        lambda: _reading(options),
+        lambda body: _changing(options, "/1/mesh", body, lambda context: alone.change_mesh(context, body)),
+        lambda name, value, text: _print(options, name, value, text),
+    )
+
+
 def _register(options: argparse.Namespace) -> int:
     from partitiond import cli_register  # noqa: PLC0415 - as above
 
@@ -490,6 +501,7 @@ _VERBS: dict[str, Callable[[argparse.Namespace], int]] = {
     "logs": cli_logs.run,
     "tunnel": _tunnel,
     "report": _report,
+    "mesh": _mesh,
     "node": _node,
     "register": _register,
     "teardown": _teardown,

@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING, NoReturn
 
-from partitiond import __version__, cli_logs, cli_node_parser, cli_register
+from partitiond import __version__, cli_logs, cli_mesh, cli_node_parser, cli_register
 from partitiond.errors import printable
 
 if TYPE_CHECKING:
@@ -81,6 +81,7 @@ def parser() -> argparse.ArgumentParser:
     _add_changing(verb)
     _add_reading(verb)
     _add_tunnel(verb("tunnel", "the encrypted tunnels"), common)
+    cli_mesh.add(verb("mesh", "the tinc VPN between nodes"), common, _Parser)
     cli_register.add_options(verb("register", "get the node's X509 pair from the master"))
     _add_report(verb("report", "the usage documents for the master"), common)
     cli_node_parser.add(verb("node", "the verbs of slapos node, with their options"), common, _Parser)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from netplan.model import MeshSpec
+from netplan.tinc_syntax import CIPHERS, DIGESTS, NAME, is_host
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -15,17 +16,11 @@ if TYPE_CHECKING:
     from partitiond.config_reader import Reader
 
 SECTION = "tinc"
-NAME = re.compile(r"[A-Za-z0-9_]{1,60}")
-"""The name of a node: what tinc takes for one (``check_id`` in utils.c of 1.0.36), and no longer than a file's name may be."""
-
-CIPHERS = ("aes-256-cbc", "aes-192-cbc", "aes-128-cbc")
-DIGESTS = ("sha256", "sha384", "sha512")
 _KEYS = frozenset(
     "name network range index port cipher digest address connect_to interface directory".split()
 )
 _INDEXED = 23  # 509 partitions and the node
 _INTERFACE = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,14}")
-_HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?")
 _LIST = re.compile(r"[\s,]+")
 
 
@@ -163,18 +158,9 @@ def _example(network: ipaddress.IPv4Network) -> ipaddress.IPv4Network:
 def _addresses(reader: Reader) -> tuple[str, ...]:
     found = tuple(filter(None, _LIST.split(reader.raw(SECTION, "address"))))
     for one in found:
-        if not _is_address(one):
+        if not is_host(one):
             reader.bad(SECTION, "address", one, "addresses or names of this host, without ports")
     return found
-
-
-def _is_address(text: str) -> bool:
-    try:
-        ipaddress.ip_address(text)
-    except ValueError:
-        # all digits and points is a mistyped address
-        return bool(_HOST.fullmatch(text)) and not re.fullmatch(r"[0-9.]+", text)
-    return "%" not in text
 
 
 def _connect_to(reader: Reader, own: str) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from netplan import filter_state as netplan_filter
 from netplan import observe as netplan_observe
 from netplan import plan as netplan_plan
+from netplan import tinc_config
 from netplan.model import BRIDGE_ALIAS
 from netplan.once import once, once_each
 from netplan.operations import RefusedOperation
@@ -22,6 +23,7 @@ from partitiond import (
     directories,
     identities,
     last_good,
+    mesh,
     node,
     port_reservation,
     privacy,
@@ -95,7 +97,7 @@ def observe(context: Context, *, again: bool = False) -> Observation:
 
 @once
 def _strangers(database: users.UserDatabase, config: Config) -> list[User]:
-    roots = (f"{config.instance_root}/", f"{config.software_root}/")
+    roots = tuple(f"{one}/" for one in (config.instance_root, config.software_root, config.state_dir))
     return [
         user
         for user in database.users.values()
@@ -156,10 +158,15 @@ def _refuse_first_bridge(operations: tuple[NetworkOperation, ...], network: Obse
 
 @once
 def desired_users(target: Node) -> tuple[UserSpec, ...]:
-    """The software user and one user per partition, which is in the software user's group to read the software."""
+    """The software user, tincd's where there is a mesh, and one user per partition.
+
+    Those of partitions are in the software user's group, to read the software.
+    """
     config = target.config
     software = UserSpec(config.software_user, None, str(config.software_root), (), None)
-    return (software, *(_user_of(item, config.software_user) for item in target.partitions))
+    tincd = UserSpec(mesh.USER, None, str(mesh.directory_of(config)), (), None, role="mesh")
+    own = (software, tincd) if config.mesh else (software,)
+    return (*own, *(_user_of(item, config.software_user) for item in target.partitions))
 
 
 @once_each
@@ -187,10 +194,22 @@ def desired_directories(target: Node) -> tuple[DirectorySpec, ...]:
         # what one tenant has built is no other's concern, although all may use it
         DirectorySpec(config.log_dir / "software", root, root, 0o700),
         DirectorySpec(config.run_dir, root, root, 0o755),
+        *_directories_of_mesh(config),
     ]
     for item in target.partitions:
         own += _directories_of(item, config.log_dir, config.state_dir)
     return tuple(own)
+
+
+def _directories_of_mesh(config: Config) -> tuple[DirectorySpec, ...]:
+    if config.mesh is None:
+        return ()
+    directory = mesh.directory_of(config)
+    return (
+        DirectorySpec(directory, "root", mesh.USER, 0o750),
+        DirectorySpec(directory / tinc_config.HOSTS, "root", mesh.USER, 0o750),
+        DirectorySpec(mesh.log_file(config).parent, "root", "root", 0o700),
+    )
 
 
 @once_each
@@ -240,6 +259,7 @@ def plan(
     places, unreachable = _plan_directories(
         target.config, [one for one in desired_directories(target) if anew or one.partition in ids], numbers
     )
+    tincd = mesh.plan(target.config, context.supervisor, seen.processes, numbers)
     return Plan(
         withdrawals=disks.withdrawals,
         grants=disks.grants,
@@ -254,6 +274,7 @@ def plan(
         resources=resource_file.plan(target, looked_at, published, _holdings(seen)),
         privacy=secluded,
         services=services.plan(context, target, seen.processes, set_up, strange, privacy.missing(secluded)),
+        mesh=tincd.operations,
         ports=port_reservation.plan(seen.ports, port_reservation.deal(seen.ports, wanted_tunnels.values())),
         tunnels=_plan_tunnels(
             context, seen, [one for name, one in wanted_tunnels.items() if name in ids], set_up
@@ -262,6 +283,7 @@ def plan(
             *disks.refused,
             *unusable,
             *unreachable,
+            *tincd.refused,
             *remembered.refused(context),
             *tunnel_declarations.homeless(target),
             *(
@@ -342,8 +364,8 @@ def _to_look_at(target: Node, done: Plan | None) -> tuple[Partition, ...]:
     """The partitions of whose files another look may say something new, now that a plan is carried out."""
     if done is None:
         return target.partitions
-    # what it did for the whole node may be about anybody's files, but for network, ports and supervisord
-    parts = (part for part in PARTS if part not in ("network", "ports", "services"))
+    # what it did for the whole node may be about anybody's files, but for network, mesh, ports and supervisord
+    parts = (part for part in PARTS if part not in ("network", "mesh", "ports", "services"))
     others = [operation for part in parts for operation in getattr(done, part)]
     if any(operation.partition is None for operation in others):
         return target.partitions
@@ -400,7 +422,7 @@ def _but(whole: Plan, ids: set[str]) -> Plan:
 
 
 def _hangs_alone(failure: tuple[str, Exception]) -> bool:
-    return failure[0].startswith(("tunnels/", "ports/"))
+    return failure[0].startswith(("tinc/", "tunnels/", "ports/"))
 
 
 def look(context: Context, *, force: bool = False, done: Plan | None = None) -> tuple[Observation, Plan]:

@@ -30,6 +30,7 @@ from partitiond import (
     keyring,
     lanes,
     memory,
+    mesh_verbs,
     metrics,
     metrics_listener,
     node_pair,
@@ -221,6 +222,7 @@ class Daemon:
             "/1/rollback": self._trials.roll_back,
             "/1/sync": self._sync,
             "/1/report": self._change_reports,
+            "/1/mesh": self._change_mesh,
             "/1/teardown": self._tear_down,
         }
         self._api = Api(context, self._tally, verbs_of_post)
@@ -450,6 +452,18 @@ class Daemon:
             lambda: report_verbs.change(self.context, action, names)
         )
         return answer
+
+    def _change_mesh(self, body: dict[str, Any]) -> dict[str, Any]:
+        """Take peers of the mesh in, or away, and apply that: by the file as it is now."""
+        request_body.check(body, action=str, blocks=str, names=list, replace=bool)
+        if body.get("action") not in mesh_verbs.ACTIONS:
+            raise Unknown
+        with self.context.applying:
+            self._trials.refuse_other()
+            if reload.reload(self.context, force=False):
+                self._reloaded()
+            found = mesh_verbs.change(self.context, body)
+            return {**found, "applied": verbs.apply(self.context, [])}
 
     def _tear_down(self, body: dict[str, Any]) -> dict[str, Any]:
         """Take the node down and end: a daemon that went on would build it up again."""

@@ -128,7 +128,7 @@ class Node:
             ownership=config.address_ownership,
             # else an unbound client of a partition on this node would have that partition's own address as its source,
             # which the ownership rules refuse
-            local_source_table=bool(host or host4) and config.address_ownership,
+            local_source_table=bool(host or host4 or config.mesh) and config.address_ownership,
             cgroup_bpf=config.address_ownership,
             closed=config.metrics_listen,
             limits=self.limits,

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from partitiond import (
         block_devices,
         identities,
+        mesh,
         port_reservation,
         privacy,
         resource_file,
@@ -49,6 +50,7 @@ PARTS = (
     "resources",
     "privacy",
     "services",
+    "mesh",
     "ports",
     "tunnels",
     "leavers",
@@ -87,6 +89,7 @@ class Plan:
     resources: tuple[resource_file.ResourceOperation, ...] = ()
     privacy: tuple[privacy.PrivacyOperation, ...] = ()
     services: tuple[services.ServiceOperation, ...] = ()
+    mesh: tuple[mesh.MeshOperation, ...] = ()
     ports: tuple[port_reservation.ReservationOperation, ...] = ()
     tunnels: tuple[tunnels.TunnelOperation, ...] = ()
     leavers: tuple[UserOperation, ...] = ()

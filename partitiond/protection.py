@@ -1,4 +1,5 @@
-"""What no guest behind a tap may claim: addresses of the node, its routers and resolvers, networks of VPNs, the node's MACs.
+"""What no guest behind a tap may claim: addresses of the node, its routers and resolvers, networks of VPNs and of the mesh, the
+node's MACs.
 
 Looked at in every pass, so that an address that the node gets or loses is protected, or free, with the next one. What
 partitions own need not be here: the packet filter knows it. Nor the MACs of others: it hears them.
@@ -66,10 +67,17 @@ def look(config: Config, seen: Look) -> Protected:
                 (one.packed, one.prefixlen)
                 for one in found
                 if one.link in vpns and not _is_link_local(one.packed)
-            ),
+            )
+            | _mesh(config),
             frozenset(link.mac for link in seen.links.values() if link.mac and link.ifindex in near),
         )
     )
+
+
+def _mesh(config: Config) -> frozenset[tuple[bytes, int]]:
+    """The network of the mesh, with its interface and without: all of it is other nodes'."""
+    network = config.mesh.network if config.mesh else None
+    return frozenset({(network.network_address.packed, network.prefixlen)} if network else ())
 
 
 @functools.lru_cache(maxsize=4)

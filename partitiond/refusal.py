@@ -16,7 +16,7 @@ class Refusal:
     ``partition`` is empty for what belongs to the whole node.
     """
 
-    resource: Literal["block-device", "directory", "instance", "storage"]
+    resource: Literal["block-device", "directory", "instance", "mesh", "storage"]
     name: str
     partition: str
     file: str

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from partitiond import files, privacy
 from partitiond.errors import PartitiondError, sentence
 from partitiond.operation import Operation
-from partitiond.supervision import running_groups
+from partitiond.supervision import MESH, running_groups
 from partitiond.tunnels import group_name
 
 if TYPE_CHECKING:
@@ -66,7 +66,11 @@ def plan(
         tunnel = group_name(partition.id)
         if tunnel in set_up and any(process.outdated for process in by_group.get(tunnel, [])):
             operations.append(_operation(tunnel, "change", _OUTDATED, partition))
-    wanted = {name: item for item in node.partitions for name in (item.id, group_name(item.id))}
+    wanted: dict[str, Partition | None] = {
+        name: item for item in node.partitions for name in (item.id, group_name(item.id))
+    }
+    if node.config.mesh is not None:
+        wanted[MESH] = None
     operations += [
         *(
             _operation(name, "remove", "belongs to no partition")

@@ -46,6 +46,8 @@ _STARTS_WITHIN = 5.0
 _ROUNDS, _MOMENT = 5, 0.002
 _NOTES = "processes"
 _TUNNEL_SUFFIX = "-tunnel"
+MESH = "mesh"
+"""The group of tincd; ids of partitions end in a number."""
 _MODULE = "supervisor.supervisord"
 PROGRAM_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,99}")
 _GROUP_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,99}")
@@ -179,9 +181,8 @@ class Supervisor(Link):
         self.pidfile = root / "var" / "run" / "supervisord.pid"
         self._outdated = False
         self.directory = config.run_dir / "supervisor"
-        self._kept = sorted(
-            name for one in config.grid.keep_running for name in (one, f"{one}{_TUNNEL_SUFFIX}")
-        )
+        kept = (name for one in config.grid.keep_running for name in (one, f"{one}{_TUNNEL_SUFFIX}"))
+        self._kept = sorted((*kept, *((MESH,) if config.mesh else ())))
 
     def render(self) -> str:
         """Return the text of supervisord.conf."""
@@ -465,13 +466,17 @@ class Supervisor(Link):
         """Stop a group and wait; a group that does not exist is stopped already."""
         self.stop_groups([name])
 
+    def signal(self, group: str, process: str, name: str) -> None:
+        """Send a signal by its name (``USR2``) to a process, which has a handler for it."""
+        self._call("supervisor.signalProcess", f"{group}:{process}", name)
+
     def hang_up(self, group: str, process: str, pid: int) -> bool:
         """Send SIGHUP to a process when it handles it, as one that is starting does not yet; return whether it was there."""
         deadline = time.monotonic() + _STARTS_WITHIN
         while (handles := self.handles_hang_up(pid)) is False and time.monotonic() < deadline:
             time.sleep(0.005)
         if handles:
-            self._call("supervisor.signalProcess", f"{group}:{process}", "HUP")
+            self.signal(group, process, "HUP")
         return bool(handles)
 
     @staticmethod

@@ -23,12 +23,14 @@ from partitiond.operation import Operation
 from partitiond.settled import Settled
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 
 _read: Settled[UserDatabase] = Settled()
 
 MARK = "partitiond"
 SHELL = "/bin/sh"
+ROLES = ("software", "mesh")
+"""What users of no partition are for."""
 
 # The order of the four files is what makes a rewrite that was cut off visible. The mark is in passwd: it comes first and goes
 # last, so that nothing of ours is ever without it. That a user's group is missing is seen by every plan: so it comes last and
@@ -40,18 +42,21 @@ _MODES = {"passwd": 0o644, "group": 0o644, "shadow": 0o640, "gshadow": 0o640}
 
 @dataclass(frozen=True, slots=True)
 class UserSpec:
-    """A user as it should be. ``uid`` None: the next free one of the system range."""
+    """A user as it should be. ``uid`` None: the next free one of the system range. ``role`` is what one of no partition is for,
+    of :data:`ROLES`.
+    """
 
     name: str
     uid: int | None
     home: str
     groups: tuple[str, ...]
     partition: str | None
+    role: str = "software"
 
     @property
     def gecos(self) -> str:
         """The mark by which we find our users again."""
-        return f"{MARK} {self.partition or 'software'}"
+        return f"{MARK} {self.partition or self.role}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,9 +78,9 @@ class User:
 
     @property
     def partition(self) -> str | None:
-        """The partition that the mark names; None for the software user."""
+        """The partition that the mark names; None for the node's own users."""
         name = self.gecos.partition(" ")[2]
-        return None if name == "software" else name or None
+        return None if name in ROLES else name or None
 
 
 @dataclass(frozen=True, slots=True)
@@ -333,7 +338,7 @@ def _edit(files: _Files, todo: Sequence[UserOperation], today: str) -> None:
     for name in gone:
         files.drop(name)
         files.drop_group(name)
-    specs = [_with_uid(operation.spec, files) for operation in todo if operation.spec]
+    specs = _with_uids([operation.spec for operation in todo if operation.spec], files)
     touched = {spec.name for spec in specs} | gone
     memberships = {spec.name: spec.groups for spec in specs}
     groups = {row[0]: row for row in reversed(files.group) if len(row) == 4}
@@ -370,11 +375,19 @@ def _set_members(row: list[str], touched: set[str], memberships: Mapping[str, tu
         row[3] = ",".join(kept)
 
 
-def _with_uid(spec: UserSpec, files: _Files) -> UserSpec:
-    """Choose a number as ``useradd --system`` does: the highest that neither a user nor a group has."""
-    if spec.uid is not None or any(row[0] == spec.name for row in files.passwd):
-        return spec
+def _with_uids(specs: Iterable[UserSpec], files: _Files) -> list[UserSpec]:
+    """Choose a number for each that has none and needs one."""
     taken = {row[2] for row in (*files.passwd, *files.group) if len(row) > 2}
+    known = {row[0] for row in files.passwd}
+    found = []
+    for spec in specs:
+        found.append(spec if spec.uid is not None or spec.name in known else _with_uid(spec, taken))
+        taken.add(str(found[-1].uid))
+    return found
+
+
+def _with_uid(spec: UserSpec, taken: Container[str]) -> UserSpec:
+    """Choose a number as ``useradd --system`` does: the highest that neither a user nor a group has."""
     for uid in range(999, 99, -1):
         if str(uid) not in taken:
             return replace(spec, uid=uid)

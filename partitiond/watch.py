@@ -33,8 +33,9 @@ def names(config: Config) -> frozenset[str]:
     keys, amount = config.network, range(config.partition_amount)
     taps = (f"{config.tap_base}{index}" for index in amount) if config.create_tap else ()
     tuns = (f"slaptun{index}" for index in amount) if keys.create_tun else ()
+    mesh = (config.mesh.interface,) if config.mesh else ()
     return frozenset(
-        (keys.interface, keys.ipv4_interface, keys.bridge or "", *keys.bridge_ports, *taps, *tuns)
+        (keys.interface, keys.ipv4_interface, keys.bridge or "", *keys.bridge_ports, *mesh, *taps, *tuns)
     )
 
 

@@ -168,6 +168,7 @@ def rounds(count):
         partitiond={"bridge": None},
         routable_ipv4={"slappart0": "198.51.100.7/24 via 198.51.100.1"},
     )
+    mesh = configuration(count, tinc={"network": "10.64.0.0/16", "index": 1, "directory": BASE / "tinc"})
     limited = configuration(count, quota={"default": "1 kB limit 8 kbit/s"})
     return {
         "limit, lift": Round(
@@ -177,6 +178,7 @@ def rounds(count):
             uplink, (Step("bridge", moved), Step("route", routed), Step("unroute", routed, remove=True))
         ),
         "create, remove": Round(bridge, (Step("create", whole), Step("remove", whole, remove=True))),
+        "join, leave": Round(bridge, (Step("join", mesh, before=leave_behind), Step("leave", whole))),
         "take down, set up": Round(
             bridge, (Step("take down", idle, remove=True, purge=False), Step("set up", idle))
         ),
@@ -202,6 +204,12 @@ def forget_leavers():
         if str(path) not in homes:
             for one in (path, BASE / "log" / path.name, BASE / "state" / "tunnels" / path.name):
                 shutil.rmtree(one, ignore_errors=True)
+
+
+def leave_behind():
+    """What somebody may have left of a mesh: its interface without a mark, which is root's, and down."""
+    if not Path("/sys/class/net/sltinc").exists():
+        ip("tuntap add sltinc mode tun user root")
 
 
 def use_up():

@@ -28,6 +28,10 @@ def test_partitions_that_are_limited(matrix):
     matrix(rounds(3)["limit, lift"], 3, {KILLED: every, TAKEN_BACK: some(5), REFUSED: some(5)})
 
 
+def test_a_mesh(matrix):
+    matrix(rounds(2)["join, leave"], 2, {KILLED: every, TAKEN_BACK: some(5), REFUSED: some(8)})
+
+
 def test_an_uplink_that_moves(matrix):
     matrix(rounds(1)[MOVED], 1, {KILLED: some(20), REFUSED: some(8)})
 
@@ -49,6 +53,11 @@ def test_a_hundred_partitions(matrix):
 @pytest.mark.parametrize("name", [*ROUNDS, "tunnel", "take down, set up"])
 def test_one_partition_whole(matrix, name):
     matrix(rounds(1)[name], 1, {KILLED: every, TAKEN_BACK: every, REFUSED: every})
+
+
+@pytest.mark.full
+def test_a_mesh_whole(matrix):
+    matrix(rounds(10)["join, leave"], 10, {KILLED: every, TAKEN_BACK: every, REFUSED: every})
 
 
 @pytest.mark.full

@@ -88,6 +88,14 @@ def test_the_same_as_long_as_nothing_changed(look):
     assert {*first.networks} ^ {*look().networks} == networks("192.0.2.1", "192.0.2.3")
 
 
+def test_the_network_of_the_mesh_is_other_nodes(look):
+    """Whether its interface is there or not."""
+    first = look()
+    mesh = TEXT + "[tinc]\nnetwork = 10.64.0.0/16\nindex = 1\n"
+    assert {*look(mesh).networks} - {*first.networks} == networks("10.64.0.0/16")
+    assert look() is first
+
+
 def test_a_tap_is_no_address_of_the_node(look, scene):
     scene.converge(scene.desired(strict=True))
     first = look()

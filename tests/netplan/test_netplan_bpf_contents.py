@@ -5,6 +5,7 @@ from dataclasses import replace
 from ipaddress import IPv4Address, IPv4Interface, IPv6Address, IPv6Interface
 
 import pytest
+from mesh_scene import NETWORK, NODE4, meshed, vpn
 from netplan_scene import BASE, HOST4, UID, wanted
 
 from netplan.bpf_assembler import Assembler
@@ -21,7 +22,7 @@ def mapped(address):
 
 def sources(desired, uid=UID):
     value = contents(desired).maps[SOURCES].get(struct.pack("=I", uid))
-    return None if value is None else (value[:16], value[16:])
+    return None if value is None else (value[:16], value[16:32])
 
 
 @pytest.mark.parametrize(
@@ -36,6 +37,19 @@ def test_which_of_its_ipv4_addresses_a_client_leaves_from(public, routable, own)
     without = replace(desired, partitions=(replace(desired.partitions[0], ipv6=None),))
     # who has none is there as well: what it receives is counted
     assert sources(without) == (bytes(16), mapped(own) if own else bytes(16))
+
+
+def test_what_leaves_for_the_mesh_has_an_address_of_it():
+    desired = meshed(2)
+    maps = contents(desired).maps
+    network = NETWORK.network_address.packed + NETWORK.netmask.packed
+    for uid, address in ((UID, vpn(0)), (UID + 1, vpn(1)), (NODE, NODE4)):
+        assert maps[SOURCES][struct.pack("=I", uid)][32:] == mapped(address) + network
+        assert maps[OWNERS][mapped(address)] == struct.pack("=II", uid, 0)
+    taken = replace(desired, mesh=replace(desired.mesh, taken=True))
+    for nothing in (wanted(2), taken):
+        assert {value[32:] for value in contents(nothing).maps[SOURCES].values()} == {bytes(24)}
+    assert len({contents(one).fingerprint for one in (desired, taken, wanted(2))}) == 3
 
 
 def test_everything_that_is_owned_is_there():

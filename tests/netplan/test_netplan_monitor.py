@@ -9,11 +9,14 @@ import time
 from fcntl import ioctl
 
 import pytest
+from mesh_scene import INTERFACE, meshed
 from netplan_scene import wanted
 
+from netplan.apply import apply
 from netplan.errors import NetplanError
 from netplan.monitor import Monitor
-from netplan.observe import look
+from netplan.observe import look, observe
+from netplan.plan import plan
 from netplan.relevance import LOST, Notice
 
 TUNSETIFF, IFF_TAP, IFF_NO_PI = 0x400454CA, 2, 0x1000
@@ -96,6 +99,39 @@ def test_damage_is_told_with_what_it_damaged(listening, damage, expected):
     assert listening() == set()
     ip(damage)
     assert expected in listening()
+
+
+@pytest.mark.parametrize(
+    ("damage", "expected"),
+    [
+        ("link delete sltinc", Notice("mesh/sltinc", "gone", ours=True)),
+        ("link set sltinc down", Notice("mesh/sltinc", "changed", ours=True)),
+        ("link set sltinc alias mine", Notice("mesh/sltinc", "changed", ours=True)),
+        ("address delete 10.64.2.3/32 dev sltinc", Notice("address/10.64.2.3", "gone", ours=True)),
+        ("address add 10.64.2.77/32 dev sltinc", Notice("address/10.64.2.77", "appeared", ours=False)),
+        ("route delete 10.64.0.0/16 metric 112", Notice("route/10.64.0.0/16", "gone", ours=True)),
+        (
+            "route delete unreachable 10.64.0.0/16 metric 11200",
+            Notice("unreachable/10.64.0.0/16", "gone", ours=True),
+        ),
+        (
+            "route replace 10.64.0.0/16 dev br0 metric 112",
+            Notice("route/10.64.0.0/16", "changed", ours=True),
+        ),
+        ("route flush table 11200", Notice("source/10.64.2.2/32", "gone", ours=True)),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value.cause,
+)
+def test_damage_to_the_mesh_is_told(node, damage, expected):
+    desired = meshed(2, tap=False, local_source_table=True)
+    node.converge(desired)
+    with Monitor(NAMES | {INTERFACE}) as monitor:
+        assert settled(monitor) == set()
+        ip(damage)
+        assert expected in settled(monitor)
+    apply(plan(desired, observe(desired)))
+    left = {one.id for one in plan(desired, observe(desired))}
+    assert left <= {"address/10.64.2.77"}, left
 
 
 @pytest.mark.parametrize(

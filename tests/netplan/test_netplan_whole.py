@@ -5,6 +5,7 @@ from dataclasses import replace
 from ipaddress import IPv4Address
 
 import pytest
+from mesh_scene import meshed
 from netplan_scene import BASE, NOTHING, UID, know_each_other, partition, send, sink, wanted
 
 from netplan.apply import apply
@@ -58,11 +59,25 @@ def test_five_hundred_come_change_and_go(node):
     assert len(node.converge(NOTHING)) == 1 + 1 + 500 * 4 + 1
 
 
+def test_five_hundred_of_a_mesh_come_and_go(node):
+    """A node's part of /23, in which they and the node fit."""
+    desired = meshed(500, local_source_table=True)
+    # filter, interface, the node's own address, its two routes, the default route, the rules of both families
+    common = 1 + 1 + 1 + 2 + 1 + 2
+    # tap, three addresses, two sources
+    assert len(node.converge(desired)) == common + 500 * 6
+    reading = read_counters()
+    assert sum(one.family == "vpn4" for one in reading.traffic) == 500 * 2
+    assert len(node.converge(meshed(499, local_source_table=True))) == 1 + 6
+    assert len(node.converge(wanted(499, local_source_table=True))) == 1 + 1 + 1 + 2 + 1 + 499 * 2
+    assert len(node.converge(NOTHING)) == 1 + 1 + 1 + 499 * 4
+
+
 def test_half_done_work_is_finished(node):
     """Cut the plan at every fifth operation: one more apply converges, and nothing is left behind after a teardown."""
     know_each_other(node)
     before = _everything()
-    desired = wanted(4, ranges=True)
+    desired = meshed(4, ranges=True, local_source_table=True)
     length = len(plan(desired, observe(desired)))
     for cut in range(0, length, 5):
         assert not apply(plan(desired, observe(desired))[:cut])
