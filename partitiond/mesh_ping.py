@@ -53,7 +53,7 @@ def _request(mark: int, number: int, token: bytes) -> bytes:
 
 
 def _checksum(data: bytes) -> int:
-    total = sum(struct.unpack(f"!{len(data) // 2}H", data))
+    total: int = sum(struct.unpack(f"!{len(data) // 2}H", data))
     total = (total >> 16) + (total & 0xFFFF)
     return ~(total + (total >> 16)) & 0xFFFF
 
@@ -65,7 +65,6 @@ def _answered(packet: bytes, mark: int, token: bytes) -> int:
     if len(body) < _HEADER.size:
         return -1
     kind, _, _, found, number = _HEADER.unpack_from(body)
-    answered: int = number
     if (kind, found, body[_HEADER.size :]) != (_REPLY, mark, token):
         return -1
-    return answered
+    return int(number)

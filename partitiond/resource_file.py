@@ -94,6 +94,8 @@ def content(node: Node, partition: Partition, identity: PublicIdentity | None, h
             "network": str(routable.interface.network.network_address),
             "gateway": str(routable.gateway),
         }
+    if network.vpn_ipv4:
+        value["vpn_ipv4"] = str(network.vpn_ipv4)
     return json.dumps(value, indent=2, sort_keys=True).encode() + b"\n"
 
 

@@ -20,6 +20,7 @@ from partitiond import (
     files,
     last_good,
     lock,
+    mesh,
     port_reservation,
     privacy,
     storage,
@@ -58,6 +59,7 @@ def run(context: Context, *, purge: bool) -> Outcome:
             *((("storage", lambda: storage.purge(context.config)),) if purge else ()),
             *((("certificates", lambda: certificates.purge(context.config)),) if purge else ()),
             ("data", lambda: _purge(context.config)) if purge else ("state", lambda: _state(context)),
+            ("mesh", lambda: _mesh(context.config)),
             ("users", lambda: _users(context.config)),
         ]
         if purge:
@@ -106,6 +108,18 @@ def _network(outcome: Outcome) -> None:
     for operation, error in netplan_apply.apply(netplan_plan.plan(nothing, netplan_observe.observe(nothing))):
         outcome.failures.append((operation.id, error))
         logger.warning("%s: %s", operation.id, sentence(error))
+
+
+def _mesh(config: Config) -> None:
+    """What tincd reads. The operator's directory is configuration, and stays with ``purge``, too.
+
+    Its key and peers are what the node's X509 pair is: by them a node that is made anew is the same to all others.
+    """
+    directory = mesh.directory_of(config)
+    if _is_own(directory):
+        with files.directory(directory) as descriptor:
+            files.empty(descriptor)
+        directory.rmdir()
 
 
 def _users(config: Config) -> None:

@@ -13,6 +13,7 @@ import socket
 import time
 from dataclasses import dataclass, field, replace
 from functools import partial
+from ipaddress import IPv4Interface
 from typing import TYPE_CHECKING
 
 from netplan import sock_diag
@@ -112,6 +113,11 @@ class PartitionTunnels:
         return replace(self, rendered=rendered)
 
 
+def _vpn(node: Node, partition: Partition) -> IPv4Interface | None:
+    address, keys = partition.network.vpn_ipv4, node.config.mesh
+    return IPv4Interface((int(address), keys.network.prefixlen)) if address and keys else None
+
+
 def declared(node: Node, partition: Partition, local: Mapping[str, str]) -> PartitionTunnels:
     """Read a partition's declarations and the operator's for it; ``local`` are the node's certificates by fingerprint.
 
@@ -127,6 +133,7 @@ def declared(node: Node, partition: Partition, local: Mapping[str, str]) -> Part
         ipv4=partition.ipv4,
         ipv6=partition.ipv6,
         ipv4_public=partition.network.stand_in_ipv4,
+        vpn=_vpn(node, partition),
         local_certificates=local,
         read_file=lambda path: allowance.take(_read_below(partition, path)),
     )

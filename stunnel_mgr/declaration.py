@@ -228,9 +228,14 @@ class _Reader:
 
     def source(self, connect_host: IPAddress) -> IPAddress | None:
         if isinstance(connect_host, IPv4Address):
+            vpn = self.context.vpn
+            if vpn is not None and connect_host in vpn.network:
+                return vpn.ip
             # Without one of its own, the partition goes out through the node's IPv4, as all its other traffic
-            # does.
-            return self.context.ipv4_public
+            # does. That of the VPN is no address of the world beyond it.
+            return (
+                None if vpn is not None and self.context.ipv4_public == vpn.ip else self.context.ipv4_public
+            )
         if self.context.ipv6 is None:
             raise self.fault(
                 "connect", f"{connect_host} is IPv6, and this partition has no IPv6 address to come from"

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
-from ipaddress import IPv4Address, IPv6Address
+from ipaddress import IPv4Address, IPv4Interface, IPv6Address
 from typing import Literal
 
 MAX_PINS = 256
@@ -38,7 +38,8 @@ def no_file(path: str) -> bytes:
 class TunnelContext:
     """What a declaration is read against: the partition's own addresses, and where pins can be looked up.
 
-    ``ipv4`` is the private address. ``ipv4_public`` is the one of ``ipv4_partition_network`` or the VPN.
+    ``ipv4`` is the private address. ``ipv4_public`` is the one of ``ipv4_partition_network`` or the VPN,
+    ``vpn`` the address in the VPN, with the network of that: what is there is reached from it.
     ``local_certificates`` maps the fingerprints of this node's partitions, also those of before a rotation, to
     the certificates that the partition shows now or next (PEM, one after the other).
     ``read_file`` takes a path relative to the partition's directory and gives the whole file; it must be
@@ -49,6 +50,7 @@ class TunnelContext:
     ipv4: IPv4Address
     ipv6: IPv6Address | None = None
     ipv4_public: IPv4Address | None = None
+    vpn: IPv4Interface | None = None
     local_certificates: Mapping[str, str] = field(default_factory=dict)
     read_file: Callable[[str], bytes] = no_file
 

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 ROOT = Path("/srv/mesh")
 INTERNET = "internet"
-PATIENCE = 60.0
+PATIENCE = 150.0
 TICK = 0.02
 # a tun that no program holds has no carrier, and its route is not taken
 _AWAY = (errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENOBUFS)

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-import nodes_tinc
 import tunnel_load
 from tunnel_load import wait_for
 
@@ -83,7 +82,7 @@ SITES = {
 
 @dataclass
 class Pair:
-    """``server`` and ``client``; ``kind`` is IPv6, or mesh: then nobody has an IPv6 address, and tincd runs on both."""
+    """``server`` and ``client``; ``kind`` is IPv6, or mesh: then nobody has an IPv6 address, and they are joined by tinc."""
 
     kind: str
     server: Node = field(init=False)
@@ -114,18 +113,14 @@ class Pair:
         return self.server, self.client
 
     def _configure(self) -> None:
-        members = [nodes_tinc.member(number, site.address) for number, site in zip(_NUMBERS[self.kind], SITES[self.kind], strict=True)]
-        for node, own in zip(self.nodes, members, strict=True):
-            sections = node.first_sections(_NOBODY, partitions=1, mesh=False)
-            if self.kind == "mesh":
-                sections["partitiond"]["ipv4_partition_network"] = own.own
-            node.configure(sections)
+        mesh = self.kind == "mesh"
+        for node in self.nodes:
+            node.configure(node.first_sections(_NOBODY, partitions=1, mesh=mesh))
             node.verb("apply")
-            if self.kind == "mesh":
-                _ip(node.pid, *nodes_tinc.lines_of_ip(own))
-                directory = Path("/srv/tinc")
-                nodes_tinc.write(node.seen(directory), own, members, seen_as=directory)
-                node.launch(*nodes_tinc.command(directory))
+        if mesh:
+            blocks = "".join(node.say("mesh", "export") for node in self.nodes)
+            for node in self.nodes:
+                node.say("mesh", "import", "-", said=blocks)
 
     def _bridge(self) -> None:
         server, client = self.nodes
@@ -217,7 +212,7 @@ def ways() -> Iterator[list[Way]]:
             stack.callback(pair.down)
             pair.up()
         plain, mesh = pairs["IPv6"], pairs["mesh"]
-        inner = str(nodes_tinc.member(_NUMBERS["mesh"][0], "").address)
+        inner = mesh.server.verb("mesh", "status")["address"]
         outer = plain.server.site.address
         for pair, host in ((plain, outer), (mesh, inner)):
             stack.enter_context(_serving(pair.server, host, partition=False))

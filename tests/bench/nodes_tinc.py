@@ -1,4 +1,4 @@
-"""Members of a mesh as tincd reads them: names, ranges, keys, and the directory of each with the host blocks of all."""
+"""Members of a mesh without a node around them: what tincd reads, as the product renders it, and how it is run."""
 
 from __future__ import annotations
 
@@ -7,14 +7,13 @@ from functools import cached_property
 from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
 
-from cryptography.hazmat.primitives import serialization
-from cryptography.hazmat.primitives.asymmetric import rsa
+from netplan import tinc, tinc_config, tinc_keys
 
 TINCD = "/usr/sbin/tincd"
 INTERFACE = "sltinc"
 NETWORK = IPv4Network("10.64.0.0/16")
-PORT = 655
 _PREFIX = 23
+_KEY = "rsa_key.priv"
 
 
 @dataclass(frozen=True)
@@ -31,27 +30,15 @@ class Member:
         return self.own.network_address + 1
 
     @cached_property
-    def key(self) -> rsa.RSAPrivateKey:
+    def key(self) -> str:
         """Made when it is first asked for."""
-        return rsa.generate_private_key(public_exponent=65537, key_size=2048)
+        return tinc_keys.make()
 
-    def block(self) -> str:
-        """The host file that all others have of it."""
-        public = self.key.public_key().public_bytes(
-            serialization.Encoding.PEM, serialization.PublicFormat.PKCS1
-        )
-        return (
-            f"Address = {self.reached} {PORT}\nPort = {PORT}\nSubnet = {self.own}\n"
-            f"Cipher = aes-256-cbc\nDigest = sha256\n{public.decode()}"
-        )
-
-    def private(self) -> bytes:
-        """The key as tincd reads it."""
-        return self.key.private_bytes(
-            serialization.Encoding.PEM,
-            serialization.PrivateFormat.TraditionalOpenSSL,
-            serialization.NoEncryption(),
-        )
+    @cached_property
+    def block(self) -> tinc.HostBlock:
+        """What all others know of it."""
+        public = tinc_keys.public_of(self.key)
+        return tinc.HostBlock(self.name, public, (self.own,), (tinc.Endpoint(self.reached),))
 
 
 def member(number: int, reached: str) -> Member:
@@ -60,27 +47,23 @@ def member(number: int, reached: str) -> Member:
     return Member(f"node{number}", reached, IPv4Network((start, _PREFIX)))
 
 
-def write(directory: Path, own: Member, members: list[Member], *, seen_as: Path | None = None) -> None:
-    """Write what tincd of one member reads: it connects to all others, and takes for theirs what their blocks say.
-
-    ``seen_as`` is what tincd calls the directory, where that is something else.
-    """
-    (directory / "hosts").mkdir(parents=True)
-    lines = [
-        f"Name = {own.name}",
-        "Mode = router",
-        "DeviceType = tun",
-        f"Interface = {INTERFACE}",
-        "StrictSubnets = yes",
-        f"PrivateKeyFile = {seen_as or directory}/rsa_key.priv",
-        *(f"ConnectTo = {one.name}" for one in members if one is not own),
-    ]
-    (directory / "tinc.conf").write_text("".join(f"{line}\n" for line in lines))
-    key = directory / "rsa_key.priv"
+def write(directory: Path, own: Member, members: list[Member]) -> None:
+    """Write what tincd of one member reads: it connects to all others."""
+    peers = tuple(one.block for one in members if one is not own)
+    mesh = tinc_config.Mesh(
+        own=own.block,
+        peers=peers,
+        connect_to=tuple(one.name for one in peers),
+        interface=INTERFACE,
+        private_key=directory / _KEY,
+    )
+    for name, text in mesh.files().items():
+        path = directory / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    key = directory / _KEY
     key.touch(mode=0o600)
-    key.write_bytes(own.private())
-    for one in members:
-        (directory / "hosts" / one.name).write_text(one.block())
+    key.write_text(own.key)
 
 
 def command(directory: Path) -> list[str]:

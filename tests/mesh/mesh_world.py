@@ -6,6 +6,7 @@ What is tried here is the mesh, which no master has a part in; how long things t
 import contextlib
 import json
 import os
+import select
 import shutil
 import signal
 import subprocess
@@ -35,8 +36,44 @@ def until(found, words, patience=PATIENCE):
     return value
 
 
+class Agent:
+    """A program that is asked line by line."""
+
+    def __init__(self, words):
+        self.process = subprocess.Popen(
+            words, cwd="/", stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+        )
+        assert self.heard() == "ready"
+
+    def ask(self, value=None, patience=PATIENCE):
+        self.say(value)
+        return self.heard(patience)
+
+    def say(self, value):
+        print(json.dumps(value), file=self.process.stdin, flush=True)
+
+    def heard(self, patience=PATIENCE):
+        # each question has one line for an answer, so nothing is left in the buffer that select(2) does not see
+        assert select.select([self.process.stdout], [], [], patience)[0], (
+            f"no answer: {self.process.args[-6:]}"
+        )
+        line = self.process.stdout.readline()
+        assert line, f"it ended: {self.process.args[-6:]}"
+        return json.loads(line)
+
+    def close(self):
+        self.process.kill()
+        self.process.wait()
+        self.process.stdin.close()
+        self.process.stdout.close()
+
+
 class MeshNode(Node):
     """A node whose verbs are checked against the schemas that ship."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.agents = []
 
     def verb(self, *words, expect=(0,), said=None):
         done = self.run(*self.line("--json", *words), check=False, said=said)
@@ -86,24 +123,25 @@ class MeshNode(Node):
     def log_of_tincd(self):
         return self.seen(LOG).read_text()
 
+    def ids(self):
+        return [f"slappart{index}" for index in range(int(self.sections["slapformat"]["partition_amount"]))]
+
     def vpn(self, partition):
         """The address of a partition in the mesh."""
         return self.resource(partition)["vpn_ipv4"]
 
-    def agent(self, partition, *arguments):
-        """Start a program of this directory as the user of a partition; its standard output is to be read."""
-        script = (HERE / arguments[0]).read_text()
-        words = self.as_user(partition, PYTHON, "-I", "-c", script, *map(str, arguments[1:]))
-        return subprocess.Popen(
-            self.words(*words), cwd="/", stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
-        )
+    def agent(self, *arguments, partition=None):
+        """Start a part of ``mesh_agent.py``, as the user of a partition or as root."""
+        words = (PYTHON, "-I", "-c", (HERE / "mesh_agent.py").read_text(), *map(str, arguments))
+        started = Agent(self.words(*(self.as_user(partition, *words) if partition else words)))
+        self.agents.append(started)
+        return started
 
-    def root_agent(self, *arguments):
-        script = (HERE / arguments[0]).read_text()
-        words = (PYTHON, "-I", "-c", script, *map(str, arguments[1:]))
-        return subprocess.Popen(
-            self.words(*words), cwd="/", stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
-        )
+    def power_off(self):
+        for agent in self.agents:
+            agent.close()
+        self.agents.clear()
+        super().power_off()
 
 
 class MeshWorld:
