@@ -43,7 +43,11 @@ class Agent:
         self.process = subprocess.Popen(
             words, cwd="/", stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
         )
-        assert self.heard() == "ready"
+        try:
+            assert self.heard() == "ready"
+        except AssertionError:
+            self.close()
+            raise
 
     def ask(self, value=None, patience=PATIENCE):
         self.say(value)
@@ -61,6 +65,12 @@ class Agent:
         assert line, f"it ended: {self.process.args[-6:]}"
         return json.loads(line)
 
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
     def close(self):
         self.process.kill()
         self.process.wait()
@@ -70,10 +80,6 @@ class Agent:
 
 class MeshNode(Node):
     """A node whose verbs are checked against the schemas that ship."""
-
-    def __init__(self, *arguments):
-        super().__init__(*arguments)
-        self.agents = []
 
     def verb(self, *words, expect=(0,), said=None):
         done = self.run(*self.line("--json", *words), check=False, said=said)
@@ -87,7 +93,7 @@ class MeshNode(Node):
         done = self.run(*self.line("--json", *words), check=False, said=said)
         assert done.returncode == 1, f"{self.name} {words} exited {done.returncode}: {done.stdout}"
         assert "Traceback" not in done.stderr
-        return json.loads(done.stdout)
+        return validate(json.loads(done.stdout))["error"]
 
     def export(self):
         return self.say("mesh", "export")
@@ -133,15 +139,7 @@ class MeshNode(Node):
     def agent(self, *arguments, partition=None):
         """Start a part of ``mesh_agent.py``, as the user of a partition or as root."""
         words = (PYTHON, "-I", "-c", (HERE / "mesh_agent.py").read_text(), *map(str, arguments))
-        started = Agent(self.words(*(self.as_user(partition, *words) if partition else words)))
-        self.agents.append(started)
-        return started
-
-    def power_off(self):
-        for agent in self.agents:
-            agent.close()
-        self.agents.clear()
-        super().power_off()
+        return Agent(self.words(*(self.as_user(partition, *words) if partition else words)))
 
 
 class MeshWorld:
