@@ -4,6 +4,7 @@ What is tried here is the mesh, which no master has a part in; how long things t
 """
 
 import contextlib
+import ipaddress
 import json
 import os
 import select
@@ -16,6 +17,7 @@ from pathlib import Path
 
 from json_schemas import validate
 
+from netplan import tinc, tinc_keys
 from partitiond.demo import internet
 from partitiond.demo.internet import Internet
 from partitiond.demo.node import Node
@@ -140,6 +142,59 @@ class MeshNode(Node):
         """Start a part of ``mesh_agent.py``, as the user of a partition or as root."""
         words = (PYTHON, "-I", "-c", (HERE / "mesh_agent.py").read_text(), *map(str, arguments))
         return Agent(self.words(*(self.as_user(partition, *words) if partition else words)))
+
+
+class Stranger:
+    """A member of the mesh that runs tinc by hand, on a machine without partitiond: it checks and keeps to nothing."""
+
+    DIRECTORY, LOG = "/srv/tinc", "/srv/tincd.log"
+
+    def __init__(self, node, name, subnet, private=None):
+        self.node, self.name = node, name
+        self.private = private or tinc_keys.make(2048)
+        key = tinc_keys.public_of(self.private)
+        where = (tinc.Endpoint(node.site.address),)
+        self.block = tinc.HostBlock(name, key, (ipaddress.IPv4Network(subnet),), where)
+        self._program = None
+
+    @property
+    def text(self):
+        return tinc.render(self.block, named=True)
+
+    def start(self, *peers, also=(), name=""):
+        """Run tincd with the blocks of peers (texts), ``also`` announcing these ranges, or by another name."""
+        self.stop()
+        name = name or self.name
+        found = [one for text in peers for one in tinc.parse(text.encode())]
+        top = self.node.seen(self.DIRECTORY)
+        shutil.rmtree(top, ignore_errors=True)
+        (top / "hosts").mkdir(parents=True)
+        connect = "".join(f"ConnectTo = {one.name}\n" for one in found)
+        fixed = f"Name = {name}\nInterface = sltinc\nMode = router\nMaxTimeout = 2\n"
+        (top / "tinc.conf").write_text(fixed + connect)
+        (top / "rsa_key.priv").write_text(self.private)
+        (top / "rsa_key.priv").chmod(0o600)
+        more = "".join(f"Subnet = {one}\n" for one in also)
+        for one in found:
+            (top / "hosts" / one.name).write_text(tinc.render(one))
+        (top / "hosts" / name).write_text(more + tinc.render(self.block))
+        script = f"exec /usr/sbin/tincd -D -d1 -c {self.DIRECTORY} --pidfile=/srv/tincd.pid >{self.LOG} 2>&1"
+        self._program = self.node.launch("/bin/sh", "-c", script)
+        until(lambda: "Ready" in self.log(), "the tincd by hand to be there")
+        address = self.block.node_address
+        self.node.run("ip", "link", "set", "sltinc", "up")
+        self.node.run("ip", "address", "add", f"{address}/16", "dev", "sltinc")
+
+    def log(self):
+        path = self.node.seen(self.LOG)
+        return path.read_text() if path.exists() else ""
+
+    def stop(self):
+        if self._program is not None:
+            self.node.end(self._program, signal.SIGKILL)
+            self._program = None
+            for name in ("/srv/tincd.pid", self.LOG):
+                self.node.seen(name).unlink(missing_ok=True)
 
 
 class MeshWorld:
