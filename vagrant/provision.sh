@@ -304,8 +304,13 @@ UNIT
 }
 
 make_node() {
-    {
-        cat <<CONFIGURATION
+    tinc=
+    [ -z "$mesh" ] || tinc="
+[tinc]
+network = $mesh
+index = $index"
+    # no pipe ends in put: what it counts would be a subshell's
+    put $etc/slapos.cfg <<CONFIGURATION
 ; written by vagrant/provision.sh; what is your own goes into $etc/slapos.cfg.d/*.cfg
 [slapos]
 computer_id = $computer
@@ -327,19 +332,22 @@ offline_builds = true
 ; who watches does not wait for five minutes
 software_interval = 5
 instances_interval = 5
+$tinc
 CONFIGURATION
-        [ -z "$mesh" ] || printf '\n[tinc]\nnetwork = %s\nindex = %s\n' "$mesh" "$index"
-    } | put $etc/slapos.cfg
-    sed "s:/opt/partitiond/:$prefix/:" "$source/tools/partitiond.service" | put $units/partitiond.service
+    put $units/partitiond.service <<UNIT
+$(sed "s:/opt/partitiond/:$prefix/:" "$source/tools/partitiond.service")
+UNIT
     service partitiond.service $etc/slapos.cfg
 }
 
 check_addresses
 mkdir -p "$state"
 if [ -n "$install" ]; then
-    packages make=make ip=iproute2
-    [ "$role" = master ] || packages mariadbd=mariadb-server-core mariadb=mariadb-client-core
-    [ -z "$mesh" ] || packages tincd=tinc
+    set -- make=make ip=iproute2
+    # the tenants of the scenario; memcached comes with make install
+    [ "$role" = master ] || set -- "$@" mariadbd=mariadb-server-core mariadb=mariadb-client-core
+    [ -z "$mesh" ] || set -- "$@" tincd=tinc
+    packages "$@"
     environment
     check_addresses
 elif [ ! -x "$prefix/bin/partitiond" ]; then
