@@ -146,10 +146,13 @@ packages() { # PROGRAM=PACKAGE…: install those whose program is not there
     say "Debian packages:$missing"
     # their services are not ours: partitions run the programs
     policy=/usr/sbin/policy-rc.d made=
-    if [ ! -e $policy ]; then
+    # one of ours is what a killed run left
+    if [ ! -e $policy ] || grep -qs vagrant/provision.sh $policy; then
         made=yes
-        trap 'rm -f $policy' EXIT INT TERM HUP
-        printf '#!/bin/sh\nexit 101\n' >$policy
+        trap 'rm -f $policy' EXIT
+        trap 'exit 130' INT
+        trap 'exit 143' TERM HUP
+        printf '#!/bin/sh\n# made by vagrant/provision.sh\nexit 101\n' >$policy
         chmod 755 $policy
     fi
     apt-get update -qq
@@ -159,13 +162,15 @@ packages() { # PROGRAM=PACKAGE…: install those whose program is not there
         rm -f $policy
         trap - EXIT INT TERM HUP
     fi
+    hash -r
     changed "installed$missing"
 }
 
-environment() { # make install, once for each state of the source
+environment() { # make install, once for each state of what it takes
     digest=$(
         cd "$source"
-        find . \( -name .build -o -name .git -o -name .vagrant -o -name __pycache__ \) -prune -o -type f -print0 |
+        find Makefile pyproject.toml setup.py README.md LICENSE requirements tools \
+            partitiond netplan stunnel_mgr accounting slap_client -name __pycache__ -prune -o -type f -print0 |
             LC_ALL=C sort -z | xargs -0 sha256sum | sha256sum | cut -c1-64
     )
     if [ "$(cat "$state/installed" 2>/dev/null)" = "$digest $prefix" ] && [ -x "$prefix/bin/partitiond" ]; then
@@ -304,8 +309,13 @@ UNIT
 }
 
 make_node() {
-    {
-        cat <<CONFIGURATION
+    tinc=
+    [ -z "$mesh" ] || tinc="
+[tinc]
+network = $mesh
+index = $index"
+    # no pipe ends in put: what it counts would be a subshell's
+    put $etc/slapos.cfg <<CONFIGURATION
 ; written by vagrant/provision.sh; what is your own goes into $etc/slapos.cfg.d/*.cfg
 [slapos]
 computer_id = $computer
@@ -327,19 +337,22 @@ offline_builds = true
 ; who watches does not wait for five minutes
 software_interval = 5
 instances_interval = 5
+$tinc
 CONFIGURATION
-        [ -z "$mesh" ] || printf '\n[tinc]\nnetwork = %s\nindex = %s\n' "$mesh" "$index"
-    } | put $etc/slapos.cfg
-    sed "s:/opt/partitiond/:$prefix/:" "$source/tools/partitiond.service" | put $units/partitiond.service
+    put $units/partitiond.service <<UNIT
+$(sed "s:/opt/partitiond/:$prefix/:" "$source/tools/partitiond.service")
+UNIT
     service partitiond.service $etc/slapos.cfg
 }
 
 check_addresses
 mkdir -p "$state"
 if [ -n "$install" ]; then
-    packages make=make ip=iproute2
-    [ "$role" = master ] || packages mariadbd=mariadb-server-core mariadb=mariadb-client-core
-    [ -z "$mesh" ] || packages tincd=tinc
+    set -- make=make ip=iproute2
+    # the tenants of the scenario; memcached comes with make install
+    [ "$role" = master ] || set -- "$@" mariadbd=mariadb-server-core mariadb=mariadb-client-core
+    [ -z "$mesh" ] || set -- "$@" tincd=tinc
+    packages "$@"
     environment
     check_addresses
 elif [ ! -x "$prefix/bin/partitiond" ]; then

@@ -103,7 +103,7 @@ wait_for "the application is ready (it asked for database and cache itself)" req
 page='
 import json, os, sys, time, urllib.parse, urllib.request
 status, text = json.load(sys.stdin), "written at " + time.strftime("%F %T")
-item = next(one for one in status["partitions"] if one["instance_title"] == "application")
+item = next(one for one in status["partitions"] for program in one["processes"] if program["name"].startswith("application"))
 os.setgroups([]); os.setgid(item["user"]["uid"]); os.setuid(item["user"]["uid"])
 url = "http://" + item["ipv4"] + ":8000/?text=" + urllib.parse.quote(text)
 with urllib.request.urlopen(url, timeout=20) as answer:
@@ -120,7 +120,8 @@ where='
 import json, sys
 for one in json.load(sys.stdin)["partitions"]:
     if one["instance_guid"]:
-        print("  ", one["id"], one["instance_title"], one["state"], one["ipv6"] or one["vpn_ipv4"], *one["tunnels"])
+        programs = [program["name"] + " " + program["state"].lower() for program in one["processes"]]
+        print("  ", one["id"], one["ipv6"] or one["vpn_ipv4"], one["state"] + ":", ", ".join(programs))
 '
 for node in node1 node2; do
     say "$node:"
