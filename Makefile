@@ -6,7 +6,7 @@ ENV := $(B)$(PREFIX)
 RUN := $(ENV)/bin/python3 -I -m partitiond.sandbox --bind $(CURDIR):$(CURDIR) --
 ARGS ?=
 EXTRAS ?=
-BENCHES := node packets tunnels accounting life supervisor promises polling
+BENCHES := node packets tunnels accounting life supervisor promises polling nodes
 
 .PHONY: help demo test test-full lint bench $(addprefix bench-,$(BENCHES)) install clean
 
@@ -52,6 +52,9 @@ bench-life: $(B)/bench.stamp ## what instances cost, beside slapos.core, with sl
 
 bench-polling: $(B)/bench.stamp ## what a node asks of its master in a day, and how 10 000 of them spread, beside slapos.core's cron
 	$(RUN) $(PREFIX)/bin/python3 -P $(CURDIR)/tests/bench/polling.py $(ARGS)
+
+bench-nodes: $(B)/bench.stamp ## several nodes: raw, stunnel, tinc, both; a mesh's convergence; a node rebuilt; the master's load
+	$(RUN) $(PREFIX)/bin/python3 -P $(CURDIR)/tests/bench/nodes.py $(ARGS)
 
 install: ## an environment at PREFIX that partition users can execute, with all that builds need offline (EXTRAS="iptables networkcache")
 	tools/environment --prefix $(PREFIX) --python $(PYTHON) --with master $(addprefix --with ,$(EXTRAS))
