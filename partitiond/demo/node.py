@@ -110,9 +110,13 @@ class Node(Machine):
 
     # --- the daemon and supervisord
 
+    def begin(self) -> None:
+        """Start ``partitiond run``."""
+        self.daemon = self.launch(*self.line("run"))
+
     def start(self) -> None:
         """Start ``partitiond run`` and wait until it answers."""
-        self.daemon = self.launch(*self.line("run"))
+        self.begin()
         wait_for(self.answers, f"the daemon of {self.name} to answer", log=self.tail)
 
     def answers(self) -> bool:

@@ -132,7 +132,8 @@ class Scenario:
         own = roles[TITLE]
         master.request(own, TITLE, url, kind=TITLE, computer=own.computer, parameters=parameters)
         self.told.seen(
-            f"an application for {own.computer}, to find its database and its cache on {parameters}"
+            f"an application for {own.computer}, its parameters: "
+            + ", ".join(f"{key}={value}" for key, value in parameters.items())
         )
         for name in (DATABASE, CACHE):
             found = self._wait(partial(self._published, name), f"{name} to be published", roles[name])
@@ -206,6 +207,10 @@ class Scenario:
         check(any(b"/supplySupply" in packet for packet in packets), "plain HTTP was not heard either")
         self.told.seen(
             f"of {len(packets)} packets, {whole} bytes on the wire, none has a piece of them; plain HTTP is heard"
+        )
+        counts = self.world.internet.counts()
+        self.told.seen(
+            f"the wire has carried {counts['packets']} packets until now, and lost {counts['lost']}"
         )
         if self.world.mesh:
             space = ipaddress.ip_network(MESH_NETWORK)
