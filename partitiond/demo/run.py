@@ -104,7 +104,8 @@ def _hold(ways_in: list[str]) -> None:
 
 _NEXT = """
 Every step was seen to work. Next:
-  make demo ARGS=--keep      leaves the node up, with a line that tells how to enter it
+  make demo ARGS=--keep      leaves it up, with lines that tell how to enter it
+  make demo ARGS="--nodes 3" services across three nodes; with --mesh without IPv6, over tinc
   make install               an environment in /opt/partitiond; then write /etc/opt/slapos/slapos.cfg,
                              look with `partitiond plan`, and converge with `partitiond apply`
   partitiond --help          all verbs"""

@@ -37,6 +37,7 @@ _PROGRAMS = {
 _MESH_PROGRAMS = {"/usr/sbin/tincd": "tinc"}
 _PARTITIONS = 3
 _PAUSE = 0.5  # between two looks, each of which starts a program or two
+_PATIENCE = 300.0  # three builds side by side on a machine that has other things to do
 _T = TypeVar("_T")
 SETTINGS: Mapping[str, Mapping[str, object]] = {
     "accounting": {
@@ -301,7 +302,13 @@ class Scenario:
                 hurry()
             return found
 
-        return wait_for(look, what, pause=_PAUSE, log=lambda: f"the log of {node.name} ends:\n{node.tail()}")
+        return wait_for(
+            look,
+            what,
+            seconds=_PATIENCE,
+            pause=_PAUSE,
+            log=lambda: f"the log of {node.name} ends:\n{node.tail()}",
+        )
 
     def ways_in(self) -> list[str]:
         """A command for each machine that enters it from inside of the demonstration's sandbox."""
