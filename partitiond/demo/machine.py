@@ -52,7 +52,7 @@ class Machine:
             [
                 *source.ending_with_us(),
                 *source.python("partitiond.sandbox"),
-                *source.binds(),
+                *(f"--bind={shown}:{place}" for shown, place in source.binds()),
                 *("--", "/bin/sleep", "infinity"),
             ],
             cwd="/",

@@ -110,24 +110,34 @@ class Node(Machine):
 
     # --- the daemon and supervisord
 
+    def begin(self) -> None:
+        """Start ``partitiond run``."""
+        self.daemon = self.launch(*self.line("run"))
+
     def start(self) -> None:
         """Start ``partitiond run`` and wait until it answers."""
-        self.daemon = self.launch(*self.line("run"))
+        self.begin()
         wait_for(self.answers, f"the daemon of {self.name} to answer", log=self.tail)
 
     def answers(self) -> bool:
-        """Whether the daemon does."""
-        if self.daemon is not None and self.daemon.poll() is not None:
-            raise PartitiondError("demo.unexpected", f"the daemon ended: {self.tail()}", resource=self.name)
-        try:
-            return control.call(self.seen(_SOCKET), "GET", "/1/status") is not None
-        except PartitiondError:
-            return False
+        """Whether the daemon does. Raises PartitiondError ``demo.unexpected`` when it has ended."""
+        return self._status() is not None
 
     def offered(self) -> bool:
         """Whether the master knows the partitions; before that a supply is refused."""
-        found = control.call(self.seen(_SOCKET), "GET", "/1/status") if self.answers() else None
+        found = self._status()
         return found is not None and bool(found["node"]["master"]["reachable"])
+
+    def _status(self) -> dict[str, Any] | None:
+        """What the daemon says; None while it does not answer, or went away over it."""
+        if self.daemon is not None and self.daemon.poll() is not None:
+            raise PartitiondError("demo.unexpected", f"the daemon ended: {self.tail()}", resource=self.name)
+        try:
+            return control.call(self.seen(_SOCKET), "GET", "/1/status")
+        except PartitiondError as error:
+            if error.code != "control.lost":
+                raise
+            return None
 
     def stop(self) -> None:
         """End the daemon as systemd does."""
@@ -172,7 +182,7 @@ class Node(Machine):
     def partitions(self) -> dict[str, dict[str, Any]]:
         """Its partitions by id, as ``status`` has them: asked of the daemon itself, where one runs."""
         # looked at again and again: an interpreter each time would be most of what a demonstration costs
-        found = control.call(self.seen(_SOCKET), "GET", "/1/status") or self.verb("status")
+        found = self._status() or self.verb("status")
         return {item["id"]: item for item in found["partitions"]}
 
     def path(self, partition: str) -> Path:

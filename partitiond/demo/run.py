@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from netplan import counters
 from partitiond import control, execute, present, sandbox, usage_text
-from partitiond.demo import scenario, scene
+from partitiond.demo import scenario, scene, source
 from partitiond.demo.scenario import Scenario
 from partitiond.demo.telling import Telling, check, say
 from partitiond.errors import FAMILY, PartitiondError, sentence
@@ -32,12 +32,10 @@ def outside(*, keep: bool, nodes: int = 1, mesh: bool = False) -> int:
     """Make the namespaces and run the demonstration in them: that of one node, or of several."""
     if nodes > 1:
         scenario.check_programs(mesh=mesh)
-    scene_master = sandbox.home_of_environment() / "bin" / "python3"
+    home = sandbox.home_of_environment() / "bin" / "python3"
     arguments = [
-        str(scene_master),
-        "-I",
-        "-m",
-        "partitiond",
+        str(home),
+        *source.python("partitiond")[1:],
         "demo",
         "--inside",
         *(["--keep"] if keep else []),
@@ -45,7 +43,7 @@ def outside(*, keep: bool, nodes: int = 1, mesh: bool = False) -> int:
         *(["--mesh"] if mesh else []),
     ]
     binds = sandbox.environment_binds()
-    return sandbox.run(arguments, binds=binds, keep_opt=not binds)
+    return sandbox.run(arguments, binds=[*binds, *source.binds()], keep_opt=not binds)
 
 
 def inside(*, keep: bool, nodes: int = 1, mesh: bool = False) -> int:
@@ -106,7 +104,8 @@ def _hold(ways_in: list[str]) -> None:
 
 _NEXT = """
 Every step was seen to work. Next:
-  make demo ARGS=--keep      leaves the node up, with a line that tells how to enter it
+  make demo ARGS=--keep      leaves it up, with lines that tell how to enter it
+  make demo ARGS="--nodes 3" services across three nodes; with --mesh without IPv6, over tinc
   make install               an environment in /opt/partitiond; then write /etc/opt/slapos/slapos.cfg,
                              look with `partitiond plan`, and converge with `partitiond apply`
   partitiond --help          all verbs"""
@@ -118,7 +117,7 @@ def _tail(path: Path) -> str:
 
 def partitiond(*arguments: str, expect: tuple[int, ...] = (0,)) -> dict[str, Any]:
     """Run a verb with ``--json`` as an operator would; fail when it exits otherwise than expected."""
-    command = [sys.executable, "-I", "-m", "partitiond", "--json", *arguments]
+    command = [*source.python("partitiond"), "--json", *arguments]
     done = subprocess.run(command, cwd="/", capture_output=True, text=True, check=False, timeout=120)
     if done.returncode not in expect:
         raise PartitiondError(
@@ -355,7 +354,7 @@ def _command(item: dict[str, Any], *arguments: str) -> list[str]:
     user = item["user"]["name"]
     return [
         *(execute.SETPRIV, "--reuid", user, "--regid", user, "--init-groups", "--no-new-privs", "--"),
-        *(sys.executable, "-I", "-m", "partitiond.demo.traffic", *arguments),
+        *(*source.python("partitiond.demo.traffic"), *arguments),
     ]
 
 

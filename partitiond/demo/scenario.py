@@ -37,6 +37,7 @@ _PROGRAMS = {
 _MESH_PROGRAMS = {"/usr/sbin/tincd": "tinc"}
 _PARTITIONS = 3
 _PAUSE = 0.5  # between two looks, each of which starts a program or two
+_PATIENCE = 300.0  # three builds side by side on a machine that has other things to do
 _T = TypeVar("_T")
 SETTINGS: Mapping[str, Mapping[str, object]] = {
     "accounting": {
@@ -132,7 +133,8 @@ class Scenario:
         own = roles[TITLE]
         master.request(own, TITLE, url, kind=TITLE, computer=own.computer, parameters=parameters)
         self.told.seen(
-            f"an application for {own.computer}, to find its database and its cache on {parameters}"
+            f"an application for {own.computer}, its parameters: "
+            + ", ".join(f"{key}={value}" for key, value in parameters.items())
         )
         for name in (DATABASE, CACHE):
             found = self._wait(partial(self._published, name), f"{name} to be published", roles[name])
@@ -206,6 +208,10 @@ class Scenario:
         check(any(b"/supplySupply" in packet for packet in packets), "plain HTTP was not heard either")
         self.told.seen(
             f"of {len(packets)} packets, {whole} bytes on the wire, none has a piece of them; plain HTTP is heard"
+        )
+        counts = self.world.internet.counts()
+        self.told.seen(
+            f"the wire has carried {counts['packets']} packets until now, and lost {counts['lost']}"
         )
         if self.world.mesh:
             space = ipaddress.ip_network(MESH_NETWORK)
@@ -296,7 +302,13 @@ class Scenario:
                 hurry()
             return found
 
-        return wait_for(look, what, pause=_PAUSE, log=lambda: f"the log of {node.name} ends:\n{node.tail()}")
+        return wait_for(
+            look,
+            what,
+            seconds=_PATIENCE,
+            pause=_PAUSE,
+            log=lambda: f"the log of {node.name} ends:\n{node.tail()}",
+        )
 
     def ways_in(self) -> list[str]:
         """A command for each machine that enters it from inside of the demonstration's sandbox."""

@@ -121,7 +121,7 @@ class World:
         if self.mesh:
             self.join_mesh()
         for node in self.nodes:
-            node.start()
+            node.begin()
         for node in self.nodes:
             wait_for(node.offered, f"the capacity of {node.name} to be posted", log=node.tail)
         return self
@@ -133,9 +133,8 @@ class World:
             node.verb("apply")
             blocks[node.name] = node.say("mesh", "export")
         for node in self.nodes:
-            for name, block in blocks.items():
-                if name != node.name:
-                    node.say("mesh", "import", "-", said=block)
+            others = [block for name, block in blocks.items() if name != node.name]
+            node.say("mesh", "import", "-", said="\n".join(others))
 
     def close(self) -> None:
         """End everything, also what is only half made. A second time does nothing."""

@@ -15,17 +15,20 @@ from partitiond.errors import PartitiondError
 NO_MESH = importlib.util.find_spec("partitiond.config_mesh") is None
 
 
+MESH = pytest.mark.skipif(NO_MESH, reason="there is no [tinc] yet")
+
+
 @pytest.mark.parametrize(
-    "mesh",
+    ("nodes", "mesh"),
     [
-        pytest.param(False, id="IPv6"),
-        pytest.param(
-            True, id="IPv4 over tinc", marks=pytest.mark.skipif(NO_MESH, reason="there is no [tinc] yet")
-        ),
+        pytest.param(3, False, id="IPv6"),
+        pytest.param(3, True, id="IPv4 over tinc", marks=MESH),
+        # both services on one node
+        pytest.param(2, False, id="IPv6, two nodes", marks=pytest.mark.full),
     ],
 )
-def test_services_across_three_nodes(mesh, capsys):
-    play = Scenario(3, mesh=mesh, world_class=World)
+def test_services_across_nodes(nodes, mesh, capsys):
+    play = Scenario(nodes, mesh=mesh, world_class=World)
     with capsys.disabled():
         print()
         try:
