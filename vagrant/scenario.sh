@@ -91,11 +91,20 @@ fi
 for computer in $database_node $application_node; do
     wait_for "$computer may have the release" slapos supply $url $computer
 done
-request() { # succeeds when the instance is ready; its exit status is 2 until then
-    slapos request application $url --type application --node computer_guid=$application_node \
-        --parameters database-computer=$database_node cache-computer=$database_node
+failed='import json, sys; sys.exit(all(one["state"] != "failed" for one in json.load(sys.stdin)["partitions"]))'
+request() { # succeeds when the application has published; until then, what found another not there yet is tried again now
+    answer=$(slapos request application $url --type application --node computer_guid=$application_node \
+        --parameters database-computer=$database_node cache-computer=$database_node 2>&1) || return
+    say "$answer"
+    case $answer in *"'url': "*) return 0 ;; esac
+    for node in node1 node2; do
+        if on $node "$partitiond --json status | $python -c '$failed'"; then
+            on $node "$partitiond -q sync instances --force" || true # it says so itself when that is too early
+        fi
+    done
+    return 1
 }
-wait_for "the application is ready (it asked for database and cache itself)" request
+wait_for "the application has found its database and its cache, for which it asked itself" request
 
 # --- what it does ---------------------------------------------------------------------------------------------------
 
