@@ -91,11 +91,36 @@ fi
 for computer in $database_node $application_node; do
     wait_for "$computer may have the release" slapos supply $url $computer
 done
-request() { # succeeds when the instance is ready; its exit status is 2 until then
-    slapos request application $url --type application --node computer_guid=$application_node \
-        --parameters database-computer=$database_node cache-computer=$database_node
+failed='import json, sys; sys.exit(all(one["state"] != "failed" for one in json.load(sys.stdin)["partitions"]))'
+hurry() { # what found another not there yet is tried again now, and not after a pause
+    for node in node1 node2; do
+        if on $node "$partitiond --json status | $python -c '$failed'"; then
+            on $node "$partitiond -q sync instances --force" || true # what still fails, the next look tells
+        fi
+    done
+    return 1
 }
-wait_for "the application is ready (it asked for database and cache itself)" request
+request() { # succeeds when the application has published
+    answer=$(slapos request application $url --type application --node computer_guid=$application_node \
+        --parameters database-computer=$database_node cache-computer=$database_node 2>&1) || return
+    say "$answer"
+    case $answer in *"'url': "*) return 0 ;; esac
+    hurry
+}
+wait_for "the application has found its database and its cache, for which it asked itself" request
+
+up='
+import json, sys
+wanted, status = int(sys.argv[1]), json.load(sys.stdin)
+held = [one for one in status["partitions"] if one["instance_guid"]]
+print(*(one["id"] + ": " + one["state"] for one in held))
+sys.exit(len(held) != wanted or any(one["state"] != "started" for one in held))
+'
+started() { # NODE INSTANCES
+    on "$1" "$partitiond --json status | $python -c '$up' $2" || hurry
+}
+wait_for "database and cache are started on node 1" started node1 2
+wait_for "the application is started on node 2" started node2 1
 
 # --- what it does ---------------------------------------------------------------------------------------------------
 

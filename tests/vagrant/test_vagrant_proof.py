@@ -12,7 +12,7 @@ PREPARED = ROOT / ".build" / "vagrant"
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("world", [(), ("--mesh",)], ids=["ipv6", "mesh"])
+@pytest.mark.parametrize("world", [(), ("--mesh",), ("--systemd",)], ids=["ipv6", "mesh", "systemd"])
 @pytest.mark.parametrize("suite", ["bookworm", "trixie"])
 def test_scenario_on_fresh_machines(suite, world):
     if not (PREPARED / suite / ".prepared").exists():
