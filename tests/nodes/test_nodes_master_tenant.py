@@ -14,7 +14,7 @@ from partitiond.demo import master
 
 # the pauses between questions to a master that is away grow to 300 s
 LONGEST_PAUSE = 400.0
-METERS = {"network_in": "resource/in per kB", "network_out": "resource/out per kB"}
+METERS = {"cpu": "resource/cpu per s", "memory": "resource/memory per MB"}
 MEMCACHED = "/srv/releases/release/software.cfg"
 _SQUAT = """
 import http.server, sys
