@@ -14,6 +14,7 @@ from partitiond.demo import master
 
 # the pauses between questions to a master that is away grow to 300 s
 LONGEST_PAUSE = 400.0
+METERS = {"cpu": "resource/cpu per s", "memory": "resource/memory per MB"}
 MEMCACHED = "/srv/releases/release/software.cfg"
 _SQUAT = """
 import http.server, sys
@@ -25,7 +26,7 @@ _CONNECT = "import socket, sys; socket.create_connection((sys.argv[1], int(sys.a
 
 @pytest.fixture(scope="module")
 def tenancy(module_world):
-    made = Tenancy(module_world(3))
+    made = Tenancy(module_world(3, settings={"accounting": METERS}))
     made.bootstrap()
     made.allow()
     return made
@@ -230,10 +231,8 @@ def test_what_status_says_of_a_tunnel_that_is_refused(tenancy, nodes):
 
 def test_usage_of_an_instance_that_ends_is_reported(tenancy, nodes):
     b = nodes["B"]
-    b.configure({"accounting": {"network_in": "resource/in per kB", "network_out": "resource/out per kB"}})
-    b.verb("apply")
     request = ("request", "cache", MEMCACHED, "--type", "server", "--state", "destroyed")
     tenancy.slapos(b, *request)
     until(lambda: 'POST /destroyedComputerPartition HTTP/1.1" 200' in tenancy.log(), "its end to be told", b)
-    assert 'POST /useComputer HTTP/1.1" 200' in tenancy.log()
+    assert 'POST /useComputer HTTP/1.1" 200' in tenancy.log(), b.say("report", "list")
     assert tenancy.ask(b, URL, "cache") == {}
