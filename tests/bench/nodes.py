@@ -40,6 +40,7 @@ def main() -> None:
     parser.add_argument("--partitions", type=int, default=10, help="busy ones of each such computer")
     parser.add_argument("--seconds", type=float, default=1.0, help="of each round of questions to slapproxy")
     parser.add_argument("--meshes", type=int, nargs="*", default=[3, 10], help="nodes of each mesh")
+    parser.add_argument("--mesh-rounds", type=int, default=5)
     parser.add_argument("--instances", type=int, default=20, help="of the node that is rebuilt")
     options = parser.parse_args()
     if unknown := set(options.sections) - set(SECTIONS):
@@ -55,7 +56,7 @@ def main() -> None:
         tunnel_load.compile_program()
         nodes_wire.print_ways(options.rounds)
     if "mesh" in sections:
-        nodes_mesh.print_convergence(options.meshes, options.rounds)
+        nodes_mesh.print_convergence(options.meshes, options.mesh_rounds)
     if "rebuild" in sections:
         nodes_rebuild.print_rebuild(options.instances, options.rounds)
 
