@@ -1,4 +1,4 @@
-"""How long a mesh takes to be one: nodes as network namespaces at one bridge, each with a real tincd that connects to all others.
+"""How long a mesh takes to be one: network namespaces at one bridge, each with a real tincd that connects to all others.
 
 From the start of all tincds, or from the kill of one, until each node has had an answer of each other one over the mesh. The
 pings are ours, from sockets that were opened in the namespaces, so that no process has to be started for any.
@@ -114,7 +114,10 @@ class Mesh:
             enter = ["/usr/bin/nsenter", f"--net=/run/netns/{name}", "--"]
             with (ROOT / name / "log").open("ab") as log:
                 self._tincds[name] = subprocess.Popen(
-                    [*enter, *nodes_tinc.command(ROOT / name)], stdin=subprocess.DEVNULL, stdout=log, stderr=log
+                    [*enter, *nodes_tinc.command(ROOT / name)],
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
                 )
 
     def kill(self, name: str) -> None:

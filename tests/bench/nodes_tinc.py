@@ -5,9 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 from ipaddress import IPv4Address, IPv4Network
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from netplan import tinc, tinc_config, tinc_keys
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 TINCD = "/usr/sbin/tincd"
 INTERFACE = "sltinc"
