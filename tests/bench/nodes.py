@@ -44,9 +44,9 @@ def main() -> None:
     parser.add_argument("--partitions", type=int, default=10, help="busy ones of each such computer")
     parser.add_argument("--seconds", type=float, default=1.0, help="of each round of questions to slapproxy")
     parser.add_argument("--meshes", type=int, nargs="*", default=[3, 10], help="nodes of each mesh")
-    parser.add_argument("--mesh-rounds", type=int, default=5)
+    parser.add_argument("--mesh-rounds", type=int, default=4)
     parser.add_argument("--instances", type=int, default=20, help="of the node that is rebuilt")
-    parser.add_argument("--rebuilds", type=int, default=2, help="how often it is")
+    parser.add_argument("--rebuilds", type=int, default=1, help="how often it is")
     options = parser.parse_args()
     if unknown := set(options.sections) - set(SECTIONS):
         parser.error(f"{', '.join(sorted(unknown))}: no section; allowed: {', '.join(SECTIONS)}")
