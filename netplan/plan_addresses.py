@@ -4,6 +4,7 @@ IPv4 as /32, on routed taps and tuns the host's ends, on the interface of the me
 
 from collections.abc import Iterator
 from ipaddress import IPv4Interface, IPv6Interface
+from itertools import chain
 
 from netplan.errors import NetplanError
 from netplan.model import (
@@ -39,7 +40,7 @@ def address_operations(desired: DesiredNetwork, observed: ObservedNetwork) -> It
     names = {one.ifindex: one.name for one in observed.links.values()}
     wanted = set()
     of_mesh, mesh_ends = _of_mesh(desired, observed)
-    for partition, address, settled in (*_wanted(desired, link, link4), *of_mesh):
+    for partition, address, settled in chain(_wanted(desired, link, link4), of_mesh):
         wanted.add((address.link, address.packed))
         if seen.get(address.packed) == settled:
             continue  # there, nowhere else, and all as we left it: so it is with nearly all of them
@@ -48,7 +49,7 @@ def address_operations(desired: DesiredNetwork, observed: ObservedNetwork) -> It
         )
         if operation is not None:
             yield operation
-    for partition, name, address in (*_ends(desired), *mesh_ends):
+    for partition, name, address in chain(_ends(desired), mesh_ends):
         here = observed.links.get(name)
         at = address._replace(link=here.ifindex) if here else address
         wanted.add((at.link, at.packed))

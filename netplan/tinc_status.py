@@ -175,8 +175,6 @@ def problems(lines: Iterable[str]) -> tuple[Problem, ...]:
     for line in lines:
         if STARTING.fullmatch(line):
             found.clear()
-        elif line == READY:
-            found = {key: one for key, one in found.items() if one.kind != "own"}
         elif made := _ACTIVATED.fullmatch(line):
             found = {
                 key: one for key, one in found.items() if one.peer != made["peer"] or one.kind == "range"

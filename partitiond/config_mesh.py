@@ -63,7 +63,7 @@ def read(reader: Reader, beside: Path, amount: int) -> MeshKeys | None:
 
     What is bad is among the reader's problems afterwards.
     """
-    if not reader.parser.has_section(SECTION):
+    if not reader.parser.has_section(SECTION) or not reader.parser[SECTION]:
         return None
     for key in reader.parser[SECTION]:
         if key not in _KEYS:

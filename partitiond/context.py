@@ -12,6 +12,7 @@ from partitiond.events import SESSIONS, EventLog
 from partitiond.farewells import Farewells
 from partitiond.incidents import IncidentWatch
 from partitiond.master import Connection, MasterContact
+from partitiond.mesh_book import MeshBook
 from partitiond.messages import Outbox
 from partitiond.metering import Metering, ledger_path
 from partitiond.promise_book import PromiseBook
@@ -92,6 +93,7 @@ class Context:
     ends: ToldEnds = field(default_factory=ToldEnds)
     sessions: SessionBook = field(default_factory=SessionBook)
     turns: Turns = field(default_factory=Turns)
+    mesh: MeshBook = field(default_factory=MeshBook)
     incidents: IncidentWatch = field(default_factory=IncidentWatch)
     builds: BuildServer = field(default_factory=BuildServer)
     farewells: Farewells = field(default_factory=Farewells)

@@ -30,6 +30,7 @@ from partitiond import (
     keyring,
     lanes,
     memory,
+    mesh_lane,
     mesh_verbs,
     metrics,
     metrics_listener,
@@ -51,6 +52,7 @@ from partitiond.daemon_trials import Trials
 from partitiond.errors import FAMILY, printable, sentence
 from partitiond.heal import Healer
 from partitiond.incidents import WATCHED
+from partitiond.mesh_lane import MeshLane
 from partitiond.metrics_listener import MetricsListener
 from partitiond.passes import Wish
 from partitiond.peers import Judge
@@ -196,6 +198,7 @@ class Daemon:
             "report": self._lane("report", self._report),
             "tunnels": self._lane("tunnels", TunnelLane(self._processes.attend).run),
             "certificates": self._lane("certificates", CertificateLane().run),
+            "mesh": self._lane("mesh", MeshLane().run),
         }
         wake_report = self._lanes["report"].wake
         self._report_alarm, self._day_alarm = Alarm(wake_report), Alarm(wake_report)
@@ -254,7 +257,9 @@ class Daemon:
 
     def _interval(self, lane: str) -> float:
         intervals = self.context.config.intervals
-        if lane in (own := {"tunnels": SECONDS, "certificates": certificate_lane.SECONDS}):
+        if lane in (
+            own := {"tunnels": SECONDS, "certificates": certificate_lane.SECONDS, "mesh": mesh_lane.SECONDS}
+        ):
             return own[lane]
         key = {"usage": "meter", "promises": "promise"}.get(lane, lane)
         return float(getattr(intervals, key, _SWEEP_SECONDS))

@@ -40,6 +40,7 @@ NAMES = frozenset(
         " quota.exceeded quota.near quota.renewed report.held report.refused report.sent storage.refused"
         " certificate.expiring certificate.renewed destroy.held master.back master.lost node.rebooted node.registered"
         " instance.prerm_failed instance.wanted_back watchdog.banged watchdog.started"
+        " mesh.peer_down mesh.peer_up mesh.refused mesh.trouble"
         " trial.begun trial.confirmed trial.rolled_back"
         " tunnel.cut tunnel.expiring tunnel.failed tunnel.refused tunnel.rejected tunnel.session"
     ).split()

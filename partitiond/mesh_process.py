@@ -122,6 +122,20 @@ def _run(context: Context, keys: MeshKeys) -> None:
         supervisor.hang_up(MESH, process.name, process.pid)
     path = mesh.directory_of(config) / mesh.LOADED
     files.write_path(path, f"{found.peers_digest()}\n".encode(), mode=0o600)
+    if started:
+        _refuse_deaf(log, mesh.log_file(config))
+
+
+def _refuse_deaf(log: NewLines, said_in: Path) -> None:
+    """tincd runs on as long as it listens anywhere. Raises PartitiondError ``mesh.port``: said once, then an open case."""
+    own = [one.words for one in tinc_status.problems(log.lines()) if one.kind == "own"]
+    if own:
+        raise PartitiondError(
+            "mesh.port",
+            f"tincd runs, but: {own[-1]}",
+            resource=str(said_in),
+            hint="free that port, or set another one by port in [tinc]; then partitiond apply, and export anew",
+        )
 
 
 def process_of(processes: Iterable[Process]) -> Process | None:

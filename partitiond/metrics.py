@@ -175,6 +175,12 @@ def _daemon(context: Context, tally: Tally) -> Iterator[Family]:
         _ends(context),
         unit="seconds",
     )
+    yield family(
+        "partitiond_mesh_peer_up",
+        "gauge",
+        "Whether a peer answers over the mesh.",
+        [(labels(("peer", name)), int(up)) for name, up in sorted(context.mesh.up.items())],
+    )
     yield from _partitions(context)
     try:
         yield from tally.usage.families(context.meters)

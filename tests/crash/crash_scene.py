@@ -178,7 +178,7 @@ def rounds(count):
             uplink, (Step("bridge", moved), Step("route", routed), Step("unroute", routed, remove=True))
         ),
         "create, remove": Round(bridge, (Step("create", whole), Step("remove", whole, remove=True))),
-        "join, leave": Round(bridge, (Step("join", mesh, before=leave_behind), Step("leave", whole))),
+        "join, leave": Round(bridge, (Step("join", mesh), Step("leave", whole))),
         "take down, set up": Round(
             bridge, (Step("take down", idle, remove=True, purge=False), Step("set up", idle))
         ),
@@ -204,12 +204,6 @@ def forget_leavers():
         if str(path) not in homes:
             for one in (path, BASE / "log" / path.name, BASE / "state" / "tunnels" / path.name):
                 shutil.rmtree(one, ignore_errors=True)
-
-
-def leave_behind():
-    """What somebody may have left of a mesh: its interface without a mark, which is root's, and down."""
-    if not Path("/sys/class/net/sltinc").exists():
-        ip("tuntap add sltinc mode tun user root")
 
 
 def use_up():

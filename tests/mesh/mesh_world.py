@@ -4,6 +4,7 @@ What is tried here is the mesh, which no master has a part in; how long things t
 """
 
 import contextlib
+import ipaddress
 import json
 import os
 import select
@@ -16,6 +17,7 @@ from pathlib import Path
 
 from json_schemas import validate
 
+from netplan import tinc, tinc_keys
 from partitiond.demo import internet
 from partitiond.demo.internet import Internet
 from partitiond.demo.node import Node
@@ -43,7 +45,11 @@ class Agent:
         self.process = subprocess.Popen(
             words, cwd="/", stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
         )
-        assert self.heard() == "ready"
+        try:
+            assert self.heard() == "ready"
+        except AssertionError:
+            self.close()
+            raise
 
     def ask(self, value=None, patience=PATIENCE):
         self.say(value)
@@ -61,6 +67,12 @@ class Agent:
         assert line, f"it ended: {self.process.args[-6:]}"
         return json.loads(line)
 
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
     def close(self):
         self.process.kill()
         self.process.wait()
@@ -70,10 +82,6 @@ class Agent:
 
 class MeshNode(Node):
     """A node whose verbs are checked against the schemas that ship."""
-
-    def __init__(self, *arguments):
-        super().__init__(*arguments)
-        self.agents = []
 
     def verb(self, *words, expect=(0,), said=None):
         done = self.run(*self.line("--json", *words), check=False, said=said)
@@ -87,7 +95,7 @@ class MeshNode(Node):
         done = self.run(*self.line("--json", *words), check=False, said=said)
         assert done.returncode == 1, f"{self.name} {words} exited {done.returncode}: {done.stdout}"
         assert "Traceback" not in done.stderr
-        return json.loads(done.stdout)
+        return validate(json.loads(done.stdout))["error"]
 
     def export(self):
         return self.say("mesh", "export")
@@ -133,15 +141,60 @@ class MeshNode(Node):
     def agent(self, *arguments, partition=None):
         """Start a part of ``mesh_agent.py``, as the user of a partition or as root."""
         words = (PYTHON, "-I", "-c", (HERE / "mesh_agent.py").read_text(), *map(str, arguments))
-        started = Agent(self.words(*(self.as_user(partition, *words) if partition else words)))
-        self.agents.append(started)
-        return started
+        return Agent(self.words(*(self.as_user(partition, *words) if partition else words)))
 
-    def power_off(self):
-        for agent in self.agents:
-            agent.close()
-        self.agents.clear()
-        super().power_off()
+
+class Stranger:
+    """A member of the mesh that runs tinc by hand, on a machine without partitiond: it checks and keeps to nothing."""
+
+    DIRECTORY, LOG = "/srv/tinc", "/srv/tincd.log"
+
+    def __init__(self, node, name, subnet, private=None):
+        self.node, self.name = node, name
+        self.private = private or tinc_keys.make(2048)
+        key = tinc_keys.public_of(self.private)
+        where = (tinc.Endpoint(node.site.address),)
+        self.block = tinc.HostBlock(name, key, (ipaddress.IPv4Network(subnet),), where)
+        self._program = None
+
+    @property
+    def text(self):
+        return tinc.render(self.block, named=True)
+
+    def start(self, *peers, also=(), name=""):
+        """Run tincd with the blocks of peers (texts), ``also`` announcing these ranges, or by another name."""
+        self.stop()
+        name = name or self.name
+        found = [one for text in peers for one in tinc.parse(text.encode())]
+        top = self.node.seen(self.DIRECTORY)
+        shutil.rmtree(top, ignore_errors=True)
+        (top / "hosts").mkdir(parents=True)
+        connect = "".join(f"ConnectTo = {one.name}\n" for one in found)
+        fixed = f"Name = {name}\nInterface = sltinc\nMode = router\nMaxTimeout = 2\n"
+        (top / "tinc.conf").write_text(fixed + connect)
+        (top / "rsa_key.priv").write_text(self.private)
+        (top / "rsa_key.priv").chmod(0o600)
+        more = "".join(f"Subnet = {one}\n" for one in also)
+        for one in found:
+            (top / "hosts" / one.name).write_text(tinc.render(one))
+        (top / "hosts" / name).write_text(more + tinc.render(self.block))
+        script = f"exec /usr/sbin/tincd -D -d1 -c {self.DIRECTORY} --pidfile=/srv/tincd.pid >{self.LOG} 2>&1"
+        self._program = self.node.launch("/bin/sh", "-c", script)
+        until(lambda: "Ready" in self.log(), "the tincd by hand to be there")
+        address = self.block.node_address
+        self.node.run("ip", "link", "set", "sltinc", "up")
+        self.node.run("ip", "address", "add", f"{address}/16", "dev", "sltinc")
+
+    def log(self):
+        path = self.node.seen(self.LOG)
+        return path.read_text() if path.exists() else ""
+
+    def stop(self):
+        if self._program is not None:
+            self.node.end(self._program, signal.SIGKILL)
+            self._program = None
+            for name in ("/srv/tincd.pid", self.LOG):
+                self.node.seen(name).unlink(missing_ok=True)
 
 
 class MeshWorld:

@@ -163,7 +163,7 @@ def test_a_key_that_is_none(public):
         "more than one key": public + public,
         "cannot be read": public.replace(public.split("\n")[2] + "\n", ""),
         "of another kind": _pem(ed25519.Ed25519PrivateKey.generate()),
-        "1024 bits": _pem(rsa.generate_private_key(65537, 1024)),
+        "1024 bits": _pem(rsa.generate_private_key(65537, 1024)),  # noqa: S505 - that it is weak is the point
         "holds a private key": tinc_keys.make(2048),
         "cut off or damaged": "-----BEGIN RSA PUBLIC KEY-----\n?\n-----END RSA PUBLIC KEY-----\n",
     }

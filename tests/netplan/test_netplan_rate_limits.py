@@ -10,9 +10,13 @@ import threading
 import time
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import replace
+from functools import partial
 from ipaddress import IPv4Address
 
 import pytest
+from mesh_scene import OTHER as THEIRS
+from mesh_scene import attached, datagram, ends, meshed, vpn
+from mesh_scene import packets as mesh_packets
 from netplan_scene import (
     BASE,
     HOST4,
@@ -121,6 +125,34 @@ def test_out(known, of_a, of_b, target, ownership):
     assert sent["slappart1"] == COUNT
     # what is dropped is no traffic, and the other way round
     assert refused() == {A: COUNT - sent["slappart0"]}
+
+
+def test_of_the_mesh(node):
+    """Both ways through its interface, which belongs to nobody in particular."""
+    limits = {"slappart0": RateLimit(RATE, in_force=True)}
+    node.converge(meshed(2, tap=False, limits=limits))
+    few, size = 400, 20 + 8 + SIZE  # fewer than the queue of a tun takes
+    allowed, most = BURST // size, (BURST + 6 * RATE) // size
+    target = str(THEIRS[2])
+    left = []
+    with attached() as device:
+        for uid, one in ((A, 0), (B, 1)):
+            sent = partial(blast, vpn(one), target, 9, few)
+            assert as_user(uid, sent) == "ok"
+            left += [ends(packet)[0] for packet in mesh_packets(device)]
+        for one in (0, 1):
+            for _ in range(few):
+                os.write(device, datagram(target, vpn(one), 9, bytes(SIZE)))
+        assert mesh_packets(device)  # unreachable: nobody listens
+    assert allowed <= left.count(vpn(0)) <= most
+    assert left.count(vpn(1)) == few
+    came = {
+        one.partition: one.packets_in for one in read_counters().traffic if one[1:3] == ("vpn4", "remote")
+    }
+    assert came["slappart1"] == few
+    assert allowed <= came["slappart0"] <= most
+    # on input there is nobody but the partition, on output its user
+    assert sum(refused().values()) >= 2 * few - left.count(vpn(0)) - came["slappart0"]
 
 
 @pytest.mark.parametrize(("of_a", "of_b"), [(A6, B6), (A_RANGE, B_RANGE)])
