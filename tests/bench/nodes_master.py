@@ -109,7 +109,9 @@ def theirs(computer: str, partitions: int) -> list[bytes]:
 
     def get(name: str, **query: str) -> bytes:
         return recorded(
-            lambda url: requests.get(url + name, params=query, headers=polling.PEER_HEADERS, timeout=_PATIENCE)
+            lambda url: requests.get(
+                url + name, params=query, headers=polling.PEER_HEADERS, timeout=_PATIENCE
+            )
         )
 
     def post(partition: int) -> bytes:

@@ -124,12 +124,12 @@ class Pair:
 
     def _bridge(self) -> None:
         server, client = self.nodes
-        _declare(
-            server, f"mode = server\nlisten = {LISTEN}\nconnect = {SERVICE}\nallow = {_pin(client)}\n"
-        )
+        _declare(server, f"mode = server\nlisten = {LISTEN}\nconnect = {SERVICE}\nallow = {_pin(client)}\n")
         far = server.public(_PARTITION)
         far = f"[{far}]" if ":" in far else far
-        _declare(client, f"mode = client\nlisten = {ENTRY}\nconnect = {far}:{LISTEN}\npeer = {_pin(server)}\n")
+        _declare(
+            client, f"mode = client\nlisten = {ENTRY}\nconnect = {far}:{LISTEN}\npeer = {_pin(server)}\n"
+        )
         for node in self.nodes:
             node.verb("apply")
 
@@ -182,9 +182,11 @@ class Way:
             sys.exit(f"{self.name}: {' '.join(command[-6:])} exited {done.returncode}: {done.stderr}")
         return [float(one) for one in done.stdout.split()]
 
-    def cpu(self) -> float:
-        """Processor seconds so far of those who carry it."""
-        return tunnel_load.cpu(self.pair.pids(*self.programs)) if self.programs else 0.0
+    def cpu(self) -> dict[int, float]:
+        """Processor seconds so far of those who carry it, by process."""
+        return (
+            {pid: tunnel_load.cpu([pid]) for pid in self.pair.pids(*self.programs)} if self.programs else {}
+        )
 
 
 def _words(node: Node, *arguments: object, partition: bool) -> list[str]:
@@ -221,7 +223,13 @@ def ways() -> Iterator[list[Way]]:
             Way(RAW, plain, (outer, SERVICE), partition=False),
             Way("stunnel over IPv6", plain, (plain.client.private(_PARTITION), ENTRY), True, ("stunnel",)),
             Way("tinc", mesh, (inner, SERVICE), False, ("tincd",)),
-            Way("stunnel over tinc", mesh, (mesh.client.private(_PARTITION), ENTRY), True, ("stunnel", "tincd")),
+            Way(
+                "stunnel over tinc",
+                mesh,
+                (mesh.client.private(_PARTITION), ENTRY),
+                True,
+                ("stunnel", "tincd"),
+            ),
         ]
         for way in found:
             wait_for(f"an answer by {way.name}", lambda: _answers(way))  # noqa: B023 - called within this turn

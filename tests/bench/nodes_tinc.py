@@ -5,9 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 from ipaddress import IPv4Address, IPv4Network
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from netplan import tinc, tinc_config, tinc_keys
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 TINCD = "/usr/sbin/tincd"
 INTERFACE = "sltinc"
@@ -47,8 +50,8 @@ def member(number: int, reached: str) -> Member:
     return Member(f"node{number}", reached, IPv4Network((start, _PREFIX)))
 
 
-def write(directory: Path, own: Member, members: list[Member]) -> None:
-    """Write what tincd of one member reads: it connects to all others."""
+def write(directory: Path, own: Member, members: list[Member], options: tuple[str, ...] = ()) -> None:
+    """Write what tincd of one member reads: it connects to all others. ``options`` come first, and so are in force."""
     peers = tuple(one.block for one in members if one is not own)
     mesh = tinc_config.Mesh(
         own=own.block,
@@ -60,7 +63,8 @@ def write(directory: Path, own: Member, members: list[Member]) -> None:
     for name, text in mesh.files().items():
         path = directory / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
+        first = "".join(f"{one}\n" for one in options) if name == tinc_config.TINC_CONF else ""
+        path.write_text(first + text)
     key = directory / _KEY
     key.touch(mode=0o600)
     key.write_text(own.key)

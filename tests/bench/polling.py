@@ -325,7 +325,10 @@ def _peer_sizes(way: Counting) -> dict[str, Size]:
         "Authorization": f"X-SlapPartition computer_id={COMPUTER}, computer_partition_id=slappart0",
     }
     with requests.Session() as session:
-        get = lambda name, **query: session.get(way.url + name, params=query, headers=PEER_HEADERS, timeout=60)  # noqa: E731
+
+        def get(name: str, **query: str) -> requests.Response:
+            return session.get(way.url + name, params=query, headers=PEER_HEADERS, timeout=60)
+
         return {
             "hateoas": way.measure(lambda: get("getHateoasUrl")),
             "wishes": way.measure(lambda: get("getFullComputerInformation", computer_id=COMPUTER)),
