@@ -13,6 +13,9 @@ from pathlib import Path
 import pytest
 from life_node import ENVIRONMENT, ROOT, SLAPOS
 
+# what slapos.cookbook's recipes make here is in tests/nodes, too
+pytestmark = pytest.mark.full
+
 RELEASE = ROOT / "tests" / "lifecycle" / "cookbook"
 PASSES = (
     6  # until the request of an instance for another one is answered, and what that publishes has come back

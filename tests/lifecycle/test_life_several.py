@@ -46,6 +46,7 @@ def test_failing_release_beside_a_good_one(node, url):
     assert (node.software(bad) / "instance.cfg").is_file()
 
 
+@pytest.mark.full
 def test_two_requests_at_once(node, url):
     # the node sees both in one answer; asked at the same moment, slapproxy may give both the same partition
     node.front.answers[WISHES] = always(b"", 503)
@@ -151,6 +152,7 @@ def test_destroyed_and_given_again_during_a_pass(node, url):
     node.wait_for_state(first, "started")
 
 
+@pytest.mark.full
 def test_daemon_ends_while_a_destroy_is_refused(node, url):
     """What the report lane tries again later is nothing that the end waits for; the next daemon goes on with it."""
     name = node.holder("three")

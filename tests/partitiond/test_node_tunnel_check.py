@@ -233,6 +233,7 @@ def test_what_the_other_side_may_be(scene):
     assert (last, text.returncode) == ("0 of 1 tunnels work", 3)
 
 
+@pytest.mark.full
 def test_what_may_be_down(scene):
     scene.apply()
     said = scene.end_service(0)
@@ -253,6 +254,7 @@ def test_what_may_be_down(scene):
     assert scene.outcomes()["slappart0/in"] == "stunnel_fails"
 
 
+@pytest.mark.full
 def test_pins_that_come_and_go(scene):
     scene.apply()
     # declared, and not loaded yet
@@ -291,6 +293,7 @@ def test_certificates_that_are_others_or_ran_out(scene):
     assert found["slappart0/in"]["message"] == "slappart2 is let through to the service"
 
 
+@pytest.mark.full
 def test_a_port_that_another_tenant_has(scene):
     scene.serve(2, "::", 4000)
     scene.apply(3)
@@ -299,6 +302,7 @@ def test_a_port_that_another_tenant_has(scene):
     assert "port 4000 is taken" in found["slappart0/in"]["message"]
 
 
+@pytest.mark.full
 def test_a_key_that_is_damaged_or_gone(scene):
     scene.apply()
     directory = scene.node.state / "tunnels" / "slappart1"
