@@ -473,7 +473,15 @@ def _demo(options: argparse.Namespace) -> int:
 
     if os.geteuid() != 0:
         raise PartitiondError("cli.root", "namespaces need root", resource="demo", hint="run it with sudo")
-    return run.inside(keep=options.keep) if options.inside else run.outside(keep=options.keep)
+    if options.mesh and options.nodes == 1:
+        raise WrongUseError(
+            "cli.mesh_of_one",
+            "a mesh of one node is none",
+            resource="demo --mesh",
+            hint="demo --mesh --nodes 3",
+        )
+    play = run.inside if options.inside else run.outside
+    return play(keep=options.keep, nodes=options.nodes, mesh=options.mesh)
 
 
 _VERBS: dict[str, Callable[[argparse.Namespace], int]] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from typing import TYPE_CHECKING, NoReturn
 
@@ -56,6 +57,12 @@ def _timeout(text: str) -> float:
     return seconds
 
 
+def _nodes(text: str) -> int:
+    if not re.fullmatch("[1-9]", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of nodes from 1 to 9")
+    return int(text)
+
+
 def _add_usage(usage: argparse.ArgumentParser) -> None:
     usage.add_argument("--from", metavar="T", help=f"{_TIME}; without it: since the beginning")
     usage.add_argument("--to", metavar="T", help="likewise; without it: until now")
@@ -88,6 +95,14 @@ def parser() -> argparse.ArgumentParser:
     teardown.add_argument("--purge", action="store_true", help="data, too")
     demo = verb("demo", "the whole way through, in private namespaces")
     demo.add_argument("--keep", action="store_true", help="leave it up until Enter is pressed")
+    demo.add_argument(
+        "--nodes",
+        type=_nodes,
+        default=1,
+        metavar="N",
+        help="services across 2 to 9 nodes [1: one node alone]",
+    )
+    demo.add_argument("--mesh", action="store_true", help="nodes without IPv6, over tinc")
     demo.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
     return top
 

@@ -52,7 +52,7 @@ class Machine:
             [
                 *source.ending_with_us(),
                 *source.python("partitiond.sandbox"),
-                *source.binds(),
+                *(f"--bind={shown}:{place}" for shown, place in source.binds()),
                 *("--", "/bin/sleep", "infinity"),
             ],
             cwd="/",
@@ -151,6 +151,10 @@ class Machine:
         for pid in children(program.pid):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
+        return self.finished(program)
+
+    def finished(self, program: subprocess.Popen[bytes]) -> int:
+        """Wait for the end of a program that was started; its exit status."""
         status = program.wait(PATIENCE)
         self._programs.remove(program)
         return status

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 import sys
@@ -11,6 +12,9 @@ import urllib.request
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from defusedxml.ElementTree import fromstring
+
+from partitiond.demo import scene
 from partitiond.demo.machine import Machine, wait_for
 from partitiond.errors import PartitiondError
 
@@ -36,19 +40,6 @@ print(json.dumps([dict(row) for row in database.execute(f"SELECT * FROM {table}"
 """
 
 
-def program() -> str:
-    """The ``slapos`` program. Raises PartitiondError ``demo.no_master``."""
-    found = Path(sys.prefix) / "master" / "bin" / "slapos"
-    if not found.is_file():
-        raise PartitiondError(
-            "demo.no_master",
-            "the reference master is not installed",
-            resource=str(found),
-            hint="make install, or make demo in a checkout, installs it",
-        )
-    return str(found)
-
-
 class Master(Machine):
     """Its database is ``/srv/master/proxy.db`` on its machine, and stays while it is stopped."""
 
@@ -71,7 +62,9 @@ class Master(Machine):
             f"[slapproxy]\nhost = {self.site.address}\nport = {PORT}\ndatabase_uri = {_HOME}/proxy.db\n"
         )
         self.write_client(self)
-        self._running = self.launch(program(), "proxy", "start", "--cfg", f"{_HOME}/proxy.cfg")
+        self._running = self.launch(
+            str(scene.master_program()), "proxy", "start", "--cfg", f"{_HOME}/proxy.cfg"
+        )
         wait_for(self._answers, "the master to answer", log=self.tail)
 
     def stop(self) -> None:
@@ -91,36 +84,35 @@ class Master(Machine):
         if self._running is None or self._running.poll() is not None:
             raise PartitiondError("demo.master", "the master ended", hint=self.tail())
         try:
-            return self._asked("getRunId") is not None
+            return self.within(self._run_id) == 200
         except (urllib.error.URLError, ConnectionError, TimeoutError):
             return False
 
-    def _asked(self, path: str, body: object = None) -> bytes:
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(  # noqa: S310 - the world's own master
-            f"{self.url}{path}", data, {"Content-Type": "application/json"}
-        )
-
-        def ask() -> bytes:
-            with urllib.request.urlopen(request, timeout=20) as answer:  # noqa: S310 - as above
-                return bytes(answer.read())
-
-        return self.within(ask)
+    def _run_id(self) -> int:
+        with urllib.request.urlopen(f"{self.url}getRunId", timeout=20) as answer:  # noqa: S310 - the world's own
+            return int(answer.status)
 
     # --- what its users see
 
-    def tree(self, title: str) -> dict[str, Any]:
-        """An instance as its own interface shows it; empty when there is none."""
-        try:
-            found: dict[str, Any] = json.loads(self._asked("slapos.get.v0.instance_tree", {"title": title}))
-        except urllib.error.HTTPError:
-            return {}
-        return found
-
     def published(self, title: str) -> dict[str, str]:
-        """What an instance has published; empty when there is nothing yet."""
-        found = self.tree(title).get("connection_parameters") or {}
-        return {str(key): str(value) for key, value in found.items()}
+        """What an instance has published, root or not; empty when there is nothing yet."""
+        for row in self.rows("partition"):
+            if row["partition_reference"] == title and row["connection_xml"]:
+                found = fromstring(row["connection_xml"])
+                return {str(one.get("id")): one.text or "" for one in found.iter("parameter")}
+        return {}
+
+    def holder(self, title: str) -> tuple[str, str]:
+        """The computer and the partition that were given to an instance. Raises PartitiondError ``demo.unexpected``."""
+        for row in self.rows("partition"):
+            if row["partition_reference"] == title:
+                return str(row["computer_reference"]), str(row["reference"])
+        raise PartitiondError("demo.unexpected", "the master has no such instance", resource=title)
+
+    def asked(self, path: str) -> list[str]:
+        """Who asked something of it so far, by address: once for each answer with status 200, as its log has them."""
+        pattern = re.compile(rf' INFO (\S+) - - .*"(?:GET|POST) /{re.escape(path)}\b.* 200 ')
+        return pattern.findall(self.log.read_text(errors="replace"))
 
     def rows(self, table: str) -> list[dict[str, Any]]:
         """All rows of a table of its database, as named in ``slapos/proxy/schema.sql`` without the schema's version."""
@@ -138,7 +130,7 @@ class Master(Machine):
 
     def slapos(self, machine: Machine, *words: str) -> subprocess.CompletedProcess[str]:
         """Run the stock ``slapos supply``, ``request`` or ``remove`` on a machine. Raises PartitiondError when it fails."""
-        return machine.run(program(), *words, "--cfg", str(_CLIENT))
+        return machine.run(str(scene.master_program()), *words, "--cfg", str(_CLIENT))
 
     def supply(self, url: str, computer: str) -> None:
         """Let a computer have a Software Release."""

@@ -110,23 +110,34 @@ class Node(Machine):
 
     # --- the daemon and supervisord
 
+    def begin(self) -> None:
+        """Start ``partitiond run``."""
+        self.daemon = self.launch(*self.line("run"))
+
     def start(self) -> None:
         """Start ``partitiond run`` and wait until it answers."""
-        self.daemon = self.launch(*self.line("run"))
+        self.begin()
         wait_for(self.answers, f"the daemon of {self.name} to answer", log=self.tail)
 
     def answers(self) -> bool:
-        """Whether the daemon does."""
-        if self.daemon is not None and self.daemon.poll() is not None:
-            raise PartitiondError("demo.unexpected", f"the daemon ended: {self.tail()}", resource=self.name)
-        try:
-            return control.call(self.seen(_SOCKET), "GET", "/1/status") is not None
-        except PartitiondError:
-            return False
+        """Whether the daemon does. Raises PartitiondError ``demo.unexpected`` when it has ended."""
+        return self._status() is not None
 
     def offered(self) -> bool:
         """Whether the master knows the partitions; before that a supply is refused."""
-        return self.answers() and bool(self.verb("status")["node"]["master"]["reachable"])
+        found = self._status()
+        return found is not None and bool(found["node"]["master"]["reachable"])
+
+    def _status(self) -> dict[str, Any] | None:
+        """What the daemon says; None while it does not answer, or went away over it."""
+        if self.daemon is not None and self.daemon.poll() is not None:
+            raise PartitiondError("demo.unexpected", f"the daemon ended: {self.tail()}", resource=self.name)
+        try:
+            return control.call(self.seen(_SOCKET), "GET", "/1/status")
+        except PartitiondError as error:
+            if error.code != "control.lost":
+                raise
+            return None
 
     def stop(self) -> None:
         """End the daemon as systemd does."""
@@ -140,6 +151,14 @@ class Node(Machine):
         if self.daemon is not None:
             self.end(self.daemon, number)
             self.daemon = None
+
+    def ended(self) -> None:
+        """Wait for the end of a daemon that was told to end. Raises PartitiondError ``demo.unexpected`` for a bad one."""
+        if self.daemon is not None and (status := self.finished(self.daemon)) != 0:
+            raise PartitiondError(
+                "demo.unexpected", f"the daemon exited {status}: {self.tail()}", resource=self.name
+            )
+        self.daemon = None
 
     def supervisord(self) -> int | None:
         """The number of supervisord as it is seen from here; None while it does not run."""
@@ -161,8 +180,10 @@ class Node(Machine):
     # --- its partitions
 
     def partitions(self) -> dict[str, dict[str, Any]]:
-        """Its partitions by id, as ``status`` has them."""
-        return {item["id"]: item for item in self.verb("status")["partitions"]}
+        """Its partitions by id, as ``status`` has them: asked of the daemon itself, where one runs."""
+        # looked at again and again: an interpreter each time would be most of what a demonstration costs
+        found = self._status() or self.verb("status")
+        return {item["id"]: item for item in found["partitions"]}
 
     def path(self, partition: str) -> Path:
         """Where a partition's directory is, on the node."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -10,75 +11,104 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from netplan import counters
 from partitiond import control, execute, present, sandbox, usage_text
-from partitiond.demo import scene
+from partitiond.demo import scenario, scene, source
+from partitiond.demo.scenario import Scenario
+from partitiond.demo.telling import Telling, check, say
 from partitiond.errors import FAMILY, PartitiondError, sentence
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 DAEMON_LOG = Path("/var/log/partitiond/daemon.log")
 _ITEMS = 5
 _SERVER, _CLIENT = "server", "client"
 
 
-def outside(*, keep: bool) -> int:
-    """Make the namespaces and run the demonstration in them."""
-    scene_master = sandbox.home_of_environment() / "bin" / "python3"
+def outside(*, keep: bool, nodes: int = 1, mesh: bool = False) -> int:
+    """Make the namespaces and run the demonstration in them: that of one node, or of several."""
+    if nodes > 1:
+        scenario.check_programs(mesh=mesh)
+    home = sandbox.home_of_environment() / "bin" / "python3"
     arguments = [
-        str(scene_master),
-        "-I",
-        "-m",
-        "partitiond",
+        str(home),
+        *source.python("partitiond")[1:],
         "demo",
         "--inside",
         *(["--keep"] if keep else []),
+        *(["--nodes", str(nodes)] if nodes > 1 else []),
+        *(["--mesh"] if mesh else []),
     ]
     binds = sandbox.environment_binds()
-    return sandbox.run(arguments, binds=binds, keep_opt=not binds)
+    return sandbox.run(arguments, binds=[*binds, *source.binds()], keep_opt=not binds)
 
 
-def inside(*, keep: bool) -> int:
+def inside(*, keep: bool, nodes: int = 1, mesh: bool = False) -> int:
     """Run the demonstration in the namespaces that :func:`outside` made."""
     if not sandbox.inside():
         raise PartitiondError(
             "demo.not_inside", "--inside is for the demonstration's own use", hint="partitiond demo"
         )
+    if nodes > 1:
+        return _several(Scenario(nodes, mesh=mesh), keep=keep)
     demo = Demo()
+    return _play(demo, lambda: f"the daemon's log ends:\n{_tail(DAEMON_LOG)}", keep=keep)
+
+
+def _several(play: Scenario, *, keep: bool) -> int:
+    with contextlib.closing(play):
+        return _play(play, play.logs, keep=keep)
+
+
+class _Play(Protocol):
+    """A demonstration: steps, a state in which it may be looked at, and an end."""
+
+    def play(self) -> None: ...
+    def clear_up(self) -> None: ...
+    def ways_in(self) -> list[str]: ...
+
+
+def _play(demo: _Play, logs: Callable[[], str], *, keep: bool) -> int:
+    """Exit status 0 only if all was seen."""
     try:
         demo.play()
-    except (*FAMILY, subprocess.SubprocessError, OSError) as error:
-        _say(f"\n{present.colour('✗', 'red')} {sentence(error)}")
-        _say(f"the daemon's log ends:\n{_tail(DAEMON_LOG)}")
         if keep:
-            demo.hold()
+            _hold(demo.ways_in())
+        demo.clear_up()
+    except (*FAMILY, subprocess.SubprocessError, OSError) as error:
+        say(f"\n{present.colour('✗', 'red')} {sentence(error)}")
+        say(logs())
+        if keep:
+            _hold(demo.ways_in())
         return 1
-    if keep:
-        demo.hold()
-    demo.clear_up()
-    _say(_NEXT)
+    say(_NEXT)
     return 0
+
+
+def _hold(ways_in: list[str]) -> None:
+    """Leave everything up until Enter is pressed."""
+    program = Path(sys.prefix) / "bin" / "partitiond"
+    inner = "".join(f"  {line}\n" for line in ways_in)
+    say(
+        "\nIt is up. Enter it from another terminal with\n"
+        f"  nsenter -a -t {os.environ.get(sandbox.OUTSIDE_PID, 'PID')} bash\n"
+        + (f"and from there, as they are machines of their own,\n{inner}" if inner else "")
+        + f"and there, for example, {program} status. Press Enter here to end it."
+    )
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.stdin.readline()
 
 
 _NEXT = """
 Every step was seen to work. Next:
-  make demo ARGS=--keep      leaves the node up, with a line that tells how to enter it
+  make demo ARGS=--keep      leaves it up, with lines that tell how to enter it
+  make demo ARGS="--nodes 3" services across three nodes; with --mesh without IPv6, over tinc
   make install               an environment in /opt/partitiond; then write /etc/opt/slapos/slapos.cfg,
                              look with `partitiond plan`, and converge with `partitiond apply`
   partitiond --help          all verbs"""
-
-
-def _check(seen: object, otherwise: str) -> None:
-    """Go on only when something was seen. Raises PartitiondError ``demo.unexpected``."""
-    if not seen:
-        raise PartitiondError(
-            "demo.unexpected", otherwise, hint="this is a mistake of ours: please report it"
-        )
-
-
-def _say(text: str) -> None:
-    sys.stdout.write(text + "\n")
-    sys.stdout.flush()
 
 
 def _tail(path: Path) -> str:
@@ -87,7 +117,7 @@ def _tail(path: Path) -> str:
 
 def partitiond(*arguments: str, expect: tuple[int, ...] = (0,)) -> dict[str, Any]:
     """Run a verb with ``--json`` as an operator would; fail when it exits otherwise than expected."""
-    command = [sys.executable, "-I", "-m", "partitiond", "--json", *arguments]
+    command = [*source.python("partitiond"), "--json", *arguments]
     done = subprocess.run(command, cwd="/", capture_output=True, text=True, check=False, timeout=120)
     if done.returncode not in expect:
         raise PartitiondError(
@@ -99,24 +129,12 @@ def partitiond(*arguments: str, expect: tuple[int, ...] = (0,)) -> dict[str, Any
 
 
 @dataclass(slots=True)
-class Demo:
+class Demo(Telling):
     """The demonstration under way."""
 
-    began: float = field(default_factory=time.monotonic)
-    number: int = 0
     daemon: subprocess.Popen[bytes] | None = None
     master: subprocess.Popen[bytes] | None = None
     links_before: set[str] = field(default_factory=set)
-
-    def step(self, text: str) -> None:
-        """Announce a step."""
-        self.number += 1
-        _say(f"\n{present.colour(f'{self.number}. {text}', 'bold')}  ({time.monotonic() - self.began:.1f} s)")
-
-    @staticmethod
-    def seen(text: str) -> None:
-        """Tell what was seen to work."""
-        _say(f"   {present.colour('✓', 'green')} {text}")
 
     def play(self) -> None:
         """All steps but the last."""
@@ -137,11 +155,11 @@ class Demo:
         self._crash()
         self._refusals()
         self.step("What the node says")
-        _say(present.status(partitiond("status")))
-        _say("")
-        _say(present.tunnels(partitiond("tunnel", "list")))
-        _say("")
-        _say(usage_text.usage(self._usage()))
+        say(present.status(partitiond("status")))
+        say("")
+        say(present.tunnels(partitiond("tunnel", "list")))
+        say("")
+        say(usage_text.usage(self._usage()))
 
     def _bring_up(self) -> None:
         self.step("partitiond plan, then partitiond run: five partitions")
@@ -152,7 +170,7 @@ class Demo:
         self.seen(
             "partitions, taps, addresses and the packet filter are there; the master knows their capacity"
         )
-        _check(not partitiond("plan")["operations"], "a plan after apply is not empty")
+        check(not partitiond("plan")["operations"], "a plan after apply is not empty")
         self.seen("a second plan is empty")
 
     def _instances(self) -> None:
@@ -176,7 +194,7 @@ class Demo:
         scene.wait_for(_tunnels_up, "both tunnels to be up", DAEMON_LOG)
         self.seen("the server lets exactly that certificate in; both tunnels are up")
         daemons = [pid for pid in _supervisord_pids() if _parent(pid) == 1]
-        _check(daemons, "supervisord is a child of the daemon")
+        check(daemons, "supervisord is a child of the daemon")
         self.seen(f"supervisord (process {daemons[0]}) is no child of the daemon")
 
     def _traffic(self) -> None:
@@ -186,11 +204,11 @@ class Demo:
         self.seen(_as_user(client, "memcached", client["ipv4"], "11211", str(_ITEMS), "0"))
         self.seen(_as_user(client, "echo", client["ipv6"], scene.ROUTER, str(scene.ECHO_PORT), "1000000"))
         after = self._bytes(client["id"], client["ipv6"])
-        _check(
+        check(
             after - before > 2 * _ITEMS * 900_000 + 1_000_000,
             "the bytes of the exchange are not in the usage",
         )
-        _check(
+        check(
             self._bytes(server["id"], server["ipv6"]) > _ITEMS * 900_000,
             "the server's bytes are not in the usage",
         )
@@ -206,11 +224,11 @@ class Demo:
             scene.kill(self.daemon)
         said = _finish(running)
         self.seen(f"meanwhile: {said}")
-        _check(_tenants() == pids, "a tenant's process ended or began")
+        check(_tenants() == pids, "a tenant's process ended or began")
         self.seen(f"memcached and both stunnels ran on: processes {', '.join(map(str, sorted(pids)))}")
         self.daemon = scene.start_daemon(DAEMON_LOG)
         scene.wait_for(_daemon_answers, "the daemon to be back", DAEMON_LOG)
-        _check(not partitiond("plan")["operations"], "a plan after apply is not empty")
+        check(not partitiond("plan")["operations"], "a plan after apply is not empty")
         self.seen("the restarted daemon's plan is empty")
         self._compare_with_kernel()
 
@@ -232,7 +250,7 @@ class Demo:
             for key, value in kernel.items()
             if value > ledger.get(key, 0) + 2000
         }
-        _check(not behind, f"the ledger misses bytes: {behind}")
+        check(not behind, f"the ledger misses bytes: {behind}")
         self.seen(f"the ledger has every byte that the kernel counted: {sum(kernel.values())}")
 
     def _refusals(self) -> None:
@@ -248,7 +266,7 @@ class Demo:
         denied = next(
             item["denied_packets"] for item in self._usage()["partitions"] if item["id"] == third["id"]
         )
-        _check(denied >= 2, "refused packets are not counted")
+        check(denied >= 2, "refused packets are not counted")
         self.seen(f"{denied} refused packets are counted at {third['id']}")
 
     def _usage(self) -> dict[str, Any]:
@@ -271,24 +289,18 @@ class Demo:
             self.daemon.wait(30)
             self.master.terminate()
             self.master.wait(10)
-        _check(_links() == self.links_before, f"links are left: {_links() - self.links_before}")
+        check(_links() == self.links_before, f"links are left: {_links() - self.links_before}")
         with Path("/etc/passwd").open() as stream:
-            _check("slapuser" not in stream.read(), "users are left")
-        _check(not counters.read_counters().epoch, "the packet filter is left")
+            check("slapuser" not in stream.read(), "users are left")
+        check(not counters.read_counters().epoch, "the packet filter is left")
         for path in ("/srv/slapgrid/instance", "/srv/slapgrid/software", "/var/lib/partitiond"):
-            _check(not Path(path).exists(), f"{path} is left")
+            check(not Path(path).exists(), f"{path} is left")
         self.seen("links, users, packet filter, processes and data are gone")
 
-    def hold(self) -> None:
-        """Leave everything up until Enter is pressed."""
-        program = Path(sys.prefix) / "bin" / "partitiond"
-        _say(
-            "\nThe node is up. Enter it from another terminal with\n"
-            f"  nsenter -a -t {os.environ.get(sandbox.OUTSIDE_PID, 'PID')} bash\n"
-            f"and there, for example, {program} status. Press Enter here to end it."
-        )
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        sys.stdin.readline()
+    @staticmethod
+    def ways_in() -> list[str]:
+        """Nothing to enter but the sandbox."""
+        return []
 
 
 def _links() -> set[str]:
@@ -342,7 +354,7 @@ def _command(item: dict[str, Any], *arguments: str) -> list[str]:
     user = item["user"]["name"]
     return [
         *(execute.SETPRIV, "--reuid", user, "--regid", user, "--init-groups", "--no-new-privs", "--"),
-        *(sys.executable, "-I", "-m", "partitiond.demo.traffic", *arguments),
+        *(*source.python("partitiond.demo.traffic"), *arguments),
     ]
 
 

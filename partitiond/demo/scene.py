@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from partitiond import execute
+from partitiond.demo import source
 from partitiond.errors import PartitiondError
 
 BRIDGE, UPLINK = "br0", "eth0"
@@ -217,7 +218,7 @@ def start_daemon(log: Path) -> subprocess.Popen[bytes]:
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as stream:
         return subprocess.Popen(
-            [sys.executable, "-I", "-m", "partitiond", "run"],
+            [*source.python("partitiond"), "run"],
             cwd="/",
             stdin=subprocess.DEVNULL,
             stdout=stream,

@@ -23,9 +23,9 @@ def environment() -> dict[str, str]:
     return found if _INSTALLED else {**found, "PYTHONPATH": str(_HOME)}
 
 
-def binds() -> list[str]:
+def binds() -> list[tuple[str, str]]:
     """What a sandbox must show besides: the checkout, where this does not run from an installation."""
-    return [] if _INSTALLED else ["--bind", f"{_HOME}:{_HOME}"]
+    return [] if _INSTALLED else [(str(_HOME), str(_HOME))]
 
 
 def ending_with_us() -> list[str]:

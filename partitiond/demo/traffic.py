@@ -10,8 +10,10 @@ import errno
 import hashlib
 import os
 import socket
+import ssl
 import sys
 import time
+import urllib.request
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -78,6 +80,32 @@ def refused_source(source: str, host: str, port: str) -> str:
     return _refused(source, host, port)
 
 
+def refused_tls(host: str, port: str) -> str:
+    """Try to speak TLS to somebody else's tunnel without a certificate that it knows."""
+    context = ssl.create_default_context()
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    try:
+        with (
+            socket.create_connection((host, int(port)), _TIMEOUT) as plain,
+            context.wrap_socket(plain) as connection,
+        ):
+            # the server's verdict comes after its own half of the handshake (RFC 8446, 4.4.2.4)
+            connection.sendall(b"version\r\n")
+            if said := connection.recv(1):
+                raise ValueError(f"was let in: {said!r}")
+    except ssl.SSLError as error:
+        return f"refused: {error.reason}"
+    except ConnectionResetError as error:
+        return f"refused: {error.strerror}"
+    return "refused: the connection was closed"
+
+
+def page(url: str) -> str:
+    """Get a page by HTTP."""
+    with urllib.request.urlopen(url, timeout=2 * _TIMEOUT) as answer:  # noqa: S310 - the demonstration's own
+        return str(answer.read().decode())
+
+
 def _refused(source: str | None, host: str, port: str) -> str:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     start = time.monotonic()
@@ -99,6 +127,8 @@ _VERBS: dict[str, Callable[..., str]] = {
     "echo": echo,
     "refused-connect": refused_connect,
     "refused-source": refused_source,
+    "refused-tls": refused_tls,
+    "page": page,
 }
 
 

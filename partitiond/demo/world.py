@@ -7,6 +7,7 @@ reach, and partitions reach each other by tinc.
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import sys
 import tempfile
@@ -55,18 +56,20 @@ class World:
             )
         if not 1 <= nodes <= len(NAMES):
             raise ValueError(nodes)
-        self.mesh, self._amount, self._partitions = mesh, nodes, partitions
+        self.mesh, self.amount, self._partitions = mesh, nodes, partitions
         self._delay, self._loss, self._settings = delay, loss, settings or {}
         self.nodes: list[Node] = []
-        self._twins: list[Node] = []
+        self._ends = contextlib.ExitStack()
 
     # --- up and down
 
     def up(self) -> World:
         """Make all but the daemons; whatever was made is gone again when that fails."""
         self.directory = Path(tempfile.mkdtemp(prefix="world-", dir="/srv"))
+        self._ends.callback(shutil.rmtree, self.directory)
         try:
             self.internet = Internet(delay=self._delay, loss=self._loss)
+            self._ends.callback(self.internet.close)
             self._make_machines()
             self.master.start()
             self._serve_releases()
@@ -80,13 +83,17 @@ class World:
     def _make_machines(self) -> None:
         where = internet.master_site(ipv6=not self.mesh)
         self.master = Master("master", self.internet, where, self.directory / "master.log")
-        for number, name in enumerate(NAMES[: self._amount], 1):
+        for number, name in enumerate(NAMES[: self.amount], 1):
             self.nodes.append(self._node(name, number, number))
         machines: list[Machine] = [self.master, *self.nodes]
         for machine in machines:
-            machine.power_on()
+            self._power_on(machine)
         for machine in machines:
             machine.connect()
+
+    def _power_on(self, machine: Machine) -> None:
+        self._ends.callback(machine.power_off)
+        machine.power_on()
 
     def _node(self, name: str, number: int, site: int) -> Node:
         where = internet.site(site, ipv6=not self.mesh)
@@ -100,12 +107,12 @@ class World:
     def _serve_releases(self) -> None:
         """Let all machines fetch the releases of the demonstration by HTTP from the master's machine."""
         shown = self.master.seen(_RELEASES)
-        for name in ("release",):
+        for name in ("release", "services"):
             shutil.copytree(Path(__file__).parent / name, shown / name)
         address = ("--bind", self.master.site.address, "--directory", str(_RELEASES), str(_RELEASE_PORT))
         self.master.launch(sys.executable, "-I", "-m", "http.server", *address)
 
-    def release(self, name: str) -> str:
+    def release(self, name: str = "services") -> str:
         """The URL of a Software Release."""
         return f"http://{self.master.site.in_url}:{_RELEASE_PORT}/{name}/software.cfg"
 
@@ -114,7 +121,7 @@ class World:
         if self.mesh:
             self.join_mesh()
         for node in self.nodes:
-            node.start()
+            node.begin()
         for node in self.nodes:
             wait_for(node.offered, f"the capacity of {node.name} to be posted", log=node.tail)
         return self
@@ -126,19 +133,12 @@ class World:
             node.verb("apply")
             blocks[node.name] = node.say("mesh", "export")
         for node in self.nodes:
-            for name, block in blocks.items():
-                if name != node.name:
-                    node.say("mesh", "import", "-", said=block)
+            others = [block for name, block in blocks.items() if name != node.name]
+            node.say("mesh", "import", "-", said="\n".join(others))
 
     def close(self) -> None:
-        """End everything."""
-        for machine in (*self.nodes, *self._twins):
-            machine.power_off()
-        if hasattr(self, "master"):
-            self.master.power_off()
-        if hasattr(self, "internet"):
-            self.internet.close()
-        shutil.rmtree(self.directory)
+        """End everything, also what is only half made. A second time does nothing."""
+        self._ends.close()
 
     def __getitem__(self, name: str) -> Node:
         """Return a node by its letter."""
@@ -163,8 +163,7 @@ class World:
         node.keep_configuration(kept)
         found = self._node(f"{node.name}2", node.number, _TWINS + node.number)
         found.computer, found.sections = node.computer, node.sections
-        self._twins.append(found)
-        found.power_on()
+        self._power_on(found)
         found.connect()
         found.give_configuration(kept)
         return found

@@ -1,10 +1,14 @@
 """The demonstration ends well, and leaves the machine that it ran on as it was."""
 
+import os
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = Path(sys.prefix) / "bin" / "partitiond"
 
 
@@ -31,7 +35,7 @@ def _left():
             line = path.read_bytes()
         except OSError:
             continue
-        if b"slapos" in line or b"supervisord" in line or b"partitiond.sandbox" in line:
+        if b"slapos" in line or b"supervisord" in line or b"partitiond." in line:
             found.append(line)
     return [line for line in found if b"pytest" not in line]
 
@@ -49,12 +53,22 @@ def test_the_whole_way_through():
     assert "bytes out" in done.stdout
 
 
-def test_a_killed_demonstration_takes_everything_with_it():
+@pytest.mark.parametrize(
+    ("command", "when"),
+    [
+        ([PROGRAM, "demo"], "memcached runs in its partition"),
+        (
+            [sys.executable, "-P", "-m", "partitiond", "demo", "--nodes", "3"],
+            "the master knows the partitions",
+        ),
+    ],
+    ids=["one node", "three nodes"],
+)
+def test_a_killed_demonstration_takes_everything_with_it(command, when):
     before = _machine()
-    with subprocess.Popen([PROGRAM, "demo"], cwd="/", stdout=subprocess.PIPE, text=True) as process:
-        for line in process.stdout:
-            if "memcached runs in its partition" in line:
-                break
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, cwd="/", stdout=subprocess.PIPE, text=True, env=environment) as process:
+        assert any(when in line for line in process.stdout)
         process.kill()
     deadline = time.monotonic() + 10
     while _left() and time.monotonic() < deadline:

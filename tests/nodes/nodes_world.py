@@ -44,11 +44,6 @@ class Node(demo_node.Node):
     def settled(self):
         assert not self.plan(), f"the plan of {self.name} is not empty: {self.plan()}\n{self.tail()}"
 
-    def holder(self, title):
-        """The partition that holds an instance of the master; None without one."""
-        found = [item["id"] for item in self.partitions().values() if item["instance_title"] == title]
-        return found[0] if found else None
-
 
 class World(demo_world.World):
     node_class = Node
