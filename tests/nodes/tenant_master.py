@@ -10,9 +10,9 @@ from urllib.parse import urlsplit
 
 from nodes_world import until
 
-from partitiond.demo import master
+from partitiond.demo import scene
 
-RELEASES = Path(master.__file__).parent
+RELEASES = Path(scene.__file__).parent
 TITLE, KEEPER = "the-master", "slappart2"
 NEAR = 5000  # where a node finds its master: on 127.0.0.1
 URL = f"http://127.0.0.1:{NEAR}/"
@@ -51,7 +51,7 @@ class Tenancy:
         )
         for name in ("release", "master_release"):
             shutil.copytree(RELEASES / name, self.a.seen(RELEASE).parents[1] / name)
-        self.a.launch(master.program(), "proxy", "start", "--cfg", f"{_BOOTSTRAP}/proxy.cfg")
+        self.a.launch(str(scene.master_program()), "proxy", "start", "--cfg", f"{_BOOTSTRAP}/proxy.cfg")
         self.a.configure({"slapos": {"master_url": url}})
         self.a.start()
         until(self.a.offered, "the capacity of A to be posted", self.a)
@@ -59,7 +59,7 @@ class Tenancy:
 
     def stock(self, *words):
         """Run a stock client on A at the first master."""
-        self.a.run(master.program(), *words, "--cfg", f"{_BOOTSTRAP}/client.cfg")
+        self.a.run(str(scene.master_program()), *words, "--cfg", f"{_BOOTSTRAP}/client.cfg")
 
     def allow(self, *certificates):
         """Ask for the tenant, or change whom it lets in."""
@@ -107,7 +107,7 @@ class Tenancy:
 
     def slapos(self, node, *words):
         """Run a stock client on a node, at the master that its tunnel leads to."""
-        return node.run(master.program(), *words, "--cfg", "/etc/opt/slapos/client.cfg").stdout
+        return node.run(str(scene.master_program()), *words, "--cfg", "/etc/opt/slapos/client.cfg").stdout
 
     # --- looking at the tenant
 

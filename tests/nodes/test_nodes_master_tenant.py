@@ -10,7 +10,7 @@ import tenant_master
 from nodes_world import until
 from tenant_master import KEEPER, NEAR, URL, Tenancy, answers, running
 
-from partitiond.demo import master
+from partitiond.demo import scene
 
 # the pauses between questions to a master that is away grow to 300 s
 LONGEST_PAUSE = 400.0
@@ -93,7 +93,9 @@ def test_capacity_is_in_its_database(tenancy, nodes):
     item = tenancy.a.partitions()[tenancy.partition]
     (service,) = [one for one in item["processes"] if one["name"].startswith("slapproxy")]
     assert service["state"] == "RUNNING"
-    (pid,) = running(tenancy.a, f"{master.program()} proxy start --cfg {tenancy.a.path(tenancy.partition)}")
+    (pid,) = running(
+        tenancy.a, f"{scene.master_program()} proxy start --cfg {tenancy.a.path(tenancy.partition)}"
+    )
     assert tenancy.a.processes()[pid][0] == item["user"]["uid"]
     assert "POST /loadComputerConfigurationFromXML" in tenancy.log()
 
