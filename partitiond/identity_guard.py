@@ -13,7 +13,7 @@ import logging
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from partitiond import alive, converge
+from partitiond import alive, converge, identities, published
 from partitiond.choices import NATURAL
 from partitiond.errors import PartitiondError
 from partitiond.offers import Offered, addresses_of, compare, digest
@@ -55,6 +55,7 @@ def look(context: Context, document: ComputerDocument) -> None:
     elif verdict == "ours" and book.read().foreign:
         book.suspect({})
         _record(context, "the master has the addresses of this node's partitions again")
+    _look_at_published(context, document)
 
 
 def missed(context: Context) -> None:
@@ -91,15 +92,15 @@ def before_offer(context: Context, node: Node, *, force: bool) -> Node:
             look(context, document)
         else:
             node = _begin(context, node, document)
-    if book.read().foreign:
-        raise _twin(book.read().foreign)
+    if book.read().foreign or book.read().published:
+        raise _twin(book.read())
     return node
 
 
 def open_cases(context: Context) -> list[str]:
     """What ``partitiond status`` says of it."""
     offered = context.offers.read()
-    errors = [_twin(offered.foreign)] if offered.foreign else []
+    errors = [_twin(offered)] if offered.foreign or offered.published else []
     errors += [_alive(offered)] if offered.alive else []
     return [f"{error}; {error.hint}" for error in errors]
 
@@ -191,8 +192,34 @@ def _suspect(context: Context, other: Mapping[str, list[str]]) -> None:
     if context.offers.read().foreign == other:
         return
     context.offers.suspect(other)
-    error = _twin(other)
+    error = _twin(context.offers.read())
     _record(context, str(error), error.hint)
+
+
+def _look_at_published(context: Context, document: ComputerDocument) -> None:
+    """Judge what instances that are here have published, by the tunnel certificates among it."""
+    book, node = context.offers, context.node_in_force
+    found = {one.partition_id: rows for one in document.partitions if (rows := published.certificates(one))}
+    items = [item for name in found if node and (item := node.partition(name))]
+    if not items:
+        return
+    states, _ = context.store.readable()
+    for item, identity in zip(items, identities.observe(context.config, items).values(), strict=True):
+        state = states.get(item.id)
+        if state is None or identity is None or state.life == "destroying":
+            book.see(published.names(found[item.id], frozenset()))
+            continue
+        own = frozenset(one.base64 for one in identity.known)
+        shown, strange = published.judge(found[item.id], own, book.shown.get(item.id), state.processed_at)
+        book.shown.pop(item.id, None)
+        if shown:
+            book.shown[item.id] = shown
+        news = {digest((one,)) for one in strange} - set(book.read().seen)
+        book.see(published.names(found[item.id], own))
+        if news:
+            book.save(replace(book.read(), published={**book.read().published, item.id: min(news)}))
+            error = _twin(book.read())
+            _record(context, str(error), error.hint)
 
 
 def _record(context: Context, message: str, hint: str = "") -> None:
@@ -201,14 +228,20 @@ def _record(context: Context, message: str, hint: str = "") -> None:
     context.events.record(CODE, message, resource=context.config.computer_id, **more)
 
 
-def _twin(foreign: Mapping[str, list[str]]) -> PartitiondError:
-    names = sorted(foreign)
-    shown = "; ".join(f"{name}: {', '.join(foreign[name])}" for name in names[:_NAMED])
+def _twin(offered: Offered) -> PartitiondError:
+    names = sorted(offered.foreign or offered.published)
+    shown = "; ".join(
+        f"{name}: {', '.join(offered.foreign[name])}" if offered.foreign else name for name in names[:_NAMED]
+    )
     more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    what = (
+        f"of {shown}{more} the master has addresses that were never told by this one"
+        if offered.foreign
+        else f"for {shown}{more} somebody published a certificate that this one's instance does not have"
+    )
     return PartitiondError(
         CODE,
-        f"another machine told the master that it is this node: of {shown}{more} the master has addresses that were never"
-        " told by this one; it is not told again, and what runs here keeps running",
+        f"another machine told the master that it is this node: {what}; it is not told again, and what runs here keeps running",
         hint="end one of the two; on the one that stays: partitiond sync capacity --force",
     )
 

@@ -19,12 +19,13 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
     from pathlib import Path
 
+    from partitiond.published import Shown
     from slap_client.documents import ComputerDocument
 
 logger = logging.getLogger(__name__)
 
 Verdict = Literal["ours", "older", "foreign", "unknown"]
-_REMEMBERED = 10
+_REMEMBERED, _SEEN = 10, 2000
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,12 +34,15 @@ class Offered:
 
     ``told``: a digest of each partition's addresses, by partition, for each thing told, the last one last; the first may be
     what the master had before the node told it anything. ``foreign``: the addresses that somebody else told, by partition.
-    ``alive``: those because of which nothing was told at all, as somebody answers there.
+    ``alive``: those because of which nothing was told at all, as somebody answers there. ``published``: digests of certificates
+    that somebody else's instance published, by partition; ``seen``: of those that were not this machine's, and no news.
     """
 
     told: tuple[Mapping[str, str], ...] = ()
     foreign: Mapping[str, list[str]] = field(default_factory=dict)
     alive: tuple[str, ...] = ()
+    published: Mapping[str, str] = field(default_factory=dict)
+    seen: tuple[str, ...] = ()
 
 
 def digest(addresses: Iterable[str]) -> str:
@@ -75,6 +79,7 @@ class OfferBook:
         self._read: Offered | None = None
         self.turn = 0  # odd while the master is being told
         self.stale = 0  # answers in a row that had older addresses
+        self.shown: dict[str, Shown] = {}
         self.missed = False  # the capacity was offered again since the master was last seen to know this node
 
     def read(self) -> Offered:
@@ -106,10 +111,16 @@ class OfferBook:
                 self.save(replace(before, told=rows))
             yield
             others = tuple(one for one in self.read().told if one != row)
-            self.save(Offered((*others, row)))
+            self.save(Offered((*others, row), seen=self.read().seen))
             self.stale = 0
         finally:
             self.turn += 1
+
+    def see(self, digests: Iterable[str]) -> None:
+        """Remember certificates that are not this machine's own."""
+        before = self.read()
+        if new := sorted(set(digests) - set(before.seen)):
+            self.save(replace(before, seen=(*before.seen, *new)[-_SEEN:]))
 
     def judges(self, turn: int) -> bool:
         """Whether what was asked for at that ``turn`` may be compared: the master was told nothing new meanwhile."""
@@ -125,7 +136,10 @@ def _read(file: Path) -> Offered:
         value: dict[str, Any] = json.loads(file.read_bytes())
         rows = tuple({str(name): str(text) for name, text in row.items()} for row in value["told"])
         foreign = {str(name): [str(one) for one in found] for name, found in value["foreign"].items()}
-        return Offered(rows, foreign, tuple(map(str, value["alive"])))
+        published = {str(name): str(one) for name, one in value["published"].items()}
+        return Offered(
+            rows, foreign, tuple(map(str, value["alive"])), published, tuple(map(str, value["seen"]))
+        )
     except FileNotFoundError:
         return Offered()
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:

@@ -39,14 +39,15 @@ def ledger(tmp_path):
         yield opened
 
 
-def make(ledger, now, tariff=TARIFF):
+def make(ledger, now, tariff=TARIFF, apart=frozenset()):
     """Make all documents that are due, as the report lane does; give them as data by reference."""
     made = []
     with ledger.transaction() as connection:
         periods = documents.due(connection)
     for period in periods:
         with ledger.transaction() as connection:
-            drafts = documents.gather(connection, period, tariff, COMPUTER, last=period == periods[-1])
+            last_one = period == periods[-1]
+            drafts = documents.gather(connection, period, tariff, COMPUTER, last=last_one, apart=apart)
         with ledger.transaction("IMMEDIATE") as connection:
             made += documents.store(connection, drafts, tariff, COMPUTER, now)
     return {reference: text(ledger, reference) for reference in made}
@@ -157,6 +158,17 @@ def test_who_is_gone_has_a_document_of_its_own(ledger):
     assert {key[0] for key in amounts(made["2026-11-20-slappart0-last"])} == {"SOFTINST-0"}
     assert amounts(made["2026-11-20-node"])[("SOFTINST-9", "in")] == 500
     assert {key[0] for key in amounts(made["2026-11-20-node"])} == {"SOFTINST-1", "SOFTINST-9"}
+
+
+def test_one_that_the_master_does_not_know_spoils_no_document_of_others(ledger):
+    """It is in one of its own, and the same is told in all."""
+    record(ledger, BEGIN, traffic(value=0), traffic("slappart1", value=0))
+    record(ledger, BEGIN + HOUR, traffic(value=1000), traffic("slappart1", value=300))
+    record(ledger, BEGIN + DAY)
+    made = make(ledger, BEGIN + DAY, apart=frozenset(("slappart1",)))
+    assert set(made) == {"2026-11-20-node", "2026-11-20-slappart1-last"}
+    assert {one.reference for one in made["2026-11-20-node"].movements} == {"SOFTINST-0"}
+    assert {one.reference for one in made["2026-11-20-slappart1-last"].movements} == {"SOFTINST-1"}
 
 
 def last(ledger, partition, guid, now):
