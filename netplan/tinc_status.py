@@ -162,6 +162,8 @@ _RULES = (
 )
 _TRYING = re.compile(rf"Trying to connect to (?P<peer>\S+) \({_PLACE}\)")
 _FAILED = re.compile(rf"{_PLACE}: (?P<subject>.+)")
+_TALKS = re.compile(rf"Connected to \S+ \({_PLACE}\)|Connection from (?P<from>\S+ port \S+)")
+_SILENT = re.compile(rf"Timeout from (?P<peer>[A-Za-z0-9_]+) \({_PLACE}\) during authentication")
 _ACTIVATED = re.compile(r"Connection with (?P<peer>\S+) \(.+\) activated")
 
 
@@ -172,6 +174,7 @@ def problems(lines: Iterable[str]) -> tuple[Problem, ...]:
     """
     found: dict[tuple[str, str, str], Problem] = {}
     trying: dict[str, str] = {}
+    talking: set[str] = set()
     for line in lines:
         if STARTING.fullmatch(line):
             found.clear()
@@ -181,6 +184,13 @@ def problems(lines: Iterable[str]) -> tuple[Problem, ...]:
             }
         elif tried := _TRYING.fullmatch(line):
             trying[tried["place"]] = tried["peer"]
+            talking.discard(tried["place"])
+        elif talks := _TALKS.fullmatch(line):
+            talking.add(talks["place"] or talks["from"])
+        elif (silent := _SILENT.fullmatch(line)) and silent["place"] in talking:
+            # by a key that is not its own it cannot even read that it is asked; at its end the data is bogus
+            words = f"begins to talk at {silent['place']} and does not end it: it has another key than its host block says"
+            _note(found, Problem("key", silent["peer"], f"{words}, or no right host block of this node"))
         elif (failed := _FAILED.fullmatch(line)) and failed["place"] in trying:
             words = f"cannot be reached at {failed['place']}: {failed['subject']}"
             _note(found, Problem("unreachable", trying[failed["place"]], words))

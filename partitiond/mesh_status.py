@@ -105,7 +105,10 @@ def _peer(
     trips: Mapping[ipaddress.IPv4Address, float],
 ) -> dict[str, Any]:
     seconds = trips.get(peer.node_address)
-    said = [one.words for one in found if one.peer == peer.name]
+    # with both ends connecting, the second connection may fail beside the one that stands
+    stands = state is not None and state.nexthop == peer.name
+    passing = ("unreachable", "key") if stands else ()
+    said = [one.words for one in found if one.peer == peer.name and one.kind not in passing]
     return {
         **as_json(peer),
         "reachable": state.reachable if state else None,
