@@ -2,7 +2,8 @@
 
 The fleet is that of ``polling.py``: the daemon's own pacing, and slapos.core's cron beside it. slapproxy is asked with the
 bytes that either program sends, replayed on new connections (it closes each), as fast as it answers; every answer is looked
-at. So many nodes can it carry at which the fleet asks as often, in the mean, as it answered.
+at. It carries as many nodes as ask as often, in the mean, as it answered, or as one core of it could: it is one process of
+Python, and a machine that has other things to do shows less.
 """
 
 from __future__ import annotations
@@ -179,7 +180,7 @@ def _replay(port: int, turns: Iterator[bytes], end: float, waits: list[float], f
 def print_slapproxy(counts: Iterable[int], partitions: int, each: float, rounds: int, seconds: float) -> None:
     """Ask a slapproxy that has so many computers; ``each`` is what one node of ours asks in a second."""
     print()
-    heads = ("requests/s", "CPU ms each", "p50 ms", "p99 ms", "nodes it carries")
+    heads = ("requests/s", "CPU ms each", "p50 ms", "p99 ms", "nodes at this rate", "nodes by its CPU")
     row(f"slapproxy, {partitions} busy partitions a computer", *heads)
     for count in counts:
         computers = [f"COMP-{number}" for number in range(count)]
@@ -212,11 +213,13 @@ def _look(proxy: polling.Proxy, computers: list[str], partitions: int) -> None:
 def _print_answers(name: str, answers: list[Answered], often: float) -> None:
     waits = sorted(wait * 1e3 for one in answers for wait in one.waits)
     rates = [one.rate for one in answers]
+    each = statistics.median(one.cpu for one in answers)
     row(
         name,
         middle(rates),
-        shown(statistics.median(one.cpu for one in answers) * 1e3),
+        shown(each * 1e3),
         shown(waits[len(waits) // 2]),
         shown(waits[len(waits) * 99 // 100]),
         shown(statistics.median(rates) / often),
+        shown(1 / each / often),
     )
