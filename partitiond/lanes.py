@@ -127,7 +127,8 @@ def capacity(context: Context, *, force: bool = False) -> Result:
             if context.lane and error.retryable:
                 raise  # the lane tries again soon
             return Result([], [(context.config.computer_id, error)])
-        with context.offers.telling({item.id: _told(item) for item in target.partitions}):
+        offered = master_way.offered(target)
+        with context.offers.telling({item.id: _told(item) for item in offered}):
             client.post_capacity(_document(target, data, same(_distribution())))
     _tell(context, "master.back", context.master.note(True))
     return Result([f"capacity of {len(offered)} partitions posted"], [])
