@@ -91,6 +91,8 @@ class Scenario:
         for node in self.world.nodes:
             say(f"\nnode {node.name}\n{present.status(node.verb('status'))}\n")
             say(present.tunnels(node.verb("tunnel", "list")))
+            if self.world.mesh:  # it exits 0 only while every peer is reachable
+                say(f"\n{node.say('mesh', 'status').rstrip()}")
             node.verb("sync", "usage")
             say(f"\n{usage_text.usage(node.verb('usage'))}")
 
