@@ -4,10 +4,11 @@ They have to be prepared with a network, which tests have not: ``tests/vagrant/p
 """
 
 import subprocess
+from pathlib import Path
 
 import pytest
-from conftest import ROOT
 
+ROOT = Path(__file__).resolve().parent.parent.parent
 PREPARED = ROOT / ".build" / "vagrant"
 
 

@@ -13,8 +13,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, ip
 
+ROOT = Path(__file__).resolve().parent.parent.parent
 VAGRANT = ROOT / "vagrant"
 SCRIPT = VAGRANT / "provision.sh"
 CONFIGURATION = Path("/etc/opt/slapos")
@@ -56,14 +56,19 @@ def machine():
         shutil.rmtree(kept)
 
 
+def run_ip(*lines):
+    text = "".join(f"{line}\n" for line in lines)
+    subprocess.run(["ip", "-batch", "-"], input=text, text=True, check=True)
+
+
 @contextlib.contextmanager
 def ethernet(*addresses):
-    ip("link add eth0 type veth peer name far", "link set eth0 up", "link set far up")
+    run_ip("link add eth0 type veth peer name far", "link set eth0 up", "link set far up")
     try:
-        ip(*(f"address add {address} dev eth0" for address in addresses))
+        run_ip(*(f"address add {address} dev eth0" for address in addresses))
         yield
     finally:
-        ip("link delete eth0")
+        run_ip("link delete eth0")
 
 
 def files():
