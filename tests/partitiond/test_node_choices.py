@@ -56,7 +56,7 @@ def test_what_does_not_apply_is_none_and_is_not_forgotten():
     for index, name in enumerate(bare.rules.partitions):
         assert dataclasses.astuple(bare.chosen[name]) == (
             addresses.private_ipv4(PRIVATE, index),
-            *[None] * 7,
+            *[None] * 8,
         )
     assert bare.kept == before.kept
     assert choose(before.rules, bare.kept).chosen == before.chosen
@@ -255,7 +255,7 @@ def test_the_memory_is_written_once_and_read_once(tmp_path):
 
 
 def test_the_memory_of_a_later_version(tmp_path):
-    row = {"ipv4": "10.0.0.9", "vpn_ipv4": "10.9.0.1"}
+    row = {"ipv4": "10.0.0.9", "moon_ipv4": "10.9.0.1"}
     (tmp_path / "addresses.json").write_text(json.dumps({"partitions": {"slappart0": row}, "more": 1}))
     assert Store(tmp_path).addresses() == {"slappart0": Kept(ipv4=IPv4Address("10.0.0.9"))}
 
