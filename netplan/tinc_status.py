@@ -94,7 +94,9 @@ _PLACE = r"(?P<place>\S+ port \S+)"
 _RULES = (
     (
         "range",
-        re.compile(rf"Ignoring unauthorized ADD_SUBNET from (?P<peer>\S+) \({_PLACE}\): (?P<subject>\S+)"),
+        re.compile(
+            rf"Ignoring unauthorized ADD_SUBNET from (?P<peer>\S+) \({_PLACE}\): (?P<subject>[^#\s]+)(?:#\d+)?"
+        ),
         "passes on the range {subject}, which no host block here gives to anybody: nothing is sent there",
     ),
     (
@@ -170,7 +172,8 @@ _ACTIVATED = re.compile(r"Connection with (?P<peer>\S+) \(.+\) activated")
 def problems(lines: Iterable[str]) -> tuple[Problem, ...]:
     """What stands open at the end of a log, each once, the latest at the end.
 
-    What is wrong with a peer is over when a connection with it is made (but for its ranges), all when tincd begins anew.
+    What is wrong with a peer is over when a connection with it is made (it then says its ranges again), all when tincd
+    begins anew.
     """
     found: dict[tuple[str, str, str], Problem] = {}
     trying: dict[str, str] = {}
@@ -179,9 +182,7 @@ def problems(lines: Iterable[str]) -> tuple[Problem, ...]:
         if STARTING.fullmatch(line):
             found.clear()
         elif made := _ACTIVATED.fullmatch(line):
-            found = {
-                key: one for key, one in found.items() if one.peer != made["peer"] or one.kind == "range"
-            }
+            found = {key: one for key, one in found.items() if one.peer != made["peer"]}
         elif tried := _TRYING.fullmatch(line):
             trying[tried["place"]] = tried["peer"]
             talking.discard(tried["place"])

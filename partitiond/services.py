@@ -69,7 +69,7 @@ def plan(
     wanted: dict[str, Partition | None] = {
         name: item for item in node.partitions for name in (item.id, group_name(item.id))
     }
-    if node.config.mesh is not None:
+    if context.config.mesh is not None:
         wanted[MESH] = None
     operations += [
         *(
