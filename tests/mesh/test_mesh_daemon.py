@@ -1,0 +1,39 @@
+"""What the daemon tells of its peers: events when one answers no more and when it is back, and a metric."""
+
+import json
+
+from mesh_world import PYTHON, standing, until
+
+_READ = "import urllib.request as r; print(r.urlopen('http://127.0.0.1:9816/metrics').read().decode())"
+
+
+def metric(node):
+    """The metric of the peer, None while there is none."""
+    text = node.run(PYTHON, "-I", "-c", _READ).stdout
+    head = 'partitiond_mesh_peer_up{peer="B"} '
+    return next((line.removeprefix(head) for line in text.splitlines() if line.startswith(head)), None)
+
+
+def events(node):
+    lines = node.say("events", "--json").splitlines()
+    found = (json.loads(line) for line in lines)
+    return [(one["event"], one["resource"]) for one in found if one["event"].startswith("mesh.")]
+
+
+def test_a_peer_that_goes_and_comes_back():
+    with standing(names="AB") as world:
+        a, b = world["A"], world["B"]
+        world.apply().join()
+        until(lambda: a.reaches("B"), "B to be reached")
+        a.start()
+        until(lambda: metric(a) == "1", "the metric to say that B is up")
+        assert events(a) == []
+        world.internet.cut("B")
+        until(lambda: metric(a) == "0", "the metric to say that B is down")
+        assert events(a) == [("mesh.peer_down", "mesh/B")]
+        assert a.verb("apply")["refused"] == [], "a peer that is away is no fault of this node's"
+        world.internet.join("B")
+        until(lambda: metric(a) == "1", "B to be back")
+        assert events(a) == [("mesh.peer_down", "mesh/B"), ("mesh.peer_up", "mesh/B")]
+        a.stop()
+        assert b.tincd()
