@@ -49,6 +49,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+# what most first tries lack is an instance that they asked for a moment ago, and a buildout costs a fraction of a second
+_FIRST_PAUSE = 15.0
+
 _FREE = InstanceState("")
 
 
@@ -379,7 +382,7 @@ def _failed(
         state,
         life="failed",
         failures=failures,
-        next_try=time.time() + pause_after(failures),
+        next_try=time.time() + pause_after(failures, _FIRST_PAUSE),
         error=text,
         by_promise=isinstance(error, PartitiondError) and error.code == "instance.promise",
         reported=known and (not entry.access_status or _is_error(entry.access_status)),
