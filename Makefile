@@ -13,7 +13,7 @@ BENCHES := node packets tunnels accounting life supervisor promises polling node
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
 
-demo: $(if $(findstring --nodes,$(ARGS)),$(B)/tenants.stamp,$(B)/demo.stamp) ## the whole way through in private namespaces, with a real master (ARGS="--nodes 3 --mesh", --keep)
+demo: $(if $(findstring --n,$(ARGS)),$(B)/tenants.stamp,$(B)/demo.stamp) ## the whole way through in private namespaces, with a real master (ARGS="--nodes 3 --mesh", --keep)
 	$(ENV)/bin/python3 -I -m partitiond demo $(ARGS)
 
 test: $(B)/test.stamp lint ## linters and tests, in private namespaces (ARGS are pytest's)
