@@ -64,6 +64,14 @@ def test_other_tunnels_keep_nothing(looked_at, url, keys):
     context.meters.close()
 
 
+@pytest.mark.parametrize("keys", [{"mode": "Client"}, {"partition": "slappart9"}, {"peer": "nobody"}])
+def test_the_port_of_a_bad_tunnel_is_nobody_elses(looked_at, keys):
+    context, node = looked_at("http://127.0.0.1:5000/", listen=LOOPBACK, **keys)
+    (port,) = node.network().held
+    assert (port.port, port.uid) == (5000, 0 if "partition" in keys else node.partitions[2].uid)
+    context.meters.close()
+
+
 def test_the_only_partition(looked_at):
     context, _ = looked_at("http://127.0.0.1:5000/", 1, listen=LOOPBACK, partition="slappart0")
     with pytest.raises(PartitiondError, match="the only one keeps the tunnel to the master") as caught:
