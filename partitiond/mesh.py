@@ -77,7 +77,11 @@ def tincd_program() -> str | None:
 def wanted(keys: MeshKeys, known: Known) -> tinc_config.Mesh:
     """The node as tincd is to run it."""
     peers = tinc_config.connect_to(keys.connect_to, known.by_name)
-    return tinc_config.Mesh(known.own, known.peers, peers, keys.interface, keys.directory / mesh_peers.KEY)
+    relays = keys.relay
+    if relays is None:
+        relays = bool(keys.connect_to) or tinc_config.need_a_relay(known.peers)
+    key = keys.directory / mesh_peers.KEY
+    return tinc_config.Mesh(known.own, known.peers, peers, keys.interface, key, relays)
 
 
 def texts(config: Config, found: tinc_config.Mesh) -> dict[str, str]:
