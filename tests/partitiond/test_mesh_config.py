@@ -4,7 +4,7 @@ from ipaddress import IPv4Address, IPv4Interface, IPv4Network
 
 import pytest
 
-from partitiond import config
+from partitiond import config, last_good
 from partitiond.errors import PartitiondError
 
 GOOD = """\
@@ -148,3 +148,14 @@ def test_an_unknown_key_is_a_warning_with_a_suggestion(load):
 def test_networks_that_meet(load, more, said):
     with pytest.raises(PartitiondError, match=said):
         load(*RIGHT, more)
+
+
+def test_a_configuration_that_is_taken_back_has_its_own_directory(load, tmp_path):
+    """The key and the peers lie beside the file, not beside the copy that a trial goes back to."""
+    found = load(*RIGHT)
+    copy = tmp_path / "state" / "last-good.cfg"
+    copy.parent.mkdir()
+    last_good.write(copy, found)
+    again = last_good.read(copy, found.file)
+    assert again.mesh.directory == tmp_path / "tinc"
+    assert again == found
