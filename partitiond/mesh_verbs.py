@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from netplan import observe, tinc, tinc_keys
 from netplan.errors import NetplanError
-from partitiond import addressing, files, mesh_peers
+from partitiond import addressing, files, mesh, mesh_peers
 from partitiond.errors import PartitiondError
 
 if TYPE_CHECKING:
@@ -72,7 +72,9 @@ def as_json(block: HostBlock) -> dict[str, Any]:
 def _own_addresses(context: Context) -> tuple[str, ...]:
     """Where others reach this node: its own IPv6 of the interface, else its first IPv4 there."""
     config, look = context.config, observe.look()
-    if base := addressing.choose_base(addressing.own_ipv6(config, look), context.store.base()):
+    # what partitions have instead of IPv6 is no matter of where the node is reached
+    before = None if config.without_ipv6 else context.store.base()
+    if base := addressing.choose_base(addressing.global_ipv6(config, look), before):
         return (str(base.ip),)
     ipv4 = addressing.first_ipv4(config, look)
     if ipv4 is None:
@@ -94,6 +96,9 @@ def change(context: Context, body: dict[str, Any]) -> dict[str, Any]:
     Raises PartitiondError, NetplanError with the first thing that is wrong.
     """
     keys = keys_of(context.config)
+    if mesh.is_lost(context.config, keys):
+        hint = mesh.LOST_HINT.format(keys.directory / mesh_peers.HOSTS)
+        raise PartitiondError("mesh.no_directory", mesh.LOST, resource=str(keys.directory), hint=hint)
     if body.get("action") == "remove":
         return _remove(keys, body.get("names", []))
     return _import(keys, str(body.get("blocks", "")).encode(), replace=bool(body.get("replace")))
