@@ -331,7 +331,9 @@ def _keep_promises(context: Context, partition: Partition, release: str, state: 
     """
     outcome = promises.check(context, partition, release)
     if outcome.failed:
-        context.store.save_instance(replace(state, life="failed", error=outcome.message, by_promise=True))
+        # who is cut short here has it tried again at once
+        waits = replace(state, life="failed", failures=state.failures + 1, next_try=0.0)
+        context.store.save_instance(replace(waits, error=outcome.message, by_promise=True))
         if _converge(context, partition):
             outcome = promises.check(context, partition, release)
     if outcome.failed:
@@ -357,7 +359,7 @@ def _fix_retention(partition: Partition, state: InstanceState, entry: PartitionD
 
 
 def _converge(context: Context, partition: Partition) -> bool:
-    """Make what follows from the new state: tunnels first of all; return whether anything. A refused tunnel fails no instance."""
+    """Make what follows from the new state: tunnels first of all; say whether anything. A refused tunnel fails no instance."""
     outcome = converge.apply(context, only=frozenset((partition.id,)))
     for refusal in outcome.refused:
         logger.warning("%s: refused: %s", refusal.name, refusal.reason)
