@@ -167,10 +167,8 @@ def _one(
     if entry.free and state.life == "free":
         marks.tidy(context, partition)
         return None
-    if (
-        state.life not in ("free", "destroying")
-        and context.config.destroy_guard
-        and _is_unknown(state, entry)
+    if state.life not in ("free", "destroying") and (
+        dropped.is_another(state, entry) or (entry.free and context.config.destroy_guard)
     ):
         if end:
             return destruction.retire(context, partition, state, PartitionDocument(partition.id, "destroyed"))
@@ -194,11 +192,6 @@ def _one(
         return None
     with context.promises.resting(partition.id):
         return _configure(context, node, partition, state, entry)
-
-
-def _is_unknown(state: InstanceState, entry: PartitionDocument) -> bool:
-    """Whether the master knows nothing of the instance that is there."""
-    return entry.free or dropped.is_another(state, entry)
 
 
 def _is_misparked(context: Context, state: InstanceState) -> bool:
