@@ -249,8 +249,7 @@ def _configure(
     )
     if state.life == "free" or state.instance_guid != following.instance_guid:
         taken_over = slapgrid_agreement.days(context, partition) if state.life == "free" else -1.0
-        # a free partition here, where the master has what its instance published: this node had it, and lost it
-        lost = state.life == "free" and bool(entry.connection)
+        lost = state.life == "free" and rebuilt.is_lost(partition, entry)
         following = replace(following, retention_days=taken_over, rebuilt=lost)
         # from here on what is used is the new instance's, also when the first try fails or is cut short
         context.meters.settle(context, node)
