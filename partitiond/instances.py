@@ -49,6 +49,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+# what most first tries lack is an instance that they asked for a moment ago, and a buildout costs a fraction of a second
+_FIRST_PAUSE = 15.0
+
 _FREE = InstanceState("")
 
 
@@ -277,7 +280,7 @@ def _configure(
         starts = entry.requested_state == "started" and not context.config.grid.force_stop
         if starts:
             running.start(context, partition, another=another)
-            _keep_promises(context, partition, url)
+            _keep_promises(context, partition, url, following)
         else:
             running.stop(context, partition)
     except (*FAMILY, OSError) as error:
@@ -321,9 +324,16 @@ def _park_as_it_is(context: Context, partition: Partition, state: InstanceState)
     return "stopped; configured when its new software release is there"
 
 
-def _keep_promises(context: Context, partition: Partition, release: str) -> None:
-    """Fail where a promise does; what runs goes on. Raises PartitiondError ``instance.promise``, and as ``promises.check``."""
+def _keep_promises(context: Context, partition: Partition, release: str, state: InstanceState) -> None:
+    """Fail where a promise does; what runs goes on. Raises PartitiondError ``instance.promise``, and as ``promises.check``.
+
+    One may look through a tunnel that this very processing has declared: it is asked again once that is there.
+    """
     outcome = promises.check(context, partition, release)
+    if outcome.failed:
+        context.store.save_instance(replace(state, life="failed", error=outcome.message, by_promise=True))
+        if _converge(context, partition):
+            outcome = promises.check(context, partition, release)
     if outcome.failed:
         raise PartitiondError(
             "instance.promise",
@@ -346,11 +356,12 @@ def _fix_retention(partition: Partition, state: InstanceState, entry: PartitionD
     return replace(state, retention_days=days or 0.0)
 
 
-def _converge(context: Context, partition: Partition) -> None:
-    """Make what follows from the new state: tunnels first of all. A refused tunnel fails no instance."""
+def _converge(context: Context, partition: Partition) -> bool:
+    """Make what follows from the new state: tunnels first of all; return whether anything. A refused tunnel fails no instance."""
     outcome = converge.apply(context, only=frozenset((partition.id,)))
     for refusal in outcome.refused:
         logger.warning("%s: refused: %s", refusal.name, refusal.reason)
+    return bool(outcome.done)
 
 
 def _failed(
@@ -371,7 +382,7 @@ def _failed(
         state,
         life="failed",
         failures=failures,
-        next_try=time.time() + pause_after(failures),
+        next_try=time.time() + pause_after(failures, _FIRST_PAUSE),
         error=text,
         by_promise=isinstance(error, PartitiondError) and error.code == "instance.promise",
         reported=known and (not entry.access_status or _is_error(entry.access_status)),

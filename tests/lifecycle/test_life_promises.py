@@ -17,6 +17,13 @@ def node(make_node):
     return node
 
 
+@pytest.fixture(scope="module")
+def url(node):
+    found = node.release()
+    node.supply(found)
+    return found
+
+
 def plugin(item, sense):
     """As the instance's own buildout would write it; asked every second. It does not bang, so nothing is processed anew."""
     init = "    self.setPeriodicity(0.02)\n    self.allowBang(False)"
@@ -30,9 +37,7 @@ def plugin(item, sense):
     new.rename(directory / "flag.py")
 
 
-def test_a_failure_is_told_and_so_is_its_end(node):
-    url = node.release()
-    node.supply(url)
+def test_a_failure_is_told_and_so_is_its_end(node, url):
     node.request("one", url, text="one")
     name = node.holder("one")
     item = node.wait_for_state(name, "started")
@@ -56,3 +61,18 @@ def test_a_failure_is_told_and_so_is_its_end(node):
     node.wait(lambda: node.partition(name)["promises"][0]["state"] == "ok", "it to be shown")
     assert node.front.count(ERROR, before) == 0
     assert node.buildouts(name) == buildouts
+
+
+def test_a_promise_that_looks_through_a_tunnel_does_not_fail_for_the_first_time(node, url):
+    """The tunnel is declared by the very buildout after which the promise is asked."""
+    before = len(node.front.seen)
+    look = "exec /usr/bin/python3 -c 'import socket, sys; socket.create_connection((sys.argv[1], 8443), 1)' $PUBLIC"
+    node.request("two", url, text="two", tunnel="8443", promise=look)
+    name = node.holder("two")
+    node.wait_for_state(name, "started")
+    node.wait(lambda: node.front.count(STARTED, before), "the instance to be told of")
+    told = [
+        one for one in node.front.seen[before:] if one.endpoint == ERROR and "two" not in one.fields.values()
+    ]
+    assert [one.fields for one in told] == []
+    assert [one["state"] for one in node.partition(name)["promises"]] == ["ok"]

@@ -1,7 +1,8 @@
 """Run by the buildout of an instance, with ``self``: what it does is decided by the instance's parameters.
 
 ``text`` is served at port 8000 of the private IPv4 address; ``sleep`` keeps the buildout busy with a process of its own;
-``fail`` ends it with that message; ``prerm``, ``promise`` and ``destroy`` are what programs of these names do.
+``fail`` ends it with that message; ``prerm``, ``promise`` and ``destroy`` are what programs of these names do;
+``tunnel`` is the port of a tunnel to the page, at ``$PUBLIC``.
 """
 # ruff: noqa: F821, S310, S314, S323, PTH101, PTH108, PTH110, PTH103 - a name of the recipe; the master is the test's own; plain code for a plain place
 
@@ -52,10 +53,15 @@ with open("/tmp/of-the-buildout", "w") as mark:
 with open(os.path.join(here, ".slapos-resource")) as stream:
     resource = json.load(stream)
 ipv4 = next(row["addr"] for row in resource["address_list"] if ":" not in row["addr"])
-for name in ("srv", "etc", "etc/run", "etc/service", "etc/promise", "etc/prerm", "sbin"):
+public = next((row["addr"] for row in resource["address_list"] if row["addr"] != ipv4), "")
+for name in ("srv", "etc", "etc/run", "etc/service", "etc/promise", "etc/prerm", "etc/tunnel", "sbin"):
     os.makedirs(os.path.join(here, name), exist_ok=True)
 with open(os.path.join(here, "srv", "index.html"), "w") as page:
     page.write(parameter("text"))
+if parameter("tunnel"):
+    with open(os.path.join(here, "etc", "tunnel", "page.cfg"), "w") as declared:
+        allowed = f"listen = {parameter('tunnel')}\nconnect = 8000\nallow = cert:{resource['certificate']}\n"
+        declared.write(f"[tunnel]\nmode = server\n{allowed}")
 python = self.buildout["buildout"]["executable"]
 programs = {
     "etc/service/http": f"exec {python} -m http.server --bind {ipv4} --directory {here}/srv 8000",
@@ -73,5 +79,5 @@ for name, kind in (
 for name, line in programs.items():
     path = os.path.join(here, name)
     with open(path, "w") as script:
-        script.write(f"#!/bin/sh\n{line}\n")
+        script.write(f"#!/bin/sh\nPUBLIC={public}\n{line}\n")
     os.chmod(path, 0o700)
