@@ -56,7 +56,7 @@ bench-polling: $(B)/bench.stamp ## what a node asks of its master in a day, and 
 bench-nodes: $(B)/bench.stamp ## several nodes: raw, stunnel, tinc, both; a mesh's convergence; a node rebuilt; the master's load
 	$(RUN) $(PREFIX)/bin/python3 -P $(CURDIR)/tests/bench/nodes.py $(ARGS)
 
-install: ## an environment at PREFIX that partition users can execute, with all that builds need offline (EXTRAS="iptables networkcache")
+install: ## an environment at PREFIX that partition users can execute, with all that builds need offline (EXTRAS="iptables networkcache tenants")
 	tools/environment --prefix $(PREFIX) --python $(PYTHON) --with master $(addprefix --with ,$(EXTRAS))
 
 SOURCES := pyproject.toml setup.py tools/environment tools/guest $(wildcard requirements/*.txt) \

@@ -2,8 +2,9 @@
 
 Whoever binds first has a port of 127.0.0.1, and a service that the whole node asks there may be away for a moment: whoever
 took its place would be believed.  So what another user's socket sends from that port is dropped, the SYN-ACK first, and
-nobody gets a connection.  Likewise at ::1, where whoever asks for ``localhost`` looks first.  The match is by who opened the socket, which the kernel also knows of a SYN-ACK, by its listener
-(``skb_to_full_sk``, include/net/inet_sock.h).  Root may answer: tests and operators look for themselves.
+nobody gets a connection.  Likewise at ::1, where whoever asks for ``localhost`` looks first.  The match is by who opened the
+socket, which the kernel also knows of a SYN-ACK, by its listener (``skb_to_full_sk``, include/net/inet_sock.h).
+Root may answer: tests and operators look for themselves.
 """
 
 from collections.abc import Sequence

@@ -18,8 +18,8 @@ from ipaddress import ip_network
 from socket import AF_INET, AF_INET6, AddressFamily
 from typing import Literal, NamedTuple
 
-from netplan.closed_port import RULE as CLOSED
 from netplan import held_port
+from netplan.closed_port import RULE as CLOSED
 from netplan.mesh_guard import RULE as MESH
 from netplan.mesh_guard import counter
 from netplan.metering import counter_name
