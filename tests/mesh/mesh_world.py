@@ -15,6 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import warm_machines  # noqa: F401 - what it does is done by its import
 from json_schemas import validate
 
 from netplan import tinc, tinc_keys
