@@ -1,6 +1,6 @@
 """Programs whose start costs more than what they do, from an interpreter that has imported them already and forks.
 
-``partitiond`` and the stock ``slapos`` take 0.3 to 0.5 s of a processor to be imported, and the tests call them a thousand times.
+``partitiond`` and the stock ``slapos`` take 0.3 to 0.5 s of a processor to be imported, and tests call them a thousand times.
 :func:`run` is :func:`subprocess.run` for both: the child has the arguments, environment, directory, descriptors and namespaces
 of a process that was started anew, and runs the same entry point. Daemons, and what is killed, are started as ever.
 """

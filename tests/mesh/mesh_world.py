@@ -35,7 +35,7 @@ def until(found, words, patience=PATIENCE):
     deadline = time.monotonic() + patience
     while not (value := found()):
         assert time.monotonic() < deadline, f"waited in vain for {words}"
-        time.sleep(0.05)
+        time.sleep(0.2)  # most look by a verb
     return value
 
 
