@@ -1,15 +1,19 @@
 """What the daemon tells of its peers: events when one answers no more and when it is back, and a metric."""
 
 import json
+import urllib.request
 
-from mesh_world import PYTHON, standing, until
+from mesh_world import standing, until
 
-_READ = "import urllib.request as r; print(r.urlopen('http://127.0.0.1:9816/metrics').read().decode())"
+
+def _read():
+    with urllib.request.urlopen("http://127.0.0.1:9816/metrics", timeout=20) as answer:
+        return answer.read().decode()
 
 
 def metric(node, name='partitiond_mesh_peer_up{peer="B"}'):
     """A metric, of the peer; None while there is none."""
-    text = node.run(PYTHON, "-I", "-c", _READ).stdout
+    text = node.within(_read)
     head = f"{name} "
     return next((line.removeprefix(head) for line in text.splitlines() if line.startswith(head)), None)
 
