@@ -58,7 +58,7 @@ class MeshKeys:
 
     def spec(self) -> MeshSpec:
         """What netplan should make."""
-        return MeshSpec(self.interface, self.network, self.own, self.address)
+        return MeshSpec(self.interface, self.network, self.own, self.address, self.port)
 
 
 def read(reader: Reader, beside: Path, amount: int) -> MeshKeys | None:
