@@ -46,7 +46,8 @@ _HOOKS = {
 
 class Verdict(NamedTuple):
     """Why the mesh's rules drop something: the direction (``out``, ``in``, ``forward``), and what was wrong: the
-    ``source``, the ``destination``, the ``port``, which is tincd's, an interface that is not the mesh's (``elsewhere``), ``ipv6``; of forwarding ``any``.
+    ``source``, the ``destination``, the ``port``, which is tincd's, an interface that is not the mesh's (``elsewhere``),
+    ``ipv6``; of forwarding ``any``.
     """
 
     direction: str

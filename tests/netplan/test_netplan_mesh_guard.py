@@ -223,7 +223,11 @@ def test_what_comes_is_of_the_rest_of_the_mesh_and_for_the_nodes_own(here):
 def test_the_mesh_is_not_carried_by_the_mesh(here):
     """What tincd sends to an address of the network would come out of the tun again; nobody speaks to it from there either."""
     tincd = 655
-    with attached() as device, hearing("0.0.0.0", 0, tincd) as one, socket.create_server(("", tincd)) as server:
+    with (
+        attached() as device,
+        hearing("0.0.0.0", 0, tincd) as one,
+        socket.create_server(("", tincd)) as server,
+    ):
         server.setblocking(False)
         with pytest.raises(PermissionError):
             one.sendto(b"x", (THERE, tincd))

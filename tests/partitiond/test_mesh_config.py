@@ -83,7 +83,7 @@ RIGHT = ("network = 10.64.0.0/16", "index = 3")
 @pytest.mark.parametrize(
     ("lines", "said"),
     [
-        ((), "network is missing; allowed: the IPv4 network of the whole mesh"),
+        (("index = 3",), "network is missing; allowed: the IPv4 network of the whole mesh"),
         (("network = 10.64.0.0/16",), "either range or index"),
         ((*RIGHT, "range = 10.64.6.0/23"), "either range or index"),
         (("network = 10.64.0.1/16", "index = 0"), "network = '10.64.0.1/16'"),
@@ -132,6 +132,19 @@ def test_a_computer_id_that_is_no_name_wants_one(load):
 def test_an_unknown_key_is_a_warning_with_a_suggestion(load):
     (warning,) = load(*RIGHT, "conect_to = rome").warnings
     assert warning.endswith("unknown key 'conect_to', did you mean 'connect_to'?")
+
+
+def test_tincd_and_the_software_have_users_of_their_own(load):
+    text = GOOD.replace("partition_amount", "software_user = slapmesh\npartition_amount")
+    assert load(text=text).mesh is None
+    with pytest.raises(PartitiondError, match="another name: tincd's user is called so"):
+        load(*RIGHT, text=text)
+
+
+def test_a_port_that_any_user_may_take_is_a_warning(load):
+    assert not load(*RIGHT, "port = 1023").warnings
+    (warning,) = load(*RIGHT, "port = 1655").warnings
+    assert "port 1655 can be taken by any user" in warning
 
 
 @pytest.mark.parametrize(
