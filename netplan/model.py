@@ -275,7 +275,7 @@ class RateLimit:
 
 @dataclass(frozen=True, slots=True)
 class HeldPort:
-    """A TCP port of 127.0.0.1 at which one user alone, besides root, may answer."""
+    """A TCP port of 127.0.0.1 and ::1 at which one user alone, besides root, may answer."""
 
     port: int
     uid: int

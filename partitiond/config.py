@@ -190,8 +190,12 @@ class Config:
         return self.network.partition_network is not None or bool(self.mesh and self.mesh.replaces_ipv6)
 
 
-def load(path: Path, overrides: Mapping[tuple[str, str], str] | None = None) -> Config:
+def load(
+    path: Path, overrides: Mapping[tuple[str, str], str] | None = None, *, stood_at: Path | None = None
+) -> Config:
     """Read a configuration file and its drop-ins ``<file>.d/*.cfg``; ``overrides`` are values by section and key.
+
+    ``stood_at``: this is a copy, and the configuration is that of the file there, with what lies beside it.
 
     Raises PartitiondError ``config.unreadable``, ``config.syntax`` or ``config.value`` (every bad value in one message).
     """
@@ -207,7 +211,7 @@ def load(path: Path, overrides: Mapping[tuple[str, str], str] | None = None) -> 
     config_managers.warn(reader)
     config_unread.check(reader, managed=not config_unmanaged.chosen(reader))
     _check_shapes(reader)
-    config = _build(path, reader)
+    config = _build(stood_at or path, reader)
     _check_together(config, reader)
     if reader.problems:
         raise PartitiondError(

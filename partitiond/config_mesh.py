@@ -21,10 +21,10 @@ TINCD_USER = "slapmesh"
 
 _PRIVILEGED = 1024  # root alone takes a port below (PROT_SOCK, include/net/sock.h)
 _KEYS = frozenset(
-    "name network range index port cipher digest address connect_to interface directory replaces_ipv6".split()
+    "name network range index port cipher digest address connect_to relay interface directory replaces_ipv6".split()
 )
 _INDEXED = 23  # 509 partitions and the node
-_REPLACES = {"auto": None, "yes": True, "no": False}
+_DECIDED = {"auto": None, "yes": True, "no": False}
 _INTERFACE = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,14}")
 _LIST = re.compile(r"[\s,]+")
 
@@ -36,6 +36,7 @@ class MeshKeys:
     ``network`` is the whole space, ``own`` this node's part: its first address is the node's, those from the third on are the
     partitions'. ``addresses`` are where others reach this node ("": what its interface has), ``connect_to`` the peers that it
     connects to by itself (none: all that say where they are). ``directory`` holds the key and the host blocks of peers.
+    ``relay``: this node passes on between peers; None: where two of them may need that.
     ``replaces_ipv6``: partitions have no IPv6 and are reached by the mesh; None: where the interface has no global IPv6.
     """
 
@@ -50,6 +51,7 @@ class MeshKeys:
     addresses: tuple[str, ...] = ()
     connect_to: tuple[str, ...] = ()
     replaces_ipv6: bool | None = None
+    relay: bool | None = None
 
     @property
     def address(self) -> ipaddress.IPv4Address:
@@ -98,7 +100,8 @@ def read(reader: Reader, beside: Path, amount: int) -> MeshKeys | None:
         digest=reader.choice(SECTION, "digest", DIGESTS[0], DIGESTS),
         addresses=_addresses(reader),
         connect_to=_connect_to(reader, name),
-        replaces_ipv6=_REPLACES.get(reader.choice(SECTION, "replaces_ipv6", "auto", tuple(_REPLACES))),
+        replaces_ipv6=_DECIDED.get(reader.choice(SECTION, "replaces_ipv6", "auto", tuple(_DECIDED))),
+        relay=_DECIDED.get(reader.choice(SECTION, "relay", "auto", tuple(_DECIDED))),
     )
 
 

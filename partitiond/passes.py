@@ -53,9 +53,9 @@ class Wish:
         )
 
 
-def pause_after(failures: int) -> float:
-    """Seconds until the next try after so many failures in a row."""
-    return float(min(_LONGEST_PAUSE, _FIRST_PAUSE * 2 ** min(failures - 1, 10)))
+def pause_after(failures: int, first: float = _FIRST_PAUSE) -> float:
+    """Seconds until the next try after so many failures in a row, ``first`` after one."""
+    return float(min(_LONGEST_PAUSE, first * 2 ** min(failures - 1, 10)))
 
 
 def report(call: Callable[[], object], resource: str) -> bool:

@@ -46,7 +46,6 @@ def test_failing_release_beside_a_good_one(node, url):
     assert (node.software(bad) / "instance.cfg").is_file()
 
 
-@pytest.mark.full
 def test_two_requests_at_once(node, url):
     # the node sees both in one answer; asked at the same moment, slapproxy may give both the same partition
     node.front.answers[WISHES] = always(b"", 503)
