@@ -290,6 +290,10 @@ def _check_networks(config: Config, reader: Reader) -> None:
     for section, key, name in (("partitiond", "bridge", bridge), ("tinc", "interface", mesh_link)):
         if re.fullmatch(rf"(?:{re.escape(config.tap_base)}|slaptun)[0-9]+", name):
             reader.bad(section, key, name, "another name: taps and tuns of partitions are called so")
+    if config.mesh and config.software_user == config_mesh.TINCD_USER:
+        reader.bad(
+            "slapformat", "software_user", config.software_user, "another name: tincd's user is called so"
+        )
     if mesh_link and mesh_link in (bridge, *config.network.bridge_ports, config.interface, "lo"):
         reader.bad("tinc", "interface", mesh_link, "a name of its own: the interface is made")
     if config.create_tap and config.network.create_tun and config.tap_base == "slaptun":

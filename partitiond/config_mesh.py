@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from partitiond.config_reader import Reader
 
 SECTION = "tinc"
+TINCD_USER = "slapmesh"
+"""Whose tincd is once it has its sockets and the interface."""
+
+_PRIVILEGED = 1024  # root alone takes a port below (PROT_SOCK, include/net/sock.h)
 _KEYS = frozenset(
     "name network range index port cipher digest address connect_to relay interface directory replaces_ipv6".split()
 )
@@ -60,7 +64,7 @@ class MeshKeys:
 
     def spec(self) -> MeshSpec:
         """What netplan should make."""
-        return MeshSpec(self.interface, self.network, self.own, self.address)
+        return MeshSpec(self.interface, self.network, self.own, self.address, self.port)
 
 
 def read(reader: Reader, beside: Path, amount: int) -> MeshKeys | None:
@@ -77,6 +81,11 @@ def read(reader: Reader, beside: Path, amount: int) -> MeshKeys | None:
     if network is None:
         return None
     own = _own(reader, network, amount)
+    port = reader.number(SECTION, "port", 655, 1, 65535)
+    if port >= _PRIVILEGED:
+        words = f"port {port} can be taken by any user of this node, and tincd hears nothing then"
+        words += f"; below {_PRIVILEGED} only by root"
+        reader.warnings.append(f"{reader.place(SECTION, 'port')}: {words}")
     words = "a name of letters, digits and _, at most 60"
     name = reader.text(SECTION, "name", _name_of(reader.raw("slapos", "computer_id")), NAME, words)
     words = "a name of a network interface, which begins with a letter, at most 15 characters"
@@ -86,7 +95,7 @@ def read(reader: Reader, beside: Path, amount: int) -> MeshKeys | None:
         own=own,
         interface=reader.text(SECTION, "interface", "sltinc", _INTERFACE, words),
         directory=reader.own_path(SECTION, "directory", str(beside / "tinc")),
-        port=reader.number(SECTION, "port", 655, 1, 65535),
+        port=port,
         cipher=reader.choice(SECTION, "cipher", CIPHERS[0], CIPHERS),
         digest=reader.choice(SECTION, "digest", DIGESTS[0], DIGESTS),
         addresses=_addresses(reader),

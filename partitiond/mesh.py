@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from netplan import tinc_config
-from partitiond import files, mesh_peers
+from partitiond import config_mesh, files, mesh_peers
 from partitiond.operation import Operation
 from partitiond.refusal import Refusal
 from partitiond.supervision import MESH, Group, Program
@@ -29,8 +29,7 @@ if TYPE_CHECKING:
     from partitiond.operation import Action
     from partitiond.supervision import Process, Supervisor
 
-USER = "slapmesh"
-"""Whose tincd is once it has its sockets and the interface."""
+USER = config_mesh.TINCD_USER
 
 LOADED = "loaded"
 """Name of the file that says of which peers tincd was told; it is away while they change."""

@@ -138,6 +138,19 @@ def test_an_unknown_key_is_a_warning_with_a_suggestion(load):
     assert warning.endswith("unknown key 'conect_to', did you mean 'connect_to'?")
 
 
+def test_tincd_and_the_software_have_users_of_their_own(load):
+    text = GOOD.replace("partition_amount", "software_user = slapmesh\npartition_amount")
+    assert load(text=text).mesh is None
+    with pytest.raises(PartitiondError, match="another name: tincd's user is called so"):
+        load(*RIGHT, text=text)
+
+
+def test_a_port_that_any_user_may_take_is_a_warning(load):
+    assert not load(*RIGHT, "port = 1023").warnings
+    (warning,) = load(*RIGHT, "port = 1655").warnings
+    assert "port 1655 can be taken by any user" in warning
+
+
 @pytest.mark.parametrize(
     ("more", "said"),
     [
