@@ -136,3 +136,19 @@ def test_who_says_much_is_not_told_at_length():
     assert [one.peer for one in found if one.kind == "identity"] == [
         f"X{number}" for number in range(80, 100)
     ]
+
+
+def test_two_nodes_of_one_name_and_key_take_turns():
+    def come(number, *, second=True):
+        place = f"198.51.100.{number} port 40000"
+        over = [f"Established a second connection with B ({PLACE}), closing old connection"] if second else []
+        return [*over, f"Closing connection with B ({PLACE})", f"Connection with B ({place}) activated"]
+
+    found = [*come(10, second=False), *come(14), *come(10)]
+    assert tinc_status.problems(found) == ()
+    (told,) = tinc_status.problems((*found, *come(14)))
+    assert (told.kind, told.peer) == ("same_name", "B")
+    assert "from 198.51.100.10 and 198.51.100.14 in turn" in told.words
+    # one whose address changes, or that begins anew
+    assert tinc_status.problems((*found, *come(18))) == ()
+    assert tinc_status.problems((*found, *come(14), *come(10, second=False))) == ()
