@@ -240,6 +240,7 @@ def _tap(partition: Partition, target: Node) -> CapacityTap:
 def software(context: Context, wish: Wish = _NOTHING_SPECIAL) -> Result:
     """Build and remove software releases."""
     answer = ask(context)
+    identity_guard.begin(context, answer)
     if not answer.rejected_software:  # one of those may be what seems to be missing
         softwares.note_listed(context, answer.software)
     document, held = destroy_guard.spare_software(context, answer)
@@ -309,8 +310,8 @@ def _collect(context: Context, result: Result) -> None:
 
 def instance(context: Context, *, force: bool = False, only: frozenset[str] = frozenset()) -> Result:
     """Configure, start and stop instances."""
-    identity_guard.refuse(context)
     known, wishes = context.store.readable()[0], ask(context)
+    identity_guard.begin(context, wishes)
     target = _target(context)
     return instances.run_pass(context, target, wishes, known=known, force=force, only=only)
 
@@ -328,6 +329,7 @@ def report(context: Context, *, asked: bool = False, force: bool = False) -> Res
             context
         )  # nothing is metered; and nothing of an instance goes that the master cannot be told of
         return destruction.finish(context, _target(context))
+    identity_guard.refuse(context)
     node = context.node_in_force or converge.observe(context).node
     return reports.run_pass(context, node, ask=lambda: knock(context), asked=asked, force=force)
 
