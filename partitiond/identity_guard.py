@@ -78,7 +78,9 @@ def begin(context: Context, document: ComputerDocument) -> None:
     A master that was away when it was to be told may be back for another lane first.
     """
     if context.config.unmanaged is None and not context.offers.read().told and _is_blank(context):
-        _begin(context, context.node_in_force or converge.observe(context).node, document, force=False)
+        node = context.node_in_force or converge.observe(context).node
+        if node.address is not None:  # else there are no networks that the master's addresses could be of
+            _begin(context, node, document, force=False)
     refuse(context)
 
 

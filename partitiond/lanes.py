@@ -43,6 +43,7 @@ from slap_client.errors import SlapError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from ipaddress import IPv6Interface
     from pathlib import Path
 
     from partitiond.context import Context
@@ -118,6 +119,7 @@ def capacity(context: Context, *, force: bool = False) -> Result:
             + (": the only one keeps the tunnel to the master" if target.partitions else ""),
             hint="set partition_amount",
         )
+    _address(target)  # what the master has of partitions cannot be fitted in before the node has its own
     data = same(storage.observe(target.config).data)
     client = context.client
     with context.wishes.telling(client, context.lane, context.first_pause):
@@ -150,20 +152,7 @@ def description(target: Node, data: storage.Observed, distribution: tuple[str, s
     Raises PartitiondError for a node without an address.
     """
     config, keys = target.config, target.config.network
-    address = target.address
-    if config.unmanaged is not None:
-        address = config.unmanaged.address
-    if address is None:
-        family = "IPv4" if keys.partition_network else "IPv6"
-        interface = keys.ipv4_interface if keys.partition_network else keys.interface
-        raise PartitiondError(
-            f"capacity.no_{family.lower()}",
-            f"{interface} has no global {family} address to offer",
-            resource=interface,
-            hint=f"give the interface a global {family} address"
-            + ("" if keys.partition_network else ", or set ipv4_partition_network on a node without IPv6"),
-            retryable=True,
-        )
+    address = _address(target)
     return capacity_description(
         CapacityNode(
             reference=config.computer_id,
@@ -184,6 +173,24 @@ def description(target: Node, data: storage.Observed, distribution: tuple[str, s
             instance_storage_home=str(config.instance_storage_home) if config.instance_storage_home else None,
         ),
         [_offer(item, target, data) for item in master_way.offered(target)],
+    )
+
+
+def _address(target: Node) -> IPv4Interface | IPv6Interface:
+    """The node's own. Raises PartitiondError where it has none, or not yet."""
+    config, keys = target.config, target.config.network
+    address = target.address if config.unmanaged is None else config.unmanaged.address
+    if address is not None:
+        return address
+    family = "IPv4" if keys.partition_network else "IPv6"
+    interface = keys.ipv4_interface if keys.partition_network else keys.interface
+    raise PartitiondError(
+        f"capacity.no_{family.lower()}",
+        f"{interface} has no global {family} address to offer",
+        resource=interface,
+        hint=f"give the interface a global {family} address"
+        + ("" if keys.partition_network else ", or set ipv4_partition_network on a node without IPv6"),
+        retryable=True,
     )
 
 

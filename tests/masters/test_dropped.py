@@ -1,12 +1,13 @@
-"""What becomes of an instance whose partition the master gives to another one: it stays, and nobody else gets its data."""
+"""What a node does not give up on the master's word, or before it can be judged: an instance for another, its addresses."""
 
 from types import SimpleNamespace
 
 import production_master
 import pytest
 
-from partitiond import instances
+from partitiond import instances, lanes
 from partitiond.context import Context
+from partitiond.errors import PartitiondError
 from partitiond.state import InstanceState
 
 NAME = "slappart0"
@@ -61,3 +62,12 @@ def test_another_instance_is_not_let_in(master, context):
     assert instance.guid in kept.rival
     # whoever asked for the other one is told, once
     assert master.words(NAME) == ["error"]
+
+
+def test_a_node_without_an_address_does_not_begin(master, context):
+    """What the master has of its partitions fits in nowhere then, and would be lost for good by the first word."""
+    master.want(NAME, "https://releases.test/one.cfg")
+    with context.steady(), context.in_lane("capacity"), pytest.raises(PartitiondError) as caught:
+        lanes.capacity(context)
+    assert caught.value.code == "capacity.no_ipv6"
+    assert not context.offers.read().told

@@ -38,7 +38,9 @@ def guarded(tmp_path):
         lane="capacity",
         config=SimpleNamespace(computer_id="COMP-1", unmanaged=None),
         store=SimpleNamespace(partitions=list, addresses=dict),
-        node_in_force=SimpleNamespace(choice=SimpleNamespace(rules=rules), partition=lambda _: None),
+        node_in_force=SimpleNamespace(
+            choice=SimpleNamespace(rules=rules), partition=lambda _: None, address=ip_address("2001:db8::1")
+        ),
         events=SimpleNamespace(record=lambda what, message, **_: made.told.append((what, message))),
     )
 
@@ -138,6 +140,13 @@ def test_whichever_lane_is_first_finds_the_other_machine(monkeypatch, guarded):
     # from now on it is there itself
     answers.append(ip_address("2001:db8:5::2"))
     identity_guard.begin(guarded, answer("10.0.0.2", "2001:db8:5::2"))
+
+
+def test_nobody_begins_before_it_has_an_address(guarded):
+    """What the master has would fit into no network yet, and be given up for what follows from the index."""
+    guarded.node_in_force.address = None
+    identity_guard.begin(guarded, answer(*OLD))
+    assert guarded.offers.read() == Offered()
 
 
 def here(**more):
