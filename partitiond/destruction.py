@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+KEPT = "instances.kept"
 LOG = "_prerm.log"  # no tenant's program has a name that begins so
 _SIDE_BY_SIDE = 4
 _WHOLE_SECONDS = 900.0  # of a pass: whoever has no turn in it has it in the next
@@ -142,6 +143,7 @@ def revoke(context: Context, state: InstanceState, entry: PartitionDocument) -> 
                 prerm_ran=False,
                 leaving=False,
                 dropped=False,
+                rival="",
             )
             context.store.save_instance(back)
         _tell_back(context, state)
@@ -162,7 +164,7 @@ def _refuse_another(state: InstanceState) -> None:
     """Raise where an instance is kept, and another one is wanted in its place."""
     if state.keep_until > time.time():
         raise PartitiondError(
-            "instances.kept",
+            KEPT,
             f"another instance is wanted where {state.instance_guid or 'one'} is kept until"
             f" {iso_utc(state.keep_until)}",
             resource=state.partition,

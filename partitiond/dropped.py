@@ -52,7 +52,7 @@ def is_another(state: InstanceState, entry: PartitionDocument) -> bool:
 
 def keep(context: Context, state: InstanceState, entry: PartitionDocument) -> None:
     """Leave an instance as it is that the master does not know. Raises PartitiondError ``instances.dropped``, always."""
-    rival = "" if entry.free else f"{entry.instance_guid} {title_of(entry)}".strip()
+    rival = _rival(entry)
     error = _error(replace(state, dropped=True, rival=rival))
     if not state.dropped or state.rival != rival:
         with context.applying:
@@ -60,10 +60,31 @@ def keep(context: Context, state: InstanceState, entry: PartitionDocument) -> No
             context.store.save_instance(replace(now, dropped=True, rival=rival))
         logger.warning("%s: %s (%s)", state.partition, error, error.hint)
         _record(context, state, "dropped", str(error), error.hint)
-        if rival:  # whoever asked for the other one is told why it does not come
-            text = "its partition has the instance of before, which is not to be lost; the node's operator has to end that"
-            report(lambda: context.client.instance_error(state.partition, text), state.partition)
+        if rival:
+            _explain(context, state.partition, "is not to be lost; the node's operator has to end that")
     raise error
+
+
+def turn_away(context: Context, partition: str, entry: PartitionDocument) -> bool:
+    """Tell whoever asked for an instance that it comes when the one that is kept there is gone; whether that is new."""
+    rival = _rival(entry)
+    with context.applying:
+        now = context.store.instance(partition)
+        if now.rival == rival:
+            return False
+        context.store.save_instance(replace(now, rival=rival))
+    _explain(context, partition, "is kept for a time that was agreed; then this one begins")
+    return True
+
+
+def _explain(context: Context, partition: str, why: str) -> None:
+    """Tell the master why another instance does not come, so that whoever asked for it hears of it."""
+    text = f"its partition has the instance of before, which {why}"
+    report(lambda: context.client.instance_error(partition, text), partition)
+
+
+def _rival(entry: PartitionDocument) -> str:
+    return "" if entry.free else f"{entry.instance_guid} {title_of(entry)}".strip()
 
 
 def end_rival(context: Context, state: InstanceState) -> str:

@@ -72,6 +72,18 @@ def refuse(context: Context) -> None:
         raise _alive(context.offers.read())
 
 
+def begin(context: Context, document: ComputerDocument) -> None:
+    """For who is about to do what the master wants, perhaps before it was told anything. Raises PartitiondError ``node.twin``.
+
+    A master that was away when it was to be told may be back for another lane first.
+    """
+    if context.config.unmanaged is None and not context.offers.read().told and _is_blank(context):
+        node = context.node_in_force or converge.observe(context).node
+        if node.address is not None:  # else there are no networks that the master's addresses could be of
+            _begin(context, node, document, force=False)
+    refuse(context)
+
+
 def before_offer(context: Context, node: Node, *, force: bool) -> Node:
     """What is asked before the master is told of a node; give the node as it is then.
 
@@ -121,18 +133,20 @@ def open_cases(context: Context) -> list[str]:
 def _begin(context: Context, node: Node, document: ComputerDocument, *, force: bool) -> Node:
     """The first word to a master: of a node that is new, rebuilt, or the twin of another."""
     found = addresses_of(document)
-    blank = not context.store.partitions()
+    blank = _is_blank(context)
     if blank:
         answering = () if force else _answering(node, found)
         if answering:
-            offered = Offered(alive=answering)
+            before = context.offers.read()
+            offered = replace(before, alive=answering)
             error = _alive(offered)
-            if context.offers.read() != offered:
-                _record(context, str(error), error.hint)
             context.offers.save(offered)
+            if not before.alive:
+                _record(context, str(error), error.hint)
             raise error
     # what it has is not what somebody else tells it after this node did
-    context.offers.save(Offered(({name: digest(rows) for name, rows in found.items()},) if found else ()))
+    first = ({name: digest(rows) for name, rows in found.items()},) if found else ()
+    context.offers.save(Offered(first, seen=context.offers.read().seen))
     return _take_over(context, node, document) if blank else node
 
 
@@ -140,6 +154,11 @@ def _answering(node: Node, found: Mapping[str, list[str]]) -> tuple[str, ...]:
     """Those of the master's addresses at which another machine answers."""
     others = [one for rows in found.values() for text in _public(rows) if (one := _elsewhere(node, text))]
     return tuple(map(str, alive.answering(others[:_ASKED])))
+
+
+def _is_blank(context: Context) -> bool:
+    """Whether there is nothing that this node could lose to another."""
+    return not context.store.partitions()
 
 
 def _public(rows: list[str]) -> list[str]:
@@ -231,7 +250,7 @@ def _look_at_published(context: Context, document: ComputerDocument) -> None:
             book.shown[item.id] = shown
         news = {digest((one,)) for one in strange} - set(book.read().seen)
         book.see(published.names(found[item.id], own))
-        if news and item.id not in book.read().published:
+        if news and not book.read().foreign and item.id not in book.read().published:
             book.save(replace(book.read(), published={**book.read().published, item.id: min(news)}))
             error = _twin(book.read())
             _record(context, str(error), error.hint)

@@ -94,7 +94,7 @@ def run_pass(
             done = _one(context, node, partition, entry, period_of, force=force, end=force and bool(only))
         except (*FAMILY, OSError) as error:
             result.failures.append((partition.id, error))
-            _tell_failed(context, partition, error)
+            _tell_failed(context, partition, entry, error)
             continue
         if done:
             result.done.append(f"{partition.id}: {done}")
@@ -106,10 +106,13 @@ def run_pass(
     return result
 
 
-def _tell_failed(context: Context, partition: Partition, error: Exception) -> None:
+def _tell_failed(context: Context, partition: Partition, entry: PartitionDocument, error: Exception) -> None:
     """Record why an instance could not be brought where it should be; what is told once by others is left to them."""
-    if getattr(error, "code", "") in ("state.damaged", dropped.CODE):
+    code = getattr(error, "code", "")
+    if code in ("state.damaged", dropped.CODE):
         return
+    if code == destruction.KEPT and not dropped.turn_away(context, partition.id, entry):
+        return  # in each pass, as long as it is kept
     logger.warning("%s: %s", partition.id, sentence(error))
     _record(context, remembered.shown(context, partition.id), "failed", sentence(error))
 

@@ -43,6 +43,7 @@ from slap_client.errors import SlapError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from ipaddress import IPv6Interface
     from pathlib import Path
 
     from partitiond.context import Context
@@ -118,6 +119,7 @@ def capacity(context: Context, *, force: bool = False) -> Result:
             + (": the only one keeps the tunnel to the master" if target.partitions else ""),
             hint="set partition_amount",
         )
+    _address(target)  # what the master has of partitions cannot be fitted in before the node has its own
     data = same(storage.observe(target.config).data)
     client = context.client
     with context.wishes.telling(client, context.lane, context.first_pause):
@@ -150,21 +152,7 @@ def description(target: Node, data: storage.Observed, distribution: tuple[str, s
     Raises PartitiondError for a node without an address.
     """
     config, keys = target.config, target.config.network
-    address = target.address
-    if config.unmanaged is not None:
-        address = config.unmanaged.address
-    if address is None:
-        family = "IPv4" if keys.partition_network else "IPv6"
-        interface = keys.ipv4_interface if keys.partition_network else keys.interface
-        raise PartitiondError(
-            f"capacity.no_{family.lower()}",
-            f"{interface} has no global {family} address to offer",
-            resource=interface,
-            hint=f"give the interface a global {family} address"
-            + ("" if keys.partition_network else ", or set ipv4_partition_network on a node without IPv6")
-            + (", or replaces_ipv6 = auto in [tinc]" if config.mesh else ""),
-            retryable=True,
-        )
+    address = _address(target)
     return capacity_description(
         CapacityNode(
             reference=config.computer_id,
@@ -185,6 +173,25 @@ def description(target: Node, data: storage.Observed, distribution: tuple[str, s
             instance_storage_home=str(config.instance_storage_home) if config.instance_storage_home else None,
         ),
         [_offer(item, target, data) for item in master_way.offered(target)],
+    )
+
+
+def _address(target: Node) -> IPv4Interface | IPv6Interface:
+    """The node's own. Raises PartitiondError where it has none, or not yet."""
+    config, keys = target.config, target.config.network
+    address = target.address if config.unmanaged is None else config.unmanaged.address
+    if address is not None:
+        return address
+    family = "IPv4" if keys.partition_network else "IPv6"
+    interface = keys.ipv4_interface if keys.partition_network else keys.interface
+    raise PartitiondError(
+        f"capacity.no_{family.lower()}",
+        f"{interface} has no global {family} address to offer",
+        resource=interface,
+        hint=f"give the interface a global {family} address"
+        + ("" if keys.partition_network else ", or set ipv4_partition_network on a node without IPv6")
+        + (", or replaces_ipv6 = auto in [tinc]" if config.mesh else ""),
+        retryable=True,
     )
 
 
@@ -241,6 +248,7 @@ def _tap(partition: Partition, target: Node) -> CapacityTap:
 def software(context: Context, wish: Wish = _NOTHING_SPECIAL) -> Result:
     """Build and remove software releases."""
     answer = ask(context)
+    identity_guard.begin(context, answer)
     if not answer.rejected_software:  # one of those may be what seems to be missing
         softwares.note_listed(context, answer.software)
     document, held = destroy_guard.spare_software(context, answer)
@@ -310,8 +318,8 @@ def _collect(context: Context, result: Result) -> None:
 
 def instance(context: Context, *, force: bool = False, only: frozenset[str] = frozenset()) -> Result:
     """Configure, start and stop instances."""
-    identity_guard.refuse(context)
     known, wishes = context.store.readable()[0], ask(context)
+    identity_guard.begin(context, wishes)
     target = _target(context)
     return instances.run_pass(context, target, wishes, known=known, force=force, only=only)
 
@@ -329,6 +337,7 @@ def report(context: Context, *, asked: bool = False, force: bool = False) -> Res
             context
         )  # nothing is metered; and nothing of an instance goes that the master cannot be told of
         return destruction.finish(context, _target(context))
+    identity_guard.refuse(context)
     node = context.node_in_force or converge.observe(context).node
     return reports.run_pass(context, node, ask=lambda: knock(context), asked=asked, force=force)
 

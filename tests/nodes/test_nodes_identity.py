@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from partitiond import alive, dropped, identity_guard, rebuilt
+from partitiond.errors import PartitiondError
 from partitiond.offers import OfferBook, Offered, compare, digest
 from partitiond.state import InstanceState
 from slap_client.documents import ComputerDocument, PartitionDocument
@@ -35,8 +36,11 @@ def guarded(tmp_path):
         woken=0,
         told=[],
         lane="capacity",
-        config=SimpleNamespace(computer_id="COMP-1"),
-        node_in_force=SimpleNamespace(choice=SimpleNamespace(rules=rules), partition=lambda _: None),
+        config=SimpleNamespace(computer_id="COMP-1", unmanaged=None),
+        store=SimpleNamespace(partitions=list, addresses=dict),
+        node_in_force=SimpleNamespace(
+            choice=SimpleNamespace(rules=rules), partition=lambda _: None, address=ip_address("2001:db8::1")
+        ),
         events=SimpleNamespace(record=lambda what, message, **_: made.told.append((what, message))),
     )
 
@@ -117,6 +121,32 @@ def test_nobody_begins_on_an_answer_that_is_not_understood(guarded):
     with pytest.raises(SlapError):
         identity_guard.before_offer(guarded, guarded.node_in_force, force=False)
     assert identity_guard.before_offer(guarded, guarded.node_in_force, force=True) is guarded.node_in_force
+
+
+def test_whichever_lane_is_first_finds_the_other_machine(monkeypatch, guarded):
+    """The master may be away when it is to be told of the node, and back when it is asked for instances."""
+    answers = [ip_address("2001:db8:5::2")]
+    monkeypatch.setattr(alive, "answering", lambda _: answers)
+    for _ in range(2):
+        with pytest.raises(PartitiondError) as caught:
+            identity_guard.begin(guarded, answer("10.0.0.2", "2001:db8:5::2"))
+        assert caught.value.code == "node.twin"
+        guarded.offers.see(["somebody's"])  # as the answers in between show
+    assert len(guarded.told) == 1, "told at each try"
+    answers.clear()
+    identity_guard.begin(guarded, answer("10.0.0.2", "2001:db8:5::2"))
+    identity_guard.refuse(guarded)
+    assert guarded.offers.read().told
+    # from now on it is there itself
+    answers.append(ip_address("2001:db8:5::2"))
+    identity_guard.begin(guarded, answer("10.0.0.2", "2001:db8:5::2"))
+
+
+def test_nobody_begins_before_it_has_an_address(guarded):
+    """What the master has would fit into no network yet, and be given up for what follows from the index."""
+    guarded.node_in_force.address = None
+    identity_guard.begin(guarded, answer(*OLD))
+    assert guarded.offers.read() == Offered()
 
 
 def here(**more):

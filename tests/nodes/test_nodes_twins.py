@@ -57,12 +57,20 @@ def test_one_that_begins_beside_a_living_one_is_refused(world, capsys):
     assert addresses(first)["slappart0"][1] in event["message"]
     assert "--force" in event["hint"]
     assert cases(second, "another machine", "seems to be up")
-    for lane, status in (("capacity", 3), ("instances", 1)):
+    for lane, status in (("capacity", 3), ("instances", 1), ("software", 1), ("report", 1)):
         said = second.verb("sync", lane, expect=(status,))
         error = said["failures"][0] if status == 3 else said["error"]
         assert error["code"] == "node.twin", said
     assert len(events(second, "node.twin")) == 1
-    assert asked(world, second, POST) == 0
+    # nor is a release said to be built, or gone, that is the other one's
+    told = (
+        POST,
+        "buildingSoftwareRelease",
+        "availableSoftwareRelease",
+        "destroyedSoftwareRelease",
+        "useComputer",
+    )
+    assert [one for one in told if asked(world, second, one)] == []
     assert not programs(second), "the same data is run twice"
     assert mine(world, first)
     assert not events(first, "node.twin")
