@@ -82,7 +82,7 @@ class Machine:
         line = [self._sandbox.pid]
         while below := children(line[-1]):
             line.append(below[0])
-        return (line[-2], line[-1]) if len(line) > 2 and _program(line[-1]) == _PAYLOAD else None
+        return (line[-2], line[-1]) if len(line) > 2 and program(line[-1]) == _PAYLOAD else None
 
     def power_off(self) -> None:
         """End it as a power cut would; its files are gone, too. A second time does nothing."""
@@ -212,7 +212,7 @@ def children(pid: int) -> list[int]:
         return []
 
 
-def _program(pid: int) -> str:
+def program(pid: int) -> str:
     """What a process runs; nothing of one that has ended: while a sandbox is made it starts others."""
     try:
         return Path(f"/proc/{pid}/comm").read_text().strip()
