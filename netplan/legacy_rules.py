@@ -233,8 +233,10 @@ def _mesh_out(draft: _Draft, partitions: Sequence[PartitionNetwork], mesh: MeshS
     if not mesh.taken:
         passing.append(Rule("RETURN", link_out=link))
         wrong = draft.chain("MESH-DESTINATION", deny("destination"))
+        carried = draft.chain("MESH-PORT", deny("port"))
         destinations = (
             Rule(wrong, goto=True, destination=own),
+            Rule(carried, goto=True, destination=network, udp=True, from_port=mesh.port),
             Rule("RETURN", destination=network),
             Rule(wrong, goto=True),
         )
@@ -250,7 +252,13 @@ def _mesh_in(draft: _Draft, mesh: MeshSpec) -> None:
     passing = [Rule("RETURN", link_in=_LO)]
     if not mesh.taken:
         passing.append(Rule("RETURN", link_in=link))
-        destinations = (Rule("RETURN", destination=own), _dropped("in", "destination"))
+        carried = replace(_dropped("in", "port"), destination=own, port=mesh.port)
+        destinations = (
+            replace(carried, udp=True),
+            replace(carried, syn=True),
+            Rule("RETURN", destination=own),
+            _dropped("in", "destination"),
+        )
         others = Rule(draft.chain("MESH-OTHERS", destinations), goto=True, source=network)
         sources = (replace(wrong, source=own), others, wrong)
         draft.chain("IN", [Rule(draft.chain("MESH-IN", sources), link_in=link)])

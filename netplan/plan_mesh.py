@@ -79,7 +79,8 @@ def refusals(desired: DesiredNetwork, observed: ObservedNetwork) -> Iterator[Ref
     if mesh is None or used is None:
         return
     names = {one.ifindex: one.name for one in observed.links.values()}
-    message = f"this node has {used.text()} on {names.get(used.link, used.link)}, which is in {mesh.network}, the network of the mesh"
+    where = f"{used.text()} on {names.get(used.link, used.link)}"
+    message = f"this node has {where}, which is in {mesh.network}, the network of the mesh"
     hint = "set another network in [tinc], on all nodes, or take that address away: the mesh would cut it off"
     identity = f"mesh/{mesh.interface}"
     error = NetplanError("network.range_taken", message, resource=identity, hint=hint)

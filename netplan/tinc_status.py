@@ -80,8 +80,9 @@ def _node(found: re.Match[str]) -> NodeState:
 class Problem:
     """Something that went wrong, in words. ``peer`` is the name that it is about, "" for this node; ``kind`` is a stable word:
 
-    ``identity`` (somebody of a name that has no host block here), ``key`` (a key that does not match), ``range`` (a range that
-    no host block allows; ``subject`` is which), ``same_name``, ``unreachable``, ``own`` (of this node's tincd itself).
+    ``identity`` (somebody of a name that has no host block here, or that is this node's), ``key`` (a key that does not match),
+    ``range`` (a range that no host block allows; ``subject`` is which), ``same_name`` (of somebody with this node's key, too),
+    ``unreachable``, ``own`` (of this node's tincd itself).
     """
 
     kind: str
@@ -90,6 +91,8 @@ class Problem:
     subject: str = ""
 
 
+# what somebody may say as many of as it likes: names, without having a key, and ranges
+_MOST_SAID = 20
 _PLACE = r"(?P<place>\S+ port \S+)"
 _RULES = (
     (
@@ -118,9 +121,10 @@ _RULES = (
     ),
     ("key", re.compile(r"No public key for (?P<peer>\S+) specified!"), "has no key in its host block"),
     (
-        "same_name",
+        # said by anybody who reaches the port, without a proof
+        "identity",
         re.compile(rf"Got bad ID from \S+ \({_PLACE}\): invalid name"),
-        "somebody at {place} has the name of this node",
+        "somebody at {place} says that it has the name of this node, or one that is no name",
     ),
     (
         "same_name",
@@ -167,13 +171,14 @@ _FAILED = re.compile(rf"{_PLACE}: (?P<subject>.+)")
 _TALKS = re.compile(rf"Connected to \S+ \({_PLACE}\)|Connection from (?P<from>\S+ port \S+)")
 _SILENT = re.compile(rf"Timeout from (?P<peer>[A-Za-z0-9_]+) \({_PLACE}\) during authentication")
 _ACTIVATED = re.compile(r"Connection with (?P<peer>\S+) \(.+\) activated")
+_CLOSED = re.compile(r"Closing connection with (?P<peer>\S+) \(.+\)")
 
 
 def problems(lines: Iterable[str]) -> tuple[Problem, ...]:
     """What stands open at the end of a log, each once, the latest at the end.
 
-    What is wrong with a peer is over when a connection with it is made (it then says its ranges again), all when tincd
-    begins anew.
+    What is wrong with a peer is over when a connection with it is made (it then says its ranges again), a range that it says
+    when that connection ends, all when tincd begins anew.
     """
     found: dict[tuple[str, str, str], Problem] = {}
     trying: dict[str, str] = {}
@@ -183,6 +188,10 @@ def problems(lines: Iterable[str]) -> tuple[Problem, ...]:
             found.clear()
         elif made := _ACTIVATED.fullmatch(line):
             found = {key: one for key, one in found.items() if one.peer != made["peer"]}
+        elif closed := _CLOSED.fullmatch(line):
+            found = {
+                key: one for key, one in found.items() if (one.kind, one.peer) != ("range", closed["peer"])
+            }
         elif tried := _TRYING.fullmatch(line):
             trying[tried["place"]] = tried["peer"]
             talking.discard(tried["place"])
@@ -204,6 +213,14 @@ def _note(found: dict[tuple[str, str, str], Problem], problem: Problem) -> None:
     key = (problem.kind, problem.peer, problem.subject if problem.kind == "range" else "")
     found.pop(key, None)
     found[key] = problem
+    if problem.kind in ("identity", "range"):
+        like = [
+            one
+            for one in found
+            if one[0] == problem.kind and (problem.kind == "identity" or one[1] == problem.peer)
+        ]
+        if len(like) > _MOST_SAID:
+            del found[like[0]]
 
 
 def _read(line: str) -> Problem | None:

@@ -22,17 +22,28 @@ _ROUNDS = 3
 def answering(
     addresses: Iterable[IPv4Address | IPv6Address], seconds: float = 1.5
 ) -> list[IPv4Address | IPv6Address]:
-    """Those of the addresses at which a host answers within so many seconds; asked three times. Needs root.
+    """Those of the addresses at which another host answers within so many seconds; asked three times. Needs root.
 
     What cannot be asked (no route, a family that the kernel lacks) does not answer.
     """
-    wanted = set(addresses)
+    wanted = {one for one in addresses if not _is_here(one)}
     found: set[IPv4Address | IPv6Address] = set()
     for version in (4, 6):
         mine = {one for one in wanted if one.version == version}
         if mine:
             found |= _ask(version, mine, seconds)
     return sorted(found, key=lambda one: (one.version, int(one)))
+
+
+def _is_here(address: IPv4Address | IPv6Address) -> bool:
+    """Whether an address is this machine's own: to one of these the kernel speaks from itself (RFC 6724, section 5, rule 1)."""
+    family = socket.AF_INET if address.version == 4 else socket.AF_INET6
+    try:
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect((str(address), 9))  # nothing is sent
+            return str(probe.getsockname()[0]) == str(address)
+    except OSError:
+        return False
 
 
 def _ask(

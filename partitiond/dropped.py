@@ -35,15 +35,19 @@ def title_of(entry: PartitionDocument) -> str:
 def is_another(state: InstanceState, entry: PartitionDocument) -> bool:
     """Whether another instance is wanted than the one that is there. Pure.
 
-    By the guid; and of one that the master had let go of, by the title, too: of one that it has always known that is a new
-    name.
+    By the guid. Where that names but the partition, as slapproxy's do, by the title: with another timestamp, or of one that
+    the master had let go of; else that is a new name of the same one.
     """
     if entry.free or state.life == "free":
         return False
-    if state.instance_guid and entry.instance_guid and state.instance_guid != entry.instance_guid:
+    guids = {state.instance_guid or "", entry.instance_guid} - {""}
+    if len(guids) > 1:
         return True
+    if any(not guid.endswith(f"-{state.partition}") for guid in guids):
+        return False
     title = title_of(entry)
-    return state.dropped and bool(state.title and title) and state.title != title
+    other = bool(state.title and title) and state.title != title
+    return other and (state.dropped or state.timestamp != (entry.timestamp or None))
 
 
 def keep(context: Context, state: InstanceState, entry: PartitionDocument) -> None:

@@ -80,21 +80,34 @@ def before_offer(context: Context, node: Node, *, force: bool) -> Node:
     """
     book = context.offers
     if force:
-        return node
-    if not book.read().told or not context.lane:
-        try:
-            document = context.client.computer()
-        except SlapError as error:
-            if is_absence(error):
-                raise
-            return node  # it does not know this node yet
-        if book.read().told:
-            look(context, document)
-        else:
-            node = _begin(context, node, document)
-    if book.read().foreign or book.read().published:
+        book.save(replace(book.read(), published={}))
+    told = bool(book.read().told)
+    document = None if told and (force or context.lane) else _asked(context, force=force)
+    if document is not None and told:
+        look(context, document)
+    elif document is not None:
+        node = _begin(context, node, document, force=force)
+    if book.read().foreign and not force:
         raise _twin(book.read())
     return node
+
+
+def suspicion(context: Context) -> PartitiondError | None:
+    """What is said although the master is told: by what a tenant publishes, which may be anything, nobody is silenced."""
+    return _twin(context.offers.read()) if context.offers.read().published else None
+
+
+def _asked(context: Context, *, force: bool) -> ComputerDocument | None:
+    """What the master has of this node; None where it does not know it yet. Raises SlapError.
+
+    An answer that is not understood is none: what it has may be another's.
+    """
+    try:
+        return context.client.computer()
+    except SlapError as error:
+        if is_absence(error) or (error.status in (None, 200) and not force):
+            raise
+        return None
 
 
 def open_cases(context: Context) -> list[str]:
@@ -105,12 +118,12 @@ def open_cases(context: Context) -> list[str]:
     return [f"{error}; {error.hint}" for error in errors]
 
 
-def _begin(context: Context, node: Node, document: ComputerDocument) -> Node:
+def _begin(context: Context, node: Node, document: ComputerDocument, *, force: bool) -> Node:
     """The first word to a master: of a node that is new, rebuilt, or the twin of another."""
     found = addresses_of(document)
     blank = not context.store.partitions()
     if blank:
-        answering = _answering(node, found)
+        answering = () if force else _answering(node, found)
         if answering:
             offered = Offered(alive=answering)
             error = _alive(offered)
@@ -124,12 +137,14 @@ def _begin(context: Context, node: Node, document: ComputerDocument) -> Node:
 
 
 def _answering(node: Node, found: Mapping[str, list[str]]) -> tuple[str, ...]:
-    """Those of the master's addresses at which another machine answers.
-
-    The first of a partition is its private IPv4, which any host of any site may have.
-    """
-    others = [one for rows in found.values() for text in rows[1:] if (one := _elsewhere(node, text))]
+    """Those of the master's addresses at which another machine answers."""
+    others = [one for rows in found.values() for text in _public(rows) if (one := _elsewhere(node, text))]
     return tuple(map(str, alive.answering(others[:_ASKED])))
+
+
+def _public(rows: list[str]) -> list[str]:
+    """Without a partition's private IPv4, which any host of any site may have: the first one, where no IPv6 tells."""
+    return [text for text in rows if ":" in text] or rows[1:]
 
 
 def _elsewhere(node: Node, text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
@@ -216,7 +231,7 @@ def _look_at_published(context: Context, document: ComputerDocument) -> None:
             book.shown[item.id] = shown
         news = {digest((one,)) for one in strange} - set(book.read().seen)
         book.see(published.names(found[item.id], own))
-        if news:
+        if news and item.id not in book.read().published:
             book.save(replace(book.read(), published={**book.read().published, item.id: min(news)}))
             error = _twin(book.read())
             _record(context, str(error), error.hint)
@@ -234,15 +249,16 @@ def _twin(offered: Offered) -> PartitiondError:
         f"{name}: {', '.join(offered.foreign[name])}" if offered.foreign else name for name in names[:_NAMED]
     )
     more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-    what = (
-        f"of {shown}{more} the master has addresses that were never told by this one"
-        if offered.foreign
-        else f"for {shown}{more} somebody published a certificate that this one's instance does not have"
-    )
+    hint = "end one of the two; on the one that stays: partitiond sync capacity --force"
+    if offered.foreign:
+        what = f"of {shown}{more} the master has addresses that were never told by this one; it is not told again, and"
+    else:
+        what = f"for {shown}{more} somebody published a certificate that this one's instance does not have;"
+        hint += "; that also where the instance has published another's certificate itself"
     return PartitiondError(
         CODE,
-        f"another machine told the master that it is this node: {what}; it is not told again, and what runs here keeps running",
-        hint="end one of the two; on the one that stays: partitiond sync capacity --force",
+        f"another machine told the master that it is this node: {what} what runs here keeps running",
+        hint=hint,
     )
 
 

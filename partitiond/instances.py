@@ -167,10 +167,8 @@ def _one(
     if entry.free and state.life == "free":
         marks.tidy(context, partition)
         return None
-    if (
-        state.life not in ("free", "destroying")
-        and context.config.destroy_guard
-        and _is_unknown(state, entry)
+    if state.life not in ("free", "destroying") and (
+        dropped.is_another(state, entry) or (entry.free and context.config.destroy_guard)
     ):
         if end:
             return destruction.retire(context, partition, state, PartitionDocument(partition.id, "destroyed"))
@@ -194,11 +192,6 @@ def _one(
         return None
     with context.promises.resting(partition.id):
         return _configure(context, node, partition, state, entry)
-
-
-def _is_unknown(state: InstanceState, entry: PartitionDocument) -> bool:
-    """Whether the master knows nothing of the instance that is there."""
-    return entry.free or dropped.is_another(state, entry)
 
 
 def _is_misparked(context: Context, state: InstanceState) -> bool:
@@ -256,8 +249,7 @@ def _configure(
     )
     if state.life == "free" or state.instance_guid != following.instance_guid:
         taken_over = slapgrid_agreement.days(context, partition) if state.life == "free" else -1.0
-        # a free partition here, where the master has what its instance published: this node had it, and lost it
-        lost = state.life == "free" and bool(entry.connection)
+        lost = state.life == "free" and rebuilt.is_lost(partition, entry)
         following = replace(following, retention_days=taken_over, rebuilt=lost)
         # from here on what is used is the new instance's, also when the first try fails or is cut short
         context.meters.settle(context, node)
@@ -331,7 +323,9 @@ def _keep_promises(context: Context, partition: Partition, release: str, state: 
     """
     outcome = promises.check(context, partition, release)
     if outcome.failed:
-        context.store.save_instance(replace(state, life="failed", error=outcome.message, by_promise=True))
+        # who is cut short here has it tried again at once
+        waits = replace(state, life="failed", failures=state.failures + 1, next_try=0.0)
+        context.store.save_instance(replace(waits, error=outcome.message, by_promise=True))
         if _converge(context, partition):
             outcome = promises.check(context, partition, release)
     if outcome.failed:
@@ -357,7 +351,7 @@ def _fix_retention(partition: Partition, state: InstanceState, entry: PartitionD
 
 
 def _converge(context: Context, partition: Partition) -> bool:
-    """Make what follows from the new state: tunnels first of all; return whether anything. A refused tunnel fails no instance."""
+    """Make what follows from the new state: tunnels first of all; say whether anything. A refused tunnel fails no instance."""
     outcome = converge.apply(context, only=frozenset((partition.id,)))
     for refusal in outcome.refused:
         logger.warning("%s: refused: %s", refusal.name, refusal.reason)

@@ -102,8 +102,8 @@ def ask(context: Context) -> ComputerDocument:
 
 
 def capacity(context: Context, *, force: bool = False) -> Result:
-    """Tell the master what this node has; nothing as long as that may be taken back, nor where another one says that it is this
-    node, unless by ``force``.
+    """Tell the master what this node has; nothing as long as that may be taken back, nor where another one told it other
+    addresses of this node, unless by ``force``.
     """
     with context.applying:  # what is being changed is not offered yet
         if trial.is_open(context.config.state_dir):
@@ -131,7 +131,11 @@ def capacity(context: Context, *, force: bool = False) -> Result:
         with context.offers.telling({item.id: _told(item) for item in offered}):
             client.post_capacity(_document(target, data, same(_distribution())))
     _tell(context, "master.back", context.master.note(True))
-    return Result([f"capacity of {len(offered)} partitions posted"], [])
+    suspicion = identity_guard.suspicion(context)
+    return Result(
+        [f"capacity of {len(offered)} partitions posted"],
+        [(context.config.computer_id, suspicion)] if suspicion else [],
+    )
 
 
 @once
@@ -157,7 +161,8 @@ def description(target: Node, data: storage.Observed, distribution: tuple[str, s
             f"{interface} has no global {family} address to offer",
             resource=interface,
             hint=f"give the interface a global {family} address"
-            + ("" if keys.partition_network else ", or set ipv4_partition_network on a node without IPv6"),
+            + ("" if keys.partition_network else ", or set ipv4_partition_network on a node without IPv6")
+            + (", or replaces_ipv6 = auto in [tinc]" if config.mesh else ""),
             retryable=True,
         )
     return capacity_description(

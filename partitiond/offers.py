@@ -64,6 +64,8 @@ def compare(offered: Offered, found: Mapping[str, list[str]]) -> tuple[Verdict, 
     if not offered.told:
         return "unknown", {}
     last = offered.told[-1]
+    if not last.keys() & found.keys():
+        return "unknown", {}
     other = {name: rows for name, rows in found.items() if name in last and digest(rows) != last[name]}
     if not other:
         return "ours", {}
@@ -78,7 +80,7 @@ class OfferBook:
         self._file = file
         self._read: Offered | None = None
         self.turn = 0  # odd while the master is being told
-        self.stale = 0  # answers in a row that had older addresses
+        self.stale = 0  # answers with older addresses since the master had those of now
         self.shown: dict[str, Shown] = {}
         self.missed = False  # the capacity was offered again since the master was last seen to know this node
 
@@ -98,7 +100,8 @@ class OfferBook:
 
     @contextmanager
     def telling(self, addresses: Mapping[str, Iterable[str]]) -> Iterator[None]:
-        """For the call that tells the master these; when it ends well they are what it was told last, and nobody is suspected.
+        """For the call that tells the master these; when it ends well they are what it was told last, and nobody is suspected
+        of having told others.
 
         Before that they count as told earlier: the master may take them although its answer gets lost.
         """
@@ -111,8 +114,7 @@ class OfferBook:
                 self.save(replace(before, told=rows))
             yield
             others = tuple(one for one in self.read().told if one != row)
-            self.save(Offered((*others, row), seen=self.read().seen))
-            self.stale = 0
+            self.save(Offered((*others, row), published=self.read().published, seen=self.read().seen))
         finally:
             self.turn += 1
 

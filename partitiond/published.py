@@ -11,6 +11,7 @@ import json
 from base64 import b64decode
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from partitiond.offers import digest
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from slap_client.documents import PartitionDocument
 
 _SHORTEST, _LONGEST = 200, 8192  # of a certificate in base64
+_MOST = 32  # of an instance, which may publish anything
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +35,8 @@ class Shown:
 
 def certificates(entry: PartitionDocument) -> dict[str, str]:
     """The published values that are certificates (base64 of the DER) with the partition's name, by their keys."""
-    return {key: value for key, value in _texts(entry.connection) if _name(value) == entry.partition_id}
+    found = ((key, value) for key, value in _texts(entry.connection) if _name(value) == entry.partition_id)
+    return dict(islice(found, _MOST))
 
 
 def judge(

@@ -18,6 +18,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import warm_start
 
 from netplan import legacy_tables, nfnetlink
 from netplan.legacy_rules import PREFIX
@@ -36,6 +37,11 @@ def pytest_sessionstart(session):
         pytest.exit(_HOW, returncode=4)
     # a machine that runs has it up; else whether a test passes hangs on which one came before
     subprocess.run(["/usr/sbin/ip", "link", "set", "lo", "up"], check=True)
+    warm_start.begin()
+
+
+def pytest_sessionfinish(session):
+    warm_start.end()
 
 
 # --- where the time goes -----------------------------------------------------------------------------------------------
@@ -93,8 +99,9 @@ def _processes():
             command = Path("/proc", name, "cmdline").read_bytes().replace(b"\0", b" ")
         except OSError:
             continue
+        text = command.decode(errors="replace")
         if stat[0] != b"Z" and int(stat[1]) in (1, os.getpid()) and int(name) != os.getpid():
-            found[command.decode(errors="replace")] += 1
+            found[text] += not warm_start.is_server(text)
     return {f"{command}({number + 1})" for command, count in found.items() for number in range(count)}
 
 
@@ -390,6 +397,8 @@ class Command:
     def __call__(self, *arguments, **options):
         """Run it to its end; the result has returncode, stdout and stderr as text."""
         options = {"env": self.environment, "cwd": "/", "timeout": 60, **options}
+        if options.keys() <= {"env", "cwd", "timeout"}:
+            return warm_start.run(self.line(*arguments), **options)
         return subprocess.run(self.line(*arguments), capture_output=True, text=True, check=False, **options)
 
     def start(self, *arguments):

@@ -11,7 +11,7 @@ ERROR, STARTED = "softwareInstanceError", "startedComputerPartition"
 
 @pytest.fixture(scope="module")
 def node(make_node):
-    node = make_node(partitions=2, software_interval=1, instances_interval=1, promise_interval=1)
+    node = make_node(partitions=3, software_interval=1, instances_interval=1, promise_interval=1)
     node.start()
     node.offer()
     return node
@@ -76,3 +76,19 @@ def test_a_promise_that_looks_through_a_tunnel_does_not_fail_for_the_first_time(
     ]
     assert [one.fields for one in told] == []
     assert [one["state"] for one in node.partition(name)["promises"]] == ["ok"]
+
+
+def test_who_is_cut_short_between_the_two_times_asks_again(node, url):
+    """The daemon is killed while the promise is asked for the second time, which is as if it had been asked but once."""
+    before = len(node.front.seen)
+    promise = "n=$(cat asked)x; echo $n > asked; test $n != xx || exec sleep 60; echo no luck; exit 1"
+    node.request("three", url, text="three", tunnel="8443", promise=promise)
+    name = node.holder("three")
+    asked = Path(node.partition(name)["path"], "asked")
+    node.wait(lambda: asked.exists() and asked.read_text() == "xx\n", "the promise to be asked twice")
+    assert node.front.count(ERROR, before) == 0
+    node.kill()
+    node.start()
+    node.wait(lambda: node.front.count(ERROR, before), "the failure to be told")
+    assert asked.read_text().startswith("xxx")
+    assert node.partition(name)["state"] == "failed"
