@@ -82,8 +82,7 @@ class Machine:
         line = [self._sandbox.pid]
         while below := children(line[-1]):
             line.append(below[0])
-        found = len(line) > 2 and Path(f"/proc/{line[-1]}/comm").read_text() == f"{_PAYLOAD}\n"
-        return (line[-2], line[-1]) if found else None
+        return (line[-2], line[-1]) if len(line) > 2 and program(line[-1]) == _PAYLOAD else None
 
     def power_off(self) -> None:
         """End it as a power cut would; its files are gone, too. A second time does nothing."""
@@ -211,6 +210,14 @@ def children(pid: int) -> list[int]:
         return [int(one) for one in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
     except OSError:
         return []
+
+
+def program(pid: int) -> str:
+    """What a process runs; nothing of one that has ended: while a sandbox is made it starts others."""
+    try:
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+    except OSError:
+        return ""
 
 
 def _namespace(pid: int) -> str:

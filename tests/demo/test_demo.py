@@ -80,8 +80,10 @@ def test_a_killed_demonstration_takes_everything_with_it(command, when):
 
 @pytest.mark.parametrize(
     ("words", "when"),
-    [([], "partitiond plan"), (["--nodes", "2"], "partitiond run on each node")],
-    ids=["one node", "two nodes"],
+    [
+        pytest.param([], "partitiond plan", id="one node", marks=pytest.mark.full),
+        pytest.param(["--nodes", "2"], "partitiond run on each node", id="two nodes"),
+    ],
 )
 def test_ctrl_c_ends_it_without_a_word(words, when):
     before = _machine()

@@ -1,11 +1,15 @@
 """The world that the scenarios stand on: what its wire does, and that machines are each other's strangers."""
 
 import json
+import os
+import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+
+from partitiond.demo import machine
 
 DELAY = 0.02
 _ECHO = """
@@ -134,3 +138,11 @@ def test_the_master_goes_back_to_an_older_database(world):
 
 def test_what_this_interpreter_is_runs_there(world):
     assert world["B"].run(sys.executable, "-c", "print('there')").stdout == "there\n"
+
+
+def test_what_has_ended_runs_nothing():
+    """Looked at while a sandbox is made, which starts others that end."""
+    with subprocess.Popen(["/bin/true"]) as gone:
+        pass
+    assert (machine.children(gone.pid), machine.program(gone.pid)) == ([], "")
+    assert machine.program(os.getpid()) == Path("/proc/self/comm").read_text().strip()
