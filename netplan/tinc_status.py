@@ -183,9 +183,7 @@ def problems(lines: Iterable[str]) -> tuple[Problem, ...]:
     when that connection ends, all when tincd begins anew.
     """
     found: dict[tuple[str, str, str], Problem] = {}
-    trying: dict[str, str] = {}
-    talking: set[str] = set()
-    turns = _Turns()
+    attempts, turns = _Attempts(), _Turns()
     for line in lines:
         if STARTING.fullmatch(line):
             found.clear()
@@ -199,21 +197,33 @@ def problems(lines: Iterable[str]) -> tuple[Problem, ...]:
             found = {
                 key: one for key, one in found.items() if (one.kind, one.peer) != ("range", closed["peer"])
             }
-        elif tried := _TRYING.fullmatch(line):
-            trying[tried["place"]] = tried["peer"]
-            talking.discard(tried["place"])
-        elif talks := _TALKS.fullmatch(line):
-            talking.add(talks["place"] or talks["from"])
-        elif (silent := _SILENT.fullmatch(line)) and silent["place"] in talking:
-            # by a key that is not its own it cannot even read that it is asked; at its end the data is bogus
-            words = f"begins to talk at {silent['place']} and does not end it: it has another key than its host block says"
-            _note(found, Problem("key", silent["peer"], f"{words}, or no right host block of this node"))
-        elif (failed := _FAILED.fullmatch(line)) and failed["place"] in trying:
-            words = f"cannot be reached at {failed['place']}: {failed['subject']}"
-            _note(found, Problem("unreachable", trying[failed["place"]], words))
-        elif (problem := _read(line)) is not None:
+        elif (problem := attempts.hear(line) or _read(line)) is not None:
             _note(found, problem)
     return tuple(found.values())
+
+
+class _Attempts:
+    """What is tried at each place, which a line about its failure does not name."""
+
+    def __init__(self) -> None:
+        self._trying: dict[str, str] = {}
+        self._talking: set[str] = set()
+
+    def hear(self, line: str) -> Problem | None:
+        """Hear of an attempt, or what became of it."""
+        if tried := _TRYING.fullmatch(line):
+            self._trying[tried["place"]] = tried["peer"]
+            self._talking.discard(tried["place"])
+        elif talks := _TALKS.fullmatch(line):
+            self._talking.add(talks["place"] or talks["from"])
+        elif (silent := _SILENT.fullmatch(line)) and silent["place"] in self._talking:
+            # by a key that is not its own it cannot even read that it is asked; at its end the data is bogus
+            words = f"begins to talk at {silent['place']} and does not end it: it has another key than its host block says"
+            return Problem("key", silent["peer"], f"{words}, or no right host block of this node")
+        elif (failed := _FAILED.fullmatch(line)) and failed["place"] in self._trying:
+            words = f"cannot be reached at {failed['place']}: {failed['subject']}"
+            return Problem("unreachable", self._trying[failed["place"]], words)
+        return None
 
 
 class _Turns:
