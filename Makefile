@@ -13,7 +13,7 @@ BENCHES := node packets tunnels accounting life supervisor promises polling node
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
 
-demo: $(B)/demo.stamp ## the whole way through in private namespaces, with a real master (ARGS=--keep leaves it up)
+demo: $(if $(findstring --n,$(ARGS)),$(B)/tenants.stamp,$(B)/demo.stamp) ## the whole way through in private namespaces, with a real master (ARGS="--nodes 3 --mesh", --keep)
 	$(ENV)/bin/python3 -I -m partitiond demo $(ARGS)
 
 test: $(B)/test.stamp lint ## linters and tests, in private namespaces (ARGS are pytest's)
@@ -56,7 +56,7 @@ bench-polling: $(B)/bench.stamp ## what a node asks of its master in a day, and 
 bench-nodes: $(B)/bench.stamp ## several nodes: raw, stunnel, tinc, both; a mesh's convergence; a node rebuilt; the master's load
 	$(RUN) $(PREFIX)/bin/python3 -P $(CURDIR)/tests/bench/nodes.py $(ARGS)
 
-install: ## an environment at PREFIX that partition users can execute, with all that builds need offline (EXTRAS="iptables networkcache")
+install: ## an environment at PREFIX that partition users can execute, with all that builds need offline (EXTRAS="iptables networkcache tenants")
 	tools/environment --prefix $(PREFIX) --python $(PYTHON) --with master $(addprefix --with ,$(EXTRAS))
 
 SOURCES := pyproject.toml setup.py tools/environment tools/guest $(wildcard requirements/*.txt) \
@@ -66,13 +66,17 @@ $(B)/demo.stamp: $(SOURCES)
 	tools/environment --prefix $(PREFIX) --python $(PYTHON) --below $(B) --with master
 	touch $@
 
+$(B)/tenants.stamp: $(SOURCES)
+	tools/environment --prefix $(PREFIX) --python $(PYTHON) --below $(B) --with master --with tenants
+	touch $@ $(B)/demo.stamp
+
 $(B)/test.stamp: $(SOURCES)
 	tools/environment --prefix $(PREFIX) --python $(PYTHON) --below $(B) --with master --with test
-	touch $@ $(B)/demo.stamp
+	touch $@ $(B)/tenants.stamp $(B)/demo.stamp
 
 $(B)/bench.stamp: $(SOURCES)
 	tools/environment --prefix $(PREFIX) --python $(PYTHON) --below $(B) --with master --with test --with bench
-	touch $@ $(B)/test.stamp $(B)/demo.stamp
+	touch $@ $(B)/test.stamp $(B)/tenants.stamp $(B)/demo.stamp
 
 clean: ## remove what was built here
 	rm -rf $(B)

@@ -9,7 +9,7 @@ class NetplanError(Exception):
     changing anything.
 
     Codes: ``network.address_collision address_taken duplicate invalid name_taken no_bridge no_interface
-    no_library no_tun prefix_too_small tap``, ``network.netlink`` (the kernel refused a request),
+    no_library no_tun prefix_too_small range_taken tap``, ``network.netlink`` (the kernel refused a request),
     ``network.packet_filter`` (nft, or iptables, refused a change), ``network.blocked`` (left undone because the packet
     filter could not be loaded), ``network.sysctl``, ``network.bpf`` (the programs at the cgroup);
     ``sockets.destroy sockets.destroy_unsupported sockets.not_permitted`` (sessions that could not be cut).

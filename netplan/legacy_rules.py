@@ -18,8 +18,8 @@ from ipaddress import ip_network
 from socket import AF_INET, AF_INET6, AddressFamily
 from typing import Literal, NamedTuple
 
+from netplan import held_port
 from netplan.closed_port import RULE as CLOSED
-from netplan.held_port import ADDRESS as LOOPBACK
 from netplan.mesh_guard import RULE as MESH
 from netplan.mesh_guard import counter
 from netplan.metering import counter_name
@@ -125,8 +125,8 @@ def render_legacy(desired: DesiredNetwork) -> LegacyFilter:
         owned = [one for share in shares for one in share[family]]
         if desired.closed and (family == AF_INET) == (desired.closed.address.version == 4):
             _closed_port(draft, desired.partitions, desired.closed)
-        if desired.held and family == AF_INET:
-            _held_ports(draft, desired.held)
+        if desired.held:
+            _held_ports(draft, desired.held, family)
         if desired.mesh:
             _mesh(draft, desired.partitions, desired.mesh, family)
         if desired.ownership:
@@ -233,8 +233,10 @@ def _mesh_out(draft: _Draft, partitions: Sequence[PartitionNetwork], mesh: MeshS
     if not mesh.taken:
         passing.append(Rule("RETURN", link_out=link))
         wrong = draft.chain("MESH-DESTINATION", deny("destination"))
+        carried = draft.chain("MESH-PORT", deny("port"))
         destinations = (
             Rule(wrong, goto=True, destination=own),
+            Rule(carried, goto=True, destination=network, udp=True, from_port=mesh.port),
             Rule("RETURN", destination=network),
             Rule(wrong, goto=True),
         )
@@ -250,7 +252,13 @@ def _mesh_in(draft: _Draft, mesh: MeshSpec) -> None:
     passing = [Rule("RETURN", link_in=_LO)]
     if not mesh.taken:
         passing.append(Rule("RETURN", link_in=link))
-        destinations = (Rule("RETURN", destination=own), _dropped("in", "destination"))
+        carried = replace(_dropped("in", "port"), destination=own, port=mesh.port)
+        destinations = (
+            replace(carried, udp=True),
+            replace(carried, syn=True),
+            Rule("RETURN", destination=own),
+            _dropped("in", "destination"),
+        )
         others = Rule(draft.chain("MESH-OTHERS", destinations), goto=True, source=network)
         sources = (replace(wrong, source=own), others, wrong)
         draft.chain("IN", [Rule(draft.chain("MESH-IN", sources), link_in=link)])
@@ -259,15 +267,16 @@ def _mesh_in(draft: _Draft, mesh: MeshSpec) -> None:
     draft.chain("FORWARD", (replace(elsewhere, source=network), replace(elsewhere, destination=network)))
 
 
-def _held_ports(draft: _Draft, held: Sequence[HeldPort]) -> None:
+def _held_ports(draft: _Draft, held: Sequence[HeldPort], family: AddressFamily) -> None:
     """Write the rules of :mod:`netplan.held_port`."""
+    source = str(held_port.ADDRESSES[family == AF_INET6])
     deny = draft.chain("DENY-HELD", (Rule("RESET", tcp=True), Rule("DROP")))
     for one in held:
         others = ((ANY_USER[0], one.uid - 1), (one.uid + 1, ANY_USER[1]))
         draft.chain(
             "OUT",
             [
-                Rule(deny, goto=True, source=str(LOOPBACK), from_port=one.port, users=users)
+                Rule(deny, goto=True, source=source, from_port=one.port, users=users)
                 for users in others
                 if users[0] <= users[1]
             ],

@@ -7,6 +7,8 @@ itself to its own part of the network:
 - in: by it come sources of the rest of the network to the node's own part, and nothing else;
 - elsewhere: by any other interface but ``lo`` nothing goes to or comes from an address of the network.  When the
   tun is gone, nothing leaves in the clear, and nobody on the LAN speaks for another node;
+- tincd's own port: the mesh is not carried by the mesh.  Any member can announce an address of the network as that of a
+  node (``ADD_EDGE``), or connect to it there; what is sent to it would come back out of the tun, to be sent once more;
 - no IPv6, and nothing is forwarded to the mesh or from it.
 
 These rules do not ask who sends, so what the kernel itself sends (RST, ICMP errors) meets them as well; whose socket
@@ -30,8 +32,8 @@ COUNTED = "mesh"
 """What the names of the counters of all that is dropped start with; direction and reason follow, ``mesh/in/source``."""
 
 _REASONS = {
-    "out": ("source", "destination", "elsewhere", "ipv6"),
-    "in": ("source", "destination", "elsewhere", "ipv6"),
+    "out": ("source", "destination", "port", "elsewhere", "ipv6"),
+    "in": ("source", "destination", "port", "elsewhere", "ipv6"),
     "forward": ("any",),
 }
 _MOST_USERS = 65536
@@ -44,7 +46,8 @@ _HOOKS = {
 
 class Verdict(NamedTuple):
     """Why the mesh's rules drop something: the direction (``out``, ``in``, ``forward``), and what was wrong: the
-    ``source``, the ``destination``, an interface that is not the mesh's (``elsewhere``), ``ipv6``; of forwarding ``any``.
+    ``source``, the ``destination``, the ``port``, which is tincd's, an interface that is not the mesh's (``elsewhere``),
+    ``ipv6``; of forwarding ``any``.
     """
 
     direction: str
@@ -111,6 +114,7 @@ def _chains(mesh: MeshSpec, behind: str) -> dict[str, Sequence[str]]:
             f"ip saddr != {own} {deny('source')}",
             f"ip daddr {own} {deny('destination')}",
             f"ip daddr != {network} {deny('destination')}",
+            f"udp sport {mesh.port} {deny('port')}",
             f"goto {behind}",
         )
         chains["mesh_in"] = (
@@ -118,6 +122,8 @@ def _chains(mesh: MeshSpec, behind: str) -> dict[str, Sequence[str]]:
             f"ip saddr {own} {drop('in', 'source')}",
             f"ip saddr != {network} {drop('in', 'source')}",
             f"ip daddr != {own} {drop('in', 'destination')}",
+            f"udp dport {mesh.port} {drop('in', 'port')}",
+            f"tcp dport {mesh.port} tcp flags & (fin | syn | rst | ack) == syn {drop('in', 'port')}",
         )
     chains["mesh_entering"] = (
         *(() if mesh.taken else (f"iifname {link} goto mesh_in",)),

@@ -159,7 +159,7 @@ class BridgeSpec:
 @dataclass(frozen=True, slots=True)
 class MeshSpec:
     """The flat IPv4 space that nodes share by a VPN: a persistent tun that only root may attach a program to, the whole
-    ``network``, this node's ``own`` part of it and, of that, the node's own ``address``.
+    ``network``, this node's ``own`` part of it and, of that, the node's own ``address``; ``port`` is that of the program.
 
     ``taken``: somebody else's link has that name.  Nothing is put on it then, and nothing of the mesh passes it.
     """
@@ -168,6 +168,7 @@ class MeshSpec:
     network: IPv4Network
     own: IPv4Network
     address: IPv4Address
+    port: int = 655
     taken: bool = False
 
     def __post_init__(self) -> None:
@@ -274,7 +275,7 @@ class RateLimit:
 
 @dataclass(frozen=True, slots=True)
 class HeldPort:
-    """A TCP port of 127.0.0.1 at which one user alone, besides root, may answer."""
+    """A TCP port of 127.0.0.1 and ::1 at which one user alone, besides root, may answer."""
 
     port: int
     uid: int

@@ -71,7 +71,7 @@ def observe(desired: DesiredNetwork, seen: Look | None = None) -> ObservedNetwor
     addresses does not exist, ``network.netlink`` when the kernel does not answer.
     """
     links, addresses = seen or look()
-    desired = settled(desired, links)
+    desired = settled(desired, links, addresses)
     with NetlinkSocket(NETLINK_ROUTE) as sock:
         for name in (desired.interface, desired.ipv4_interface):
             to_be_made = desired.bridge is not None and desired.bridge.name == name

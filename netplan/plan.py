@@ -23,7 +23,7 @@ from netplan.packet_filter import Filter, FilterOperation, render
 from netplan.plan_addresses import address_operations
 from netplan.plan_bridge import after, bridge_operations
 from netplan.plan_hooks import hook_operations
-from netplan.plan_mesh import mesh_operations, settled
+from netplan.plan_mesh import mesh_operations, refusals, settled
 from netplan.plan_routes import route_operations
 from netplan.plan_rules import rule_operations
 from netplan.plan_taps import tap_operations
@@ -39,7 +39,8 @@ def plan(desired: DesiredNetwork, observed: ObservedNetwork) -> tuple[Operation,
     """Return the operations from ``observed`` to ``desired``, in the order they are to be done; empty:
     nothing to do.
     """
-    desired = settled(desired, observed.links)
+    refused = tuple(refusals(desired, observed))
+    desired = settled(desired, observed.links, observed.addresses)
     packet_filter = filter_operations(desired, observed)
     hooks = hook_operations(desired, observed)
     bridging = tuple(bridge_operations(desired, observed))
@@ -51,6 +52,7 @@ def plan(desired: DesiredNetwork, observed: ObservedNetwork) -> tuple[Operation,
         *sysctl_operations(desired, observed, noting=bool(packet_filter)),
         *bridging,
         *tap_operations(desired, bridged),
+        *refused,
         *mesh_operations(desired, bridged),
         *address_operations(desired, bridged),
         *route_operations(desired, bridged),

@@ -6,23 +6,85 @@ mesh is dropped in the tun, and while the tun is away, refused by a route behind
 with (drivers/net/tun.c, tun_set_iff), and tincd asks for one.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from ipaddress import IPv4Address
 
 from netplan.errors import NetplanError
-from netplan.model import GROUP_GOING, MESH_ALIAS, DesiredNetwork, Link, MeshSpec, ObservedNetwork
+from netplan.model import (
+    GROUP_GOING,
+    MESH_ALIAS,
+    PROTOCOL_MARK,
+    Address,
+    DesiredNetwork,
+    Link,
+    MeshSpec,
+    ObservedNetwork,
+)
 from netplan.once import once
 from netplan.operations import Operation, RefusedOperation, TapOperation
 
 _ROOT = 0
 
 
-def settled(desired: DesiredNetwork, links: Mapping[str, Link]) -> DesiredNetwork:
-    """Return what can be made of what is wanted: where somebody else's link has the name of the mesh's, that is said."""
+def settled(
+    desired: DesiredNetwork, links: Mapping[str, Link], addresses: Sequence[Address]
+) -> DesiredNetwork:
+    """Return what can be made of what is wanted: where somebody else's link has the name of the mesh's, that is said;
+    where the node itself is in its network by another interface, there is no mesh.
+    """
     mesh = desired.mesh
-    if mesh is None or mesh.taken or not _is_taken(links.get(mesh.interface)):
+    if mesh is None or mesh.taken:
         return desired
-    return _taken(desired)
+    if _in_use(mesh, links, addresses):
+        return _without(desired)
+    return _taken(desired) if _is_taken(links.get(mesh.interface)) else desired
+
+
+def _in_use(mesh: MeshSpec, links: Mapping[str, Link], addresses: Sequence[Address]) -> Address | None:
+    """Return an address of the network that the node has elsewhere: the rules of the mesh would cut it off there.
+
+    A mesh that is there already stays as it is: who gives the node such an address later does not end it.
+    """
+    if any(one.alias.startswith(MESH_ALIAS) for one in links.values()):
+        return None
+    return next(
+        (
+            one
+            for one in addresses
+            if len(one.packed) == len(mesh.address.packed)
+            and one.protocol != PROTOCOL_MARK
+            and IPv4Address(one.packed) in mesh.network
+        ),
+        None,
+    )
+
+
+@once
+def _without(desired: DesiredNetwork) -> DesiredNetwork:
+    partitions = tuple(replace(one, vpn_ipv4=None) if one.vpn_ipv4 else one for one in desired.partitions)
+    others = desired.host_ipv6 or desired.host_ipv4
+    return replace(
+        desired,
+        partitions=partitions,
+        mesh=None,
+        local_source_table=desired.local_source_table and bool(others),
+    )
+
+
+def refusals(desired: DesiredNetwork, observed: ObservedNetwork) -> Iterator[RefusedOperation]:
+    """Yield why there can be no mesh here at all, ``desired`` being what was asked for."""
+    mesh = desired.mesh
+    used = _in_use(mesh, observed.links, observed.addresses) if mesh and not mesh.taken else None
+    if mesh is None or used is None:
+        return
+    names = {one.ifindex: one.name for one in observed.links.values()}
+    where = f"{used.text()} on {names.get(used.link, used.link)}"
+    message = f"this node has {where}, which is in {mesh.network}, the network of the mesh"
+    hint = "set another network in [tinc], on all nodes, or take that address away: the mesh would cut it off"
+    identity = f"mesh/{mesh.interface}"
+    error = NetplanError("network.range_taken", message, resource=identity, hint=hint)
+    yield RefusedOperation(id=identity, action="create", reason=message, error=error)
 
 
 @once

@@ -3,11 +3,16 @@
 All of it is rendered from checked values. What tincd takes in when it is told to (SIGHUP) and what only when it starts are told
 apart (main_loop in net.c, setup_myself in net_setup.c of 1.0.36): a reload reads tinc.conf for ``ConnectTo`` and the host files
 for keys, addresses and ranges; all else, this node's own host file and key included, is read once.
+
+``TunnelServer``: a node tells nobody of anybody else, and passes nobody's requests on (send_everything, add_edge_h, req_key_h).
+Without it a node gets the key of a peer by each way that leads there, a third node's among them, and of two the one that
+comes last counts: where that is the older one, the pair is silent for a minute, and over TCP for as long as keys last.
 """
 
 from __future__ import annotations
 
 import hashlib
+import ipaddress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -52,13 +57,17 @@ _OPTIONS = (
 
 @dataclass(frozen=True, slots=True)
 class Mesh:
-    """A node of the mesh as tincd is to run it; ``connect_to`` are the peers that it connects to by itself."""
+    """A node of the mesh as tincd is to run it; ``connect_to`` are the peers that it connects to by itself.
+
+    ``relays``: it tells its peers of each other, and passes on for those that have no connection of their own.
+    """
 
     own: HostBlock
     peers: tuple[HostBlock, ...]
     connect_to: tuple[str, ...]
     interface: str
     private_key: Path
+    relays: bool = True
 
     def files(self) -> dict[str, str]:
         """The files below its directory by their paths, but the start, which knows where that is."""
@@ -75,6 +84,7 @@ class Mesh:
             ("Name", self.own.name),
             ("Interface", self.interface),
             ("PrivateKeyFile", str(self.private_key)),
+            ("TunnelServer", "no" if self.relays else "yes"),
         )
         return "".join(f"{name} = {value}\n" for name, value in (*own, *_OPTIONS))
 
@@ -117,3 +127,37 @@ def connect_to(wanted: Collection[str], peers: Mapping[str, HostBlock]) -> tuple
     return tuple(
         name for name, one in sorted(peers.items()) if one.addresses and (name in wanted or not wanted)
     )
+
+
+_VERSIONS = (4, 6)
+# behind a router that translates, two such are not on one link just because they look so
+_PRIVATE = tuple(
+    ipaddress.ip_network(text)
+    for text in ("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "100.64.0.0/10", "fc00::/7")
+)
+
+
+def need_a_relay(peers: Iterable[HostBlock]) -> bool:
+    """Whether two of these may be unable to connect to each other, so that somebody has to pass on between them.
+
+    All can where they use one version of IP, and all but one at most are reached by a public address of it. How this node is
+    reached does not matter: whom it cannot connect to is passed on by peers, which see the two of them among theirs.
+    """
+    found = [_reached(one) for one in peers]
+    return not any(
+        all(version in one for one in found) and sum(not one[version] for one in found) <= 1
+        for version in _VERSIONS
+    )
+
+
+def _reached(block: HostBlock) -> dict[int, bool]:
+    """Versions of IP that a node uses, and whether it has a public address of each; a host's name may have any."""
+    found: dict[int, bool] = {}
+    for one in block.addresses:
+        try:
+            address = ipaddress.ip_address(one.host)
+        except ValueError:
+            return dict.fromkeys(_VERSIONS, True)
+        public = not any(address in network for network in _PRIVATE)
+        found[address.version] = found.get(address.version, False) or public
+    return found or dict.fromkeys(_VERSIONS, False)

@@ -80,8 +80,9 @@ def _node(found: re.Match[str]) -> NodeState:
 class Problem:
     """Something that went wrong, in words. ``peer`` is the name that it is about, "" for this node; ``kind`` is a stable word:
 
-    ``identity`` (somebody of a name that has no host block here), ``key`` (a key that does not match), ``range`` (a range that
-    no host block allows; ``subject`` is which), ``same_name``, ``unreachable``, ``own`` (of this node's tincd itself).
+    ``identity`` (somebody of a name that has no host block here, or that is this node's), ``key`` (a key that does not match),
+    ``range`` (a range that no host block allows; ``subject`` is which), ``same_name`` (of somebody with the same key, too),
+    ``unreachable``, ``own`` (of this node's tincd itself).
     """
 
     kind: str
@@ -90,6 +91,9 @@ class Problem:
     subject: str = ""
 
 
+# what somebody may say as many of as it likes: names, without having a key, and ranges
+_MOST_SAID = 20
+_TURNS = 4
 _PLACE = r"(?P<place>\S+ port \S+)"
 _RULES = (
     (
@@ -118,9 +122,10 @@ _RULES = (
     ),
     ("key", re.compile(r"No public key for (?P<peer>\S+) specified!"), "has no key in its host block"),
     (
-        "same_name",
+        # said by anybody who reaches the port, without a proof
+        "identity",
         re.compile(rf"Got bad ID from \S+ \({_PLACE}\): invalid name"),
-        "somebody at {place} has the name of this node",
+        "somebody at {place} says that it has the name of this node, or one that is no name",
     ),
     (
         "same_name",
@@ -166,23 +171,34 @@ _TRYING = re.compile(rf"Trying to connect to (?P<peer>\S+) \({_PLACE}\)")
 _FAILED = re.compile(rf"{_PLACE}: (?P<subject>.+)")
 _TALKS = re.compile(rf"Connected to \S+ \({_PLACE}\)|Connection from (?P<from>\S+ port \S+)")
 _SILENT = re.compile(rf"Timeout from (?P<peer>[A-Za-z0-9_]+) \({_PLACE}\) during authentication")
-_ACTIVATED = re.compile(r"Connection with (?P<peer>\S+) \(.+\) activated")
+_ACTIVATED = re.compile(r"Connection with (?P<peer>\S+) \((?P<host>\S+) port \S+\) activated")
+_SECOND = re.compile(r"Established a second connection with (?P<peer>\S+) \(.+")
+_CLOSED = re.compile(r"Closing connection with (?P<peer>\S+) \(.+\)")
 
 
 def problems(lines: Iterable[str]) -> tuple[Problem, ...]:
     """What stands open at the end of a log, each once, the latest at the end.
 
-    What is wrong with a peer is over when a connection with it is made (it then says its ranges again), all when tincd
-    begins anew.
+    What is wrong with a peer is over when a connection with it is made (it then says its ranges again), a range that it says
+    when that connection ends, all when tincd begins anew.
     """
     found: dict[tuple[str, str, str], Problem] = {}
     trying: dict[str, str] = {}
     talking: set[str] = set()
+    turns = _Turns()
     for line in lines:
         if STARTING.fullmatch(line):
             found.clear()
+        elif second := _SECOND.fullmatch(line):
+            turns.taken_over.add(second["peer"])
         elif made := _ACTIVATED.fullmatch(line):
             found = {key: one for key, one in found.items() if one.peer != made["peer"]}
+            if words := turns.come(made["peer"], made["host"]):
+                _note(found, Problem("same_name", made["peer"], words))
+        elif closed := _CLOSED.fullmatch(line):
+            found = {
+                key: one for key, one in found.items() if (one.kind, one.peer) != ("range", closed["peer"])
+            }
         elif tried := _TRYING.fullmatch(line):
             trying[tried["place"]] = tried["peer"]
             talking.discard(tried["place"])
@@ -200,10 +216,41 @@ def problems(lines: Iterable[str]) -> tuple[Problem, ...]:
     return tuple(found.values())
 
 
+class _Turns:
+    """From where the connections with each peer came that took the place of one that stood.
+
+    Once that is nothing: both ends connect, or an address changed. Two places in turn are two nodes of one name and key.
+    """
+
+    def __init__(self) -> None:
+        self.taken_over: set[str] = set()
+        self._hosts: dict[str, tuple[str, ...]] = {}
+
+    def come(self, peer: str, host: str) -> str:
+        """Hear of a connection that is made; what is wrong, in words."""
+        before = self._hosts.get(peer, ()) if peer in self.taken_over else ()
+        self.taken_over.discard(peer)
+        hosts = self._hosts[peer] = (*before, host)[-_TURNS:]
+        if len(hosts) < _TURNS or hosts[:2] != hosts[2:] or hosts[0] == hosts[1]:
+            return ""
+        return (
+            f"connects from {min(hosts)} and {max(hosts)} in turn, each of which takes the other's connection away:"
+            " two nodes have its name and key"
+        )
+
+
 def _note(found: dict[tuple[str, str, str], Problem], problem: Problem) -> None:
     key = (problem.kind, problem.peer, problem.subject if problem.kind == "range" else "")
     found.pop(key, None)
     found[key] = problem
+    if problem.kind in ("identity", "range"):
+        like = [
+            one
+            for one in found
+            if one[0] == problem.kind and (problem.kind == "identity" or one[1] == problem.peer)
+        ]
+        if len(like) > _MOST_SAID:
+            del found[like[0]]
 
 
 def _read(line: str) -> Problem | None:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from ipaddress import ip_network
-from socket import AF_INET, AF_INET6, IPPROTO_ICMP, IPPROTO_ICMPV6, IPPROTO_TCP, AddressFamily
+from socket import AF_INET, AF_INET6, IPPROTO_ICMP, IPPROTO_ICMPV6, IPPROTO_TCP, IPPROTO_UDP, AddressFamily
 from typing import NamedTuple
 
 BUILT_IN: Mapping[int, str] = {1: "INPUT", 2: "FORWARD", 3: "OUTPUT"}
@@ -38,6 +38,8 @@ _ADDRTYPE = struct.Struct("=HHI")
 _ADDRTYPE_LOCAL, _INVERT_SOURCE = 1 << 2, 1
 _TCP = struct.Struct("=4H4B4x")
 _RST = 4
+_SYN, _BEGINS = 2, 0x17  # of SYN, ACK, RST and FIN, SYN alone
+_UDP = struct.Struct("=4HB7x")
 _ICMP = struct.Struct("=4B4x")
 _REJECT = struct.Struct("=I4x")
 _OFFSETS = struct.Struct("=HH")
@@ -78,7 +80,7 @@ class Rule:
     ``link_in`` and ``link_out`` are the names of the links that it comes and leaves by.
     ``users`` are the first and last number of the users whose sockets match; ``unlike_local`` wants a source
     that the host does not have, ``to_local`` a destination that it has; ``port`` is a destination of TCP,
-    ``from_port`` a source.
+    ``from_port`` a source, with ``udp`` those of UDP; ``syn`` is what begins a TCP connection.
     """
 
     target: str
@@ -89,6 +91,8 @@ class Rule:
     link_out: str = ""
     tcp: bool = False
     rst: bool = False
+    syn: bool = False
+    udp: bool = False
     port: int = 0
     from_port: int = 0
     echo_request: bool = False
@@ -125,13 +129,7 @@ def entry(rule: Rule, family: AddressFamily) -> Entry:
     """Return the rule as the kernel has it."""
     layout = _LAYOUTS[family]
     matches = b"".join(_matches(rule, layout))
-    protocol = (
-        IPPROTO_TCP
-        if rule.tcp or rule.rst or rule.port or rule.from_port
-        else layout.echo[1]
-        if rule.echo_request
-        else 0
-    )
+    protocol = _protocol(rule, layout)
     flags = (layout.says_protocol if protocol else 0) | (layout.goto if rule.goto else 0)
     source, source_mask = _network(rule.source, layout.address)
     destination, destination_mask = _network(rule.destination, layout.address)
@@ -143,6 +141,14 @@ def entry(rule: Rule, family: AddressFamily) -> Entry:
     if rule.target == "RESET":
         return Entry(head + matches, "REJECT", _REJECT.pack(layout.tcp_reset))
     return Entry(head + matches, rule.target)
+
+
+def _protocol(rule: Rule, layout: _Layout) -> int:
+    if rule.udp:
+        return IPPROTO_UDP
+    if rule.tcp or rule.rst or rule.syn or rule.port or rule.from_port:
+        return IPPROTO_TCP
+    return layout.echo[1] if rule.echo_request else 0
 
 
 def _link(name: str) -> bytes:
@@ -158,10 +164,13 @@ def _matches(rule: Rule, layout: _Layout) -> Iterator[bytes]:
     """Yield the matches, the cheapest first."""
     if rule.rst:
         yield _module("tcp", 0, _TCP.pack(0, 0xFFFF, 0, 0xFFFF, 0, _RST, _RST, 0))
-    if rule.port:
-        yield _module("tcp", 0, _TCP.pack(0, 0xFFFF, rule.port, rule.port, 0, 0, 0, 0))
-    if rule.from_port:
-        yield _module("tcp", 0, _TCP.pack(rule.from_port, rule.from_port, 0, 0xFFFF, 0, 0, 0, 0))
+    if rule.syn:
+        yield _module("tcp", 0, _TCP.pack(0, 0xFFFF, 0, 0xFFFF, 0, _BEGINS, _SYN, 0))
+    for ports in (_one_port(0, rule.port), _one_port(rule.from_port, 0)):
+        if ports and rule.udp:
+            yield _module("udp", 0, _UDP.pack(*ports, 0))
+        elif ports:
+            yield _module("tcp", 0, _TCP.pack(*ports, 0, 0, 0, 0))
     if rule.echo_request:
         name, _, kind = layout.echo
         yield _module(name, 0, _ICMP.pack(kind, 0, 0xFF, 0))
@@ -173,6 +182,13 @@ def _matches(rule: Rule, layout: _Layout) -> Iterator[bytes]:
         yield _module("addrtype", 1, _ADDRTYPE.pack(0, _ADDRTYPE_LOCAL, 0))
     if rule.comment:
         yield _module("comment", 0, rule.comment.encode().ljust(_COMMENT_SIZE, b"\0"))
+
+
+def _one_port(source: int, destination: int) -> tuple[int, int, int, int] | None:
+    """Return the ranges of source and destination that one port of either is, None without any."""
+    if not source and not destination:
+        return None
+    return (source, source or 0xFFFF, destination, destination or 0xFFFF)
 
 
 def _module(name: str, revision: int, data: bytes) -> bytes:

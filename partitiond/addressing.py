@@ -33,8 +33,11 @@ def own_ipv6(config: Config, look: Look) -> list[ipaddress.IPv6Interface]:
 
     Before an interface is moved into the bridge, what it has counts: it will be there.
     """
-    if config.without_ipv6:
-        return []
+    return [] if config.without_ipv6 else global_ipv6(config, look)
+
+
+def global_ipv6(config: Config, look: Look) -> list[ipaddress.IPv6Interface]:
+    """The same, also where partitions are to have none."""
     links = _links(config, look, config.network.interface)
     return [
         ipaddress.IPv6Interface((address.packed, address.prefixlen))

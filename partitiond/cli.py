@@ -185,12 +185,17 @@ def _context(options: argparse.Namespace) -> Context:
     return Context.of(_config(options))
 
 
-def _reading(options: argparse.Namespace) -> Context:
+def _config_in_force(options: argparse.Namespace) -> Config:
     """For verbs that show the node: by what is in force, which during and after a trial is not always the file."""
     from partitiond import rollback  # noqa: PLC0415 - as above
+
+    return rollback.in_force(_config(options))
+
+
+def _reading(options: argparse.Namespace) -> Context:
     from partitiond.context import Context  # noqa: PLC0415 - as above
 
-    return Context.of(rollback.in_force(_config(options)))
+    return Context.of(_config_in_force(options))
 
 
 def _changing(
@@ -207,22 +212,25 @@ def _changing(
     """
     from partitiond import control, recovery  # noqa: PLC0415 - as above
 
-    context = _context(options)
+    config = _config(options)
     deadline = time.monotonic() + patience
     while True:
-        answer = control.call(context.config.run_dir / "control.sock", "POST", path, body)
+        answer = control.call(config.run_dir / "control.sock", "POST", path, body)
         if answer is not None:
             return answer
         try:
             # a daemon that is just starting holds the lock before it listens: ask it again every second
-            with recovery.exclusive(context.config, named(options), wait=1.0):
-                return _alone(context, alone)
+            with recovery.exclusive(config, named(options), wait=1.0):
+                return _alone(config, alone)
         except PartitiondError as error:
             if error.code != "node.busy" or time.monotonic() > deadline:
                 raise
 
 
-def _alone(context: Context, alone: Callable[[Context], dict[str, Any]]) -> dict[str, Any]:
+def _alone(config: Config, alone: Callable[[Context], dict[str, Any]]) -> dict[str, Any]:
+    from partitiond.context import Context  # noqa: PLC0415 - where a daemon answers, nothing of a node is needed here
+
+    context = Context.of(config)
     try:
         return alone(context)
     finally:
@@ -248,21 +256,31 @@ def _exit(value: dict[str, Any]) -> int:
 
 
 def _apply(options: argparse.Namespace) -> int:
-    from partitiond import alone, present  # noqa: PLC0415 - as above
+    from partitiond import present  # noqa: PLC0415 - as above
 
     names, force = list(options.partition), options.force
-    body = {"partitions": names, "force": force}
-    value = _changing(options, "/1/apply", body, lambda context: alone.apply(context, names, force=force))
+
+    def by_ourselves(context: Context) -> dict[str, Any]:
+        from partitiond import alone  # noqa: PLC0415 - as above
+
+        return alone.apply(context, names, force=force)
+
+    value = _changing(options, "/1/apply", {"partitions": names, "force": force}, by_ourselves)
     _print(options, "apply", value, present.applied)
     return _exit(value)
 
 
 def _try(options: argparse.Namespace) -> int:
-    from partitiond import alone, present  # noqa: PLC0415 - as above
+    from partitiond import present  # noqa: PLC0415 - as above
 
     timeout, force = options.timeout, options.force
-    body = {"timeout": timeout, "force": force}
-    value = _changing(options, "/1/try", body, lambda context: alone.try_out(context, timeout, force=force))
+
+    def by_ourselves(context: Context) -> dict[str, Any]:
+        from partitiond import alone  # noqa: PLC0415 - as above
+
+        return alone.try_out(context, timeout, force=force)
+
+    value = _changing(options, "/1/try", {"timeout": timeout, "force": force}, by_ourselves)
     _print(options, "try", value, present.tried)
     return _exit(value)
 
@@ -279,8 +297,13 @@ def _confirm(options: argparse.Namespace) -> int:
 
 
 def _sync(options: argparse.Namespace) -> int:
-    from partitiond import alone, present  # noqa: PLC0415 - as above
+    from partitiond import present  # noqa: PLC0415 - as above
     from partitiond.passes import Wish  # noqa: PLC0415 - as above
+
+    def by_ourselves(context: Context) -> dict[str, Any]:
+        from partitiond import alone  # noqa: PLC0415 - as above
+
+        return alone.sync(context, lane, wish)
 
     lane, wish = options.lane, Wish(force=options.force, only=frozenset(options.partition))
     if wish.only and lane != "instances":
@@ -291,33 +314,45 @@ def _sync(options: argparse.Namespace) -> int:
         value = unmanaged_verbs.sync(unmanaged.context(_config(options)), lane, wish)
     else:
         body = {"lane": lane, **wish.as_json()}
-        value = _changing(options, "/1/sync", body, lambda context: alone.sync(context, lane, wish))
+        value = _changing(options, "/1/sync", body, by_ourselves)
     _print(options, "sync", value, present.synced)
     return _exit(value)
 
 
 def _teardown(options: argparse.Namespace) -> int:
-    from partitiond import present, verbs  # noqa: PLC0415 - as above
+    from partitiond import present  # noqa: PLC0415 - as above
 
     purge = options.purge
-    value = _changing(
-        options, "/1/teardown", {"purge": purge}, lambda context: verbs.tear_down(context, purge=purge)
-    )
+
+    def by_ourselves(context: Context) -> dict[str, Any]:
+        from partitiond import verbs  # noqa: PLC0415 - as above
+
+        return verbs.tear_down(context, purge=purge)
+
+    value = _changing(options, "/1/teardown", {"purge": purge}, by_ourselves)
     _print(options, "teardown", value, present.applied)
     return _exit(value)
 
 
 def _status(options: argparse.Namespace) -> int:
-    from partitiond import control, present, status  # noqa: PLC0415 - as above
+    from partitiond import control, present  # noqa: PLC0415 - as above
 
     if os.geteuid() != 0:
         _print(options, "status", _unmanaged_status(options), present.status)
         return OK
-    context = _reading(options)
+    config = _config_in_force(options)
     # the daemon knows when the master last answered
-    value = control.call(context.config.run_dir / "control.sock", "GET", "/1/status") or status.node(context)
+    value = control.call(config.run_dir / "control.sock", "GET", "/1/status") or _status_without(config)
     _print(options, "status", value, present.status)
     return OK
+
+
+def _status_without(config: Config) -> dict[str, Any]:
+    """What can be said of a node of which no daemon runs."""
+    from partitiond import status  # noqa: PLC0415 - as above
+    from partitiond.context import Context  # noqa: PLC0415 - as above
+
+    return status.node(Context.of(config))
 
 
 def _show(options: argparse.Namespace) -> int:
@@ -465,12 +500,17 @@ def _report(options: argparse.Namespace) -> int:
 
 
 def _mesh(options: argparse.Namespace) -> int:
-    from partitiond import alone, cli_mesh  # noqa: PLC0415 - as above
+    from partitiond import cli_mesh  # noqa: PLC0415 - as above
+
+    def by_ourselves(context: Context, body: dict[str, Any]) -> dict[str, Any]:
+        from partitiond import alone  # noqa: PLC0415 - as above
+
+        return alone.change_mesh(context, body)
 
     return cli_mesh.run(
         options,
         lambda: _reading(options),
-        lambda body: _changing(options, "/1/mesh", body, lambda context: alone.change_mesh(context, body)),
+        lambda body: _changing(options, "/1/mesh", body, lambda context: by_ourselves(context, body)),
         lambda name, value, text: _print(options, name, value, text),
     )
 

@@ -190,8 +190,12 @@ class Config:
         return self.network.partition_network is not None or bool(self.mesh and self.mesh.replaces_ipv6)
 
 
-def load(path: Path, overrides: Mapping[tuple[str, str], str] | None = None) -> Config:
+def load(
+    path: Path, overrides: Mapping[tuple[str, str], str] | None = None, *, stood_at: Path | None = None
+) -> Config:
     """Read a configuration file and its drop-ins ``<file>.d/*.cfg``; ``overrides`` are values by section and key.
+
+    ``stood_at``: this is a copy, and the configuration is that of the file there, with what lies beside it.
 
     Raises PartitiondError ``config.unreadable``, ``config.syntax`` or ``config.value`` (every bad value in one message).
     """
@@ -207,7 +211,7 @@ def load(path: Path, overrides: Mapping[tuple[str, str], str] | None = None) -> 
     config_managers.warn(reader)
     config_unread.check(reader, managed=not config_unmanaged.chosen(reader))
     _check_shapes(reader)
-    config = _build(path, reader)
+    config = _build(stood_at or path, reader)
     _check_together(config, reader)
     if reader.problems:
         raise PartitiondError(
@@ -286,6 +290,10 @@ def _check_networks(config: Config, reader: Reader) -> None:
     for section, key, name in (("partitiond", "bridge", bridge), ("tinc", "interface", mesh_link)):
         if re.fullmatch(rf"(?:{re.escape(config.tap_base)}|slaptun)[0-9]+", name):
             reader.bad(section, key, name, "another name: taps and tuns of partitions are called so")
+    if config.mesh and config.software_user == config_mesh.TINCD_USER:
+        reader.bad(
+            "slapformat", "software_user", config.software_user, "another name: tincd's user is called so"
+        )
     if mesh_link and mesh_link in (bridge, *config.network.bridge_ports, config.interface, "lo"):
         reader.bad("tinc", "interface", mesh_link, "a name of its own: the interface is made")
     if config.create_tap and config.network.create_tun and config.tap_base == "slaptun":

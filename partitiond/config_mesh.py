@@ -16,11 +16,15 @@ if TYPE_CHECKING:
     from partitiond.config_reader import Reader
 
 SECTION = "tinc"
+TINCD_USER = "slapmesh"
+"""Whose tincd is once it has its sockets and the interface."""
+
+_PRIVILEGED = 1024  # root alone takes a port below (PROT_SOCK, include/net/sock.h)
 _KEYS = frozenset(
-    "name network range index port cipher digest address connect_to interface directory replaces_ipv6".split()
+    "name network range index port cipher digest address connect_to relay interface directory replaces_ipv6".split()
 )
 _INDEXED = 23  # 509 partitions and the node
-_REPLACES = {"auto": None, "yes": True, "no": False}
+_DECIDED = {"auto": None, "yes": True, "no": False}
 _INTERFACE = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,14}")
 _LIST = re.compile(r"[\s,]+")
 
@@ -32,6 +36,7 @@ class MeshKeys:
     ``network`` is the whole space, ``own`` this node's part: its first address is the node's, those from the third on are the
     partitions'. ``addresses`` are where others reach this node ("": what its interface has), ``connect_to`` the peers that it
     connects to by itself (none: all that say where they are). ``directory`` holds the key and the host blocks of peers.
+    ``relay``: this node passes on between peers; None: where two of them may need that.
     ``replaces_ipv6``: partitions have no IPv6 and are reached by the mesh; None: where the interface has no global IPv6.
     """
 
@@ -46,6 +51,7 @@ class MeshKeys:
     addresses: tuple[str, ...] = ()
     connect_to: tuple[str, ...] = ()
     replaces_ipv6: bool | None = None
+    relay: bool | None = None
 
     @property
     def address(self) -> ipaddress.IPv4Address:
@@ -58,7 +64,7 @@ class MeshKeys:
 
     def spec(self) -> MeshSpec:
         """What netplan should make."""
-        return MeshSpec(self.interface, self.network, self.own, self.address)
+        return MeshSpec(self.interface, self.network, self.own, self.address, self.port)
 
 
 def read(reader: Reader, beside: Path, amount: int) -> MeshKeys | None:
@@ -75,6 +81,11 @@ def read(reader: Reader, beside: Path, amount: int) -> MeshKeys | None:
     if network is None:
         return None
     own = _own(reader, network, amount)
+    port = reader.number(SECTION, "port", 655, 1, 65535)
+    if port >= _PRIVILEGED:
+        words = f"port {port} can be taken by any user of this node, and tincd hears nothing then"
+        words += f"; below {_PRIVILEGED} only by root"
+        reader.warnings.append(f"{reader.place(SECTION, 'port')}: {words}")
     words = "a name of letters, digits and _, at most 60"
     name = reader.text(SECTION, "name", _name_of(reader.raw("slapos", "computer_id")), NAME, words)
     words = "a name of a network interface, which begins with a letter, at most 15 characters"
@@ -84,12 +95,13 @@ def read(reader: Reader, beside: Path, amount: int) -> MeshKeys | None:
         own=own,
         interface=reader.text(SECTION, "interface", "sltinc", _INTERFACE, words),
         directory=reader.own_path(SECTION, "directory", str(beside / "tinc")),
-        port=reader.number(SECTION, "port", 655, 1, 65535),
+        port=port,
         cipher=reader.choice(SECTION, "cipher", CIPHERS[0], CIPHERS),
         digest=reader.choice(SECTION, "digest", DIGESTS[0], DIGESTS),
         addresses=_addresses(reader),
         connect_to=_connect_to(reader, name),
-        replaces_ipv6=_REPLACES.get(reader.choice(SECTION, "replaces_ipv6", "auto", tuple(_REPLACES))),
+        replaces_ipv6=_DECIDED.get(reader.choice(SECTION, "replaces_ipv6", "auto", tuple(_DECIDED))),
+        relay=_DECIDED.get(reader.choice(SECTION, "relay", "auto", tuple(_DECIDED))),
     )
 
 

@@ -189,7 +189,8 @@ def _address(target: Node) -> IPv4Interface | IPv6Interface:
         f"{interface} has no global {family} address to offer",
         resource=interface,
         hint=f"give the interface a global {family} address"
-        + ("" if keys.partition_network else ", or set ipv4_partition_network on a node without IPv6"),
+        + ("" if keys.partition_network else ", or set ipv4_partition_network on a node without IPv6")
+        + (", or replaces_ipv6 = auto in [tinc]" if config.mesh else ""),
         retryable=True,
     )
 

@@ -9,7 +9,7 @@ import configparser
 import dataclasses
 import hashlib
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from partitiond import config as configuration
@@ -43,7 +43,7 @@ def write(path: Path, config: Config) -> None:
 
 def read(path: Path, file: Path) -> Config:
     """Read it back; ``file`` is where it once stood. Raises PartitiondError ``config.*``."""
-    return replace(configuration.load(path), file=file)
+    return configuration.load(path, stood_at=file)
 
 
 # --- the last good one ------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from netplan import tinc_config
-from partitiond import files, mesh_peers
+from partitiond import config_mesh, files, mesh_peers
 from partitiond.operation import Operation
 from partitiond.refusal import Refusal
 from partitiond.supervision import MESH, Group, Program
@@ -29,8 +29,7 @@ if TYPE_CHECKING:
     from partitiond.operation import Action
     from partitiond.supervision import Process, Supervisor
 
-USER = "slapmesh"
-"""Whose tincd is once it has its sockets and the interface."""
+USER = config_mesh.TINCD_USER
 
 LOADED = "loaded"
 """Name of the file that says of which peers tincd was told; it is away while they change."""
@@ -77,7 +76,11 @@ def tincd_program() -> str | None:
 def wanted(keys: MeshKeys, known: Known) -> tinc_config.Mesh:
     """The node as tincd is to run it."""
     peers = tinc_config.connect_to(keys.connect_to, known.by_name)
-    return tinc_config.Mesh(known.own, known.peers, peers, keys.interface, keys.directory / mesh_peers.KEY)
+    relays = keys.relay
+    if relays is None:
+        relays = bool(keys.connect_to) or tinc_config.need_a_relay(known.peers)
+    key = keys.directory / mesh_peers.KEY
+    return tinc_config.Mesh(known.own, known.peers, peers, keys.interface, key, relays)
 
 
 def texts(config: Config, found: tinc_config.Mesh) -> dict[str, str]:
@@ -162,6 +165,8 @@ def plan(
         )
     known = mesh_peers.read(keys)
     refused = list(known.refused)
+    if is_lost(config, keys):
+        return Planned((), (*refused, _lost(keys)))
     operations = []
     if not known.has_key:
         if known.key_refused:
@@ -240,6 +245,31 @@ def _operation(step: Step, action: Action, reason: str) -> MeshOperation:
         after=None if action == "remove" else names[step],
         reason=reason,
         step=step,
+    )
+
+
+def is_lost(config: Config, keys: MeshKeys) -> bool:
+    """Whether key and host blocks are both away on a node that had them: its disk may not be mounted, so none are made."""
+    there = files.there(str(directory_of(config) / tinc_config.TINC_CONF))
+    return there and not any(
+        files.there(str(keys.directory / name)) for name in (mesh_peers.KEY, mesh_peers.HOSTS)
+    )
+
+
+LOST = "the key and the host blocks are gone, so what runs is left as it is"
+LOST_HINT = "put the directory back; or, where this node shall begin anew with another key: mkdir -p {}"
+
+
+def _lost(keys: MeshKeys) -> Refusal:
+    return Refusal(
+        resource="mesh",
+        name="mesh: directory",
+        partition="",
+        file=str(keys.directory),
+        line=None,
+        code="mesh.no_directory",
+        reason=LOST,
+        hint=LOST_HINT.format(keys.directory / mesh_peers.HOSTS),
     )
 
 

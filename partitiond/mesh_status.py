@@ -11,7 +11,8 @@ import signal
 import time
 from typing import TYPE_CHECKING, Any
 
-from netplan import tinc_status
+from netplan import counters, tinc_status
+from netplan.errors import NetplanError
 from partitiond import mesh, mesh_peers, mesh_ping, procfs
 from partitiond.mesh_log import NewLines, tail
 from partitiond.mesh_process import process_of
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 _ANSWERS_WITHIN = 3.0
 _PING_SECONDS = 1.0
 _MOMENT = 0.01
+_OF_PEERS = ("unreachable", "key")  # what somebody is tried for who has a host block here
 
 
 def status(context: Context) -> dict[str, Any]:
@@ -58,7 +60,18 @@ def status(context: Context) -> dict[str, Any]:
         "strangers": sorted(nodes.keys() - known.by_name.keys() - {keys.name}) if nodes else [],
         "problems": [*_of_no_peer(found, known), *_own_twice(keys, announced)],
         "refused": [refusal_as_json(one) for one in known.refused],
+        "relays": mesh.wanted(keys, known).relays,
+        "dropped": _dropped(config),
     }
+
+
+def _dropped(config: Config) -> list[dict[str, Any]] | None:
+    """Packets that the source checks dropped since the packet filter was made; None where it cannot be read."""
+    try:
+        found = counters.read_in_force(config.packet_filter).mesh
+    except NetplanError:
+        return None
+    return [{**verdict._asdict(), "packets": packets} for verdict, packets in sorted(found.items())]
 
 
 def _state(process: Process | None) -> str:
@@ -121,11 +134,11 @@ def _peer(
 
 
 def _of_no_peer(found: Iterable[Problem], known: Known) -> Iterator[str]:
-    """What is about this node, or somebody who is no peer."""
+    """What is about this node, or somebody who is no peer; what was wrong with one that was taken away is over."""
     for one in found:
         if not one.peer:
             yield one.words
-        elif one.peer not in known.by_name:
+        elif one.peer not in known.by_name and one.kind not in _OF_PEERS:
             yield f"{one.peer}: {one.words}"
 
 

@@ -6,15 +6,18 @@ there already is said and not written again. The node is applied by the caller.
 
 from __future__ import annotations
 
+import os
+import shutil
 from typing import TYPE_CHECKING, Any
 
 from netplan import observe, tinc, tinc_keys
 from netplan.errors import NetplanError
-from partitiond import addressing, files, mesh_peers
+from partitiond import addressing, files, mesh, mesh_peers
 from partitiond.errors import PartitiondError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
     from netplan.tinc import HostBlock
     from partitiond.config import Config
@@ -23,6 +26,7 @@ if TYPE_CHECKING:
     from partitiond.mesh_peers import Known
 
 ACTIONS = ("import", "remove")
+_STAGE = ".import"
 
 
 def keys_of(config: Config) -> MeshKeys:
@@ -68,7 +72,9 @@ def as_json(block: HostBlock) -> dict[str, Any]:
 def _own_addresses(context: Context) -> tuple[str, ...]:
     """Where others reach this node: its own IPv6 of the interface, else its first IPv4 there."""
     config, look = context.config, observe.look()
-    if base := addressing.choose_base(addressing.own_ipv6(config, look), context.store.base()):
+    # what partitions have instead of IPv6 is no matter of where the node is reached
+    before = None if config.without_ipv6 else context.store.base()
+    if base := addressing.choose_base(addressing.global_ipv6(config, look), before):
         return (str(base.ip),)
     ipv4 = addressing.first_ipv4(config, look)
     if ipv4 is None:
@@ -90,6 +96,9 @@ def change(context: Context, body: dict[str, Any]) -> dict[str, Any]:
     Raises PartitiondError, NetplanError with the first thing that is wrong.
     """
     keys = keys_of(context.config)
+    if mesh.is_lost(context.config, keys):
+        hint = mesh.LOST_HINT.format(keys.directory / mesh_peers.HOSTS)
+        raise PartitiondError("mesh.no_directory", mesh.LOST, resource=str(keys.directory), hint=hint)
     if body.get("action") == "remove":
         return _remove(keys, body.get("names", []))
     return _import(keys, str(body.get("blocks", "")).encode(), replace=bool(body.get("replace")))
@@ -111,12 +120,41 @@ def _import(keys: MeshKeys, content: bytes, *, replace: bool) -> dict[str, Any]:
         raise PartitiondError(
             "mesh.block", f"more than {mesh_peers.MOST_PEERS} peers", resource="mesh", hint=hint
         )
-    hosts = keys.directory / mesh_peers.HOSTS
     if found["added"] or found["changed"]:
-        hosts.mkdir(mode=0o700, parents=True, exist_ok=True)
-    for name in (*found["added"], *found["changed"]):
-        files.write_path(hosts / name, tinc.render(peers[name]).encode())
+        _put(
+            keys.directory / mesh_peers.HOSTS, [peers[name] for name in (*found["added"], *found["changed"])]
+        )
     return {**found, "warnings": warnings}
+
+
+def _put(hosts: Path, blocks: Sequence[HostBlock]) -> None:
+    """Write host blocks, all or none: first where nobody looks, as a disk may be full. Raises PartitiondError."""
+    try:
+        hosts.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with files.directory(hosts) as descriptor:
+            shutil.rmtree(hosts / _STAGE, ignore_errors=True)  # of one that was killed
+            try:
+                os.mkdir(_STAGE, 0o700, dir_fd=descriptor)
+                with files.directory(hosts, _STAGE) as stage:
+                    for one in blocks:
+                        files.write(one.name, tinc.render(one).encode(), dir_fd=stage, mode=0o644)
+                    files.flush(stage)
+                    for one in blocks:
+                        os.rename(one.name, one.name, src_dir_fd=stage, dst_dir_fd=descriptor)
+            finally:
+                shutil.rmtree(hosts / _STAGE, ignore_errors=True)
+            os.fsync(descriptor)
+    except OSError as error:
+        raise _unwritable(hosts, error, "taken in") from error
+
+
+def _unwritable(hosts: Path, error: OSError, what: str) -> PartitiondError:
+    return PartitiondError(
+        "mesh.unwritable",
+        f"cannot be changed: {error.strerror}; no block was {what}",
+        resource=str(hosts),
+        hint="make room there, or have it mounted for writing; then the same again",
+    )
 
 
 def _judged(
@@ -154,5 +192,8 @@ def _remove(keys: MeshKeys, names: Sequence[str]) -> dict[str, Any]:
                 hint="partitiond mesh status names the peers",
             )
     for name in names:
-        files.remove_path(hosts / name)
+        try:
+            files.remove_path(hosts / name)
+        except OSError as error:
+            raise _unwritable(hosts, error, f"taken away from {tinc.shown(name)} on") from error
     return {"removed": list(names)}

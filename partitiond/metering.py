@@ -71,6 +71,7 @@ class Metering:
     _measured: dict[str, GaugeReading] = field(default_factory=dict)  # after the last pass, for the next one
     _care: LedgerCare = field(init=False)
     _denied: RisingCounts = field(default_factory=RisingCounts)
+    _of_mesh: RisingCounts = field(default_factory=RisingCounts)
     _passes: int = 0
     _damaged: Mapping[str, PartitiondError] = field(
         default_factory=dict
@@ -175,6 +176,10 @@ class Metering:
                 )
             return self._told[1]
 
+    def mesh_dropped(self) -> dict[tuple[str, str], int]:
+        """Packets that the mesh's own rules dropped, by direction and reason (:class:`netplan.mesh_guard.Verdict`)."""
+        return self._of_mesh.now()
+
     def forget(self, partition: str) -> None:
         """Let go of a partition's directories before they are emptied."""
         with self._turn:
@@ -223,6 +228,7 @@ class Metering:
         whose = _users(node, owners.keys() - known.keys())
         refused, (epoch, calls) = refusals(reading, node, whose), refused_calls(whose)
         self._denied.take(refused | calls)
+        self._of_mesh.take({(one.direction, one.reason): packets for one, packets in reading.mesh.items()})
         scan = self._processes.scan(whose)
         return Pass(
             at=self.clock(),

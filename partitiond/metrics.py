@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from accounting.errors import AccountingError
 from netplan.errors import NetplanError
+from netplan.mesh_guard import VERDICTS
 from partitiond import (
     certificate_expiry,
     metrics_text,
@@ -181,11 +182,27 @@ def _daemon(context: Context, tally: Tally) -> Iterator[Family]:
         "Whether a peer answers over the mesh.",
         [(labels(("peer", name)), int(up)) for name, up in sorted(context.mesh.up.items())],
     )
+    yield _mesh_dropped(context)
     yield from _partitions(context)
     try:
         yield from tally.usage.families(context.meters)
     except AccountingError as error:
         logger.warning("metrics: usage is left out: %s", sentence(error))
+
+
+def _mesh_dropped(context: Context) -> Family:
+    found = context.meters.mesh_dropped()
+    verdicts = VERDICTS if context.config.mesh else ()
+    return family(
+        "partitiond_mesh_dropped_packets",
+        "counter",
+        "What the mesh's source checks dropped, by direction and reason.",
+        [
+            (labels(("direction", one.direction), ("reason", one.reason)), found.get(one, 0))
+            for one in verdicts
+        ],
+        unit="packets",
+    )
 
 
 def _ends(context: Context) -> list[tuple[str, float]]:

@@ -145,12 +145,15 @@ class Node:
         )
 
     def _held_ports(self) -> tuple[HeldPort, ...]:
-        """The ports of the loopback that tunnels of the operator's have: of two that want one, the first."""
+        """The ports of the loopback that tunnels of the operator's have: of two that want one, the first.
+
+        That of a partition that is not there (any more) is root's alone: a node that finds its master at it must find no other.
+        """
         found: dict[int, HeldPort] = {}
         for given in self.config.tunnels:
             partition, port = self.partition(given.partition), given.loopback_port
-            if partition is not None and port is not None:
-                found.setdefault(port, HeldPort(port, partition.uid))
+            if port is not None:
+                found.setdefault(port, HeldPort(port, partition.uid if partition else 0))
         return tuple(found.values())
 
 

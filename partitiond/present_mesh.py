@@ -36,6 +36,8 @@ def status(value: dict[str, Any]) -> str:
         f"key {value['fingerprint'] or 'none yet'}",
         f"tincd {state}" + (f", pid {tincd['pid']}" if tincd["pid"] else ""),
     ]
+    if value["relays"]:
+        lines.append("passes on between peers that have no connection of their own")
     rows = [
         (
             one["name"],
@@ -51,7 +53,7 @@ def status(value: dict[str, Any]) -> str:
         lines += ["", table(("peer", "range", "reachable", "by", "ms", "last problem"), rows)]
     else:
         lines.append("no peers: partitiond mesh import takes in what partitiond mesh export prints elsewhere")
-    return "\n".join([*lines, *_open(value)])
+    return "\n".join([*lines, *_open(value), *_dropped(value)])
 
 
 def _reachable(one: dict[str, Any]) -> str:
@@ -60,6 +62,28 @@ def _reachable(one: dict[str, Any]) -> str:
     if not one["reachable"]:
         return colour("no", "red")
     return "yes" if one["direct"] else "by TCP"
+
+
+# why the source checks drop something, by direction and reason (netplan.mesh_guard)
+_DROPPED = {
+    ("in", "source"): "came over the mesh with this node's own source, or one outside of the mesh",
+    ("in", "destination"): "came over the mesh for somebody else",
+    ("in", "elsewhere"): "came with an address of the mesh by another interface",
+    ("in", "ipv6"): "came over the mesh by IPv6",
+    ("out", "source"): "were to leave by the mesh with a source that is not this node's",
+    ("out", "destination"): "were to leave by the mesh for an address outside of it",
+    ("out", "elsewhere"): "were to leave with an address of the mesh by another interface",
+    ("out", "ipv6"): "were to leave by the mesh by IPv6",
+    ("forward", "any"): "were to be forwarded to the mesh or from it",
+}
+
+
+def _dropped(value: dict[str, Any]) -> Iterator[str]:
+    if value["dropped"] is None:
+        yield "dropped packets: the packet filter cannot be read"
+        return
+    for one in value["dropped"]:
+        yield f"dropped: {one['packets']} packets that {_DROPPED[one['direction'], one['reason']]}"
 
 
 def _open(value: dict[str, Any]) -> Iterator[str]:

@@ -9,7 +9,7 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from partitiond import converge, last_good, teardown, trial
+from partitiond import last_good, trial
 from partitiond.errors import FAMILY, PartitiondError, sentence
 
 if TYPE_CHECKING:
@@ -56,6 +56,8 @@ def roll_back(context: Context, identity: str, why: str, *, last: bool) -> Outco
     left, the trial stays open for the next attempt, unless this is the ``last``. Raises a family error when nothing can
     be done at all; then it stays open.
     """
+    from partitiond import converge, teardown  # noqa: PLC0415 - a quarter of a second that verbs that only read do without
+
     with context.applying:
         state_dir = context.config.state_dir
         claimed = trial.claim(state_dir, identity, why)

@@ -27,9 +27,12 @@ class OperatorTunnel:
 
     @property
     def loopback_port(self) -> int | None:
-        """The port of 127.0.0.1 that it is to have, if it is a client for all users of the node."""
+        """The port of the loopback that it is to have, for all users of the node.
+
+        Also of one that is refused for something else: its port must not be free for whoever likes to be believed there.
+        """
         found = _ON_THE_LOOPBACK.fullmatch(self.values.get("listen", "").strip())
-        port = int(found[1]) if found and self.values.get("mode", "").strip() == "client" else 0
+        port = int(found[1]) if found else 0
         return port if 1024 <= port < 65536 else None
 
 

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from partitiond.config import Config
     from partitiond.identities import PublicIdentity
     from partitiond.node import Node, Partition
+    from partitiond.tunnel_config import OperatorTunnel
     from stunnel_mgr.model import Endpoint, IdentitySource
 
     Owners = Mapping[Endpoint, frozenset[int]]
@@ -140,6 +141,12 @@ def declared(node: Node, partition: Partition, local: Mapping[str, str]) -> Part
     found: list[Tunnel] = []
     refused: list[Refused] = []
     for given in given_here:
+        if (first := _first_at(node, given)) is not given:
+            reason = f"listen: 127.0.0.1:{given.loopback_port} is that of [tunnel {first.name}]"
+            refused.append(
+                Refused(f"{partition.id}/{given.name}", partition.id, given.file, given.line, reason)
+            )
+            continue
         entries = {key: Entry.of(value, given.line) for key, value in given.values.items()}
         _collect(
             partial(
@@ -163,6 +170,13 @@ def declared(node: Node, partition: Partition, local: Mapping[str, str]) -> Part
     return PartitionTunnels(
         partition, tuple(kept), tuple(refused) + tuple(clashing), master=master, unsettled=unsettled
     )
+
+
+def _first_at(node: Node, given: OperatorTunnel) -> OperatorTunnel:
+    """Of the operator's tunnels that want one port of the loopback, whosever they are, the one whose the port is."""
+    if given.loopback_port is None:
+        return given
+    return next(one for one in node.config.tunnels if one.loopback_port == given.loopback_port)
 
 
 def _master_pair(

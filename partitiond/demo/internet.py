@@ -90,6 +90,7 @@ class Internet:
             env=source.environment(),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            start_new_session=True,  # Ctrl-C is for the world's maker alone, who ends it all in order
         )
         try:
             self._heard()

@@ -58,6 +58,7 @@ class Machine:
             cwd="/",
             env=source.environment(),
             stdin=subprocess.DEVNULL,
+            start_new_session=True,  # Ctrl-C is for the world's maker alone, who ends it all in order
         )
 
     def connect(self) -> None:
@@ -89,7 +90,8 @@ class Machine:
         if self._sandbox is None:
             return
         if self._first:
-            os.kill(self._first, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._first, signal.SIGKILL)
         else:
             self._sandbox.kill()
         self._sandbox.wait(PATIENCE)

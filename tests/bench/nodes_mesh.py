@@ -34,8 +34,8 @@ ROOT = Path("/srv/mesh")
 INTERNET = "internet"
 # what takes longer is counted, and not waited for
 PATIENCE = 12.0
-# how peers are known: all that others tell, for whom they pass packets on, or only who is connected
-KINDS = {"as rendered": (), "TunnelServer": ("TunnelServer = yes",)}
+# as nodes whose peers all have an address render it, and as those do that pass on between peers
+KINDS = {"as rendered": (), "passing on": ("TunnelServer = no",)}
 TICK = 0.02
 # a tun that no program holds has no carrier, and its route is not taken
 _AWAY = (errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENOBUFS)

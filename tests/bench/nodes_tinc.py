@@ -59,6 +59,7 @@ def write(directory: Path, own: Member, members: list[Member], options: tuple[st
         connect_to=tuple(one.name for one in peers),
         interface=INTERFACE,
         private_key=directory / _KEY,
+        relays=tinc_config.need_a_relay(peers),
     )
     for name, text in mesh.files().items():
         path = directory / name

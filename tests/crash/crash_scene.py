@@ -22,10 +22,11 @@ from pathlib import Path
 from crash_machine import BASE, ip
 
 from accounting.allowance import Standing
+from netplan import tinc_status
 from partitiond import tunnel_declarations
 from partitiond.errors import PartitiondError
 from partitiond.quotas import QuotaBook
-from partitiond.supervision import Supervisor
+from partitiond.supervision import MESH, Supervisor
 from stunnel_mgr.identity import make_identity
 from stunnel_mgr.render import listens
 
@@ -241,7 +242,7 @@ class StandInSupervisor(Supervisor):
     """What supervisord does as far as partitiond can tell, without a process: thousands of cases would each wait for one.
 
     What runs is kept in a file beside the node's directories, so that it outlives a partitiond that is killed, as
-    supervisord does. A stunnel that it "starts" says in its log what stunnel would.
+    supervisord does. A stunnel that it "starts" says in its log what stunnel would, and tincd what that does.
     """
 
     def __init__(self, config, points=None):
@@ -322,7 +323,7 @@ class StandInSupervisor(Supervisor):
         return self._load()[name]
 
     def _start_process_group(self, name, _wait):
-        self._stunnel_reads(self._known(name))
+        self._reads(self._known(name))
 
     def _stop_process_group(self, name):
         self._known(name)
@@ -336,7 +337,7 @@ class StandInSupervisor(Supervisor):
                     raise
 
     def _signal_process(self, process, _name):
-        self._stunnel_reads(self._known(process.partition(":")[0]))
+        self._reads(self._known(process.partition(":")[0]))
 
     @staticmethod
     def handles_hang_up(_pid):
@@ -358,10 +359,14 @@ class StandInSupervisor(Supervisor):
 
     def _add(self, name):
         self._save(self._load() | {name: self.group_text(name)})
-        self._stunnel_reads(self.group_text(name))
+        self._reads(self.group_text(name))
 
-    def _stunnel_reads(self, group):
+    def _reads(self, group):
         settings = _settings(group)
+        if group.startswith(f"[group:{MESH}]\n"):
+            with open(settings["stdout_logfile"], "a") as log:
+                log.write(f"{tinc_status.READY}\n")
+            return
         file = Path(settings["command"].split()[-1])
         said = [f"Reading configuration from file {file}"]
         said += [

@@ -1,6 +1,7 @@
 """The demonstration ends well, and leaves the machine that it ran on as it was."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -75,3 +76,33 @@ def test_a_killed_demonstration_takes_everything_with_it(command, when):
         time.sleep(0.05)  # the kernel ends the namespaces one after the other
     assert not _left()
     assert _machine() == before
+
+
+@pytest.mark.parametrize(
+    ("words", "when"),
+    [([], "partitiond plan"), (["--nodes", "2"], "partitiond run on each node")],
+    ids=["one node", "two nodes"],
+)
+def test_ctrl_c_ends_it_without_a_word(words, when):
+    before = _machine()
+    command = [sys.executable, "-P", "-m", "partitiond", "demo", *words]
+    with subprocess.Popen(
+        command,
+        cwd="/",
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        start_new_session=True,
+    ) as process:
+        assert any(when in line for line in process.stdout)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does it: all that are in front hear it
+        said, _ = process.communicate(timeout=60)
+    assert (process.returncode, [line for line in said.splitlines() if not _is_told(line)]) == (130, [])
+    assert not _left()
+    assert _machine() == before
+
+
+def _is_told(line):
+    """Whether it is a line of the demonstration's own."""
+    return not line or line[0].isdigit() or line.startswith("   ✓")

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import warm_start
 from life_node import Node, pids
 
 from netplan import counters
@@ -21,7 +22,7 @@ def no_leaks():
 
 def _look():
     return {
-        "processes": set(pids()),
+        "processes": set(pids()) - warm_start.numbers(),
         "network links": {name for _, name in socket.if_nameindex()},
         "packet filter": {counters.read_counters().epoch} - {None, "", 0},
         "users": set(Path("/etc/passwd").read_text().splitlines()),

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import jsonschema
 import pytest
+import warm_start
 from life_front import Front
 
 from partitiond import execute
@@ -310,26 +311,26 @@ class Node:
             process.kill()
             process.communicate()
             pytest.fail(f"{process.args} does not end\n{self.log_tail()}")
-        told = f"{process.args[5:]} exited {process.returncode}\n{out}\n{text}\n{self.log_tail()}"
-        assert expect is None or process.returncode == expect, told
+        return self._said(process, out, text, expect)
+
+    def _said(self, done, out, text, expect):
+        told = f"{done.args[5:]} exited {done.returncode}\n{out}\n{text}\n{self.log_tail()}"
+        assert expect is None or done.returncode == expect, told
         assert "Traceback" not in text, told
-        return Said(process.returncode, valid(json.loads(out)), text)
+        return Said(done.returncode, valid(json.loads(out)), text)
 
     def cli(self, *arguments, expect=0, timeout=60, configuration=None):
         """Run a verb; its exit status, its JSON and the absence of a traceback are checked."""
-        return self.end_cli(self.begin_cli(*arguments, configuration=configuration), expect, timeout)
+        words = self.line("--json", *arguments, configuration=configuration)
+        try:
+            done = warm_start.run(words, env=self.environment, timeout=timeout)
+        except subprocess.TimeoutExpired:
+            pytest.fail(f"{words} does not end\n{self.log_tail()}")
+        return self._said(done, done.stdout, done.stderr, expect)
 
     def plan(self):
         """What apply would do; a plan with operations exits 2."""
-        done = subprocess.run(
-            self.line("--json", "plan"),
-            cwd="/",
-            env=self.environment,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=60,
-        )
+        done = warm_start.run(self.line("--json", "plan"), env=self.environment)
         value = valid(json.loads(done.stdout))
         assert done.returncode == (2 if value["operations"] else 0), done.stderr
         return value["operations"]
@@ -352,14 +353,8 @@ class Node:
     # --- the master, as its users see it
 
     def slapos(self, *arguments):
-        done = subprocess.run(
-            [SLAPOS, *arguments, "--cfg", self.base / "client.cfg"],
-            env=ENVIRONMENT,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=60,
-        )
+        words = [SLAPOS, *arguments, "--cfg", self.base / "client.cfg"]
+        done = warm_start.run(words, env=ENVIRONMENT)
         assert done.returncode == 0, f"slapos {arguments}: {done.stderr[-2000:]}"
 
     def supply(self, url):

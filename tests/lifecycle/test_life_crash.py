@@ -110,7 +110,6 @@ def _established(port):
     return any(row[2].endswith(wanted) and row[3] == "01" for row in rows)
 
 
-@pytest.mark.full  # test_life_churn.py does so for a minute
 def test_killed_during_a_software_build(node):
     fifo = node.base / "fifo"
     os.mkfifo(fifo)
@@ -153,7 +152,6 @@ def only_its_programs(node, name):
     node.wait(lambda: set(processes_of(uid)) == started(), "its programs alone")
 
 
-@pytest.mark.full  # test_life_churn.py does so for a minute
 def test_killed_during_an_instance_buildout(node):
     url = str(node.base / "tiny" / "software.cfg")
     tenants = node.tenants()

@@ -15,6 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import warm_machines  # noqa: F401 - what it does is done by its import
 from json_schemas import validate
 
 from netplan import tinc, tinc_keys
@@ -34,7 +35,7 @@ def until(found, words, patience=PATIENCE):
     deadline = time.monotonic() + patience
     while not (value := found()):
         assert time.monotonic() < deadline, f"waited in vain for {words}"
-        time.sleep(0.05)
+        time.sleep(0.2)  # most look by a verb
     return value
 
 

@@ -1,7 +1,7 @@
 """What is wrong in a mesh, and who is not honest: each with its message, while the rest of the mesh stays up."""
 
 import pytest
-from mesh_world import TINC, Stranger, standing, until
+from mesh_world import PYTHON, TINC, Stranger, standing, until
 
 from netplan import tinc, tinc_keys
 
@@ -46,12 +46,21 @@ def arrivals(sender, receiver, sources):
     return {source: found.get(source, 0) for source in sources}
 
 
+def dropped(node):
+    found = node.verb("mesh", "status")["dropped"]
+    return {(one["direction"], one["reason"]): one["packets"] for one in found}
+
+
 def test_an_honest_node_sends_nothing_from_anothers_range(world):
     a, b = world["A"], world["B"]
     foreign = ("10.64.6.9", b.vpn("slappart1"), "192.0.2.1", "10.64.200.1")
     found = arrivals(a, b, (*foreign, "10.64.2.1"))
     print(f"\nfrom a node of partitiond, of {COUNT} each: {found}")
     assert {found[source] for source in foreign} == {0}
+    assert dropped(a)["out", "source"] >= COUNT * len(foreign)
+    assert "packets that were to leave by the mesh with a source that is not this node's" in a.say(
+        "mesh", "status"
+    )
 
 
 def test_what_a_node_that_is_not_honest_can_do(world):
@@ -67,6 +76,7 @@ def test_what_a_node_that_is_not_honest_can_do(world):
     found = arrivals(world.stranger.node, b, tuple(sources.values()))
     told = {words: found[source] for words, source in sources.items()}
     print(f"\nfrom a node that is not honest, of {COUNT} each: {told}")
+    assert dropped(b)["in", "source"] >= COUNT
     assert told == {**dict.fromkeys(list(sources)[:3], 0), **dict.fromkeys(list(sources)[3:], COUNT)}
 
 
@@ -131,8 +141,13 @@ def test_a_key_that_does_not_match(world):
     print(f"\nC at A: {one['problem']}")
     assert one["via"] == "B" or not one["reachable"]
     assert a.take_in(world.stranger.text, words=("--replace",))["changed"] == ["C"]
-    until(lambda: a.peers()["C"]["via"] is None and a.reaches("C"), "C to be back by itself")
-    assert a.peers()["C"]["problem"] is None
+
+    def back():
+        one = a.peers()["C"]
+        # one that is away has no via either
+        return one["reachable"] and one["via"] is None and one["round_trip_ms"] is not None and one
+
+    assert until(back, "C to be back by itself")["problem"] is None
 
 
 def test_a_peer_that_is_nowhere(world):
@@ -198,13 +213,35 @@ def test_somebody_with_the_name_of_a_node(world):
     # it knows the real one by another name, else it would never call it
     double = b.export().replace("Name = B", "Name = X")
     world.stranger.start(a.export(), double, name="B")
-    words = "has the name of this node"
+    words = "it has the name of this node"
     until(
         lambda: any(words in one for one in b.verb("mesh", "status")["problems"]), "B to hear of its double"
     )
-    assert any(words in one for one in b.verb("status")["node"]["open_cases"])
+    # whoever reaches the port can say so
+    assert not any(words in one for one in b.verb("status")["node"]["open_cases"])
     world.stranger.start(a.export(), b.export())
     until(lambda: a.reaches("B", "C") and b.reaches("A", "C"), "C to be itself again")
+
+
+def test_somebody_who_is_no_tincd(world):
+    """What reaches the port without a key makes no case of it."""
+    a = world["A"]
+    program = (
+        "import socket, sys\n"
+        "with socket.create_connection((sys.argv[1], 655), 5) as channel:\n"
+        "    channel.sendall(sys.argv[2].encode())\n"
+        "    channel.settimeout(5)\n"
+        "    channel.recv(1000)\n"
+    )
+    address = a.site.address
+    for text in ("GET / HTTP/1.0\r\n\r\n", "0 a-b 17\n", "0 nobody 17\n"):
+        world["C"].run(PYTHON, "-I", "-c", program, address, text, check=False)
+    said = until(
+        lambda: (found := a.verb("mesh", "status")["problems"]) and "nobody" in str(found) and found,
+        "it to be told",
+    )
+    assert not any("<unknown>" in one for one in said), said
+    assert not any(one.startswith("mesh") for one in a.verb("status")["node"]["open_cases"])
 
 
 def test_a_port_that_is_taken(world):

@@ -1,16 +1,20 @@
 """What the daemon tells of its peers: events when one answers no more and when it is back, and a metric."""
 
 import json
+import urllib.request
 
-from mesh_world import PYTHON, standing, until
-
-_READ = "import urllib.request as r; print(r.urlopen('http://127.0.0.1:9816/metrics').read().decode())"
+from mesh_world import standing, until
 
 
-def metric(node):
-    """The metric of the peer, None while there is none."""
-    text = node.run(PYTHON, "-I", "-c", _READ).stdout
-    head = 'partitiond_mesh_peer_up{peer="B"} '
+def _read():
+    with urllib.request.urlopen("http://127.0.0.1:9816/metrics", timeout=20) as answer:
+        return answer.read().decode()
+
+
+def metric(node, name='partitiond_mesh_peer_up{peer="B"}'):
+    """A metric, of the peer; None while there is none."""
+    text = node.within(_read)
+    head = f"{name} "
     return next((line.removeprefix(head) for line in text.splitlines() if line.startswith(head)), None)
 
 
@@ -28,6 +32,13 @@ def test_a_peer_that_goes_and_comes_back():
         a.start()
         until(lambda: metric(a) == "1", "the metric to say that B is up")
         assert events(a) == []
+        head = "partitiond_mesh_dropped_packets_total"
+        by_source = f'{head}{{direction="out",reason="source"}}'
+        assert metric(a, f'{head}{{direction="forward",reason="any"}}') == "0"
+        before = int(metric(a, by_source))
+        with a.agent("forge") as forger:
+            forger.ask(["192.0.2.1", b.vpn("slappart0"), 7000, 3])
+        until(lambda: int(metric(a, by_source)) == before + 3, "what was forged to be counted")
         world.internet.cut("B")
         until(lambda: metric(a) == "0", "the metric to say that B is down")
         assert events(a) == [("mesh.peer_down", "mesh/B")]

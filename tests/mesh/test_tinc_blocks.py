@@ -200,6 +200,35 @@ def test_a_key_of_somebody_else_joins_under_no_name(public, other):
     tinc.judge(block(other, "C", "10.64.8.0/23"), own=own, network=NETWORK, others=(peer,))
 
 
+# --- who passes on ------------------------------------------------------------------------------------------------------
+
+V4, OTHER_V4, V6, PRIVATE = "192.0.2.1", "198.51.100.1", "2001:db8::1", "192.168.1.1"
+
+
+@pytest.mark.parametrize(
+    ("hosts", "needed"),
+    [
+        ((), False),
+        (((),), False),
+        (((V4,), (OTHER_V4,), ()), False),
+        (((V4,), (), ()), True),
+        (((V4,), (V6,)), True),
+        (((V4,), (V6, OTHER_V4)), False),
+        (((V6,), ("2001:db8::2",), ("fd00::3",)), False),
+        (((V6,), ("2001:db8::2",), (PRIVATE,)), True),
+        (((V4,), (OTHER_V4,), (PRIVATE,)), False),
+        (((V4,), (PRIVATE,), ("10.1.1.1",)), True),
+        ((("a.example",), ("b.example",), (V4,)), False),
+    ],
+)
+def test_whose_peers_need_somebody_between_them(hosts, needed):
+    peers = [
+        block("key", f"N{number}", addresses=tuple(map(tinc.Endpoint, one)))
+        for number, one in enumerate(hosts)
+    ]
+    assert tinc_config.need_a_relay(peers) is needed
+
+
 # --- the real tincd -----------------------------------------------------------------------------------------------------
 
 

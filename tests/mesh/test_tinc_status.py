@@ -63,7 +63,7 @@ def test_a_dump():
             "another key",
         ),
         ((f"Timeout from C ({PLACE}) during authentication",), "unreachable", "C", "does not answer"),
-        ((f"Got bad ID from <unknown> ({PLACE}): invalid name",), "same_name", "", "the name of this node"),
+        ((f"Got bad ID from <unknown> ({PLACE}): invalid name",), "identity", "", "the name of this node"),
         (
             ("Possible node with same Name as us! Sleeping 10 seconds.",),
             "same_name",
@@ -105,3 +105,50 @@ def test_what_is_said_again_is_told_once():
         f"Ignoring unauthorized ADD_SUBNET from C ({PLACE}): 10.64.{number}.0/24" for number in (1, 2, 1)
     ]
     assert [found.subject for found in tinc_status.problems(ranges)] == ["10.64.2.0/24", "10.64.1.0/24"]
+
+
+def test_a_range_is_over_when_the_connection_ends_that_it_was_said_over():
+    said = (
+        f"Connection with C ({PLACE}) activated",
+        f"Ignoring unauthorized ADD_SUBNET from C ({PLACE}): 10.64.2.0/25#10",
+        f"Possible intruder C ({PLACE}): wrong challenge reply",
+    )
+    assert [one.kind for one in tinc_status.problems(said)] == ["range", "key"]
+    assert [one.kind for one in tinc_status.problems((*said, f"Closing connection with B ({PLACE})"))] == [
+        "range",
+        "key",
+    ]
+    assert [one.kind for one in tinc_status.problems((*said, f"Closing connection with C ({PLACE})"))] == [
+        "key"
+    ]
+
+
+def test_who_says_much_is_not_told_at_length():
+    names = [f"Peer {PLACE} had unknown identity (X{number})" for number in range(100)]
+    ranges = [
+        f"Ignoring unauthorized ADD_SUBNET from C ({PLACE}): 10.64.{number}.0/24" for number in range(100)
+    ]
+    found = tinc_status.problems((f"Possible intruder B ({PLACE}): wrong reply", *names, *ranges))
+    assert len(found) == 41
+    assert [one.subject for one in found if one.peer == "C"] == [
+        f"10.64.{number}.0/24" for number in range(80, 100)
+    ]
+    assert [one.peer for one in found if one.kind == "identity"] == [
+        f"X{number}" for number in range(80, 100)
+    ]
+
+
+def test_two_nodes_of_one_name_and_key_take_turns():
+    def come(number, *, second=True):
+        place = f"198.51.100.{number} port 40000"
+        over = [f"Established a second connection with B ({PLACE}), closing old connection"] if second else []
+        return [*over, f"Closing connection with B ({PLACE})", f"Connection with B ({place}) activated"]
+
+    found = [*come(10, second=False), *come(14), *come(10)]
+    assert tinc_status.problems(found) == ()
+    (told,) = tinc_status.problems((*found, *come(14)))
+    assert (told.kind, told.peer) == ("same_name", "B")
+    assert "from 198.51.100.10 and 198.51.100.14 in turn" in told.words
+    # one whose address changes, or that begins anew
+    assert tinc_status.problems((*found, *come(18))) == ()
+    assert tinc_status.problems((*found, *come(14), *come(10, second=False))) == ()

@@ -45,6 +45,9 @@ def test_nobody_answers_in_anothers_place(node, ownership):
         assert not answered(uid, address), f"{uid} at {address}"
     for uid in (OWNER, ROOT):
         assert answered(uid, LOOPBACK) == EVERYBODY
+        assert answered(uid, "::1", target="::1") == EVERYBODY
+    for address in ("::1", "::"):  # where localhost is looked for first
+        assert not answered(OTHER, address, target="::1")
     assert answered(OTHER, LOOPBACK, PORT + 1) == EVERYBODY
     assert not answered(OWNER, LOOPBACK, PORT + 1)
 
@@ -52,8 +55,14 @@ def test_nobody_answers_in_anothers_place(node, ownership):
 def test_elsewhere_the_number_is_anybodys(node):
     node.converge(held())
     assert answered(NOBODY, "127.0.0.2", target="127.0.0.2") == EVERYBODY
-    assert answered(NOBODY, "::1", target="::1") == EVERYBODY
+    assert answered(NOBODY, "::1", PORT + 2, "::1") == EVERYBODY
     assert answered(NOBODY, LOOPBACK, PORT + 2) == EVERYBODY
+
+
+def test_a_port_of_roots(node):
+    node.converge(wanted(3, held=(HeldPort(PORT, ROOT),)))
+    assert answered(ROOT, LOOPBACK) == EVERYBODY
+    assert not answered(OWNER, LOOPBACK)
 
 
 def test_who_was_there_before_is_not_served_on(node):

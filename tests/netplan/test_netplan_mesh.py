@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 from dataclasses import replace
+from ipaddress import IPv4Network
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from mesh_scene import (
     INTERFACE,
     NETWORK,
     NODE4,
+    OTHER,
     OWN,
     attach,
     attached,
@@ -22,7 +24,7 @@ from mesh_scene import (
     meshed,
     vpn,
 )
-from netplan_scene import NOTHING, UID, as_user, ask, echoing, wanted
+from netplan_scene import HOST4, NEIGHBOUR4, NOTHING, UID, as_user, ask, echoing, send, wanted
 
 from netplan.apply import apply
 from netplan.errors import NetplanError
@@ -178,6 +180,32 @@ def test_somebody_elses_link_of_the_name_is_left_alone_and_the_rest_goes_on(node
     assert (ip("-d link show", INTERFACE), ip("-o address show", INTERFACE).count("inet ")) == (before, 0)
     ip("link delete", INTERFACE)
     assert f"address/{vpn(1)}" in node.converge(desired)
+
+
+def test_a_node_that_is_itself_in_the_network_is_not_cut_off(node):
+    """Its rules would drop all that it sends by its own address, to whom it is administered from as well."""
+    lan = IPv4Network(f"{HOST4}/16", strict=False)
+    own = IPv4Network((int(lan[0]) + (200 << 8), 23))
+    usual = wanted(2, tap=False, local_source_table=True)
+    partitions = tuple(replace(one, vpn_ipv4=own[2 + one.index]) for one in usual.partitions)
+    desired = replace(usual, partitions=partitions, mesh=MeshSpec(INTERFACE, lan, own, own[1]))
+    node.plan(desired)
+    (failure,) = apply(node.last)
+    assert (failure.operation.id, failure.error.code) == (f"mesh/{INTERFACE}", "network.range_taken")
+    assert HOST4 in failure.error.message
+    assert as_user(UID, lambda: send(None, NEIGHBOUR4)) == "ok"
+    assert list(node.plan(desired)) == [f"mesh/{INTERFACE}"]
+    assert not node.plan(usual)
+
+
+def test_an_address_of_the_network_that_comes_later_does_not_end_the_mesh(node):
+    desired = meshed(2, tap=False)
+    ip(f"address add {OTHER[1]}/24 dev br0")
+    assert node.plan(desired)[f"mesh/{INTERFACE}"].error.code == "network.range_taken"
+    ip(f"address delete {OTHER[1]}/24 dev br0")
+    node.converge(desired)
+    ip(f"address add {OTHER[1]}/24 dev br0")
+    assert not node.plan(desired)
 
 
 def test_what_was_cut_off_is_taken_up(node):

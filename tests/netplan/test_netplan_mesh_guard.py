@@ -220,6 +220,29 @@ def test_what_comes_is_of_the_rest_of_the_mesh_and_for_the_nodes_own(here):
     assert dropped() == {Verdict("in", "source"): 6, Verdict("in", "destination"): 2}
 
 
+def test_the_mesh_is_not_carried_by_the_mesh(here):
+    """What tincd sends to an address of the network would come out of the tun again; nobody speaks to it from there either."""
+    tincd = 655
+    with (
+        attached() as device,
+        hearing("0.0.0.0", 0, tincd) as one,
+        socket.create_server(("", tincd)) as server,
+    ):
+        server.setblocking(False)
+        with pytest.raises(PermissionError):
+            one.sendto(b"x", (THERE, tincd))
+        assert packets(device) == []
+        for target in (NODE4, vpn(0)):
+            os.write(device, datagram(THERE, target, tincd))
+            os.write(device, syn(THERE, target, tincd))
+        assert (heard(one), packets(device)) == ([], [])
+        # that port of another's, and answers of its own TCP, are others' affair
+        assert sent(device, lambda: send(None, THERE, tincd)) == ("ok", [(NODE4, THERE)])
+        os.write(device, datagram(THERE, NODE4, tincd + 1))
+        assert packets(device) != []
+    assert dropped() == {Verdict("out", "port"): 1, Verdict("in", "port"): 4}
+
+
 def test_a_source_that_is_here_and_a_destination_that_is_not_do_not_come_either(here):
     """The kernel itself drops these, with iptables before any rule of ours could count them."""
     with attached() as device, hearing("0.0.0.0") as any_:

@@ -3,6 +3,7 @@
 import contextlib
 
 import tunnel_node
+import warm_machines  # noqa: F401 - what it does is done by its import
 from json_schemas import validate
 
 from partitiond.demo import node as demo_node

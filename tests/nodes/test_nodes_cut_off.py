@@ -123,6 +123,7 @@ def local_bytes(node):
     return sum(row["bytes_out"] for row in item["addresses"] if row["scope"] == "local")
 
 
+@pytest.mark.full  # an hour of the lanes is above
 def test_cut_off_and_back(world, capsys):
     node, other = world["A"], world["B"]
     before = {one.name: programs(one) for one in world.nodes}

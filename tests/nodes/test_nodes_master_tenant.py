@@ -12,6 +12,7 @@ from tenant_master import KEEPER, NEAR, URL, Tenancy, answers, running
 
 from partitiond.demo import scene
 
+pytestmark = pytest.mark.full
 # the pauses between questions to a master that is away grow to 300 s
 LONGEST_PAUSE = 400.0
 METERS = {"cpu": "resource/cpu per s", "memory": "resource/memory per MB"}

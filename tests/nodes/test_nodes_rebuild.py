@@ -65,8 +65,14 @@ def certificates(world):
     }
 
 
-@pytest.mark.parametrize("name", ["B", "C", pytest.param("A", marks=pytest.mark.full)])
+@pytest.mark.full  # test_nodes_scenario.py does so with B
+@pytest.mark.parametrize("name", ["B", "C", "A"])
 def test_a_lost_node_comes_back_by_run_alone(world, capsys, name):
+    lost_and_rebuilt(world, capsys, name)
+
+
+def lost_and_rebuilt(world, capsys, name):
+    """Lose a node, and see all of it come back."""
     node, others = world[name], [one for one in world.nodes if one.name != name]
     before, pins = addresses(node), certificates(world)
     pids = {one.name: programs(one) for one in others}
@@ -111,6 +117,7 @@ def test_a_lost_node_comes_back_by_run_alone(world, capsys, name):
         print(f"\n  {name} rebuilt: {shown}; {runs} buildouts and {questions} questions to the master")
 
 
+@pytest.mark.full
 def test_a_lost_node_counts_from_its_own_beginning(world):
     """What the machine before it used was told by that one, or is lost with it: never told twice."""
     node = world["B"]
@@ -120,6 +127,7 @@ def test_a_lost_node_counts_from_its_own_beginning(world):
     assert node.verb("usage", "--from", "2020-01-01", "--to", f"{first}Z")["partitions"] == []
 
 
+@pytest.mark.full
 def test_addresses_that_do_not_follow_from_the_index_come_from_the_master(make_world, capsys):
     world = make_world(1, partitions=3)
     (node,) = world.nodes

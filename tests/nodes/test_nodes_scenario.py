@@ -6,6 +6,7 @@ import sys
 
 import pytest
 from nodes_world import World
+from test_nodes_rebuild import lost_and_rebuilt
 
 from partitiond.cli_parser import WRONG_USE
 from partitiond.demo import scenario as demo_scenario
@@ -35,6 +36,8 @@ def test_services_across_nodes(nodes, mesh, capsys):
             play.play()
             for node in play.world.nodes:
                 node.settled()
+            if (nodes, mesh) == (3, False):
+                lost_and_rebuilt(play.world, capsys, "B")
             play.clear_up()
         except PartitiondError as error:
             pytest.fail(f"[{error.code}] {error}\n{play.logs()}")

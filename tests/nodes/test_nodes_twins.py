@@ -10,6 +10,8 @@ from nodes_eyes import addresses, asked, at_master, cases, events, programs
 from nodes_world import until
 
 POST = "loadComputerConfigurationFromXML"
+# test_nodes_published.py finds a twin out, too, with one node alone
+pytestmark = pytest.mark.full
 SETTINGS = {"partitiond": {"capacity_interval": 3600}}
 
 

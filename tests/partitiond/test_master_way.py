@@ -1,13 +1,16 @@
 """Which partition keeps the way to the master, what the master is offered, and what status says."""
 
 import dataclasses
+import ssl
+from base64 import b64encode
 
 import pytest
 
-from partitiond import converge, lanes, master_way, status
+from partitiond import converge, lanes, master_way, status, tunnel_declarations
 from partitiond.context import Context
 from partitiond.errors import PartitiondError
 from partitiond.state import InstanceState
+from stunnel_mgr.identity import make_identity
 
 PEER = "sha256:" + "00" * 32
 LOOPBACK = "127.0.0.1:5000"
@@ -17,9 +20,12 @@ LOOPBACK = "127.0.0.1:5000"
 def looked_at(bridge, node_config):
     """Make a node's context, of a master's URL and the settings of its ``[tunnel master]``; nothing is applied."""
 
-    def make(url, partitions=3, **keys):
+    def make(url, partitions=3, also=None, **keys):
         tunnel = {"partition": "slappart2", "mode": "client", "connect": "[2001:db8::12]:5000", "peer": PEER}
-        files = node_config(partitions, slapos={"master_url": url}, **{"tunnel master": {**tunnel, **keys}})
+        sections = {"tunnel master": {**tunnel, **keys}}
+        if also is not None:
+            sections["tunnel also"] = {**tunnel, **keys, **also}
+        files = node_config(partitions, slapos={"master_url": url}, **sections)
         context = Context.of(files.load())
         return context, converge.observe(context).node
 
@@ -61,6 +67,33 @@ def test_other_tunnels_keep_nothing(looked_at, url, keys):
     context, node = looked_at(url, **keys)
     assert master_way.find(node) is None
     assert master_way.offered(node) == node.partitions
+    context.meters.close()
+
+
+@pytest.mark.parametrize("keys", [{"mode": "Client"}, {"partition": "slappart9"}, {"peer": "nobody"}])
+def test_the_port_of_a_bad_tunnel_is_nobody_elses(looked_at, keys):
+    context, node = looked_at("http://127.0.0.1:5000/", listen=LOOPBACK, **keys)
+    (port,) = node.network().held
+    assert (port.port, port.uid) == (5000, 0 if "partition" in keys else node.partitions[2].uid)
+    context.meters.close()
+
+
+@pytest.mark.parametrize("partition", ["slappart1", "slappart2"])
+def test_one_port_is_one_tunnels(looked_at, partition):
+    der = ssl.PEM_cert_to_DER_cert(make_identity("peer").certificate_pem.decode())
+    peer = {"peer": f"cert:{b64encode(der).decode()}"}
+    context, node = looked_at(
+        "http://127.0.0.1:5000/", listen=LOOPBACK, also={"partition": partition, **peer}, **peer
+    )
+    declared = {one.id: tunnel_declarations.declared(node, one, {}) for one in node.partitions}
+    assert [one.name for item in declared.values() for one in item.tunnels] == ["slappart2/master"]
+    (refused,) = declared[partition].refused
+    assert (refused.name, refused.reason) == (
+        f"{partition}/also",
+        "listen: 127.0.0.1:5000 is that of [tunnel master]",
+    )
+    (port,) = node.network().held
+    assert port.uid == node.partitions[2].uid
     context.meters.close()
 
 

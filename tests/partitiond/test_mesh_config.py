@@ -4,7 +4,7 @@ from ipaddress import IPv4Address, IPv4Interface, IPv4Network
 
 import pytest
 
-from partitiond import config
+from partitiond import config, last_good
 from partitiond.errors import PartitiondError
 
 GOOD = """\
@@ -35,6 +35,7 @@ def load(tmp_path):
 
 
 def test_no_section_no_mesh(load):
+    assert load().mesh is None, "nor one whose keys were all taken out"
     assert load(text=GOOD.removesuffix("[tinc]\n")).mesh is None
 
 
@@ -44,6 +45,7 @@ def test_what_two_keys_say(load, tmp_path):
     assert found.address == IPv4Address("10.64.6.1")
     assert found.own_interface() == IPv4Interface("10.64.6.1/16")
     assert (found.interface, found.port, found.directory) == ("sltinc", 655, tmp_path / "tinc")
+    assert (found.replaces_ipv6, found.relay) == (None, None)
     spec = found.spec()
     assert (spec.network, spec.own, spec.address) == (found.network, found.own, found.address)
 
@@ -61,11 +63,12 @@ def test_everything_said(load):
         "interface = mesh0",
         "directory = /etc/opt/mesh",
         "replaces_ipv6 = yes",
+        "relay = no",
     ).mesh
     assert found.own == IPv4Network("10.100.0.0/20")
     assert found.addresses == ("2001:db8::7", "paris.example", "192.0.2.7")
     assert found.connect_to == ("rome", "oslo")
-    assert found.replaces_ipv6 is True
+    assert (found.replaces_ipv6, found.relay) == (True, False)
     assert (found.name, found.port, found.cipher, found.digest) == ("paris", 1655, "aes-128-cbc", "sha512")
 
 
@@ -83,7 +86,7 @@ RIGHT = ("network = 10.64.0.0/16", "index = 3")
 @pytest.mark.parametrize(
     ("lines", "said"),
     [
-        ((), "network is missing; allowed: the IPv4 network of the whole mesh"),
+        (("index = 3",), "network is missing; allowed: the IPv4 network of the whole mesh"),
         (("network = 10.64.0.0/16",), "either range or index"),
         ((*RIGHT, "range = 10.64.6.0/23"), "either range or index"),
         (("network = 10.64.0.1/16", "index = 0"), "network = '10.64.0.1/16'"),
@@ -111,6 +114,7 @@ RIGHT = ("network = 10.64.0.0/16", "index = 3")
         ((*RIGHT, "interface = br0"), "a name of its own"),
         ((*RIGHT, "interface = 0a"), "a name of a network interface"),
         ((*RIGHT, "replaces_ipv6 = maybe"), "allowed: auto or yes or no"),
+        ((*RIGHT, "relay = on"), "allowed: auto or yes or no"),
         ((*RIGHT, "directory = tinc"), "directory = 'tinc'"),
         ((*RIGHT, "directory = /etc"), "a directory of its own"),
         (("network = 10.0.0.0/12", "index = 0"), "apart from ipv4_local_network, which is 10.0.0.0/16"),
@@ -134,6 +138,19 @@ def test_an_unknown_key_is_a_warning_with_a_suggestion(load):
     assert warning.endswith("unknown key 'conect_to', did you mean 'connect_to'?")
 
 
+def test_tincd_and_the_software_have_users_of_their_own(load):
+    text = GOOD.replace("partition_amount", "software_user = slapmesh\npartition_amount")
+    assert load(text=text).mesh is None
+    with pytest.raises(PartitiondError, match="another name: tincd's user is called so"):
+        load(*RIGHT, text=text)
+
+
+def test_a_port_that_any_user_may_take_is_a_warning(load):
+    assert not load(*RIGHT, "port = 1023").warnings
+    (warning,) = load(*RIGHT, "port = 1655").warnings
+    assert "port 1655 can be taken by any user" in warning
+
+
 @pytest.mark.parametrize(
     ("more", "said"),
     [
@@ -144,3 +161,14 @@ def test_an_unknown_key_is_a_warning_with_a_suggestion(load):
 def test_networks_that_meet(load, more, said):
     with pytest.raises(PartitiondError, match=said):
         load(*RIGHT, more)
+
+
+def test_a_configuration_that_is_taken_back_has_its_own_directory(load, tmp_path):
+    """The key and the peers lie beside the file, not beside the copy that a trial goes back to."""
+    found = load(*RIGHT)
+    copy = tmp_path / "state" / "last-good.cfg"
+    copy.parent.mkdir()
+    last_good.write(copy, found)
+    again = last_good.read(copy, found.file)
+    assert again.mesh.directory == tmp_path / "tinc"
+    assert again == found
