@@ -192,7 +192,7 @@ def ask(node, target, body=None, *, uid=0, groups=""):
     if uid == 0:
         return exchange(node.socket, target, None if body is None else json.dumps(body))
     program = (
-        "import sys, json; sys.path.insert(0, sys.argv[4]);"
+        "import sys, json; sys.path[:0] = [sys.argv[4], sys.argv[4] + '/..'];"
         "from test_life_node_verbs import exchange;"
         "print(json.dumps(exchange(sys.argv[1], sys.argv[2], sys.argv[3] or None)))"
     )

@@ -317,7 +317,9 @@ def attempts(user, *tries):
 
 
 class Master:
-    """One that remembers the capacity that it was posted, and answers ``wishes`` (marshalled) when asked for them."""
+    """One that remembers the capacity that it was posted, and answers ``wishes`` (marshalled) when asked for them; as long
+    as there are none it does not know the node.
+    """
 
     def __init__(self):
         master = self
@@ -331,7 +333,10 @@ class Master:
                 self.say(b"")
 
             def do_GET(self):
-                self.say(master.wishes)
+                if master.wishes:
+                    self.say(master.wishes)
+                else:
+                    self.send_error(404)
 
             def say(self, content):
                 self.send_response(200)

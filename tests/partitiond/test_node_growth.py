@@ -4,6 +4,7 @@ import pytest
 
 from partitiond import converge, identities, lanes, reload, verbs
 from partitiond.context import Context
+from slap_client.errors import SlapError
 from slap_client.marshal import loads
 
 
@@ -107,6 +108,11 @@ def test_the_master_is_told_of_what_is_in_force(node, monkeypatch):
     monkeypatch.setattr(
         type(context.client), "post_capacity", lambda _, document: told.append(loads(document))
     )
+
+    def unknown(_client):
+        raise SlapError("slap.not_found", "no such computer", status=404)
+
+    monkeypatch.setattr(type(context.client), "computer", unknown)
     verbs.apply(context, [])
     before = context.config
     node.write(slapformat={"partition_amount": 5})
