@@ -61,6 +61,8 @@ def _reachable(one: dict[str, Any]) -> str:
         return "?"
     if not one["reachable"]:
         return colour("no", "red")
+    if one["round_trip_ms"] is None:
+        return colour("no answer", "yellow")
     return "yes" if one["direct"] else "by TCP"
 
 

@@ -299,16 +299,17 @@ def test_our_own_changes_lead_to_no_loop(node):
 
 def test_a_fight_is_told_once_and_costs_a_bounded_number_of_passes(node):
     before, told = settle(node), len(events(node, "drift.fight"))
-    deleted, end = 0, time.monotonic() + 3
-    while time.monotonic() < end:
+    deleted, began = 0, time.monotonic()
+    # a busy machine takes its time with each repair
+    while deleted < 4 or time.monotonic() < began + 3:
+        assert time.monotonic() < began + 60, f"deleted {deleted} times in a minute only"
         if "slaptap3" in {name for _, name in socket.if_nameindex()}:
             ip("link delete slaptap3")
             deleted += 1
         time.sleep(0.05)
     made = passes(node) - before
-    assert deleted > 3
-    assert made <= 12, f"{made} passes in 3 s"
-    (fight,) = events(node, "drift.fight")[told:]
+    assert made <= 12, f"{made} passes for {deleted} deletions"
+    (fight,) = node.wait(lambda: events(node, "drift.fight")[told:], "the fight to be told", SOON)
     assert (fight["resource"], fight["partition"]) == ("tap/slaptap3", "slappart3")
     assert fight["hint"]
     # others are healed at once meanwhile
