@@ -36,7 +36,14 @@ _STALE = 2
 
 
 def look(context: Context, document: ComputerDocument) -> None:
-    """Judge an answer of the master by the addresses in it."""
+    """Judge an answer of the master by the addresses in it, and by what instances published."""
+    # lanes share an answer, and what one of them finds out the other does not tell again
+    with context.offers.changing:
+        _look_at_addresses(context, document)
+        _look_at_published(context, document)
+
+
+def _look_at_addresses(context: Context, document: ComputerDocument) -> None:
     book = context.offers
     verdict, other = compare(book.read(), addresses_of(document))
     book.missed = book.missed and not document.partitions
@@ -55,7 +62,6 @@ def look(context: Context, document: ComputerDocument) -> None:
     elif verdict == "ours" and book.read().foreign:
         book.suspect({})
         _record(context, "the master has the addresses of this node's partitions again")
-    _look_at_published(context, document)
 
 
 def missed(context: Context) -> None:
@@ -92,7 +98,8 @@ def before_offer(context: Context, node: Node, *, force: bool) -> Node:
     """
     book = context.offers
     if force:
-        book.save(replace(book.read(), published={}))
+        with book.changing:
+            book.save(replace(book.read(), published={}))
     told = bool(book.read().told)
     document = None if told and (force or context.lane) else _asked(context, force=force)
     if document is not None and told:
@@ -137,17 +144,32 @@ def _begin(context: Context, node: Node, document: ComputerDocument, *, force: b
     if blank:
         answering = () if force else _answering(node, found)
         if answering:
-            before = context.offers.read()
-            offered = replace(before, alive=answering)
-            error = _alive(offered)
-            context.offers.save(offered)
-            if not before.alive:
-                _record(context, str(error), error.hint)
-            raise error
+            raise _not_begun(context, answering)
     # what it has is not what somebody else tells it after this node did
     first = ({name: digest(rows) for name, rows in found.items()},) if found else ()
-    context.offers.save(Offered(first, seen=context.offers.read().seen))
+    with context.offers.changing:
+        before = context.offers.read()
+        if before.told and not force:  # another lane came here first, and may have told the master by now
+            context.offers.save(replace(before, alive=()))
+        else:
+            context.offers.save(Offered(first, seen=before.seen))
     return _take_over(context, node, document) if blank else node
+
+
+def _not_begun(context: Context, answering: tuple[str, ...]) -> PartitiondError:
+    """Remember at which addresses somebody answers, and tell of it once."""
+    with context.offers.changing:
+        before = context.offers.read()
+        offered = replace(before, alive=answering)
+        error = _alive(offered)
+        if (
+            before.told
+        ):  # another lane found nobody there, and this node has begun: only this pass is given up
+            return error
+        context.offers.save(offered)
+    if not before.alive:
+        _record(context, str(error), error.hint)
+    return error
 
 
 def _answering(node: Node, found: Mapping[str, list[str]]) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import threading
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
@@ -74,11 +75,16 @@ def compare(offered: Offered, found: Mapping[str, list[str]]) -> tuple[Verdict, 
 
 
 class OfferBook:
-    """The file, and what was read of it. A file that cannot be read is begun anew: then nobody is suspected."""
+    """The file, and what was read of it. A file that cannot be read is begun anew: then nobody is suspected.
+
+    Lanes share it: whoever saves by what is remembered holds ``changing`` from the reading on, and takes ``applying`` before
+    that or not at all.
+    """
 
     def __init__(self, file: Path) -> None:
         self._file = file
         self._read: Offered | None = None
+        self.changing = threading.RLock()
         self.turn = 0  # odd while the master is being told
         self.stale = 0  # answers with older addresses since the master had those of now
         self.shown: dict[str, Shown] = {}
@@ -106,23 +112,27 @@ class OfferBook:
         Before that they count as told earlier: the master may take them although its answer gets lost.
         """
         row = {name: digest(one) for name, one in addresses.items()}
-        before = self.read()
         self.turn += 1
         try:
-            if row not in before.told:
-                rows = (*before.told[:-1], row, *before.told[-1:])[-_REMEMBERED:]
-                self.save(replace(before, told=rows))
+            with self.changing:
+                before = self.read()
+                if row not in before.told:
+                    rows = (*before.told[:-1], row, *before.told[-1:])[-_REMEMBERED:]
+                    self.save(replace(before, told=rows))
             yield
-            others = tuple(one for one in self.read().told if one != row)
-            self.save(Offered((*others, row), published=self.read().published, seen=self.read().seen))
+            with self.changing:
+                before = self.read()
+                others = tuple(one for one in before.told if one != row)
+                self.save(Offered((*others, row), published=before.published, seen=before.seen))
         finally:
             self.turn += 1
 
     def see(self, digests: Iterable[str]) -> None:
         """Remember certificates that are not this machine's own."""
-        before = self.read()
-        if new := sorted(set(digests) - set(before.seen)):
-            self.save(replace(before, seen=(*before.seen, *new)[-_SEEN:]))
+        with self.changing:
+            before = self.read()
+            if new := sorted(set(digests) - set(before.seen)):
+                self.save(replace(before, seen=(*before.seen, *new)[-_SEEN:]))
 
     def judges(self, turn: int) -> bool:
         """Whether what was asked for at that ``turn`` may be compared: the master was told nothing new meanwhile."""
@@ -130,7 +140,8 @@ class OfferBook:
 
     def suspect(self, foreign: Mapping[str, list[str]]) -> None:
         """Remember that somebody else told the master these; empty: nobody does any more."""
-        self.save(replace(self.read(), foreign=dict(foreign)))
+        with self.changing:
+            self.save(replace(self.read(), foreign=dict(foreign)))
 
 
 def _read(file: Path) -> Offered:

@@ -1,7 +1,10 @@
 """Whose an address, an instance, or an answer is: what decides, without a node."""
 
+import contextlib
 import socket
 import subprocess
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from ipaddress import ip_address, ip_network
 from types import SimpleNamespace
 
@@ -73,6 +76,24 @@ def test_private_addresses_are_nobodys_whatever_their_order(rows, monkeypatch, g
     monkeypatch.setattr(alive, "answering", lambda found: asked.extend(found) or [])
     identity_guard._answering(guarded.node_in_force, {"slappart0": rows})
     assert asked == [ip_address("2001:db8:5::2")]
+
+
+def test_two_lanes_that_share_an_answer_tell_of_a_twin_once(guarded):
+    """Each would find the book as the other found it, and write over what the other wrote."""
+    guarded.offers.save(Offered(({"slappart0": digest(NEW)},)))
+    save, together = guarded.offers.save, threading.Barrier(2)
+
+    def slow(offered):
+        # what one has read, both have, where nothing keeps the other away
+        with contextlib.suppress(threading.BrokenBarrierError):
+            together.wait(0.5)
+        save(offered)
+
+    guarded.offers.save = slow
+    with ThreadPoolExecutor(2) as lanes:
+        list(lanes.map(lambda _: identity_guard.look(guarded, answer(*THEIRS)), range(2)))
+    assert [what for what, _ in guarded.told] == ["node.twin"]
+    assert guarded.offers.read().foreign == {"slappart0": THEIRS}
 
 
 def test_an_answer_without_those_that_were_told_says_nothing():

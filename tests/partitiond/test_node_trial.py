@@ -169,6 +169,9 @@ def test_a_session_that_is_cut_off(uplink, node, command):
     words = shlex.join(command.line("try", "--timeout", "600", "-c", node.path))
     pid, terminal = pty.fork()
     if pid == 0:
+        signal.signal(
+            signal.SIGHUP, signal.SIG_DFL
+        )  # whoever runs the tests by nohup hands on that it is ignored
         shell = ["sh", "-c", f"cd / && {words}; sleep 600"]
         os.execve("/bin/sh", shell, command.environment)  # noqa: S606 - it is the shell that is hung up
     try:
