@@ -264,7 +264,7 @@ class Supervisor(Link):
         beside ours.
         """
         deadline = time.monotonic() + _REACHABLE_SECONDS
-        while there := [pid for pid in procfs.pids() if self._is_server(pid)]:
+        while there := self._servers():
             if self.running():
                 return True
             if time.monotonic() > deadline:
@@ -274,6 +274,17 @@ class Supervisor(Link):
                             os.kill(pid, signal.SIGKILL)
             time.sleep(0.05)
         return False
+
+    def _servers(self) -> list[int]:
+        """All of ours, also one that is starting.
+
+        It goes on as a child of its own then. Where that happens between a list of all processes and the look at those in it,
+        the parent has ended and the child is not listed; it is in the next list.
+        """
+        return self._listed() or self._listed()
+
+    def _listed(self) -> list[int]:
+        return [pid for pid in procfs.pids() if self._is_server(pid)]
 
     def _is_server(self, pid: int) -> bool:
         if procfs.user_of(pid) != os.getuid():

@@ -10,20 +10,19 @@ went over a connection that had served before, and whether a single byte came ba
 import http.client
 import io
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 from requests.adapters import HTTPAdapter
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
+from urllib3.util.ssl_ import create_urllib3_context, resolve_cert_reqs
 
 from slap_client.trust import UnpinnedError, fingerprint
-
-if TYPE_CHECKING:
-    from ssl import SSLSocket
 
 
 class _Call(threading.local):
@@ -131,14 +130,28 @@ class TLSConnection(_Reuse, HTTPSConnection):
 
     def connect(self) -> None:
         """Connect; raise UnpinnedError before anything of HTTP is sent."""
+        self.ssl_context = _lenient(self.cert_reqs)
         super().connect()
         if not self.pin:
             return
-        der = cast("SSLSocket", self.sock).getpeercert(binary_form=True) or b""
+        der = cast("ssl.SSLSocket", self.sock).getpeercert(binary_form=True) or b""
         if fingerprint(der) != self.pin:
             self.close()
             raise UnpinnedError(der)
         self.is_verified = True  # else urllib3 warns of a server that nobody knows
+
+
+def _lenient(cert_reqs: int | str | None) -> ssl.SSLContext:
+    """Make what one connection verifies the server by: the chain and the name, and not each word of RFC 5280.
+
+    From Python 3.13 on urllib3 sets X509_V_FLAG_X509_STRICT, too (as ssl.create_default_context does). It refuses chains whose
+    certificates do not name the key that signed them, and those are what ``openssl x509 -req`` and most authorities that
+    operators made themselves have issued for decades: an upgrade to Debian 13 would cut a node off from its master. Each
+    connection has its own, as urllib3 puts authorities and our pair into it.
+    """
+    context = create_urllib3_context(cert_reqs=resolve_cert_reqs(cert_reqs))
+    context.verify_flags &= ~ssl.VERIFY_X509_STRICT
+    return context
 
 
 def _pools(pin: str) -> dict[str, type[HTTPConnectionPool]]:

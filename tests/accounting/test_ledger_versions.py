@@ -188,7 +188,9 @@ def killed(path, left, by):
 
 
 @pytest.mark.parametrize(
-    ("by", "steps"), [("statement", range(1, 200, 4)), ("instruction", [*range(1, 3300, 160)])]
+    ("by", "steps"),
+    # how many there are is SQLite's affair (3.46 takes more than 3.40): until one of them does not come any more
+    [("statement", range(1, 2000, 4)), ("instruction", range(1, 100_000, 160))],
 )
 def test_killed_at_any_step_it_is_of_one_version_or_the_other(tmp_path, by, steps):
     truth = first(tmp_path / "first")
@@ -210,6 +212,7 @@ def test_killed_at_any_step_it_is_of_one_version_or_the_other(tmp_path, by, step
             assert bytes_in(ledger) == sums
         if code == 0:
             break
+    assert seen[0, 2] == 1
     assert {found for _, found in seen} == {1, 2}
     assert seen[-9, 1] >= 3
 

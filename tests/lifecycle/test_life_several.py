@@ -131,9 +131,10 @@ def test_destroyed_and_given_again_during_a_pass(node, url):
     first, late = sorted((node.holder("one"), node.holder("two")))
     slow, victim = sorted(("one", "two"), key=node.holder)
     node.front.answers[DESTROYED] = always(b"not now", 503)
+    since = len(node.front.seen)
     try:
         node.request(victim, url, state="destroyed")
-        node.wait(lambda: node.front.count(DESTROYED), "the daemon to report the destroyed instance")
+        node.wait(lambda: node.front.count(DESTROYED, since), "the daemon to report the destroyed instance")
         uid = node.partition(first)["user"]["uid"]
         node.request(slow, url, text="slow", sleep="8")
         node.wait(

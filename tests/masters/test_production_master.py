@@ -32,6 +32,8 @@ class Node:
 
     def __init__(self, master, cert=None):
         self.context = ssl.create_default_context(cafile=master.ca_file)
+        # the authority is such as operators make: from Python 3.13 on the default refuses it
+        self.context.verify_flags &= ~ssl.VERIFY_X509_STRICT
         if cert is not False:
             self.context.load_cert_chain(*(cert or (master.cert_file, master.key_file)))
         self.master = master

@@ -6,6 +6,7 @@ Without partitions: the programs are small ones of ``nobody``'s.
 import json
 import os
 import resource
+import select
 import shutil
 import signal
 import socket
@@ -594,6 +595,32 @@ def test_a_supervisord_that_has_just_begun_is_not_killed_for_not_answering(made,
         assert time.monotonic() - began > 0.9
         reaped.join()
         assert other.returncode == -9
+
+
+def test_a_supervisord_that_goes_on_as_its_child_at_this_moment_is_seen(made, monkeypatch):
+    """As each does once while it starts; overlooked, it would be started a second time, or left behind."""
+    supervisor = made().supervisor
+    source = "import os, sys, time; sys.stdin.read(1); os.fork() and os._exit(0); time.sleep(1000)"
+    parent = subprocess.Popen(
+        [sys.executable, "-c", source, "supervisor.supervisord", str(supervisor.configuration)],
+        stdin=subprocess.PIPE,
+    )
+    until(lambda: supervisor._servers() == [parent.pid])
+    listed = procfs.pids
+
+    def between():
+        found = listed()
+        if parent.poll() is None:
+            parent.communicate(b"x", timeout=20)
+        return found
+
+    monkeypatch.setattr(procfs, "pids", between)
+    (child,) = supervisor._servers()
+    assert child != parent.pid
+    end = os.pidfd_open(child)
+    os.kill(child, signal.SIGKILL)
+    assert select.select([end], [], [], 20)[0]
+    os.close(end)
 
 
 def test_output_is_read_from_supervisords_own_pipe_only(tmp_path):

@@ -5,12 +5,14 @@ import re
 import socket
 import ssl
 import threading
+import urllib.parse
 from pathlib import Path
 
 import production_master
 import pytest
 from master_authority import Authority, server_context
 from slap_server import reply, running
+from urllib3.util import ssl_
 
 from slap_client.client import SlapClient
 from slap_client.errors import SlapError
@@ -75,6 +77,27 @@ def test_a_pin_that_can_not_be(url, pin):
     with pytest.raises(SlapError) as caught:
         SlapClient(url, "COMP-7", fingerprint=pin)
     assert caught.value.code == "slap.value"
+
+
+def test_an_authority_that_an_operator_made(master, files, monkeypatch):
+    """Its certificates do not say which key signed them: the default from Python 3.13 on is to refuse such."""
+    plain = ssl_.create_urllib3_context
+
+    def strict(*args, **kwargs):
+        context = plain(*args, **kwargs)
+        context.verify_flags |= ssl.VERIFY_X509_STRICT
+        return context
+
+    for place in ("urllib3.connection", "slap_client.deadline"):
+        monkeypatch.setattr(f"{place}.create_urllib3_context", strict)
+    url = urllib.parse.urlsplit(master.url)
+    with socket.create_connection((url.hostname, url.port), 5) as plug:
+        context = strict(cert_reqs=ssl.CERT_REQUIRED)
+        context.load_verify_locations(master.ca_file)
+        with pytest.raises(ssl.SSLCertVerificationError, match="Key Identifier"):
+            context.wrap_socket(plug, server_hostname=url.hostname)
+    with client(master, ca_file=master.ca_file, **files) as slap:
+        assert [one.partition_id for one in slap.computer().partitions] == ["slappart0"]
 
 
 def test_an_authority_that_nobody_knows(master, files):
