@@ -342,15 +342,24 @@ class NodeFiles:
 
         return config.load(self.path)
 
+    @contextlib.contextmanager
+    def context(self):
+        """The node at work, by the file as it is now; its ledger is closed at the end."""
+        from partitiond.context import Context
+
+        made = Context.of(self.load())
+        try:
+            yield made
+        finally:
+            made.meters.close()
+
     def remove(self):
         """End what runs of it, and remove everything; the node need not be whole."""
         from partitiond import teardown
-        from partitiond.context import Context
 
         if self.state.exists() or self.instance.exists():
-            context = Context.of(self.load())
-            outcome = teardown.run(context, purge=True)
-            context.meters.close()
+            with self.context() as context:
+                outcome = teardown.run(context, purge=True)
             assert not outcome.failures, outcome.failures
         shutil.rmtree(self.root)
 

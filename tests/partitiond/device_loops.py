@@ -15,7 +15,6 @@ import pytest
 from json_schemas import validate
 
 from partitiond import posix_acl, status, verbs
-from partitiond.context import Context
 
 # include/uapi/linux/loop.h
 LOOP_CLR_FD, LOOP_CONFIGURE, LOOP_CTL_GET_FREE = 0x4C01, 0x4C0A, 0x4C82
@@ -198,13 +197,13 @@ def give(node, **devices):
 
 
 def plan(node):
-    return validate({"schema": "partitiond/plan/1", **verbs.plan(Context.of(node.load()))})
+    with node.context() as context:
+        return validate({"schema": "partitiond/plan/1", **verbs.plan(context)})
 
 
 def apply(node, *partitions):
-    return validate(
-        {"schema": "partitiond/apply/1", **verbs.apply(Context.of(node.load()), list(partitions))}
-    )
+    with node.context() as context:
+        return validate({"schema": "partitiond/apply/1", **verbs.apply(context, list(partitions))})
 
 
 def refused(value):
@@ -212,7 +211,8 @@ def refused(value):
 
 
 def shown(node, name):
-    return status.partition(Context.of(node.load()), name)
+    with node.context() as context:
+        return status.partition(context, name)
 
 
 def resource(node, partition):

@@ -230,9 +230,10 @@ def test_a_smaller_node_runs_nothing_of_those_that_went(bridge, node_config):
     try:
         until(lambda: len(owned({5002, 5003})) == 3)
         node.write(slapformat={"partition_amount": 2})
-        outcome = verbs.apply(Context.of(node.load()), [])
-        assert (outcome["failures"], outcome["left"]) == ([], [])
-        assert verbs.plan(Context.of(node.load()))["operations"] == []
+        with node.context() as smaller:
+            outcome = verbs.apply(smaller, [])
+            assert (outcome["failures"], outcome["left"]) == ([], [])
+            assert verbs.plan(smaller)["operations"] == []
         assert owned({5002, 5003}) == []
     finally:
         stray.kill()

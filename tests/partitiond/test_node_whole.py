@@ -15,7 +15,6 @@ import pytest
 from json_schemas import parsed, validate
 
 from partitiond import identities, verbs
-from partitiond.context import Context
 from partitiond.errors import PartitiondError
 
 PATIENCE = 20.0
@@ -23,14 +22,14 @@ PATIENCE = 20.0
 
 def plan(node):
     """The plan of a node, by id."""
-    value = validate({"schema": "partitiond/plan/1", **verbs.plan(Context.of(node.load()))})
+    with node.context() as context:
+        value = validate({"schema": "partitiond/plan/1", **verbs.plan(context)})
     return {one["id"]: one for one in value["operations"]}
 
 
 def apply(node, *partitions):
-    return validate(
-        {"schema": "partitiond/apply/1", **verbs.apply(Context.of(node.load()), list(partitions))}
-    )
+    with node.context() as context:
+        return validate({"schema": "partitiond/apply/1", **verbs.apply(context, list(partitions))})
 
 
 def links():

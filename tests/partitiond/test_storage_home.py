@@ -41,11 +41,13 @@ def node(standing):
 
 
 def apply(node):
-    return validate({"schema": "partitiond/apply/1", **verbs.apply(Context.of(node.load()), [])})
+    with node.context() as context:
+        return validate({"schema": "partitiond/apply/1", **verbs.apply(context, [])})
 
 
 def plan(node):
-    return validate({"schema": "partitiond/plan/1", **verbs.plan(Context.of(node.load()))})
+    with node.context() as context:
+        return validate({"schema": "partitiond/plan/1", **verbs.plan(context)})
 
 
 def refused(value):
