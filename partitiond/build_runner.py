@@ -18,7 +18,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from partitiond import binary_cache, build_keeper, buildout, files, last_good, procfs, software_build
+from partitiond import binary_cache, build_keeper, buildout, files, last_good, procfs, signals, software_build
 from partitiond.build_keeper import Outcome, Places, Runner
 from partitiond.errors import FAMILY, sentence
 
@@ -37,12 +37,16 @@ def main(arguments: Sequence[str]) -> None:
     # nobody's child, so that nobody has to wait for it
     if os.fork():
         os._exit(0)
-    directory, outcomes, tell = arguments
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     stop = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: stop.set())
     for number in (signal.SIGHUP, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
+    with signals.heard({signal.SIGTERM: stop.set}):
+        _build(arguments, stop)
+
+
+def _build(arguments: Sequence[str], stop: threading.Event) -> None:
+    directory, outcomes, tell = arguments
     places = Places(Path(directory), Path(outcomes))
     lock = os.open(places.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     if not _take(lock):

@@ -39,6 +39,7 @@ from partitiond import (
     reload,
     report_verbs,
     request_body,
+    signals,
     textfile,
     verbs,
 )
@@ -175,7 +176,6 @@ class Daemon:
         self.context = context = Context.of(config)
         self._tally = metrics.Tally()
         self._phase = random.random()  # noqa: S311 - jitter, no secret
-        # a signal may come while a lock is held by the thread that handles it: a SimpleQueue takes none
         self._requests: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._torn_down = False
         self._asked = AskedPasses()
@@ -271,10 +271,12 @@ class Daemon:
         memory.be_frugal()
         keyring.leave()
         sys.setswitchinterval(_SWITCH_SECONDS)
-        with recovery.exclusive(config, "run"):
-            for number in (signal.SIGTERM, signal.SIGINT):
-                signal.signal(number, lambda *_: self._end())
-            signal.signal(signal.SIGHUP, lambda *_: self._requests.put(self._reload))
+        calls: dict[int, Callable[[], None]] = {
+            signal.SIGTERM: self._end,
+            signal.SIGINT: self._end,
+            signal.SIGHUP: lambda: self._requests.put(self._reload),
+        }
+        with recovery.exclusive(config, "run"), signals.heard(calls):
             watch = Watch(config, self._lanes["converge"].wake, Reflexes(context))
             holding.begin()
             try:
