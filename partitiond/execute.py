@@ -265,12 +265,15 @@ def end_processes_of(uid: int, gid: int) -> None:
         "-c",
         "kill -KILL -1",
     ]
+    swept = False
     for _ in range(20):
-        if not _has_processes(uid):
+        found = _has_processes(uid)
+        if found is False or (found is None and swept):
             return
         subprocess.run(
             command, check=False, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={"PATH": PATH}
         )
+        swept = True
         time.sleep(0.02)
     raise PartitiondError(
         "execute.survivors",
@@ -280,6 +283,16 @@ def end_processes_of(uid: int, gid: int) -> None:
     )
 
 
-def _has_processes(uid: int) -> bool:
-    """Whether the user has a process that is not a zombie."""
-    return any(procfs.user_of(pid) == uid for pid in procfs.pids())
+def _has_processes(uid: int) -> bool | None:
+    """Whether the user has a process that is not a zombie; None where nobody can say.
+
+    One that forks and ends again and again has ended when it is looked at, and its child is not in the list. So it may be
+    whatever has ended since it was listed, or is a zombie.
+    """
+    ended = False
+    for pid in procfs.pids():
+        owner = procfs.user_of(pid)
+        if owner == uid:
+            return True
+        ended = ended or owner is None
+    return None if ended else False

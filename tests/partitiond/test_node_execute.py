@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from partitiond import execute
+from partitiond import execute, procfs
 from partitiond.errors import PartitiondError
 
 PATIENCE = 20.0
@@ -152,7 +152,7 @@ def test_it_dies_with_us(user, tmp_path):
         import sys, threading
         from pathlib import Path
         sys.path.insert(0, {str(Path(execute.__file__).parent.parent)!r})
-        from partitiond import execute
+        from partitiond import execute, procfs
         execute.as_user("runner", "runner", ["/bin/sleep", "1000"], cwd=Path({str(user)!r}),
                         env=execute.environment({str(user)!r}, "runner"), log=1, stop=threading.Event())
     """
@@ -182,6 +182,15 @@ while time.monotonic() < end:
 """
 
 
+# a child's child for each byte
+HOPS = """
+import os
+while os.read(0, 1):
+    if os.fork():
+        os._exit(0)
+"""
+
+
 def test_all_processes_of_a_user_end_even_while_they_fork(user):
     import resource
 
@@ -198,6 +207,30 @@ def test_all_processes_of_a_user_end_even_while_they_fork(user):
     finally:
         execute.end_processes_of(4242, 4242)
         bomb.wait()
+
+
+def test_a_process_that_is_another_one_at_each_look_ends(user, monkeypatch):
+    """It forks and ends, right when all processes were listed: nobody who looks at those finds it."""
+    command = ["/usr/bin/setpriv", "--reuid=4242", "--regid=4242", "--clear-groups"]
+    hopping = subprocess.Popen([*command, sys.executable, "-I", "-S", "-c", HOPS], stdin=subprocess.PIPE)
+    listed = procfs.pids
+
+    def owned():
+        return [pid for pid in listed() if procfs.user_of(pid) == 4242]
+
+    def between():
+        found, before = listed(), owned()
+        if before:
+            os.write(hopping.stdin.fileno(), b"x")
+            until(lambda: (now := owned()) and not set(now) & set(before))
+        return found
+
+    until(owned)
+    monkeypatch.setattr(procfs, "pids", between)
+    execute.end_processes_of(4242, 4242)
+    monkeypatch.undo()
+    assert members() == []
+    hopping.communicate()
 
 
 def test_processes_of_others_are_let_alone_and_roots_never_touched(user):
