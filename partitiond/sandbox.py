@@ -14,7 +14,9 @@ import argparse
 import contextlib
 import ctypes
 import errno
+import fcntl
 import os
+import secrets
 import shutil
 import signal
 import stat
@@ -56,7 +58,9 @@ MARKER = "PARTITIOND_SANDBOX"
 # the pid of the sandbox's first process as the outside sees it: what nsenter(1) needs
 OUTSIDE_PID = "PARTITIOND_SANDBOX_PID"
 _HOST_NAME = "sandbox"
-_CGROUP_NAME = "partitiond-sandbox-"  # the number of the process outside that takes it away again follows
+_CGROUP_NAME = (
+    "partitiond-sandbox-"  # and what makes it this one's; who takes it away again holds a lock on it
+)
 _CGROUP_MOUNT = Path("/sys/fs/cgroup")
 _VAR_DIRECTORIES = ("lib", "log", "cache", "lock", "spool", "tmp", "empty")
 _DEVICES = (
@@ -144,17 +148,13 @@ def _cgroup() -> Iterator[int | None]:
         yield None
         return
     holder = os.open(parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    name = f"{_CGROUP_NAME}{os.getpid()}"
+    name = f"{_CGROUP_NAME}{secrets.token_hex(4)}"
     try:
-        for left in os.listdir(holder):  # noqa: PTH208 - below a descriptor
-            if left.startswith(_CGROUP_NAME) and not Path("/proc", left.removeprefix(_CGROUP_NAME)).exists():
-                _remove_cgroup(holder, left)
         try:
-            os.mkdir(name, dir_fd=holder)
+            group = _make_cgroup(holder, name)
         except OSError:  # a container may only read it: then the sandbox does without
             yield None
             return
-        group = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=holder)
         try:
             yield group
         finally:
@@ -162,6 +162,34 @@ def _cgroup() -> Iterator[int | None]:
             _remove_cgroup(holder, name)
     finally:
         os.close(holder)
+
+
+def _make_cgroup(holder: int, name: str) -> int:
+    """Make one and hold it, and remove those that nobody holds: who began in another namespace of processes has a number there
+    that says nothing here. Raises OSError.
+    """
+    fcntl.flock(holder, fcntl.LOCK_EX)
+    try:
+        for left in os.listdir(holder):
+            if left.startswith(_CGROUP_NAME):
+                with contextlib.suppress(FileNotFoundError, BlockingIOError):
+                    os.close(_hold(holder, left))
+                    _remove_cgroup(holder, left)
+        os.mkdir(name, dir_fd=holder)
+        return _hold(holder, name)
+    finally:
+        fcntl.flock(holder, fcntl.LOCK_UN)
+
+
+def _hold(holder: int, name: str) -> int:
+    """Open a cgroup and lock it, until that is closed here and in all children. Raises OSError; BlockingIOError: it is held."""
+    group = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=holder)
+    try:
+        fcntl.flock(group, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(group)
+        raise
+    return group
 
 
 def _own_cgroup() -> Path | None:

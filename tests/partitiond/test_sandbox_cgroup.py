@@ -1,5 +1,7 @@
 """The cgroup of a sandbox: its own, and gone with it."""
 
+import contextlib
+import fcntl
 import os
 import signal
 import subprocess
@@ -34,6 +36,25 @@ def made():
     return sorted(path.name for path in CGROUPS.glob("partitiond-sandbox-*"))
 
 
+@contextlib.contextmanager
+def held(path):
+    """Hold a cgroup as a sandbox holds its own. Raises BlockingIOError where another one does."""
+    group = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(group, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(group)
+
+
+def is_held(name):
+    try:
+        with held(CGROUPS / name):
+            return False
+    except BlockingIOError:
+        return True
+
+
 def test_it_sees_no_other_and_leaves_none(sandboxed):
     look = "cat /proc/self/cgroup; ls -d /sys/fs/cgroup/*/ /sys/fs/bpf/partitiond"
     inside = f"{look}; mkdir -p /sys/fs/cgroup/a/b"
@@ -50,14 +71,22 @@ def test_what_a_killed_one_left_goes_with_the_next(sandboxed):
         assert started.stdout.readline() == b"\n"
         (left,) = made()
         started.send_signal(signal.SIGKILL)
-    processes = CGROUPS / left / "cgroup.procs"
     deadline = time.monotonic() + 10
-    while (
-        processes.read_text() or Path("/proc", left.rpartition("-")[2]).exists()
-    ):  # they end one after the other
+    while (CGROUPS / left / "cgroup.procs").read_text() or is_held(left):  # they end one after the other
         assert time.monotonic() < deadline
         time.sleep(0.02)
     assert made() == [left]
     done = subprocess.run(**sandboxed("/bin/true"), check=False)
     assert done.returncode == 0
+    assert made() == []
+
+
+def test_one_that_is_held_stays_though_nobody_is_in_it(sandboxed):
+    """Somebody is about to enter it, perhaps from a namespace of processes in which this one sees nobody."""
+    path = CGROUPS / "partitiond-sandbox-of-somebody"
+    path.mkdir()
+    with held(path):
+        assert subprocess.run(**sandboxed("/bin/true"), check=False).returncode == 0
+        assert made() == [path.name]
+    assert subprocess.run(**sandboxed("/bin/true"), check=False).returncode == 0
     assert made() == []
