@@ -148,10 +148,10 @@ def _cgroup() -> Iterator[int | None]:
         yield None
         return
     holder = os.open(parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    name = f"{_CGROUP_NAME}{secrets.token_hex(4)}"
     try:
         try:
-            group = _make_cgroup(holder, name)
+            _remove_left(holder)
+            name, group = _make_cgroup(holder)
         except OSError:  # a container may only read it: then the sandbox does without
             yield None
             return
@@ -164,21 +164,31 @@ def _cgroup() -> Iterator[int | None]:
         os.close(holder)
 
 
-def _make_cgroup(holder: int, name: str) -> int:
-    """Make one and hold it, and remove those that nobody holds: who began in another namespace of processes has a number there
-    that says nothing here. Raises OSError.
-    """
-    fcntl.flock(holder, fcntl.LOCK_EX)
-    try:
-        for left in os.listdir(holder):
-            if left.startswith(_CGROUP_NAME):
-                with contextlib.suppress(FileNotFoundError, BlockingIOError):
-                    os.close(_hold(holder, left))
-                    _remove_cgroup(holder, left)
+def _make_cgroup(holder: int) -> tuple[str, int]:
+    """Make one and hold it; return its name and descriptor. Raises OSError."""
+    while True:
+        name = f"{_CGROUP_NAME}{secrets.token_hex(4)}"
         os.mkdir(name, dir_fd=holder)
-        return _hold(holder, name)
-    finally:
-        fcntl.flock(holder, fcntl.LOCK_UN)
+        # until it was held, somebody may have taken it for one that was left
+        with contextlib.suppress(FileNotFoundError, BlockingIOError):
+            group = _hold(holder, name)
+            try:
+                if os.path.samestat(os.fstat(group), os.stat(name, dir_fd=holder)):
+                    return name, group
+            except FileNotFoundError:
+                os.close(group)
+
+
+def _remove_left(holder: int) -> None:
+    """Remove those that nobody holds; who made one in another namespace of processes has a number that says nothing here."""
+    for left in os.listdir(holder):
+        if left.startswith(_CGROUP_NAME):
+            with contextlib.suppress(FileNotFoundError, BlockingIOError):
+                group = _hold(holder, left)
+                try:
+                    _remove_cgroup(holder, left)
+                finally:
+                    os.close(group)
 
 
 def _hold(holder: int, name: str) -> int:
