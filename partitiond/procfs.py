@@ -129,6 +129,25 @@ def words(pid: int, name: str) -> list[bytes]:
         return []
 
 
+def command(pid: int) -> list[bytes]:
+    """The arguments of a process. One that is amid its execve(2) has none yet (begin_new_exec() to create_elf_tables() in the
+    kernel), and whoever started it goes on meanwhile: it is waited for, a second at most.
+    """
+    deadline = time.monotonic() + 1.0
+    while (found := words(pid, "cmdline")) == [b""] and _has_program(pid) and time.monotonic() < deadline:
+        time.sleep(0.002)
+    return found
+
+
+def _has_program(pid: int) -> bool:
+    """Whether it executes a file: threads of the kernel and zombies do not."""
+    try:
+        os.readlink(f"/proc/{pid}/exe")  # noqa: PTH115 - it may lead nowhere
+    except OSError:
+        return False
+    return True
+
+
 def _stat(pid: int) -> list[bytes]:
     """State, ppid, pgrp, session and so on (proc_pid_stat(5)); the name before may hold anything, parentheses too."""
     return _read(pid, "stat").rpartition(b")")[2].split()

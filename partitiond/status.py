@@ -33,6 +33,7 @@ from partitiond import (
     tunnels,
     usage_intake,
 )
+from partitiond.node import names
 from partitiond.refusal import Refusal
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from partitiond.context import Context
     from partitiond.node import Node, Partition
     from partitiond.node_plan import Observation, Plan
+    from partitiond.state import InstanceState
     from partitiond.supervision import Process
 
 # what stays open where the programs at the cgroup (netplan.bpf_programs) are not in force
@@ -67,12 +69,14 @@ _FLUSHABLE = (
 
 def node(context: Context) -> dict[str, Any]:
     """The contract's ``status`` object."""
+    states = states_before(context)
     seen = converge.observe(context)
     todo = converge.plan(context, seen)
     config = context.config
     wrong = _incidents(context)
     partitions = [
-        _partition(context, item, seen, todo, wrong.get(item.id, [])) for item in seen.node.partitions
+        _partition(context, item, states.get(item.id), seen, todo, wrong.get(item.id, []))
+        for item in seen.node.partitions
     ]
     return {
         "node": {
@@ -244,12 +248,25 @@ def _incidents(context: Context) -> dict[str, list[dict[str, object]]]:
         return {}
 
 
+def states_before(context: Context) -> dict[str, InstanceState]:
+    """The states of the instances, by partition, for who is going to look at the processes: what these show is never older than
+    the state, so that where an instance is started, or stopped, they say so, too.
+    """
+    return {name: remembered.shown(context, name) for name in names(context.config)}
+
+
 def _partition(
-    context: Context, item: Partition, seen: Observation, todo: Plan, wrong: list[dict[str, object]]
+    context: Context,
+    item: Partition,
+    state: InstanceState | None,
+    seen: Observation,
+    todo: Plan,
+    wrong: list[dict[str, object]],
 ) -> dict[str, Any]:
     return partition_object(
         context,
         item,
+        state,
         seen.processes,
         block_devices=seen.block_devices.given(item),
         incidents=wrong,
@@ -261,6 +278,7 @@ def _partition(
 def partition_object(
     context: Context,
     item: Partition,
+    state: InstanceState | None,
     processes: Sequence[Process],
     *,
     block_devices: Sequence[str] = (),
@@ -268,8 +286,8 @@ def partition_object(
     tunnels: Sequence[str] = (),
     drift: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """One partition as the contract has it."""
-    state = remembered.shown(context, item.id)
+    """One partition as the contract has it; ``state`` is from before its processes were looked at, None if it came since."""
+    state = state or remembered.shown(context, item.id)
     network = item.network
     return {
         "id": item.id,

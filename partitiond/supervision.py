@@ -289,7 +289,7 @@ class Supervisor(Link):
     def _is_server(self, pid: int) -> bool:
         if procfs.user_of(pid) != os.getuid():
             return False  # a tenant could keep us waiting for its arguments, which lie in memory of its own
-        words = procfs.words(pid, "cmdline")
+        words = procfs.command(pid)
         ours = _MODULE.encode() in words and str(self.configuration).encode() in words
         return ours and procfs.is_alive(pid)
 

@@ -208,6 +208,7 @@ def _promise(
 def node_status(context: Context) -> dict[str, Any]:
     """The contract's ``status`` object of such a node."""
     config = context.config
+    states = status.states_before(context)
     processes = context.supervisor.processes()
     node = context.node_in_force or unmanaged.node(config)
     return {
@@ -227,6 +228,8 @@ def node_status(context: Context) -> dict[str, Any]:
             ],
             "drift": [],
         },
-        "partitions": [status.partition_object(context, item, processes) for item in node.partitions],
+        "partitions": [
+            status.partition_object(context, item, states.get(item.id), processes) for item in node.partitions
+        ],
         "software": software_status.releases(context),
     }

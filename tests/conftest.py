@@ -22,7 +22,7 @@ import warm_start
 
 from netplan import legacy_tables, nfnetlink
 from netplan.legacy_rules import PREFIX
-from partitiond import sandbox
+from partitiond import procfs, sandbox
 
 ROOT = Path(__file__).resolve().parent.parent
 _HOW = (
@@ -96,11 +96,10 @@ def _processes():
     for name in filter(str.isdigit, os.listdir("/proc")):  # noqa: PTH208 - names suffice
         try:
             stat = Path("/proc", name, "stat").read_bytes().rpartition(b")")[2].split()
-            command = Path("/proc", name, "cmdline").read_bytes().replace(b"\0", b" ")
         except OSError:
             continue
-        text = command.decode(errors="replace")
         if stat[0] != b"Z" and int(stat[1]) in (1, os.getpid()) and int(name) != os.getpid():
+            text = b" ".join(procfs.command(int(name))).decode(errors="replace")
             found[text] += not warm_start.is_server(text)
     return {f"{command}({number + 1})" for command, count in found.items() for number in range(count)}
 

@@ -4,7 +4,9 @@ import threading
 
 import pytest
 
+from partitiond import converge, status
 from partitiond.context import Context
+from partitiond.state import InstanceState
 
 
 @pytest.fixture
@@ -63,3 +65,21 @@ def test_the_connection_to_the_master_follows(node):
     )
     assert context.client is not second
     context.connection.close()
+
+
+def test_processes_that_are_shown_are_never_older_than_the_state(node, monkeypatch):
+    """Whoever waits for an instance to be started relies on its processes then."""
+    context = Context.of(node.load())
+    context.config.state_dir.mkdir(mode=0o700)
+    name = "slappart0"
+    look = converge.observe
+
+    def meanwhile(*args, **options):
+        seen = look(*args, **options)
+        context.store.save_instance(InstanceState(name, "started", "started"))
+        return seen
+
+    monkeypatch.setattr(converge, "observe", meanwhile)
+    assert status.partition(context, name)["state"] == "free"
+    monkeypatch.setattr(converge, "observe", look)
+    assert status.partition(context, name)["state"] == "started"

@@ -233,6 +233,21 @@ def test_a_process_that_is_another_one_at_each_look_ends(user, monkeypatch):
     hopping.communicate()
 
 
+def test_a_process_amid_its_execve_is_waited_for_and_no_other_without_arguments(monkeypatch):
+    """Until the kernel has laid out the arguments of its program it seems to have none."""
+    said = [[b""], [b""], [b"sleep", b"1000", b""]]
+    with subprocess.Popen(["/bin/sleep", "1000"]) as sleeper:
+        until(lambda: b"1000" in procfs.words(sleeper.pid, "cmdline"))
+        monkeypatch.setattr(procfs, "words", lambda *_: said.pop(0))
+        assert procfs.command(sleeper.pid) == [b"sleep", b"1000", b""]
+        monkeypatch.undo()
+        sleeper.kill()
+        until(lambda: not procfs.is_alive(sleeper.pid))
+        began = time.monotonic()
+        assert procfs.command(sleeper.pid) == [b""], "a zombie"
+        assert time.monotonic() - began < 0.9
+
+
 def test_processes_of_others_are_let_alone_and_roots_never_touched(user):
     other = subprocess.Popen(["/usr/bin/setpriv", "--reuid", "4243", "--clear-groups", "sleep", "1000"])
     try:
