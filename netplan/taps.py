@@ -6,6 +6,7 @@ Layouts: include/uapi/linux/if_tun.h; Documentation/networking/tuntap.rst.
 import errno
 import fcntl
 import os
+import socket
 import struct
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
@@ -45,11 +46,11 @@ def make_taps(
         devices: dict[str, int] = {}
         try:
             for name, owner in these:
-                with _noting(name, failed):
+                with _noting(name, tun, failed):
                     devices[name] = _attach(name, owner, _IFF_TUN if tun else _IFF_TAP | _IFF_VNET_HDR)
             mark(devices.keys())
             for name, device in devices.items():
-                with _noting(name, failed):
+                with _noting(name, tun, failed):
                     fcntl.ioctl(device, _TUNSETPERSIST, 1)
         finally:
             for device in devices.values():
@@ -58,17 +59,37 @@ def make_taps(
 
 
 @contextmanager
-def _noting(name: str, failed: dict[str, NetplanError]) -> Iterator[None]:
+def _noting(name: str, tun: bool, failed: dict[str, NetplanError]) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        code, message, hint = "network.tap", f"cannot make {name}: {error.strerror}", ""
+        if error.errno == errno.EBUSY:
+            hint = "a process still holds it: stop the virtual machine"
+        elif error.errno == errno.EEXIST:  # a plan refuses such a name: it was taken since
+            code, message = "network.name_taken", f"an interface of another kind is called {name}"
+            hint = f"remove or rename that interface (ip link delete {name})"
         failed[name] = NetplanError(
-            "network.tap",
-            f"cannot make {name}: {error.strerror}",
-            resource=f"tap/{name}",
-            hint="a process still holds it: stop the virtual machine" if error.errno == errno.EBUSY else "",
+            code,
+            message,
+            resource=f"{'tun' if tun else 'tap'}/{name}",
+            hint=hint,
             retryable=error.errno == errno.EBUSY,
         )
+
+
+def _claim(device: int, name: str, kind: int) -> None:
+    """Make the link, or attach to the one of that name and kind.
+
+    The kernel calls a name of a link of another kind invalid (tun_set_iff() of drivers/net/tun.c), as it
+    does a name that no link can have; here it is EEXIST.
+    """
+    try:
+        fcntl.ioctl(device, _TUNSETIFF, _REQUEST.pack(name.encode(), kind | _IFF_NO_PI))
+    except OSError as error:
+        if error.errno == errno.EINVAL and name in {one for _, one in socket.if_nameindex()}:
+            raise OSError(errno.EEXIST, os.strerror(errno.EEXIST)) from error
+        raise
 
 
 def _attach(name: str, owner: int, kind: int) -> int:
@@ -83,7 +104,7 @@ def _attach(name: str, owner: int, kind: int) -> int:
             hint="load it with 'modprobe tun'; in a container, pass the device /dev/net/tun in",
         ) from error
     try:
-        fcntl.ioctl(device, _TUNSETIFF, _REQUEST.pack(name.encode(), kind | _IFF_NO_PI))
+        _claim(device, name, kind)
         fcntl.ioctl(device, _TUNSETOWNER, owner)
     except OSError:
         os.close(device)

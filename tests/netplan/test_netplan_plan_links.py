@@ -106,6 +106,21 @@ def test_a_taken_name_is_refused_and_left_alone(node, kind):
     assert list(node.plan(desired)) == ["tap/slaptap1"]
 
 
+@pytest.mark.parametrize("kind", ["bridge", "tun"])
+def test_a_name_that_is_taken_after_the_plan_is_told_as_such(node, kind):
+    node.plan(wanted(2))
+    if kind == "tun":
+        assert not make_taps([("slaptap1", UID + 1)], tun=True)
+    else:
+        node.ipr.link("add", ifname="slaptap1", kind=kind)
+    before = node.link("slaptap1")
+    (failure,) = apply(node.last)
+    assert (failure.operation.id, failure.error.code) == ("tap/slaptap1", "network.name_taken")
+    assert "ip link delete slaptap1" in failure.error.hint
+    assert node.link("slaptap1") == before
+    assert node.link("slaptap0") is not None
+
+
 def test_a_missing_bridge_is_named(node):
     desired = DesiredNetwork("br0", (partition(0, bridge="br7"),), BASE.ip)
     node.plan(desired)
