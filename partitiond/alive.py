@@ -32,6 +32,8 @@ def answering(
         mine = {one for one in wanted if one.version == version}
         if mine:
             found |= _ask(version, mine, seconds)
+    # once more: one that was tentative then (RFC 4862, section 5.4) may have become this machine's meanwhile
+    found = {one for one in found if not _is_here(one)}
     return sorted(found, key=lambda one: (one.version, int(one)))
 
 

@@ -9,6 +9,7 @@ from ipaddress import ip_address, ip_network
 from types import SimpleNamespace
 
 import pytest
+from nodes_world import until
 
 from partitiond import alive, dropped, identity_guard, rebuilt
 from partitiond.errors import PartitiondError
@@ -57,8 +58,11 @@ def guarded(tmp_path):
 def test_this_machine_is_no_other_one():
     """Addresses of before may well be on it still: its kernel answers itself."""
     subprocess.run(["/usr/sbin/ip", "link", "set", "lo", "up"], check=True)
-    for line in ("192.0.2.77/32", "2001:db8:77::2/128"):
-        subprocess.run(["/usr/sbin/ip", "address", "add", line, "dev", "lo"], check=True)
+    for line in (
+        "192.0.2.77/32",
+        "2001:db8:77::2/128",
+    ):  # also on lo an address may be tentative for a moment
+        subprocess.run(["/usr/sbin/ip", "address", "add", line, "dev", "lo", "nodad"], check=True)
     own = [ip_address(one) for one in ("192.0.2.77", "2001:db8:77::2", "127.0.0.1", "::1")]
     try:
         with socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as probe:
@@ -67,6 +71,31 @@ def test_this_machine_is_no_other_one():
     finally:
         for line in ("192.0.2.77/32", "2001:db8:77::2/128"):
             subprocess.run(["/usr/sbin/ip", "address", "del", line, "dev", "lo"], check=True)
+
+
+def test_an_address_that_becomes_this_machines_meanwhile_is_no_other_ones(monkeypatch):
+    """As at boot, while addresses are looked for in the neighbourhood before they are in use."""
+    address = ip_address("2001:db8:77::3")
+    ask = alive._ask
+
+    def slowly(version, wanted, seconds):
+        assert wanted == {address}, "it is tentative"
+        until(lambda: alive._is_here(address), "the address to be in use", seconds=20)
+        found = ask(version, wanted, seconds)
+        assert found == wanted
+        return found
+
+    ip = "/usr/sbin/ip"
+    subprocess.run([ip, "link", "set", "lo", "up"], check=True)
+    subprocess.run([ip, "link", "add", "near", "type", "veth", "peer", "name", "far"], check=True)
+    try:
+        for name in ("near", "far"):
+            subprocess.run([ip, "link", "set", name, "up"], check=True)
+        subprocess.run([ip, "address", "add", f"{address}/64", "dev", "near"], check=True)
+        monkeypatch.setattr(alive, "_ask", slowly)
+        assert alive.answering([address], 1) == []
+    finally:
+        subprocess.run([ip, "link", "delete", "near"], check=True)
 
 
 @pytest.mark.parametrize("rows", [["10.9.0.2", "2001:db8:5::2"], ["2001:db8:5::2", "10.9.0.2"]])
