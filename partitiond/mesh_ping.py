@@ -31,11 +31,12 @@ def round_trips(
         channel.bind((str(source), 0))
         sent: dict[int, float] = {}
         for number, target in enumerate(targets):
+            began = time.monotonic()  # before: what is sent may be answered before this process runs again
             try:
                 channel.sendto(_request(mark, number, token), (str(target), 0))
             except OSError:
                 continue  # no route, no tincd, or our own filter: it does not answer
-            sent[number] = time.monotonic()
+            sent[number] = began
         deadline = time.monotonic() + within
         while len(found) < len(sent) and (left := deadline - time.monotonic()) > 0:
             if not select.select([channel], [], [], left)[0]:

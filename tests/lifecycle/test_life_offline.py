@@ -1,5 +1,6 @@
 """A master that is away is normal: partitions start without it after a reboot, nothing changes, and reports wait for it."""
 
+import contextlib
 import json
 import os
 import signal
@@ -54,9 +55,10 @@ def reboot(node):
 
 
 def children(pid):
-    found = [
-        int(one) for path in Path(f"/proc/{pid}/task").glob("*/children") for one in path.read_text().split()
-    ]
+    found = []
+    for path in Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # a thread or process of a moment
+            found += map(int, path.read_text().split())
     return [*found, *(below for one in found for below in children(one))]
 
 

@@ -170,9 +170,12 @@ class World:
     def _payload(self):
         """The process that keeps the other sandbox, once it runs: the last of a line of only children."""
         pid = self._sandbox.pid
-        while children := Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
-            pid = int(children[0])
-        return pid if Path(f"/proc/{pid}/comm").read_text() == "cat\n" else None
+        try:
+            while children := Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+                pid = int(children[0])
+            return pid if Path(f"/proc/{pid}/comm").read_text() == "cat\n" else None
+        except (FileNotFoundError, ProcessLookupError):
+            return None  # one of those that make it (mount and the like) ended while it was looked at
 
     def _there(self, *command, **options):
         subprocess.run([*self._enter, *command], cwd="/", check=True, text=True, **options)
