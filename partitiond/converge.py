@@ -409,11 +409,26 @@ def declared_tunnels(
 
 
 def _only(whole: Plan, names: frozenset[str]) -> Plan:
-    """The part of a plan that concerns some partitions; what belongs to the whole node stays, as they stand on it."""
+    """The part of a plan that concerns some partitions; what belongs to the whole node stays, as they stand on it.
+
+    With supervisord start the programs of all partitions that lack nothing else: they ended when it did, and once it is there
+    nobody would miss them before the next sweep.
+    """
     if not names:
         return whole
-    refused = tuple(refusal for refusal in whole.refused if refusal.partition in names)
-    return replace(whole.keeping(lambda one: one.partition in (None, *names)), refused=refused)
+    wanted = (None, *names)
+    following: set[str | None] = set()
+    if any(one.resource == "supervisord" for one in whole.services):
+        others = [part for part in PARTS if part not in ("services", "tunnels")]
+        lacking = {operation.partition for part in others for operation in getattr(whole, part)}
+        following = {one.partition for one in whole.services if one.action == "change"} - lacking
+    return replace(
+        whole.keeping(lambda one: one.partition in wanted),
+        services=tuple(
+            one for one in whole.services if one.partition in wanted or one.partition in following
+        ),
+        refused=tuple(refusal for refusal in whole.refused if refusal.partition in names),
+    )
 
 
 def _but(whole: Plan, ids: set[str]) -> Plan:

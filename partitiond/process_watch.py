@@ -1,7 +1,8 @@
 """The thread that hears at once when a process of supervisord's ends, or supervisord itself: nobody is asked for it.
 
 Our plug-in in supervisord sends a datagram for each process that ended; what is sent while no daemon listens is lost, and found
-by the sweep. That supervisord is gone is told by the kernel (pidfd_open(2)); to start it again is the sweep's, which is woken.
+by the sweep. That supervisord is gone is told by the kernel (pidfd_open(2)), or found out by who looks for it, where it ended
+before anybody watched it; to start it again is the sweep's, which is woken.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ SUPERVISOR = ""
 EVENTS = "events.sock"
 _DATAGRAM = 65536
 _AFTER_ERROR = 5.0
+# the sweep is woken for one that is not there, and then ever more seldom, up to its own rhythm: it may not be able to start it
+_FIRST_PAUSE, _LONGEST_PAUSE = 5.0, 60.0
 
 
 class ProcessWatch(threading.Thread):
@@ -45,9 +48,10 @@ class ProcessWatch(threading.Thread):
         self._read, self._write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._events: socket.socket | None = None
         self._stopping = False
+        self._pause, self._wakes_at = _FIRST_PAUSE, 0.0
 
     def attend(self, pids: Mapping[str, int]) -> None:
-        """Watch this supervisord from now on; one that is gone already is passed over."""
+        """Watch this supervisord from now on; for one that is not there (any more) the sweep is woken."""
         pid = pids.get(SUPERVISOR, 0)
         with self._turn:
             if self._watched is not None and self._watched[0] == pid:
@@ -55,7 +59,20 @@ class ProcessWatch(threading.Thread):
             self._let_go()
             with contextlib.suppress(ProcessLookupError):
                 self._watched = (pid, os.pidfd_open(pid)) if pid else None
+            missed = self._is_missed()
         self._poke()
+        if missed:
+            self._wake()
+
+    def _is_missed(self) -> bool:
+        now = time.monotonic()
+        if self._watched is not None:
+            self._pause, self._wakes_at = _FIRST_PAUSE, now
+            return False
+        if now < self._wakes_at:
+            return False
+        self._wakes_at, self._pause = now + self._pause, min(2 * self._pause, _LONGEST_PAUSE)
+        return True
 
     def _let_go(self) -> None:
         if self._watched is not None:

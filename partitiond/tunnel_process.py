@@ -252,7 +252,7 @@ class Carrier:
                     self._fail(
                         one.id, _not_taken(one.partition, "somebody has stopped it (SIGSTOP, or a debugger)")
                     )
-                elif said is None or (not said.ok and self._left_out(one, said)):
+                elif said is None or _is_of_before(one, said) or (not said.ok and self._left_out(one, said)):
                     still.append(one)
                 elif said.ok:
                     loaded.append(one)
@@ -371,6 +371,11 @@ def _listen(change: _Change, tail: LogTail, found: list[ReloadVerdict | None]) -
         if all(change.partition.uid in there.get(one, ()) for one in wanted):
             said = verdict.ReloadVerdict(ok=True)
     found.append(said)
+
+
+def _is_of_before(change: _Change, said: ReloadVerdict) -> bool:
+    """Whether stunnel has read the file from before once more: where a port is taken it does by itself, also at this moment."""
+    return bool(said.services) and not set(said.services) & set(change.wanted.rendered.services)
 
 
 def _has_it(directory: Path, wanted: PartitionTunnels, before: Loaded) -> bool:

@@ -3,11 +3,13 @@
 import os
 import socket
 import threading
+from types import SimpleNamespace
 
 import pytest
 from test_node_tunnels import declare, pin, until
+from trial_scene import instance_runs
 
-from partitiond import procfs, verbs
+from partitiond import process_watch, procfs, verbs
 from partitiond.context import Context
 from partitiond.process_watch import EVENTS, SUPERVISOR, ProcessWatch
 
@@ -98,12 +100,37 @@ def test_the_sweep_is_woken_for_supervisord(context, watch):
     assert not procfs.is_alive(before["slappart0-tunnel"])
 
 
-def test_one_that_is_gone_already_is_passed_over(context, watch):
+def gone():
     child = os.fork()
     if child == 0:
         os._exit(0)
     os.waitpid(child, 0)
-    watch.attend({SUPERVISOR: child})
-    assert watch._watched is None
-    watch.attend({SUPERVISOR: 0})
-    assert watch._watched is None
+    return child
+
+
+@pytest.mark.parametrize("pid", [gone, lambda: 0])
+def test_for_one_that_ended_before_it_was_watched_the_sweep_is_woken(context, watch, monkeypatch, pid):
+    """Ever more seldom while it stays away, and at once again after one was there."""
+    times, now = [], 0.0
+    monkeypatch.setattr(process_watch.time, "monotonic", lambda: now)
+    for now in (*range(0, 200, 5), 200):
+        watch.attend({SUPERVISOR: context.supervisor.pid() if now == 195 else pid()})
+        assert (watch._watched is None) == (now != 195)
+        if watch.woken.is_set():
+            times.append(now)
+            watch.woken.clear()
+    assert times == [0, 5, 15, 35, 75, 135, 200]
+
+
+def test_with_supervisord_start_the_programs_of_all(context):
+    """Whoever finds it gone, also one who is about a single partition: nobody would miss the others' programs before long."""
+    node = SimpleNamespace(load=lambda: context.config, instance=context.config.instance_root)
+    for index in (0, 1):
+        assert instance_runs(node, index)
+    found = context.supervisor.pid()
+    os.kill(found, 9)
+    until(lambda: not context.supervisor.pid())
+    outcome = verbs.apply(context, ["slappart0"])
+    assert (outcome["failures"], outcome["left"]) == ([], [])
+    assert {"slappart0", "slappart1"} <= pids(context).keys()
+    assert verbs.plan(context)["operations"] == []

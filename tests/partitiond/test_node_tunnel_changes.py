@@ -7,6 +7,7 @@ import pwd
 import signal
 import socket
 import subprocess
+import threading
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families
 from test_node_tunnels import LISTENER, as_user, declare, ipv6, pin, resource, until
 
 from partitiond import (
+    converge,
     event_reader,
     identities,
     instance_cleanup,
@@ -25,6 +27,7 @@ from partitiond import (
     tunnel_sessions,
     tunnel_status,
     tunnel_trial,
+    tunnels,
     verbs,
 )
 from partitiond.context import Context
@@ -262,6 +265,18 @@ def test_one_that_is_stopped_keeps_nobody_waiting(scene):
     assert scene.stunnels()["slappart0-tunnel"] == pid
 
 
+def free_until_it_is_tried(patch, port):
+    """Let a taken port look free to the plan, until that was carried out."""
+    looked, original = tunnel_declarations._port_is_free, tunnel_process.Carrier.run
+    patch.setattr(tunnel_declarations, "_port_is_free", lambda one: one.listen_port == port or looked(one))
+
+    def run(self, operations):
+        original(self, operations)
+        patch.setattr(tunnel_declarations, "_port_is_free", looked)
+
+    patch.setattr(tunnel_process.Carrier, "run", run)
+
+
 @pytest.mark.parametrize("runs", [True, False])
 def test_a_port_that_is_taken_in_the_last_moment_costs_that_tunnel_alone(scene, monkeypatch, runs):
     scene.client(1)
@@ -274,19 +289,9 @@ def test_a_port_that_is_taken_in_the_last_moment_costs_that_tunnel_alone(scene, 
     assert squatter.stdout.readline() == "listening\n"
     scene.server("db", 4000, 1)
     scene.server("taken", 4777, 1)
-    looked = tunnel_declarations._port_is_free
     with monkeypatch.context() as patch:
-        patch.setattr(
-            tunnel_declarations, "_port_is_free", lambda one: True if one.listen_port == 4777 else looked(one)
-        )
         found = scene.context
-        original = tunnel_process.Carrier.run
-
-        def run(self, operations):
-            original(self, operations)
-            patch.setattr(tunnel_declarations, "_port_is_free", looked)
-
-        patch.setattr(tunnel_process.Carrier, "run", run)
+        free_until_it_is_tried(patch, 4777)
         failures, left, refused = scene.apply()
     assert found is scene.context
     assert (failures, left, refused) == ([], [], ["slappart0/taken"])
@@ -297,6 +302,35 @@ def test_a_port_that_is_taken_in_the_last_moment_costs_that_tunnel_alone(scene, 
     squatter.wait()
     assert scene.apply() == ([], [], [])
     assert scene.listed()["slappart0/taken"]["state"] == "up"
+
+
+def test_what_stunnel_reads_by_itself_meanwhile_is_no_answer(scene, monkeypatch):
+    """Where a port is taken it reads its file again after 10 ms, which may be once more the one from before."""
+    scene.client(1)
+    scene.server("db", 4000, 1)
+    assert scene.apply() == ([], [], [])
+    squatter = subprocess.Popen(as_user("slapuser3", LISTENER, 4777), stdout=subprocess.PIPE, text=True)
+    scene.started.append(squatter)
+    assert squatter.stdout.readline() == "listening\n"
+    scene.server("taken", 4777, 1)
+    log = tunnels.log_file(scene.context.config, converge.observe(scene.context).node.partitions[0])
+    again = tunnel_process.Carrier._again
+    later = []
+
+    def late(self, change):
+        known = log.read_text().count("Binding service [taken] failed")
+        until(lambda: log.read_text().count("Binding service [taken] failed") > known)
+        later.append(threading.Timer(0.3, again, (self, change)))
+        later[0].start()
+
+    with monkeypatch.context() as patch:
+        free_until_it_is_tried(patch, 4777)
+        patch.setattr(tunnel_process.Carrier, "_again", late)
+        failures, left, refused = scene.apply()
+    (timer,) = later
+    timer.join()
+    assert (failures, left, refused) == ([], [], ["slappart0/taken"])
+    assert scene.talk(1).lives()
 
 
 def short_lived(scene, partition, *, ends_in, lasts=timedelta(days=30)):
